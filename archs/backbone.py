@@ -1,0 +1,206 @@
+"""The backbone that every architecture shares, and how it is initialised.
+
+Embedding, L blocks of (RMSNorm, mixer, residual, RMSNorm, SwiGLU, residual), RMSNorm, tied head.
+It never asks which mixer it holds. Initial values depend on the seed and the parameter's name
+alone, so modules that two architectures share start equal.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archs.cost import Cost, OpCost, Step
+from archs.layers import Projection, RMSNorm, SwiGLU
+from archs.mixer import Mixer, Shared
+from archs.spec import LayerState, StateSpec
+
+
+class Block(nn.Module):
+    """One layer: mixer and MLP, each behind a norm and a residual. No MLP when `hidden` is 0."""
+
+    def __init__(self, d_model: int, mixer: Mixer, hidden: int) -> None:
+        super().__init__()
+        self.norm_mixer = RMSNorm(d_model)
+        self.mixer = mixer
+        self.norm_mlp = RMSNorm(d_model) if hidden else None
+        self.mlp = SwiGLU(d_model, hidden) if hidden else None
+
+    def forward(self, x: Tensor, shared: Shared) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        return self._mlp(x + self.mixer(self.norm_mixer(x), shared))
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: [B, K, D] -> [B, K, D]."""
+        return self._mlp(x + self.mixer.extend(self.norm_mixer(x), state))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        if self.mlp is None or self.norm_mlp is None:
+            return x
+        return x + self.mlp(self.norm_mlp(x))
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step."""
+        norms = [n for n in (self.norm_mixer, self.norm_mlp) if n is not None]
+        size = sum(n.weight.numel() for n in norms)
+        norm = OpCost(
+            name="norms and residuals",
+            vector_flops=5 * step.tokens * size,
+            weight_bytes=sum(n.weight.nbytes for n in norms),
+        )
+        cost = Cost.of(norm) + self.mixer.cost(step)
+        return cost if self.mlp is None else cost + self.mlp.cost(step)
+
+
+class Model(nn.Module):
+    """A language model over one list of mixers.
+
+    mixers: one per layer; hidden: MLP width, 0 for none.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, d_model: int, mixers: Sequence[Mixer], hidden: int
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, mixer, hidden) for mixer in mixers)
+        self.norm = RMSNorm(d_model)
+        self.vocab_size = vocab_size
+        self.hidden = hidden
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, typed."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Final normed hidden states, parallel form. tokens: int64 [B, T] -> [B, T, D]."""
+        x = self.embedding(tokens)
+        shared: Shared = {}
+        for block in self.layers:
+            x = block(x, shared)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] by the tied head."""
+        return F.linear(hidden, self.embedding.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every position. tokens: int64 [B, T] -> [B, T, V]."""
+        return self.logits(self.hidden_states(tokens))
+
+    def extend_hidden(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
+        """Final normed hidden states of K new tokens. tokens: int64 [B, K] -> [B, K, D]."""
+        x = F.embedding(tokens, self.embedding.weight)
+        for block, state in zip(self.layers, states, strict=True):
+            x = block.extend(x, state)
+        return self.norm(x)
+
+    def extend(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
+        """Logits of K new tokens. tokens: int64 [B, K] -> [B, K, V]."""
+        return self.logits(self.extend_hidden(tokens, states))
+
+    def extend_last(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
+        """Logits of each sequence's last valid token only. tokens: int64 [B, K] -> [B, V]."""
+        hidden = self.extend_hidden(tokens, states)
+        new = states[0].new
+        if new is None:
+            return self.logits(hidden[:, -1])
+        last = (new - 1).clamp(min=0)
+        return self.logits(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+
+    def state_specs(self) -> list[StateSpec]:
+        """What each layer must remember."""
+        return [block.mixer.state_spec() for block in self.layers]
+
+    def cost(self, step: Step, *, all_logits: bool = False) -> Cost:
+        """FLOPs and bytes of one step; the head runs on each sequence's last token by default."""
+        weight = self.embedding.weight
+        d_model = weight.shape[1]
+        rows = step.tokens if all_logits else step.batch
+        embed = OpCost(
+            name="embedding rows", weight_bytes=step.tokens * d_model * weight.element_size()
+        )
+        norm = OpCost(
+            name="final norm",
+            vector_flops=4 * step.tokens * d_model,
+            weight_bytes=self.norm.weight.nbytes,
+        )
+        head = OpCost(
+            name="head", matrix_flops=2 * rows * weight.numel(), weight_bytes=weight.nbytes
+        )
+        return Cost.total(
+            [Cost.of(embed), *(b.cost(step) for b in self.layers), Cost.of(norm, head)]
+        )
+
+    def non_embedding_parameters(self) -> int:
+        """Parameters apart from the (tied) embedding."""
+        return sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
+
+    def state_bytes(self, context: int, *, page_size: int = 1, lookback: int = 0) -> int:
+        """Bytes of state of one sequence after `context` tokens."""
+        return sum(
+            s.state_bytes(context, page_size=page_size, lookback=lookback)
+            for s in self.state_specs()
+        )
+
+
+def initialise(model: Model, seed: int) -> None:
+    """Fill all parameters from `seed` and their names.
+
+    Matrices: normal with d_in^-0.5, outputs into the residual stream (2L)^-0.5 smaller; the
+    embedding d^-0.5, so that tied logits start near unit scale; norms 1, other vectors 0;
+    whatever a mixer names in `initialisers` by its own rule.
+    """
+    special = {}
+    residual = set()
+    ones = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, Mixer):
+            for name, rule in module.initialisers().items():
+                special[f"{prefix}.{name}"] = rule
+        if isinstance(module, Projection) and module.residual:
+            residual.add(f"{prefix}.weight")
+        if isinstance(module, RMSNorm):
+            ones.add(f"{prefix}.weight")
+    depth = (2 * len(model.blocks)) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator(parameter.device).manual_seed(_seed_of(seed, name))
+            if name in special:
+                special.pop(name)(parameter, generator)
+            elif name in ones:
+                parameter.fill_(1.0)
+            elif parameter.dim() < 2:
+                parameter.zero_()
+            else:
+                std = parameter.shape[-1] ** -0.5 * (depth if name in residual else 1.0)
+                parameter.normal_(0.0, std, generator=generator)
+    if special:
+        raise ValueError(f"initialisers name parameters that do not exist: {sorted(special)}")
+
+
+def delicate_parameters(model: Model) -> set[str]:
+    """Full names of parameters that stay in float32 and are never decayed."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Mixer)
+        for name in module.delicate
+    }
+
+
+def cast(model: Model, dtype: torch.dtype) -> Model:
+    """The model in `dtype`, in place, delicate parameters apart."""
+    delicate = delicate_parameters(model)
+    for name, parameter in model.named_parameters():
+        if name not in delicate:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")

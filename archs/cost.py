@@ -1,0 +1,140 @@
+"""FLOPs and bytes of one step, by operation: the prediction side of every figure.
+
+Convention: a multiply-add is 2 FLOPs. `matrix_flops` is what torch's FLOP counter sees on the
+reference path (attention counts the full rectangle of new tokens by visible rows, as that path
+computes it); `vector_flops` is everything else, to first order. Bytes are device-memory traffic
+of weights and state; activations stay in cache and are not counted.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from torch import nn
+
+from archs.errors import UserError
+from archs.spec import StateSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One `extend`: `batch` sequences, `new_tokens` each, after `context` held tokens."""
+
+    batch: int
+    new_tokens: int
+    context: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.new_tokens < 1 or self.context < 0:
+            raise UserError(f"{self} needs batch >= 1, new_tokens >= 1 and context >= 0")
+
+    @property
+    def tokens(self) -> int:
+        """New tokens over the whole batch."""
+        return self.batch * self.new_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpCost:
+    """FLOPs and bytes of one named operation, for the whole batch."""
+
+    name: str
+    matrix_flops: int = 0
+    vector_flops: int = 0
+    weight_bytes: int = 0
+    state_read_bytes: int = 0
+    state_write_bytes: int = 0
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs."""
+        return self.matrix_flops + self.vector_flops
+
+    @property
+    def bytes(self) -> int:  # noqa: A003
+        """All device-memory traffic."""
+        return self.weight_bytes + self.state_read_bytes + self.state_write_bytes
+
+    @property
+    def intensity_flop_per_byte(self) -> float:
+        """Arithmetic intensity of this operation alone."""
+        return self.flops / self.bytes if self.bytes else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """The operations of one step; costs add up."""
+
+    ops: tuple[OpCost, ...] = ()
+
+    @classmethod
+    def of(cls, *ops: OpCost) -> Self:
+        """A cost from its operations."""
+        return cls(tuple(ops))
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.ops + other.ops)
+
+    @staticmethod
+    def total(costs: Iterable["Cost"]) -> "Cost":
+        """All operations of several costs."""
+        return Cost(tuple(op for cost in costs for op in cost.ops))
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs of the step."""
+        return sum(op.flops for op in self.ops)
+
+    @property
+    def matrix_flops(self) -> int:
+        """FLOPs that the FLOP counter sees."""
+        return sum(op.matrix_flops for op in self.ops)
+
+    @property
+    def bytes(self) -> int:  # noqa: A003
+        """Weights read + state read + state written."""
+        return sum(op.bytes for op in self.ops)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights read."""
+        return sum(op.weight_bytes for op in self.ops)
+
+    @property
+    def state_bytes(self) -> int:
+        """State read and written."""
+        return sum(op.state_read_bytes + op.state_write_bytes for op in self.ops)
+
+    @property
+    def intensity_flop_per_byte(self) -> float:
+        """FLOP per byte of device-memory traffic."""
+        return self.flops / self.bytes
+
+
+def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
+    """A projection of `tokens` rows: weights read once, 2 FLOPs per weight and row."""
+    bias = layer.bias
+    return OpCost(
+        name=name,
+        matrix_flops=2 * tokens * layer.weight.numel(),
+        vector_flops=0 if bias is None else tokens * bias.numel(),
+        weight_bytes=layer.weight.nbytes + (0 if bias is None else bias.nbytes),
+    )
+
+
+def attention_cost(
+    spec: StateSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int
+) -> OpCost:
+    """Softmax attention over the rows that `spec` keeps visible, and their traffic.
+
+    Matrix FLOPs 2·B·H·K·S·(d_qk + d_v) over S visible rows; about 5 vector FLOPs per score.
+    """
+    rows = spec.visible_rows(step.context, step.new_tokens)
+    scores = step.tokens * heads * rows
+    return OpCost(
+        name="attention",
+        matrix_flops=2 * scores * (qk_dim + v_dim),
+        vector_flops=5 * scores,
+        state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
+        state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+    )

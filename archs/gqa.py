@@ -1,0 +1,135 @@
+"""Softmax attention with rotary positions: `mha`, `gqa` and `mqa` are one class.
+
+The number of KV heads is the difference: all of them (arXiv 1706.03762), one per group of query
+heads (GQA, arXiv 2305.13245), or a single one (MQA, arXiv 1911.02150). Equals the attention of
+`transformers`' Llama up to the channel order of the rotary pairs (`kernels.rope`).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
+from archs.errors import UserError
+from archs.layers import Projection
+from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible
+from archs.spec import LayerState, Seen, StateSpec, TensorSpec
+from kernels.attention import attention, window_mask
+from kernels.rope import apply_rope, apply_rope_, rope_table
+
+if TYPE_CHECKING:
+    from archs.sizes import Scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig(MixerConfig):
+    """n_heads query heads over kv_heads KV heads of head_dim channels.
+
+    group: query heads per KV head wanted when kv_heads is not given; None: all of them (MQA).
+    window, sinks: rows that stay visible (None: all).
+    """
+
+    n_heads: int
+    head_dim: int
+    kv_heads: int
+    rope_theta: float = 10_000.0
+    window: int | None = None
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        require_divisible("n_heads", self.n_heads, "kv_heads", self.kv_heads)
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd; rotary pairs need an even one")
+
+    @classmethod
+    def defaults(cls, scale: "Scale") -> dict[str, Any]:
+        """Full multi-head attention."""
+        heads = scale.n_heads
+        return {"n_heads": heads, "kv_heads": heads, "head_dim": scale.head_dim}
+
+
+class GroupedConfig(AttentionConfig):
+    """Four query heads to a KV head, and at least two KV heads."""
+
+    @classmethod
+    def defaults(cls, scale: "Scale") -> dict[str, Any]:
+        """KV heads: a quarter of the query heads, at least 2 so that it is not MQA."""
+        heads = scale.n_heads
+        return {**AttentionConfig.defaults(scale), "kv_heads": max(min(2, heads), heads // 4)}
+
+
+class MultiQueryConfig(AttentionConfig):
+    """One KV head for all query heads."""
+
+    @classmethod
+    def defaults(cls, scale: "Scale") -> dict[str, Any]:
+        """A single KV head."""
+        return {**AttentionConfig.defaults(scale), "kv_heads": 1}
+
+
+class Attention(Mixer):
+    """Causal softmax attention, full or windowed, with any number of KV heads."""
+
+    Config = AttentionConfig
+
+    def __init__(self, config: AttentionConfig, place: Place) -> None:
+        super().__init__()
+        self.config = config
+        heads, groups, dim = config.n_heads, config.kv_heads, config.head_dim
+        self.qkv = Projection(place.d_model, heads * dim, groups * dim, groups * dim)
+        self.out = Projection(heads * dim, place.d_model, residual=True)
+
+    def _split(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, K, D] -> rotated queries [B, K, H, d], rotated keys and values [B, K, 2, G, d]."""
+        c = self.config
+        qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))
+        turned = c.n_heads + c.kv_heads
+        if qkv.requires_grad:
+            q_k = apply_rope(qkv[..., :turned, :].transpose(1, 2), angles).transpose(1, 2)
+            q, k = q_k.split((c.n_heads, c.kv_heads), 2)
+            return q, torch.stack((k, qkv[..., turned:, :]), 2)
+        apply_rope_(qkv[..., :turned, :].transpose(1, 2), angles)
+        return qkv[..., : c.n_heads, :], qkv[..., c.n_heads :, :].unflatten(2, (2, c.kv_heads))
+
+    def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        c = self.config
+        tokens = x.shape[1]
+        q, kv = self._split(x, rope_table(tokens, c.head_dim, c.rope_theta, x.device)[:tokens])
+        rows = kv.movedim(1, -2)
+        if c.window is None or tokens <= c.window:
+            return self._attend(q, Seen(rows, None, True))
+        return self._attend(q, Seen(rows, window_mask(tokens, c.window, c.sinks, x.device), False))
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: [B, K, D] -> [B, K, D]."""
+        q, kv = self._split(x, state.rope(self.config.head_dim, self.config.rope_theta))
+        return self._attend(q, state.append("kv", kv))
+
+    def _attend(self, q: Tensor, seen: Seen) -> Tensor:
+        k, v = seen.rows.unbind(1)
+        out = attention(q, k, v, mask=seen.mask, causal=seen.causal)
+        return self.out(out.flatten(2))
+
+    def state_spec(self) -> StateSpec:
+        """K and V of every token, 2·G·d values, within the window."""
+        c = self.config
+        kv = TensorSpec(
+            name="kv", shape=(2, c.kv_heads, c.head_dim), dtype=self.qkv.weight.dtype
+        )
+        return StateSpec(per_token=(kv,), window=c.window, sinks=c.sinks)
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step."""
+        c = self.config
+        turned = step.tokens * (c.n_heads + c.kv_heads) * c.head_dim
+        return Cost.of(
+            linear_cost("q, k, v", self.qkv, step.tokens),
+            OpCost(name="rope", vector_flops=3 * turned),
+            attention_cost(
+                self.state_spec(), step, heads=c.n_heads, qk_dim=c.head_dim, v_dim=c.head_dim
+            ),
+            linear_cost("attention out", self.out, step.tokens),
+        )

@@ -1,0 +1,61 @@
+"""What all architectures share inside a block: norm, projections, SwiGLU.
+
+Projections that read the same input are one matrix (`Projection`): fewer launches in decode,
+and the optimiser still sees the parts by their `sizes`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archs.cost import Cost, OpCost, Step, linear_cost
+from kernels.norm import rms_norm, swiglu
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim] -> same shape."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Projection(nn.Linear):
+    """Several projections of one input as one matrix; no bias. [..., D] -> [..., sum(sizes)]."""
+
+    def __init__(self, d_in: int, *sizes: int, residual: bool = False) -> None:
+        super().__init__(d_in, sum(sizes), bias=False)
+        self.sizes = sizes
+        #: Writes into the residual stream: initialised (2L)^-0.5 smaller.
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> [..., sum(sizes)]."""
+        return F.linear(x, self.weight)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.gate_up = Projection(d_model, hidden, hidden)
+        self.down = Projection(hidden, d_model, residual=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        return self.down(swiglu(self.gate_up(x)))
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step."""
+        return Cost.of(
+            linear_cost("mlp gate, up", self.gate_up, step.tokens),
+            OpCost(name="mlp silu", vector_flops=5 * step.tokens * self.hidden),
+            linear_cost("mlp down", self.down, step.tokens),
+        )

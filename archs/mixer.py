@@ -1,0 +1,95 @@
+"""The contract of a token mixer: one file, four members.
+
+`forward` is the parallel form for training; `extend` adds K new tokens to what the state holds
+(prefill, decode and verification of drafts are one verb); `state_spec` declares what must be
+remembered; `cost` predicts FLOPs and bytes. The law: any split of a sequence into `extend`
+calls gives the same outputs and the same state as one `forward`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from archs.cost import Cost, Step
+from archs.errors import UserError, unknown_name
+from archs.spec import LayerState, StateSpec
+
+if TYPE_CHECKING:
+    from archs.sizes import Scale
+
+Initialiser = Callable[[Tensor, torch.Generator], object]
+Shared = dict[int, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where in the model a mixer stands.
+
+    layer: this layer's index; siblings: the indices of all layers with the same mixer.
+    """
+
+    d_model: int
+    n_layers: int
+    layer: int
+    siblings: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixerConfig:
+    """Base of each mixer's own frozen configuration; `at` fits it to a scale."""
+
+    @classmethod
+    def defaults(cls, scale: "Scale") -> dict[str, Any]:
+        """The values that depend on the scale (heads, ranks, widths)."""
+        return {}
+
+    @classmethod
+    def at(cls, scale: "Scale", overrides: Mapping[str, Any]) -> Self:
+        """This mixer's configuration at `scale`; an unknown key raises and names the nearest."""
+        known = {f.name for f in fields(cls)}
+        for key in overrides:
+            if key not in known:
+                raise unknown_name(f"{cls.__qualname__} option", key, known)
+        return cls(**{**cls.defaults(scale), **overrides})
+
+
+class Mixer(nn.Module):
+    """Base class of all token mixers."""
+
+    Config: ClassVar[type[MixerConfig]]
+    #: Own parameters that stay in float32 and that weight decay must not touch (decays, steps).
+    delicate: ClassVar[frozenset[str]] = frozenset()
+
+    def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
+        """The parallel, causal form. x: [B, T, D] -> [B, T, D].
+
+        `shared` carries, by layer index, what one layer computes for others (cross-layer KV).
+        """
+        raise NotImplementedError
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """K new tokens per sequence after what `state` holds. x: [B, K, D] -> [B, K, D]."""
+        raise NotImplementedError
+
+    def state_spec(self) -> StateSpec:
+        """What one sequence must remember in this layer."""
+        raise NotImplementedError
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step in this layer, by operation."""
+        raise NotImplementedError
+
+    def initialisers(self) -> dict[str, Initialiser]:
+        """Own parameters that a generic normal init would destroy, by local dotted name."""
+        return {}
+
+
+def require_divisible(name: str, value: int, by_name: str, by: int) -> None:
+    """Raise the error that names both values and the rule unless `by` divides `value`."""
+    if by < 1 or value % by:
+        raise UserError(
+            f"{name}={value} is not divisible by {by_name}={by}; choose a {by_name} that divides it"
+        )

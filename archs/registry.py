@@ -1,0 +1,175 @@
+"""All architectures by name, and how a name, a pattern or a file becomes a model.
+
+A name is a registry entry, the path of a Python file that defines one `Mixer`, or a layer
+pattern over both: `gdn:gqa=3:1` repeats three `gdn` layers and one `gqa` layer.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from archs.backbone import Model, cast, initialise
+from archs.errors import UserError, unknown_name
+from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
+from archs.mixer import Mixer, MixerConfig, Place
+from archs.short_conv import ShortConv
+from archs.sizes import Scale, round_to
+
+
+class Entry(NamedTuple):
+    """A mixer and the configuration that makes it this architecture."""
+
+    mixer: type[Mixer]
+    config: type[MixerConfig]
+
+
+REGISTRY: dict[str, Entry] = {
+    "mha": Entry(Attention, AttentionConfig),
+    "gqa": Entry(Attention, GroupedConfig),
+    "mqa": Entry(Attention, MultiQueryConfig),
+}
+
+#: Hybrids that suites and tests treat like architectures of their own.
+HYBRIDS = ("gdn:gqa=3:1", "swa:gqa=3:1", "mamba2:gqa=3:1")
+
+
+def entry_of(name: str) -> Entry:
+    """The entry of a registry name or of a Python file with one mixer. Raises UserError."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if name.endswith(".py"):
+        return _load_file(Path(name))
+    raise unknown_name("arch", name, REGISTRY)
+
+
+def layer_names(arch: str, n_layers: int) -> list[str]:
+    """The mixer of each layer: the pattern, repeated. Raises UserError on a bad pattern."""
+    if "=" not in arch:
+        entry_of(arch)
+        return [arch] * n_layers
+    left, _, right = arch.rpartition("=")
+    names, counts = left.split(":"), right.split(":")
+    if len(names) != len(counts) or not all(c.isdecimal() and int(c) > 0 for c in counts):
+        raise UserError(
+            f"pattern '{arch}' needs one positive count per architecture, as in gdn:gqa=3:1"
+        )
+    for name in names:
+        entry_of(name)
+    period = [n for n, c in zip(names, counts, strict=True) for _ in range(int(c))]
+    if len(period) > n_layers:
+        raise UserError(
+            f"pattern '{arch}' has {len(period)} layers but the scale only {n_layers}; "
+            "shorten the pattern or take a deeper scale"
+        )
+    return [period[i % len(period)] for i in range(n_layers)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Everything that determines a model but its weights; data only, so it can be stored.
+
+    overrides: mixer options by architecture name, e.g. {"gqa": {"kv_heads": 1}}.
+    hidden: MLP width; None: chosen so that non-embedding parameters match `mha`; 0: no MLP.
+    short_conv: width of a short convolution before every mixer, the same for all; 0: none.
+    """
+
+    arch: str
+    scale: Scale
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    hidden: int | None = None
+    short_conv: int = 0
+
+    def build(
+        self, *, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Model:
+        """The model with initial weights. Raises UserError on impossible shapes."""
+        model = self._assemble(dtype, self.mlp_hidden())
+        model.to_empty(device=device)
+        initialise(model, seed)
+        return model
+
+    def outline(self, dtype: torch.dtype = torch.float32) -> Model:
+        """The model without storage (meta device): parameter counts, specs and costs."""
+        return self._assemble(dtype, self.mlp_hidden())
+
+    def mlp_hidden(self) -> int:
+        """The MLP width in use."""
+        if self.hidden is not None:
+            return self.hidden
+        scale = self.scale
+        bare = self._assemble(torch.float32, 0).non_embedding_parameters()
+        norms = scale.n_layers * scale.d_model
+        per_unit = 3 * scale.d_model * scale.n_layers
+        width = (scale.parameter_budget - bare - norms) / per_unit
+        hidden = round_to(width, scale.mlp_multiple)
+        total = bare + norms + hidden * per_unit
+        if abs(total / scale.parameter_budget - 1) > 0.01:
+            raise UserError(
+                f"{self.arch} at scale {scale.name} has {total} non-embedding parameters, not "
+                f"within 1 % of {scale.parameter_budget}; make its mixer smaller or set "
+                "mlp_multiple lower"
+            )
+        return hidden
+
+    def _assemble(self, dtype: torch.dtype, hidden: int) -> Model:
+        scale = self.scale
+        names = layer_names(self.arch, scale.n_layers)
+        for name in self.overrides:
+            if name not in names:
+                raise unknown_name("architecture in overrides", name, set(names))
+        with torch.device("meta"):
+            mixers: list[Mixer] = []
+            for layer, name in enumerate(names):
+                entry = entry_of(name)
+                place = Place(
+                    d_model=scale.d_model,
+                    n_layers=scale.n_layers,
+                    layer=layer,
+                    siblings=tuple(i for i, other in enumerate(names) if other == name),
+                )
+                config = entry.config.at(scale, self.overrides.get(name, {}))
+                mixer: Mixer = entry.mixer(config, place)
+                if self.short_conv:
+                    mixer = ShortConv(mixer, scale.d_model, self.short_conv)
+                mixers.append(mixer)
+            model = Model(
+                vocab_size=scale.vocab_size, d_model=scale.d_model, mixers=mixers, hidden=hidden
+            )
+            return cast(model, dtype)
+
+
+_FILES: dict[Path, Entry] = {}
+
+
+def _load_file(path: Path) -> Entry:
+    """Load the one mixer that a file the user named defines."""
+    path = path.resolve()
+    if path in _FILES:
+        return _FILES[path]
+    if not path.is_file():
+        raise UserError(f"architecture file '{path}' does not exist; give a registry name or a file")
+    module_name = f"decodebench_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"architecture file '{path}' cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"architecture file '{path}' fails to import: {error!r}") from error
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Mixer) and value.__module__ == module_name
+    ]
+    if len(found) != 1:
+        names = ", ".join(v.__name__ for v in found) or "none"
+        raise UserError(f"architecture file '{path}' must define exactly one Mixer (found {names})")
+    _FILES[path] = Entry(found[0], found[0].Config)
+    return _FILES[path]

@@ -1,0 +1,56 @@
+"""A short causal convolution before any mixer, itself a mixer that wraps one.
+
+Recall tasks are learned far faster with it (arXiv 2312.04927), so a comparison offers it to all
+architectures or to none. Depthwise, linear, with a residual around it.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from archs.cost import Cost, OpCost, Step
+from archs.mixer import Mixer, Shared
+from archs.spec import LayerState, StateSpec, TensorSpec
+from kernels.causal_conv import causal_conv, conv_tail, conv_tails
+
+
+class ShortConv(Mixer):
+    """mixer(x + conv(x)). The wrapped mixer keeps its state names; ours is `pre_conv`."""
+
+    def __init__(self, mixer: Mixer, d_model: int, width: int) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(d_model, width))
+
+    def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        return self.mixer(x + causal_conv(x, self.weight, silu=False), shared)
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: [B, K, D] -> [B, K, D]."""
+        tail = state.get("pre_conv")
+        y = x + causal_conv(x, self.weight, tail=tail, silu=False)
+        each = conv_tails(x, tail, self.width) if state.each else None
+        state.put("pre_conv", conv_tail(x, tail, self.width, new=state.new), each)
+        return self.mixer.extend(y, state)
+
+    def state_spec(self) -> StateSpec:
+        """The wrapped mixer's state and W - 1 input rows."""
+        inner = self.mixer.state_spec()
+        rows = (self.width - 1, self.weight.shape[0])
+        tail = TensorSpec(name="pre_conv", shape=rows, dtype=self.weight.dtype)
+        return replace(inner, fixed=(*inner.fixed, tail))
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step."""
+        tail = step.batch * (self.width - 1) * self.weight.shape[0] * self.weight.element_size()
+        conv = OpCost(
+            name="short conv",
+            vector_flops=2 * step.tokens * self.weight.numel(),
+            weight_bytes=self.weight.nbytes,
+            state_read_bytes=tail,
+            state_write_bytes=tail,
+        )
+        return Cost.of(conv) + self.mixer.cost(step)

@@ -1,0 +1,252 @@
+"""One store for the state of all architectures, always paged.
+
+Per-token tensors live in pages behind block tables, one table per distinct window; fixed tensors
+live in slots. Pages are reference-counted, so a fork shares its prefix and copies on write; a
+recurrent state is forked by copying its slot. With `lookback` > 0 the newest tokens can be
+rolled back: windows keep that many rows more, and fixed tensors a ring of snapshots by length.
+
+Rows of one plane (a head of K, say) lie together: a pool is [*planes, pages * page_size, row].
+The loop owns lengths: `begin` opens a step, `commit` advances it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from archs.errors import UserError
+from archs.spec import StateSpec, TensorSpec
+from infer.memory import require_memory
+from infer.pages import PageTable, StoreFullError
+from infer.view import StepView
+
+TableKey = tuple[int | None, int]
+
+
+class StateStore:
+    """State of up to `max_sequences` sequences of up to `max_context` tokens.
+
+    specs:    one StateSpec per layer.
+    pages:    pages per table; default: enough for all sequences at full length.
+    lookback: tokens that `rollback` can take back from windowed and fixed state.
+    Raises UserError when the pools cannot fit in the memory that is free.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[StateSpec],
+        *,
+        max_sequences: int,
+        max_context: int,
+        page_size: int = 64,
+        lookback: int = 0,
+        pages: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if max_sequences < 1 or max_context < 1 or page_size < 1 or lookback < 0:
+            raise UserError(
+                f"max_sequences={max_sequences}, max_context={max_context}, "
+                f"page_size={page_size} must be at least 1 and lookback={lookback} at least 0"
+            )
+        self.specs = list(specs)
+        self.max_context = max_context
+        self.page_size = page_size
+        self.lookback = lookback
+        self.device = torch.device(device)
+        self.lengths = [0] * max_sequences
+        self.oldest = [0] * max_sequences
+        self._free_slots = list(range(max_sequences))[::-1]
+        self.tables: dict[TableKey, PageTable] = {}
+        for spec in self.specs:
+            if spec.per_token and spec.owner is None and self._key(spec) not in self.tables:
+                self.tables[self._key(spec)] = PageTable(
+                    slots=max_sequences, max_context=max_context, page_size=page_size,
+                    window=spec.window, sinks=spec.sinks, lookback=lookback, pages=pages,
+                )  # fmt: skip
+        require_memory(self.pool_bytes, self.device, f"state of {max_sequences} x {max_context}")
+        # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.
+        self.pools: list[dict[str, Tensor]] = [self._pools(spec) for spec in self.specs]
+        self.slots: list[dict[str, Tensor]] = [self._fixed(s, max_sequences) for s in self.specs]
+        self.history: list[dict[str, Tensor]] = [
+            {n: t.new_zeros(t.shape[0], lookback + 1, *t.shape[1:]) for n, t in fixed.items()}
+            if lookback
+            else {}
+            for fixed in self.slots
+        ]
+        self.peak_bytes = 0
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    def add(self) -> int:
+        """Open an empty sequence and return its slot. Raises StoreFullError."""
+        if not self._free_slots:
+            raise StoreFullError(f"all {len(self.lengths)} sequence slots are in use; release one")
+        slot = self._free_slots.pop()
+        self.lengths[slot] = self.oldest[slot] = 0
+        for fixed in (*self.slots, *self.history):
+            for tensor in fixed.values():
+                tensor[slot].zero_()
+        self._note_peak()
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Close a sequence; its pages go back unless a fork still holds them."""
+        self._require_open(slot)
+        for table in self.tables.values():
+            table.release(slot)
+        self._free_slots.append(slot)
+        self._free_slots.sort(reverse=True)
+
+    def fork(self, slot: int) -> int:
+        """A second sequence with the same past: pages shared, fixed state copied."""
+        self._require_open(slot)
+        child = self.add()
+        for table in self.tables.values():
+            table.fork(slot, child)
+        for fixed in (*self.slots, *self.history):
+            for tensor in fixed.values():
+                tensor[child].copy_(tensor[slot])
+        self.lengths[child], self.oldest[child] = self.lengths[slot], self.oldest[slot]
+        self._note_peak()
+        return child
+
+    def rollback(self, slot: int, tokens: int) -> None:
+        """Forget the newest `tokens` tokens of a sequence, as if they had never been.
+
+        Raises UserError where the state no longer reaches back that far.
+        """
+        self._require_open(slot)
+        length = self.lengths[slot] - tokens
+        bounded = any(s.fixed or s.window is not None for s in self.specs)
+        oldest = self.oldest[slot] if bounded else 0
+        if tokens < 0 or length < oldest:
+            raise UserError(
+                f"rollback of {tokens} tokens at length {self.lengths[slot]} reaches before "
+                f"{oldest}; open the store with a larger lookback (now {self.lookback})"
+            )
+        if tokens == 0:
+            return
+        for table in self.tables.values():
+            table.truncate(slot, length)
+        for fixed, history in zip(self.slots, self.history, strict=True):
+            for name, ring in history.items():
+                fixed[name][slot].copy_(ring[slot, length % (self.lookback + 1)])
+        self.lengths[slot] = length
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def begin(self, slots: Sequence[int], new_tokens: int, new: Tensor | None = None) -> StepView:
+        """Open a step of `new_tokens` tokens per sequence (`new` [B] of them valid).
+
+        Raises UserError beyond max_context and StoreFullError without pages.
+        """
+        counts = [new_tokens] * len(slots) if new is None else [int(n) for n in new.tolist()]
+        for slot, count in zip(slots, counts, strict=True):
+            self._require_open(slot)
+            if self.lengths[slot] + count > self.max_context:
+                raise UserError(
+                    f"context {self.lengths[slot] + count} exceeds max_context="
+                    f"{self.max_context}; open the store with a larger max_context"
+                )
+            if not 0 <= count <= new_tokens:
+                raise UserError(f"new={count} must lie between 0 and {new_tokens}")
+        return StepView(self, list(slots), new_tokens, counts)
+
+    def commit(self, step: StepView) -> None:
+        """Advance the lengths of a step's sequences and free what left a window."""
+        for slot, count in zip(step.slots, step.counts, strict=True):
+            self.lengths[slot] += count
+            for table in self.tables.values():
+                table.settle(slot, self.lengths[slot])
+            oldest = self.lengths[slot] - self.lookback
+            if count and not step.each:
+                oldest = self.lengths[slot]
+            self.oldest[slot] = max(self.oldest[slot], oldest)
+
+    def fill(self, slots: Sequence[int], length: int) -> None:
+        """Give sequences `length` tokens of synthetic state, for timing steps at that context."""
+        for slot in slots:
+            self._require_open(slot)
+            for table in self.tables.values():
+                table.reserve(slot, self.lengths[slot], length)
+                table.settle(slot, self.lengths[slot] + length)
+            self.lengths[slot] += length
+            self.oldest[slot] = self.lengths[slot]
+        for tensors in (*self.pools, *self.slots):
+            for tensor in tensors.values():
+                # Touched memory, or the system would serve one shared page of zeros from cache.
+                tensor.fill_(0.01)
+        self._note_peak()
+
+    # -- accounting --------------------------------------------------------------------------
+
+    def declared_bytes(self, length: int) -> int:
+        """What the specs declare for one sequence of `length` tokens, in whole pages."""
+        return sum(
+            s.state_bytes(length, page_size=self.page_size, lookback=self.lookback)
+            for s in self.specs
+        )
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of pages in use and of the fixed state of open sequences."""
+        paged = sum(
+            self.tables[self._key(s)].used * self.page_size * s.token_bytes
+            for s in self.specs
+            if s.per_token and s.owner is None
+        )
+        open_slots = len(self.lengths) - len(self._free_slots)
+        fixed = sum(
+            t[0].nbytes for tensors in (*self.slots, *self.history) for t in tensors.values()
+        )
+        return paged + open_slots * fixed
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of all pools, used or not."""
+        paged = sum(
+            self.tables[self._key(s)].n_pages * self.page_size * s.token_bytes
+            for s in self.specs
+            if s.per_token and s.owner is None
+        )
+        copies = self.lookback + 2 if self.lookback else 1
+        return paged + len(self.lengths) * copies * sum(s.fixed_bytes for s in self.specs)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    @staticmethod
+    def _key(spec: StateSpec) -> TableKey:
+        return spec.window, spec.sinks
+
+    def table_of(self, spec: StateSpec) -> PageTable:
+        """The block tables behind a layer's per-token rows."""
+        return self.tables[self._key(spec)]
+
+    def reserve(
+        self, table: PageTable, slot: int, length: int, count: int
+    ) -> list[tuple[int, int]]:
+        """Make rows writable; returns the (source, target) pages that every layer must copy."""
+        used = table.used
+        copies = table.reserve(slot, length, count)
+        if table.used > used:
+            self._note_peak()
+        return copies
+
+    def _pools(self, spec: StateSpec) -> dict[str, Tensor]:
+        if spec.owner is not None or not spec.per_token:
+            return {}
+        rows = self.table_of(spec).n_pages * self.page_size
+        return {t.name: self._zeros(t, (*t.shape[:-1], rows, t.shape[-1])) for t in spec.per_token}
+
+    def _fixed(self, spec: StateSpec, slots: int) -> dict[str, Tensor]:
+        return {t.name: self._zeros(t, (slots, *t.shape)) for t in spec.fixed}
+
+    def _zeros(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=spec.dtype, device=self.device)
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+
+    def _require_open(self, slot: int) -> None:
+        if slot in self._free_slots or not 0 <= slot < len(self.lengths):
+            raise UserError(f"sequence {slot} is not open; `add` or `fork` one first")

@@ -1,0 +1,340 @@
+"""One step as the layers see it: where new rows go, which rows they may look at, positions.
+
+Everything that layers share (positions, rotary angles, write indices, masks) is made once per
+step. A batch whose slots are adjacent and whose pages are at home reads the pool as one strided
+view; any other batch gathers. New rows are written before they are read, except when more come
+than a window's ring can hold: then the past is gathered first and joined with them.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from archs.spec import LayerState, Seen, StateSpec
+from infer.pages import PageTable
+from kernels.rope import rope_table
+
+if TYPE_CHECKING:
+    from infer.store import StateStore
+
+
+class StepView:
+    """An open step of K new tokens for the sequences in `slots`.
+
+    layers: one LayerState per layer, to hand to `Mixer.extend`.
+    """
+
+    def __init__(
+        self, store: "StateStore", slots: list[int], new_tokens: int, counts: list[int]
+    ) -> None:
+        self.store = store
+        self.slots = slots
+        self.new_tokens = new_tokens
+        self.counts = counts
+        self.device = store.device
+        self.lengths = [store.lengths[s] for s in slots]
+        self.start = self.lengths[0]
+        self.uniform = all(n == self.start for n in self.lengths)
+        self.full = all(c == new_tokens for c in counts)
+        self.adjacent = slots == list(range(slots[0], slots[0] + len(slots)))
+        self._rope: dict[tuple[int, float], Tensor] = {}
+        device = self.device
+        if self.uniform:
+            self.positions = torch.arange(
+                self.start, self.start + new_tokens, device=device
+            ).unsqueeze(0)
+        else:
+            base = torch.tensor(self.lengths, device=device)
+            self.positions = base[:, None] + torch.arange(new_tokens, device=device)
+        self.new = None if self.full else torch.tensor(counts, device=device)
+        self.valid = None
+        if self.new is not None:
+            self.valid = torch.arange(new_tokens, device=device) < self.new[:, None]
+        self.each = 0 < store.lookback and new_tokens <= store.lookback + 1
+        tables = {key: TableStep(self, table) for key, table in store.tables.items()}
+        self.layers: list[LayerState] = []
+        views: list[_LayerView] = []
+        for index, spec in enumerate(store.specs):
+            if spec.owner is not None:
+                views.append(_LayerView(self, index, spec, None, views[spec.owner]))
+            else:
+                table = tables[(spec.window, spec.sinks)] if spec.per_token else None
+                views.append(_LayerView(self, index, spec, table, None))
+        self.layers.extend(views)
+
+    def rope(self, dim: int, theta: float) -> Tensor:
+        """Rotary angles of the new tokens, complex64 [1 or B, K, dim/2]."""
+        angles = self._rope.get((dim, theta))
+        if angles is None:
+            end = max(self.lengths) + self.new_tokens
+            table = rope_table(end, dim, theta, self.device)
+            if self.uniform:
+                angles = table[self.start : self.start + self.new_tokens].unsqueeze(0)
+            else:
+                angles = table[self.positions]
+            self._rope[dim, theta] = angles
+        return angles
+
+
+class TableStep:
+    """Write and read plan of one block table in one step."""
+
+    def __init__(self, step: StepView, table: PageTable) -> None:
+        self.step = step
+        self.table = table
+        store, new = step.store, step.new_tokens
+        self.from_empty = step.uniform and step.start == 0
+        self.joins = not table.fits_ring(new) and not self.from_empty
+        self._past: tuple[Tensor, Tensor] | None = self._past_rows() if self.joins else None
+        # Copies of shared pages wait for `write`: a page freed here may still hold somebody's past.
+        self._copies: list[tuple[int, int]] = []
+        for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
+            self._copies += store.reserve(table, slot, length, count)
+        self.identity = step.adjacent and all(table.at_home[s] for s in step.slots)
+        self.end = max(n + c for n, c in zip(step.lengths, step.counts, strict=True))
+        self.wrapped = table.wraps and self.end > table.rows_per_slot
+        self.sliced = (
+            self.identity
+            and step.uniform
+            and step.full
+            and not self.wrapped
+            and table.fits_ring(new)
+        )
+        self._target: tuple[Tensor, Tensor | slice] | None = None
+        self._gather: tuple[Tensor, Tensor] | None = None
+        self._mask: Tensor | None = None
+        self._masked = False
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def write(self, pool: Tensor, rows: Tensor) -> None:
+        """Write new rows [B, K, *planes, row] into a pool [*planes, rows, row]."""
+        step, size = self.step, self.table.page_size
+        for source, target in self._copies:
+            copied = pool[..., source * size : (source + 1) * size, :]
+            pool[..., target * size : (target + 1) * size, :] = copied
+        if self.sliced:
+            span = self._home(pool)[..., step.start : step.start + step.new_tokens, :]
+            span.copy_(_planes_first(rows))
+            return
+        at, chosen = self._targets()
+        flat = rows.flatten(0, 1)
+        if not isinstance(chosen, slice):
+            flat = flat[chosen]
+        pool.index_copy_(pool.dim() - 2, at, flat.movedim(0, -2))
+
+    def _targets(self) -> tuple[Tensor, Tensor | slice]:
+        """Pool rows to write, and which of the flattened [B*K] new rows go there."""
+        if self._target is None:
+            step, table = self.step, self.table
+            targets, chosen = [], []
+            for b, (slot, length, count) in enumerate(
+                zip(step.slots, step.lengths, step.counts, strict=True)
+            ):
+                positions = torch.arange(length, length + count)
+                kept = positions
+                if not table.fits_ring(step.new_tokens):
+                    first = table.first_kept(length + count)
+                    kept = positions[(positions >= first) | (positions < table.sinks)]
+                targets.append(table.rows(slot, kept))
+                chosen.append(kept - length + b * step.new_tokens)
+            index = torch.cat(chosen)
+            every = index.numel() == len(step.slots) * step.new_tokens
+            self._target = (
+                torch.cat(targets).to(step.device),
+                slice(None) if every else index.to(step.device),
+            )
+        return self._target
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def append(self, pool: Tensor, rows: Tensor) -> Seen:
+        """Write new rows and return [B, *planes, S, row] of all that they may see."""
+        if self.from_empty:
+            self.write(pool, rows)
+            if self.step.new_tokens == 1:
+                return Seen(_rows_last(rows), None, False)
+            window = self.table.window
+            if window is None or self.step.new_tokens <= window:
+                return Seen(_rows_last(rows), None, True)
+            return Seen(_rows_last(rows), self._mask_of(self.step.positions), False)
+        if self._past is not None:
+            index, positions = self._past
+            past = pool[..., index, :].movedim(-3, 0)
+            self.write(pool, rows)
+            seen = torch.cat((past, _rows_last(rows)), -2)
+            joined = torch.cat((positions, self.step.positions.expand(positions.shape[0], -1)), 1)
+            return Seen(seen, self._mask_of(joined), False)
+        self.write(pool, rows)
+        return self.read(pool)
+
+    def read(self, pool: Tensor) -> Seen:
+        """All rows that the new tokens may see, themselves included."""
+        if self.identity:
+            home = self._home(pool)
+            if not self.wrapped:
+                view = home[..., : self.end, :]
+                plain = self.step.uniform and self.step.full and self.step.new_tokens == 1
+                if plain and (self.table.window is None or self.end <= self.table.window):
+                    return Seen(_batch_first(view), None, False)
+                positions = torch.arange(self.end, device=self.step.device)[None]
+                return Seen(_batch_first(view), self._mask_of(positions), False)
+            return Seen(_batch_first(home), self._mask_of(self._ring_positions()), False)
+        if self._gather is None:
+            self._gather = self._gather_rows()
+        index, positions = self._gather
+        return Seen(pool[..., index, :].movedim(-3, 0), self._mask_of(positions), False)
+
+    def _home(self, pool: Tensor) -> Tensor:
+        """The batch's home rows, [*planes, B, rows_per_slot, row], without a copy."""
+        rows = self.table.rows_per_slot
+        slots = pool.unflatten(-2, (-1, rows)) if pool.shape[-2] != rows else pool.unsqueeze(-3)
+        first = self.step.slots[0]
+        return slots.narrow(-3, first, len(self.step.slots))
+
+    def _ring_positions(self) -> Tensor:
+        """Absolute position of every home row, [B, rows]; stale rows lie before the window."""
+        table, step = self.table, self.step
+        sinks = table.sink_pages
+        ends = torch.tensor([n + c for n, c in zip(step.lengths, step.counts, strict=True)])
+        last = ((ends - 1) // table.page_size - sinks)[:, None]
+        ring = torch.arange(table.ring)[None]
+        page = last - (last - ring) % table.ring + sinks
+        page = torch.cat((torch.arange(sinks).expand(len(step.slots), -1), page), 1)
+        position = page[:, :, None] * table.page_size + torch.arange(table.page_size)
+        fresh = (page >= 0)[:, :, None]
+        return torch.where(fresh, position, torch.iinfo(torch.int64).min).flatten(1).to(step.device)
+
+    def _span(self, oldest: Sequence[int], ends: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Pool rows and absolute positions [B, S] of positions oldest..end and the sinks."""
+        table = self.table
+        width = max(e - o for o, e in zip(oldest, ends, strict=True))
+        index, positions = [], []
+        for slot, first, end in zip(self.step.slots, oldest, ends, strict=True):
+            at = torch.arange(first, first + width)
+            if table.sinks:
+                # A sink that also lies in the window must not be counted twice.
+                sinks = torch.arange(table.sinks)
+                at = torch.cat((torch.where(sinks < first, sinks, -1), at))
+            held = (at >= 0) & (at < end)
+            index.append(table.rows(slot, torch.where(held, at, 0)))
+            positions.append(torch.where(held, at, torch.iinfo(torch.int64).max))
+        device = self.step.device
+        return torch.stack(index).to(device), torch.stack(positions).to(device)
+
+    def _past_rows(self) -> tuple[Tensor, Tensor]:
+        assert self.table.window is not None
+        lengths = self.step.lengths
+        return self._span([max(0, n - self.table.window + 1) for n in lengths], lengths)
+
+    def _gather_rows(self) -> tuple[Tensor, Tensor]:
+        step, window = self.step, self.table.window
+        ends = [n + c for n, c in zip(step.lengths, step.counts, strict=True)]
+        oldest = [0 if window is None else max(0, n - window + 1) for n in step.lengths]
+        return self._span(oldest, ends)
+
+    def _mask_of(self, rows_at: Tensor) -> Tensor | None:
+        """bool [1 or B, 1, K, S]: rows at positions [1 or B, S] against the new tokens'."""
+        if not self._masked:
+            at = self.step.positions[:, :, None]
+            row = rows_at[:, None, :]
+            mask = row <= at
+            if self.table.window is not None:
+                near = row > at - self.table.window
+                mask &= (near | (row < self.table.sinks)) & (row >= 0)
+            self._mask = mask.unsqueeze(1)
+            self._masked = True
+        return self._mask
+
+
+class _LayerView:
+    """One layer's `LayerState`."""
+
+    def __init__(
+        self,
+        step: StepView,
+        index: int,
+        spec: StateSpec,
+        table: TableStep | None,
+        owner: "_LayerView | None",
+    ) -> None:
+        self.step = step
+        self.index = index
+        self.table = table
+        self.owner = owner
+        self.positions = step.positions
+        self.new = step.new
+        self.valid = step.valid
+        self.each = step.each
+        self._seen: dict[str, Seen] = {}
+        self._given: dict[str, Tensor] = {}
+
+    def rope(self, dim: int, theta: float) -> Tensor:
+        return self.step.rope(dim, theta)
+
+    def append(self, name: str, rows: Tensor) -> Seen:
+        if self.table is None:
+            raise ValueError(f"layer {self.index} declares no per-token tensor '{name}' of its own")
+        pool = self.step.store.pools[self.index][name]
+        rows = rows if rows.dtype == pool.dtype else rows.to(pool.dtype)
+        seen = self.table.append(pool, rows)
+        self._seen[name] = seen
+        return seen
+
+    def seen(self, name: str) -> Seen:
+        return (self.owner or self)._seen[name]
+
+    def get(self, name: str) -> Tensor:
+        pool = self.step.store.slots[self.index][name]
+        slots = self.step.slots
+        if self.step.adjacent:
+            value = pool.narrow(0, slots[0], len(slots))
+        else:
+            value = pool[torch.tensor(slots, device=pool.device)]
+        self._given[name] = value
+        return value
+
+    def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
+        store, slots = self.step.store, self.step.slots
+        pool = store.slots[self.index][name]
+        at = torch.tensor(slots, device=pool.device) if not self.step.adjacent else None
+        if at is not None:
+            pool.index_copy_(0, at, value.to(pool.dtype))
+        elif value is not self._given.get(name):
+            pool.narrow(0, slots[0], len(slots)).copy_(value)
+        if store.lookback:
+            self._remember(name, pool, each)
+
+    def _remember(self, name: str, pool: Tensor, each: Tensor | None) -> None:
+        """Keep the value at every length that a rollback may return to."""
+        store, step = self.step.store, self.step
+        ring = store.history[self.index][name]
+        size = store.lookback + 1
+        for b, (slot, length, count) in enumerate(
+            zip(step.slots, step.lengths, step.counts, strict=True)
+        ):
+            if step.each:
+                if each is None:
+                    raise ValueError(f"'{name}' needs its value after each token (state.each)")
+                for t in range(count):
+                    ring[slot, (length + t + 1) % size] = each[b, t]
+            else:
+                ring[slot, (length + count) % size] = pool[slot]
+
+
+def _rows_last(rows: Tensor) -> Tensor:
+    """[B, K, *planes, row] -> [B, *planes, K, row]."""
+    return rows if rows.dim() == 3 else rows.movedim(1, -2)
+
+
+def _planes_first(rows: Tensor) -> Tensor:
+    """[B, K, *planes, row] -> [*planes, B, K, row]."""
+    planes = rows.dim() - 3
+    return rows.permute(*range(2, 2 + planes), 0, 1, -1)
+
+
+def _batch_first(view: Tensor) -> Tensor:
+    """[*planes, B, S, row] -> [B, *planes, S, row]."""
+    return view if view.dim() == 3 else view.movedim(-3, 0)

@@ -1,0 +1,112 @@
+"""Softmax attention of K new tokens over the rows they may see, grouped queries included.
+
+Layout: queries [B, K, H, d]; keys and values [B, G, S, d], G dividing H, each head's rows
+together (the store keeps them so: a decode step then streams memory instead of striding).
+Torch's fused CPU attention does the work where its operands allow it. Groups are packed: the
+H/G query heads that share a key head become rows of one product, so keys are read once.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v.
+
+    q: [B, K, H, d]; k: [B, G, S, d]; v: [B, G, S, dv]; returns [B, K, H, dv].
+    mask: bool, broadcastable to [B, 1, K, S], True where a token may look.
+    causal: token i sees rows 0..i (then S = K and mask must be None).
+    scale: default d^-0.5.
+    Raises ValueError on head counts that do not divide or on a mask beside `causal`.
+    """
+    batch, new, heads, dim = q.shape
+    groups, rows, v_dim = k.shape[1], k.shape[2], v.shape[-1]
+    if heads % groups:
+        raise ValueError(f"q has {heads} heads, not divisible by the {groups} heads of k")
+    if causal and (mask is not None or rows != new):
+        raise ValueError(
+            f"causal=True needs as many rows as new tokens ({rows} != {new}) and no mask"
+        )
+    scale = dim**-0.5 if scale is None else scale
+    per_group = heads // groups
+    if new == 1:
+        packed = q.view(batch, groups, per_group, dim)
+        seen = None if causal else mask
+        if v_dim != dim:
+            out = _unfused(packed, k, v, scale, seen)
+        else:
+            out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
+        return out.reshape(batch, 1, heads, v_dim)
+    q = q.transpose(1, 2)
+    if per_group > 1:
+        k, v = (_repeat_heads(t, per_group) for t in (k, v))
+    width = max(dim, v.shape[-1])
+    if v.shape[-1] != dim:
+        # The fused kernel wants equal widths; zero columns change nothing.
+        q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    out = out if v_dim == width else out[..., :v_dim]
+    return out.transpose(1, 2)
+
+
+def _repeat_heads(t: Tensor, times: int) -> Tensor:
+    batch, groups, rows, dim = t.shape
+    return t[:, :, None].expand(batch, groups, times, rows, dim).flatten(1, 2)
+
+
+def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def window_mask(tokens: int, window: int, sinks: int, device: torch.device) -> Tensor:
+    """Which rows each of `tokens` positions sees: causal, the newest `window` rows, and sinks.
+
+    Returns bool [tokens, tokens]; row j is kept for token i if i - window < j <= i or j < sinks.
+    """
+    i = torch.arange(tokens, device=device)[:, None]
+    j = torch.arange(tokens, device=device)
+    return (j <= i) & ((j > i - window) | (j < sinks))
+
+
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor
+) -> Tensor:
+    """The oracle: float64, one query head at a time. Shapes as `attention`."""
+    per_group = q.shape[2] // k.shape[1]
+    heads = []
+    for h in range(q.shape[2]):
+        g = h // per_group
+        scores = scale * q[:, :, h].double() @ k[:, g].double().transpose(-1, -2)
+        allowed = mask.expand(q.shape[0], 1, *scores.shape[1:])[:, 0]
+        weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        heads.append(weights @ v[:, g].double())
+    return torch.stack(heads, 2)
+
+
+def fused_attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """FLOP formula of torch's fused CPU attention, which its own counter does not know.
+
+    q: [B, H, K, d]; k: [B, G, S, d]; v: [B, G, S, dv]: 2·B·H·K·S·(d + dv).
+    """
+    batch, heads, new, dim = q
+    return 2 * batch * heads * new * k[2] * (dim + v[3])
+
+
+FLOP_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused_attention_flops,
+}
