@@ -85,14 +85,14 @@ class StateSpec:
         last = ceil(context / page_size)
         if self.window is None:
             return last
-        first = max(0, context - self.window - lookback) // page_size
+        first = max(0, context - self.window - max(0, lookback - 1)) // page_size
         return last - first + min(first, ceil(self.sinks / page_size))
 
     def state_bytes(self, context: int, *, page_size: int = 1, lookback: int = 0) -> int:
         """Bytes one sequence holds after `context` tokens; equals what the store allocates.
 
-        `lookback` tokens can be rolled back: windows keep that many rows more, and fixed
-        tensors one snapshot per length in reach.
+        `lookback` tokens can be rolled back: windows keep rows for it beyond their own, and
+        fixed tensors one snapshot per length in reach.
         """
         pages = self.held_pages(context, page_size, lookback)
         copies = lookback + 2 if lookback else 1

@@ -55,7 +55,9 @@ class PageTable:
 
     def first_kept(self, length: int) -> int:
         """The oldest position that a sequence of `length` tokens keeps, sinks apart."""
-        return 0 if self.window is None else max(0, length - self.window - self.lookback)
+        if self.window is None:
+            return 0
+        return max(0, length - self.window - max(0, self.lookback - 1))
 
     def fits_ring(self, new: int) -> bool:
         """Whether `new` tokens may be written before all the rows they see have been read."""
@@ -80,7 +82,7 @@ class PageTable:
         end = length + new
         oldest = length
         if self.window is not None:
-            visible = length - self.window + 1 - self.lookback
+            visible = length - self.window + 1 - max(0, self.lookback - new)
             if not self.fits_ring(new):
                 visible = self.first_kept(end)
                 oldest = max(length, visible)

@@ -74,6 +74,7 @@ class StateStore:
             for fixed in self.slots
         ]
         self.peak_bytes = 0
+        self._touched = False
 
     # -- sequences ---------------------------------------------------------------------------
 
@@ -172,11 +173,30 @@ class StateStore:
                 table.settle(slot, self.lengths[slot] + length)
             self.lengths[slot] += length
             self.oldest[slot] = self.lengths[slot]
-        for tensors in (*self.pools, *self.slots):
-            for tensor in tensors.values():
-                # Touched memory, or the system would serve one shared page of zeros from cache.
-                tensor.fill_(0.01)
+        if not self._touched:
+            # Touched memory, or the system would serve one shared page of zeros from cache.
+            for tensors in (*self.pools, *self.slots):
+                for tensor in tensors.values():
+                    tensor.fill_(0.01)
+            self._touched = True
         self._note_peak()
+
+    def snapshot(self, slot: int) -> list[dict[str, Tensor]]:
+        """What each layer remembers of a sequence: copies of its visible rows and fixed tensors.
+
+        Per-token tensors come as [*planes, rows, row], oldest first, sinks apart.
+        """
+        self._require_open(slot)
+        length = self.lengths[slot]
+        layers = []
+        for spec, pools, fixed in zip(self.specs, self.pools, self.slots, strict=True):
+            held = {name: tensor[slot].clone() for name, tensor in fixed.items()}
+            for name, pool in pools.items():
+                first = 0 if spec.window is None else max(0, length - spec.window)
+                rows = self.table_of(spec).rows(slot, torch.arange(first, length))
+                held[name] = pool[..., rows.to(pool.device), :]
+            layers.append(held)
+        return layers
 
     # -- accounting --------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from archs.spec import LayerState, Seen, StateSpec
 from infer.pages import PageTable
@@ -18,6 +19,9 @@ from kernels.rope import rope_table
 
 if TYPE_CHECKING:
     from infer.store import StateStore
+
+#: The position of a row that no token may see; a power of two, so exact as a float too.
+NEVER = 2**62
 
 
 class StepView:
@@ -205,24 +209,22 @@ class TableStep:
         page = torch.cat((torch.arange(sinks).expand(len(step.slots), -1), page), 1)
         position = page[:, :, None] * table.page_size + torch.arange(table.page_size)
         fresh = (page >= 0)[:, :, None]
-        return torch.where(fresh, position, torch.iinfo(torch.int64).min).flatten(1).to(step.device)
+        return torch.where(fresh, position, NEVER).flatten(1).to(step.device)
 
     def _span(self, oldest: Sequence[int], ends: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Pool rows and absolute positions [B, S] of positions oldest..end and the sinks."""
+        """Pool rows and absolute positions [B, S] of the sinks and of positions oldest..end."""
         table = self.table
-        width = max(e - o for o, e in zip(oldest, ends, strict=True))
         index, positions = [], []
         for slot, first, end in zip(self.step.slots, oldest, ends, strict=True):
-            at = torch.arange(first, first + width)
-            if table.sinks:
-                # A sink that also lies in the window must not be counted twice.
-                sinks = torch.arange(table.sinks)
-                at = torch.cat((torch.where(sinks < first, sinks, -1), at))
-            held = (at >= 0) & (at < end)
-            index.append(table.rows(slot, torch.where(held, at, 0)))
-            positions.append(torch.where(held, at, torch.iinfo(torch.int64).max))
+            sinks = torch.arange(min(table.sinks, first))
+            at = torch.cat((sinks, torch.arange(first, end)))
+            index.append(table.rows(slot, at))
+            positions.append(at)
         device = self.step.device
-        return torch.stack(index).to(device), torch.stack(positions).to(device)
+        return (
+            pad_sequence(index, batch_first=True).to(device),
+            pad_sequence(positions, batch_first=True, padding_value=NEVER).to(device),
+        )
 
     def _past_rows(self) -> tuple[Tensor, Tensor]:
         assert self.table.window is not None
@@ -243,7 +245,7 @@ class TableStep:
             mask = row <= at
             if self.table.window is not None:
                 near = row > at - self.table.window
-                mask &= (near | (row < self.table.sinks)) & (row >= 0)
+                mask &= near | (row < self.table.sinks)
             self._mask = mask.unsqueeze(1)
             self._masked = True
         return self._mask
