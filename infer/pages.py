@@ -42,6 +42,8 @@ class PageTable:
         self.pages_per_slot = min(full, self.sink_pages + self.ring)
         self.wraps = self.pages_per_slot < full
         self.n_pages = slots * self.pages_per_slot if pages is None else pages
+        #: Every slot's home range exists, so a batch at home can be read as one view.
+        self.has_homes = self.n_pages == slots * self.pages_per_slot
         self.refs = [0] * self.n_pages
         self.used = 0
         self.tables: list[dict[int, int]] = [{} for _ in range(slots)]

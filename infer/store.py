@@ -56,6 +56,12 @@ class StateStore:
         self.lengths = [0] * max_sequences
         self.oldest = [0] * max_sequences
         self._free_slots = list(range(max_sequences))[::-1]
+        wanted = self.declared_bytes(max_context) * max_sequences
+        if pages is not None:
+            wanted = min(wanted, pages * page_size * sum(s.token_bytes for s in self.specs))
+        require_memory(
+            wanted, self.device, f"the state of {max_sequences} sequences of {max_context} tokens"
+        )
         self.tables: dict[TableKey, PageTable] = {}
         for spec in self.specs:
             if spec.per_token and spec.owner is None and self._key(spec) not in self.tables:
@@ -63,7 +69,6 @@ class StateStore:
                     slots=max_sequences, max_context=max_context, page_size=page_size,
                     window=spec.window, sinks=spec.sinks, lookback=lookback, pages=pages,
                 )  # fmt: skip
-        require_memory(self.pool_bytes, self.device, f"state of {max_sequences} x {max_context}")
         # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.
         self.pools: list[dict[str, Tensor]] = [self._pools(spec) for spec in self.specs]
         self.slots: list[dict[str, Tensor]] = [self._fixed(s, max_sequences) for s in self.specs]
@@ -220,17 +225,6 @@ class StateStore:
             t[0].nbytes for tensors in (*self.slots, *self.history) for t in tensors.values()
         )
         return paged + open_slots * fixed
-
-    @property
-    def pool_bytes(self) -> int:
-        """Bytes of all pools, used or not."""
-        paged = sum(
-            self.tables[self._key(s)].n_pages * self.page_size * s.token_bytes
-            for s in self.specs
-            if s.per_token and s.owner is None
-        )
-        copies = self.lookback + 2 if self.lookback else 1
-        return paged + len(self.lengths) * copies * sum(s.fixed_bytes for s in self.specs)
 
     # -- inside ------------------------------------------------------------------------------
 

@@ -96,7 +96,9 @@ class TableStep:
         self._copies: list[tuple[int, int]] = []
         for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
             self._copies += store.reserve(table, slot, length, count)
-        self.identity = step.adjacent and all(table.at_home[s] for s in step.slots)
+        self.identity = (
+            step.adjacent and table.has_homes and all(table.at_home[s] for s in step.slots)
+        )
         self.end = max(n + c for n, c in zip(step.lengths, step.counts, strict=True))
         self.wrapped = table.wraps and self.end > table.rows_per_slot
         self.sliced = (

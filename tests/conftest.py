@@ -1,0 +1,18 @@
+"""What all tests share: uninitialised memory is NaN, threads are bounded, seeds are fixed."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill every `torch.empty` with NaN, so that reading what was never written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,89 @@
+"""The decode engine: the same tokens however the batch is made up."""
+
+import pytest
+import torch
+
+from archs.errors import UserError
+from archs.registry import HYBRIDS, REGISTRY, ModelSpec
+from eval.conformance import CHECK_SCALE
+from infer.engine import Engine
+from infer.sampling import Sampler, Sampling
+
+ARCHS = [*REGISTRY, *HYBRIDS]
+
+
+def engine_for(arch: str, **options: int) -> Engine:
+    return Engine(ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3), **options)
+
+
+PROMPTS = [[5, 9, 200, 31, 7], [1], list(range(40, 60))]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_generate_batched_equals_alone_and_without_state(arch: str) -> None:
+    engine = engine_for(arch, max_sequences=3, max_context=64, page_size=8)
+    batched = engine.generate(PROMPTS, 12).tokens
+    for prompt, tokens in zip(PROMPTS, batched, strict=True):
+        assert engine.generate([prompt], 12).tokens[0] == tokens
+        assert engine.generate_without_state([prompt], 12).tokens[0] == tokens
+
+
+def test_generate_leaves_nothing_behind_and_counts_its_steps() -> None:
+    engine = engine_for("gqa", max_sequences=3, max_context=64, page_size=8)
+    result = engine.generate(PROMPTS, 7)
+    assert engine.store.allocated_bytes == 0
+    assert len(result.step_ms) == 6
+    assert result.ttft_ms > 0
+    assert result.peak_state_bytes >= engine.store.declared_bytes(26)
+
+
+def test_a_chunked_prefill_gives_the_same_tokens() -> None:
+    whole = engine_for("swa", max_sequences=3, max_context=64)
+    pieces = engine_for("swa", max_sequences=3, max_context=64, prefill_chunk=7)
+    assert whole.generate(PROMPTS, 6).tokens == pieces.generate(PROMPTS, 6).tokens
+
+
+def test_sequences_stop_on_their_own() -> None:
+    engine = engine_for("gqa", max_sequences=3, max_context=64)
+    free = engine.generate(PROMPTS, 10).tokens
+    stop = free[2][4]
+    for got, all_tokens in zip(engine.generate(PROMPTS, 10, stop=stop).tokens, free, strict=True):
+        expected = all_tokens
+        if stop in all_tokens:
+            expected = all_tokens[: all_tokens.index(stop) + 1]
+        assert got == expected
+    assert engine.store.allocated_bytes == 0
+
+
+def test_sampling_is_repeatable_and_follows_its_distribution() -> None:
+    sampling = Sampling(temperature=0.7, top_p=0.8, seed=4)
+    logits = torch.randn(1, 50)
+    p = Sampler(sampling, torch.device("cpu")).probabilities(logits)[0]
+    draws = Sampler(sampling, torch.device("cpu"))(logits.expand(20_000, -1))
+    again = Sampler(sampling, torch.device("cpu"))(logits.expand(20_000, -1))
+    assert torch.equal(draws, again)
+    counts = torch.bincount(draws, minlength=50) / 20_000
+    assert (counts - p).abs().max() < 0.02
+    assert not counts[p == 0].any()
+    full = (logits / 0.7).softmax(-1)[0].sort(descending=True).values
+    kept = int((p > 0).sum())
+    assert full[:kept].sum() >= 0.8 > full[: kept - 1].sum()
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_sampling_rejects_impossible_values(bad: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="must be"):
+        Sampling(**bad)
+
+
+def test_bad_prompts_and_lengths_are_refused() -> None:
+    engine = engine_for("gqa", max_context=16)
+    with pytest.raises(UserError, match="prompt is empty"):
+        engine.generate([[]], 4)
+    with pytest.raises(UserError, match="max_new_tokens=0"):
+        engine.generate([[1]], 0)
+    with pytest.raises(UserError, match="exceeds max_context=16"):
+        engine.generate([[1] * 20], 4)
+    assert engine.store.allocated_bytes == 0
+    with pytest.raises(UserError, match="one length"):
+        engine.generate_without_state([[1], [1, 2]], 4)
