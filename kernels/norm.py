@@ -1,6 +1,112 @@
+"""Norms and gates in as few torch calls as they can be: decode at small sizes is call-bound.
+
+Statistics are float32 (float64 stays), results keep the input's dtype. Where gradients are
+wanted, hand-written backward passes keep only what they must.
+"""
+
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-def rms_norm(x, w, eps): return F.rms_norm(x, w.shape, w, eps)
-def swiglu(gu):
-    g, u = gu.chunk(2, -1)
-    return F.silu(g) * u
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467).
+
+    x: [..., D]; weight: [D]; returns [..., D] in x's dtype.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+    return _normalise(x, eps)[0].mul_(weight)
+
+
+def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x̂ = x / rms in a fresh tensor of x's dtype, and sqrt(D) · rms [..., 1]."""
+    dim = x.shape[-1]
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    # hypot(‖x‖, sqrt(D·eps)) is sqrt(D) · sqrt(mean(x²) + eps) without squaring twice.
+    length = torch.hypot(length, length.new_full((), (dim * eps) ** 0.5))
+    unit = (wide / length).mul_(dim**0.5)
+    return unit if unit.dtype == x.dtype else unit.to(x.dtype), length
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        unit, length = _normalise(x, eps)
+        ctx.save_for_backward(unit, length, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        unit, length, weight = ctx.saved_tensors
+        dim = unit.shape[-1]
+        weight_grad = (grad * unit).flatten(0, -2).sum(0)
+        scaled = (grad * weight).to(length.dtype)
+        along = (scaled * unit).sum(-1, keepdim=True).div_(dim)
+        grad_x = torch.addcmul(scaled, unit.to(length.dtype), along, value=-1).div_(length)
+        return grad_x.mul_(dim**0.5).to(grad.dtype), weight_grad.to(weight.dtype), None
+
+
+def gated_rms_norm(
+    x: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    gate_first: bool,
+    group: int | None = None,
+) -> Tensor:
+    """RMSNorm and a SiLU gate, in either order, over the last dimension or groups of it.
+
+    gate_first: norm(x · silu(gate)) (Mamba-2); else norm(x) · silu(gate) (gated delta, RetNet).
+    x, gate: [..., D]; weight: [D]; group: channels that share one statistic (None: D).
+    """
+    dim = x.shape[-1]
+    if group is not None and dim % group:
+        raise ValueError(f"D={dim} is not divisible by group={group}")
+    if gate_first:
+        x = x * F.silu(gate)
+    if group is None or group == dim:
+        y = rms_norm(x, weight, eps)
+    else:
+        ones = weight.new_ones(group)
+        y = rms_norm(x.unflatten(-1, (-1, group)), ones, eps).flatten(-2) * weight
+    return y if gate_first else y * F.silu(gate)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(Σ x² + eps) over the last dimension."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    unit = wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    return unit.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(first half) · second half. [..., 2F] -> [..., F]."""
+    if torch.is_grad_enabled() and gate_up.requires_grad:
+        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input alone; the activation is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, -1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return out

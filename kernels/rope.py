@@ -1,16 +1,55 @@
+"""Rotary positions (arXiv 2104.09864) on interleaved pairs, as complex multiplication.
+
+Channels (0, 1), (2, 3), … rotate together, as in DeepSeek and GPT-J. Llama's half-split layout is
+the same rotation after permuting each head's channels (`half_to_interleaved`), so weights convert
+exactly. Angles and products are float32.
+"""
+
 import torch
-from functools import lru_cache
-@lru_cache
-def _t(n, dim, theta):
-    f = theta ** (-torch.arange(0, dim, 2).float() / dim)
-    a = torch.outer(torch.arange(n).float(), f)
-    return torch.polar(torch.ones_like(a), a)
-def rope_table(n, dim, theta, device):
-    return _t(1 << (n - 1).bit_length(), dim, theta)
-def apply_rope(x, angles):
-    if angles.dim() == 3: angles = angles[:, None]
-    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * angles).flatten(-2).to(x.dtype)
-def apply_rope_(x, angles):
-    if angles.dim() == 3: angles = angles[:, None]
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(angles)
-    return x
+from torch import Tensor
+
+_TABLES: dict[tuple[int, float, torch.device], Tensor] = {}
+
+
+def rope_table(positions_upto: int, dim: int, theta: float, device: torch.device) -> Tensor:
+    """Unit complex numbers e^{i·p·theta^(-2j/dim)}, complex64 [>= positions_upto, dim/2].
+
+    Kept per (dim, theta, device) and grown by doubling. Raises ValueError when dim is odd.
+    """
+    if dim % 2:
+        raise ValueError(f"dim={dim} is odd; rotary pairs need an even one")
+    key = (dim, theta, torch.device(device))
+    table = _TABLES.get(key)
+    if table is None or table.shape[0] < positions_upto:
+        size = max(256, 1 << (positions_upto - 1).bit_length())
+        # A normal tensor even when first asked for under inference mode: training reuses it.
+        with torch.inference_mode(False), torch.no_grad():
+            frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            angle = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
+            table = torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+        _TABLES[key] = table
+    return table
+
+
+def _for_heads(angles: Tensor) -> Tensor:
+    return angles.unsqueeze(-3) if angles.dim() == 3 else angles
+
+
+def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x [B, H, T, d] by angles [T, d/2] or [1 or B, T, d/2]; differentiable."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * _for_heads(angles)).flatten(-2).to(x.dtype)
+
+
+def apply_rope_(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x [B, H, T, d] in place (it may be a slice); returns x."""
+    if x.dtype == torch.float32:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(_for_heads(angles))
+        return x
+    return x.copy_(apply_rope(x, angles))
+
+
+def half_to_interleaved(dim: int) -> Tensor:
+    """Channel order p with w_interleaved = w_half[p] for one head of `dim` channels, int64 [dim]."""
+    half = torch.arange(dim // 2)
+    return torch.stack((half, half + dim // 2), 1).flatten()

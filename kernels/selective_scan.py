@@ -1,0 +1,179 @@
+"""Mamba's selective scan (S6, arXiv 2312.00752, eq. 2): h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t,
+y_t = C_t · h_t + D x_t.
+
+On a CPU the recurrence itself is one fused multiply-add per token over [B, E, N]; what costs is
+memory. So it runs in short pieces whose decays, inputs and states stay in cache, and backward
+computes each piece again from the state at its start. Δ, A and states are float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Floats of one [piece, B, E, N] buffer: three of them should stay in cache.
+PIECE_FLOATS = 1 << 18
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The scan over T tokens; differentiable.
+
+    x: [B, T, E]; dt: [B, T, E], after softplus; a: [E, N], negative; b, c: [B, T, N]; d: [E];
+    state: [B, E, N] before the first token (None: zeros).
+    Returns y [B, T, E] in x's dtype and the state after the last token.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    start = x.new_zeros(x.shape[0], *a.shape, dtype=wide) if state is None else state.to(wide)
+    args = [t.to(wide) for t in (x, dt, a, b, c)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*args, start)):
+        y, final = _SelectiveScan.apply(*args, start)
+    else:
+        y, final, _ = _scan(*args, start, keep=False)
+    return torch.addcmul(y, args[0], d.to(wide)).to(x.dtype), final
+
+
+def piece_tokens(batch: int, width: int, n: int) -> int:
+    """Tokens of one piece."""
+    return max(4, PIECE_FLOATS // (batch * width * n))
+
+
+def _piece(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decays, inputs and Δ·x of one piece, token first: [t, B, E, N] twice and [t, B, E]."""
+    step = dt[:, rows].transpose(0, 1)
+    fed = step * x[:, rows].transpose(0, 1)
+    decay = (step[..., None] * a).exp_()
+    return decay, fed[..., None] * b[:, rows].transpose(0, 1)[:, :, None], fed
+
+
+def _run(decay: Tensor, states: Tensor, start: Tensor) -> None:
+    """Turn inputs into states, in place."""
+    previous = start
+    for t in range(decay.shape[0]):
+        previous = states[t].addcmul_(decay[t], previous)
+
+
+def _scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    batch, tokens, width = x.shape
+    size = piece_tokens(batch, width, a.shape[1])
+    y = x.new_empty(batch, tokens, width)
+    starts = []
+    for first in range(0, tokens, size):
+        rows = slice(first, min(first + size, tokens))
+        if keep:
+            starts.append(start)
+        decay, states, _ = _piece(x, dt, a, b, rows)
+        _run(decay, states, start)
+        out = states @ c[:, rows].transpose(0, 1)[..., None]
+        y[:, rows] = out.squeeze(-1).transpose(0, 1)
+        start = states[-1].clone()
+    return y, start, starts
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, final, starts = _scan(x, dt, a, b, c, start, keep=True)
+        ctx.save_for_backward(x, dt, a, b, c, *starts)
+        return y, final
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, dt, a, b, c, *starts = ctx.saved_tensors
+        batch, tokens, width = x.shape
+        size = piece_tokens(batch, width, a.shape[1])
+        grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
+        grad_b, grad_c = torch.empty_like(b), torch.empty_like(c)
+        grad_a = torch.zeros_like(a)
+        carried = grad_final.clone()
+        for index in reversed(range(len(starts))):
+            rows = slice(index * size, min((index + 1) * size, tokens))
+            decay, states, fed = _piece(x, dt, a, b, rows)
+            _run(decay, states, starts[index])
+            gy = grad_y[:, rows].transpose(0, 1)
+            grad_c[:, rows] = (gy.unsqueeze(-2) @ states).squeeze(-2).transpose(0, 1)
+            # grad_h[t] = gy_t ⊗ c_t + e^{Δ_{t+1} A} grad_h[t+1]
+            grad_h = gy[..., None] * c[:, rows].transpose(0, 1)[:, :, None]
+            grad_h[-1] += carried
+            for t in range(grad_h.shape[0] - 2, -1, -1):
+                grad_h[t].addcmul_(decay[t + 1], grad_h[t + 1])
+            carried = decay[0] * grad_h[0]
+            bt = b[:, rows].transpose(0, 1)
+            grad_fed = (grad_h @ bt[..., None]).squeeze(-1)
+            grad_b[:, rows] = (fed.unsqueeze(-2) @ grad_h).squeeze(-2).transpose(0, 1)
+            through = decay.mul_(grad_h)
+            through[1:].mul_(states[:-1])
+            through[0].mul_(starts[index])
+            step = dt[:, rows].transpose(0, 1)
+            grad_step = (through * a).sum(-1).addcmul_(grad_fed, x[:, rows].transpose(0, 1))
+            grad_dt[:, rows] = grad_step.transpose(0, 1)
+            grad_x[:, rows] = (grad_fed * step).transpose(0, 1)
+            grad_a += through.mul_(step[..., None]).sum((0, 1))
+        return grad_x, grad_dt, grad_a, grad_b, grad_c, carried
+
+
+def selective_scan_matrix_flops(batch: int, tokens: int, width: int, n: int) -> int:
+    """What torch counts for `selective_scan` forward, exactly: the read-out by C."""
+    return 2 * batch * tokens * width * n
+
+
+def selective_step(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor,
+    state: Tensor,
+    *,
+    each: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrent form for a few tokens; `state` [B, E, N] is updated in place.
+
+    Shapes as `selective_scan`. Returns y [B, K, E] and, when `each`, the states after every token
+    [B, K, E, N].
+    """
+    dtype = state.dtype
+    wide_x, step = x.to(dtype), dt.to(dtype)
+    b, c = b.to(dtype).unsqueeze(-2), c.to(dtype)[..., None]
+    decay = (step[..., None] * a).exp_()
+    fed = (step * wide_x)[..., None]
+    outputs, states = [], []
+    for t in range(x.shape[1]):
+        state.mul_(decay[:, t]).addcmul_(fed[:, t], b[:, t])
+        outputs.append(state @ c[:, t])
+        if each:
+            states.append(state.clone())
+    y = outputs[0] if x.shape[1] == 1 else torch.cat(outputs, -1)
+    y = torch.addcmul(y.transpose(1, 2), wide_x, d.to(dtype))
+    return y.to(x.dtype), torch.stack(states, 1) if each else None
+
+
+def selective_step_matrix_flops(batch: int, tokens: int, width: int, n: int) -> int:
+    """What torch counts for `selective_step`, exactly: the read-out by C."""
+    return 2 * batch * tokens * width * n
+
+
+def selective_scan_ref(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The oracle: float64, one token at a time."""
+    x, dt, a, b, c, d = (t.double() for t in (x, dt, a, b, c, d))
+    h, rows = state.double(), []
+    for t in range(x.shape[1]):
+        h = (dt[:, t, :, None] * a).exp() * h + (dt[:, t] * x[:, t])[..., None] * b[:, t, None]
+        rows.append((h * c[:, t, None]).sum(-1) + d * x[:, t])
+    return torch.stack(rows, 1), h
