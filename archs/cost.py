@@ -51,7 +51,7 @@ class OpCost:
         return self.matrix_flops + self.vector_flops
 
     @property
-    def bytes(self) -> int:  # noqa: A003
+    def bytes(self) -> int:
         """All device-memory traffic."""
         return self.weight_bytes + self.state_read_bytes + self.state_write_bytes
 
@@ -91,7 +91,7 @@ class Cost:
         return sum(op.matrix_flops for op in self.ops)
 
     @property
-    def bytes(self) -> int:  # noqa: A003
+    def bytes(self) -> int:
         """Weights read + state read + state written."""
         return sum(op.bytes for op in self.ops)
 
@@ -122,9 +122,7 @@ def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
     )
 
 
-def attention_cost(
-    spec: StateSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int
-) -> OpCost:
+def attention_cost(spec: StateSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int) -> OpCost:
     """Softmax attention over the rows that `spec` keeps visible, and their traffic.
 
     Matrix FLOPs 2·B·H·K·S·(d_qk + d_v) over S visible rows; about 5 vector FLOPs per score.

@@ -69,6 +69,12 @@ class MultiQueryConfig(AttentionConfig):
         return {**AttentionConfig.defaults(scale), "kv_heads": 1}
 
 
+def rotate(heads: Tensor, angles: Tensor) -> Tensor:
+    """Rotate heads [B, K, h, d] to their positions; in place where no gradient needs them."""
+    turn = apply_rope if heads.requires_grad else apply_rope_
+    return turn(heads.transpose(1, 2), angles).transpose(1, 2)
+
+
 class Attention(Mixer):
     """Causal softmax attention, full or windowed, with any number of KV heads."""
 
@@ -86,22 +92,28 @@ class Attention(Mixer):
         c = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))
         turned = c.n_heads + c.kv_heads
-        if qkv.requires_grad:
-            q_k = apply_rope(qkv[..., :turned, :].transpose(1, 2), angles).transpose(1, 2)
+        q_k = rotate(qkv[..., :turned, :], angles)
+        if q_k.requires_grad:
             q, k = q_k.split((c.n_heads, c.kv_heads), 2)
             return q, torch.stack((k, qkv[..., turned:, :]), 2)
-        apply_rope_(qkv[..., :turned, :].transpose(1, 2), angles)
         return qkv[..., : c.n_heads, :], qkv[..., c.n_heads :, :].unflatten(2, (2, c.kv_heads))
+
+    def _angles(self, x: Tensor) -> Tensor:
+        """Rotary angles of positions 0..T, complex64 [T, d/2]."""
+        c, tokens = self.config, x.shape[1]
+        return rope_table(tokens, c.head_dim, c.rope_theta, x.device)[:tokens]
+
+    def _all(self, kv: Tensor) -> Seen:
+        """A whole sequence's own rows [B, T, 2, G, d] as its tokens may see them."""
+        c, tokens, rows = self.config, kv.shape[1], kv.movedim(1, -2)
+        if c.window is None or tokens <= c.window:
+            return Seen(rows, None, True)
+        return Seen(rows, window_mask(tokens, c.window, c.sinks, kv.device), False)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        c = self.config
-        tokens = x.shape[1]
-        q, kv = self._split(x, rope_table(tokens, c.head_dim, c.rope_theta, x.device)[:tokens])
-        rows = kv.movedim(1, -2)
-        if c.window is None or tokens <= c.window:
-            return self._attend(q, Seen(rows, None, True))
-        return self._attend(q, Seen(rows, window_mask(tokens, c.window, c.sinks, x.device), False))
+        q, kv = self._split(x, self._angles(x))
+        return self._attend(q, self._all(kv))
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
@@ -116,18 +128,15 @@ class Attention(Mixer):
     def state_spec(self) -> StateSpec:
         """K and V of every token, 2·G·d values, within the window."""
         c = self.config
-        kv = TensorSpec(
-            name="kv", shape=(2, c.kv_heads, c.head_dim), dtype=self.qkv.weight.dtype
-        )
+        kv = TensorSpec(name="kv", shape=(2, c.kv_heads, c.head_dim), dtype=self.qkv.weight.dtype)
         return StateSpec(per_token=(kv,), window=c.window, sinks=c.sinks)
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
         c = self.config
-        turned = step.tokens * (c.n_heads + c.kv_heads) * c.head_dim
         return Cost.of(
             linear_cost("q, k, v", self.qkv, step.tokens),
-            OpCost(name="rope", vector_flops=3 * turned),
+            OpCost(name="rope", vector_flops=3 * step.tokens * sum(self.qkv.sizes[:2])),
             attention_cost(
                 self.state_spec(), step, heads=c.n_heads, qk_dim=c.head_dim, v_dim=c.head_dim
             ),

@@ -14,11 +14,18 @@ from typing import Any, NamedTuple
 import torch
 
 from archs.backbone import Model, cast, initialise
+from archs.cla import CrossLayerAttention, CrossLayerConfig
 from archs.errors import UserError, unknown_name
+from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
+from archs.linear import LinearAttention, LinearConfig
+from archs.mamba1 import Mamba1, Mamba1Config
+from archs.mamba2 import Mamba2, Mamba2Config
 from archs.mixer import Mixer, MixerConfig, Place
+from archs.mla import LatentAttention, LatentConfig
 from archs.short_conv import ShortConv
 from archs.sizes import Scale, round_to
+from archs.swa import WindowConfig
 
 
 class Entry(NamedTuple):
@@ -32,6 +39,13 @@ REGISTRY: dict[str, Entry] = {
     "mha": Entry(Attention, AttentionConfig),
     "gqa": Entry(Attention, GroupedConfig),
     "mqa": Entry(Attention, MultiQueryConfig),
+    "swa": Entry(Attention, WindowConfig),
+    "mla": Entry(LatentAttention, LatentConfig),
+    "cla": Entry(CrossLayerAttention, CrossLayerConfig),
+    "linear": Entry(LinearAttention, LinearConfig),
+    "gdn": Entry(GatedDeltaNet, GatedDeltaConfig),
+    "mamba1": Entry(Mamba1, Mamba1Config),
+    "mamba2": Entry(Mamba2, Mamba2Config),
 }
 
 #: Hybrids that suites and tests treat like architectures of their own.
@@ -152,7 +166,9 @@ def _load_file(path: Path) -> Entry:
     if path in _FILES:
         return _FILES[path]
     if not path.is_file():
-        raise UserError(f"architecture file '{path}' does not exist; give a registry name or a file")
+        raise UserError(
+            f"architecture file '{path}' does not exist; give a registry name or a file"
+        )
     module_name = f"decodebench_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:

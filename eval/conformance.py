@@ -51,7 +51,9 @@ class Subject:
         generator = torch.Generator().manual_seed(self.seed * 1000 + seed)
         return torch.randint(self.spec.scale.vocab_size, (batch, length), generator=generator)
 
-    def engine(self, sequences: int, context: int, *, page_size: int = 5, lookback: int = 0) -> Engine:
+    def engine(
+        self, sequences: int, context: int, *, page_size: int = 5, lookback: int = 0
+    ) -> Engine:
         """An engine with awkward page sizes, to meet every boundary."""
         return Engine(
             self.model, max_sequences=sequences, max_context=context, page_size=page_size,

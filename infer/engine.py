@@ -100,9 +100,7 @@ class Engine:
             pieces = [list(p[start : start + chunk]) for p in prompts]
             width = max(len(p) for p in pieces)
             counts = torch.tensor([len(p) for p in pieces], device=self.device)
-            tokens = torch.tensor(
-                [p + [0] * (width - len(p)) for p in pieces], device=self.device
-            )
+            tokens = torch.tensor([p + [0] * (width - len(p)) for p in pieces], device=self.device)
             new = None if all(len(p) == width for p in pieces) else counts
             fresh = self.extend_last(slots, tokens, new)
             ends = counts > 0

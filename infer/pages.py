@@ -91,7 +91,9 @@ class PageTable:
             self._drop_below(slot, max(0, visible) // self.page_size)
         copies = []
         wanted = set(range(oldest // self.page_size, (end - 1) // self.page_size + 1))
-        wanted |= set(range(length // self.page_size, min(self.sink_pages, ceil(end / self.page_size))))
+        wanted |= set(
+            range(length // self.page_size, min(self.sink_pages, ceil(end / self.page_size)))
+        )
         for page in sorted(wanted):
             held = table.get(page)
             if held is None:

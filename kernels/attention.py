@@ -2,8 +2,8 @@
 
 Layout: queries [B, K, H, d]; keys and values [B, G, S, d], G dividing H, each head's rows
 together (the store keeps them so: a decode step then streams memory instead of striding).
-Torch's fused CPU attention does the work where its operands allow it. Groups are packed: the
-H/G query heads that share a key head become rows of one product, so keys are read once.
+Torch's fused CPU attention does the work where its operands allow it. Short steps are packed:
+the H/G query heads that share a key head become rows of one product, so keys are read once.
 """
 
 import math
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+#: Longest step that is packed; beyond it the copies of the mask cost more than keys read again.
+PACK_LIMIT = 8
 
 
 def attention(
@@ -49,21 +52,41 @@ def attention(
         else:
             out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
         return out.reshape(batch, 1, heads, v_dim)
-    q = q.transpose(1, 2)
-    if per_group > 1:
-        k, v = (_repeat_heads(t, per_group) for t in (k, v))
-    width = max(dim, v.shape[-1])
-    if v.shape[-1] != dim:
-        # The fused kernel wants equal widths; zero columns change nothing.
-        q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    out = out if v_dim == width else out[..., :v_dim]
-    return out.transpose(1, 2)
+    # The fused kernel wants equal widths; zero columns change nothing.
+    width = max(dim, v_dim)
+    if dim < width:
+        q, k = F.pad(q, (0, width - dim)), F.pad(k, (0, width - dim))
+    elif v_dim < width:
+        v = F.pad(v, (0, width - v_dim))
+    if new <= PACK_LIMIT and per_group > 1 and not causal:
+        packed = q.unflatten(2, (groups, per_group)).transpose(1, 2).flatten(2, 3)
+        seen = None if mask is None else mask.repeat_interleave(per_group, 2)
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
+        out = out.unflatten(2, (new, per_group)).transpose(1, 2).flatten(2, 3)
+    else:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=mask, is_causal=causal, scale=scale,
+            enable_gqa=per_group > 1,
+        ).transpose(1, 2)  # fmt: skip
+    return out if v_dim == width else out[..., :v_dim]
 
 
-def _repeat_heads(t: Tensor, times: int) -> Tensor:
-    batch, groups, rows, dim = t.shape
-    return t[:, :, None].expand(batch, groups, times, rows, dim).flatten(1, 2)
+def latent_attention(
+    q: Tensor,
+    rows: Tensor,
+    *,
+    v_dim: int,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """`attention` whose values are the first `v_dim` columns of the keys (arXiv 2405.04434).
+
+    q: [B, K, H, d]; rows: [B, G, S, d]; returns [B, K, H, v_dim]. Computes all d columns of the
+    output: the fused kernel then needs no narrower copy, and 2·B·H·K·S·2d FLOPs are counted.
+    """
+    out = attention(q, rows, rows, scale=scale, mask=mask, causal=causal)
+    return out[..., :v_dim]
 
 
 def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -83,9 +106,7 @@ def window_mask(tokens: int, window: int, sinks: int, device: torch.device) -> T
     return (j <= i) & ((j > i - window) | (j < sinks))
 
 
-def attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor
-) -> Tensor:
+def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor) -> Tensor:
     """The oracle: float64, one query head at a time. Shapes as `attention`."""
     per_group = q.shape[2] // k.shape[1]
     heads = []

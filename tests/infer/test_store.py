@@ -189,7 +189,9 @@ ACTIONS = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(actions=ACTIONS, window=st.sampled_from([None, 1, 5, 9]), page_size=st.sampled_from([1, 3, 8]))
+@given(
+    actions=ACTIONS, window=st.sampled_from([None, 1, 5, 9]), page_size=st.sampled_from([1, 3, 8])
+)
 def test_any_history_reads_back_as_a_list_would(
     actions: list[tuple[str, int]], window: int | None, page_size: int
 ) -> None:

@@ -1,0 +1,75 @@
+"""Cross-layer attention (arXiv 2405.12981): neighbouring layers read one layer's keys and values.
+
+Among the layers of this kind, each `group` of neighbours shares the KV of its lowest member.
+That one owns the state; the others hold query and output projections only and neither compute
+nor store keys. Slope of the state: 1/group of `gqa`. Equals `gqa` at group=1.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from archs.errors import UserError
+from archs.gqa import Attention, AttentionConfig, GroupedConfig, rotate
+from archs.layers import Projection
+from archs.mixer import Place, Shared
+from archs.spec import LayerState, StateSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossLayerConfig(GroupedConfig):
+    """`gqa` whose KV serves `group` neighbouring layers."""
+
+    group: int = 2
+
+    def __post_init__(self) -> None:
+        AttentionConfig.__post_init__(self)
+        if self.group < 1:
+            raise UserError(f"group={self.group} must be at least 1 (1: every layer owns its KV)")
+
+
+class CrossLayerAttention(Attention):
+    """Attention over its own keys and values, or over those of the layer `owner`."""
+
+    Config = CrossLayerConfig
+
+    def __init__(self, config: CrossLayerConfig, place: Place) -> None:
+        super().__init__(config, place)
+        rank = place.siblings.index(place.layer)
+        owner = place.siblings[rank - rank % config.group]
+        self.layer = place.layer
+        self.owner = None if owner == place.layer else owner
+        if self.owner is not None:
+            self.qkv = Projection(place.d_model, config.n_heads * config.head_dim)
+
+    def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]. Owners leave their rows in `shared` for the others."""
+        angles = self._angles(x)
+        if self.owner is not None:
+            if shared is None or self.owner not in shared:
+                raise ValueError(
+                    f"layer {self.layer} reads the KV of layer {self.owner}: run that layer "
+                    "first, with the same `shared`"
+                )
+            return self._attend(self._queries(x, angles), shared[self.owner])
+        q, kv = self._split(x, angles)
+        seen = self._all(kv)
+        if shared is not None:
+            shared[self.layer] = seen
+        return self._attend(q, seen)
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: [B, K, D] -> [B, K, D]."""
+        if self.owner is None:
+            return super().extend(x, state)
+        c = self.config
+        q = self._queries(x, state.rope(c.head_dim, c.rope_theta))
+        return self._attend(q, state.seen("kv"))
+
+    def _queries(self, x: Tensor, angles: Tensor) -> Tensor:
+        """[B, K, D] -> rotated queries [B, K, H, d] of a layer without its own KV."""
+        return rotate(self.qkv(x).unflatten(-1, (-1, self.config.head_dim)), angles)
+
+    def state_spec(self) -> StateSpec:
+        """K and V as in `gqa`, owned by the lowest layer of the group."""
+        return replace(super().state_spec(), owner=self.owner)

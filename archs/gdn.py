@@ -1,0 +1,171 @@
+"""Gated DeltaNet (arXiv 2412.06464): a linear-attention state corrected by the delta rule.
+
+Short convolution and SiLU on q, k, v; normalised keys; decay g = -e^{A_log} · softplus(a + dt_bias)
+and strength β = sigmoid(b) per value head; RMSNorm per head, then a SiLU gate. Equals the
+`transformers` implementation in Qwen3-Next.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.layers import Projection
+from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones, masked
+from archs.spec import LayerState, StateSpec, TensorSpec
+from kernels.causal_conv import causal_conv, conv_tail, conv_tails
+from kernels.gdn import gdn_chunk, gdn_chunk_matrix_flops, gdn_step, gdn_step_matrix_flops
+from kernels.norm import gated_rms_norm, l2_norm
+
+if TYPE_CHECKING:
+    from archs.sizes import Scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatedDeltaConfig(MixerConfig):
+    """key_heads heads of key_dim channels; value_heads (a multiple) of value_dim channels."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int = 4
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_divisible("value_heads", self.value_heads, "key_heads", self.key_heads)
+
+    @classmethod
+    def defaults(cls, scale: "Scale") -> dict[str, Any]:
+        """Keys half as wide as the model, values as wide: 4 d² parameters with the gate."""
+        return {
+            "key_heads": scale.n_heads,
+            "value_heads": scale.n_heads,
+            "key_dim": scale.head_dim // 2,
+            "value_dim": scale.head_dim,
+        }
+
+
+class GatedDeltaNet(Mixer):
+    """The gated delta rule with its short convolution, norms and output gate."""
+
+    Config = GatedDeltaConfig
+    delicate = frozenset({"A_log", "dt_bias"})
+
+    def __init__(self, config: GatedDeltaConfig, place: Place) -> None:
+        super().__init__()
+        self.config = config
+        keys = config.key_heads * config.key_dim
+        values = config.value_heads * config.value_dim
+        heads = config.value_heads
+        self.q_k_v_z_b_a = Projection(place.d_model, keys, keys, values, values, heads, heads)
+        self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, config.conv_width))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm_weight = nn.Parameter(torch.empty(config.value_dim))
+        self.out = Projection(values, place.d_model, residual=True)
+
+    def initialisers(self) -> dict[str, Initialiser]:
+        """A ~ U(0.01, 16) and log-uniform step sizes (flash-linear-attention)."""
+        return {
+            "A_log": lambda t, g: fill_log_uniform(t, g, 0.01, 16.0),
+            "dt_bias": fill_dt_bias,
+            "norm_weight": fill_ones,
+        }
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sizes = self.q_k_v_z_b_a.sizes
+        mixed, z, b, a = self.q_k_v_z_b_a(x).split((sum(sizes[:3]), *sizes[3:]), -1)
+        return mixed, z.unflatten(-1, (-1, self.config.value_dim)), b, a
+
+    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolved channels -> q, k normalised [B, K, G, N] and v [B, K, H, P]; q is scaled."""
+        c = self.config
+        keys = c.key_heads * c.key_dim
+        qk, v = mixed.split((2 * keys, mixed.shape[-1] - 2 * keys), -1)
+        q, k = l2_norm(qk.unflatten(-1, (-1, c.key_dim))).chunk(2, 2)
+        return q * c.key_dim**-0.5, k, v.unflatten(-1, (-1, c.value_dim))
+
+    def _gates(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay (float32) and strength, [B, K, H] each."""
+        decay = F.softplus(a.float() + self.dt_bias) * -self.A_log.float().exp()
+        return decay, b.sigmoid()
+
+    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
+        y = gated_rms_norm(y, z, self.norm_weight, self.config.eps, gate_first=False)
+        return self.out(y.flatten(2))
+
+    def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        mixed, z, b, a = self._split(x)
+        decay, beta = self._gates(b, a)
+        y, _ = gdn_chunk(*self._heads(causal_conv(mixed, self.conv_weight)), decay, beta)
+        return self._finish(y, z)
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: [B, K, D] -> [B, K, D]."""
+        mixed, z, b, a = self._split(x)
+        tail = state.get("conv")
+        q, k, v = self._heads(causal_conv(mixed, self.conv_weight, tail=tail))
+        tails = conv_tails(mixed, tail, self.config.conv_width) if state.each else None
+        state.put("conv", conv_tail(mixed, tail, self.config.conv_width, new=state.new), tails)
+        decay, beta = self._gates(b, a)
+        if state.valid is not None:
+            decay, beta = masked(decay, state.valid), masked(beta, state.valid)
+        memory = state.get("memory")
+        each = None
+        if x.shape[1] <= RECURRENT_LIMIT:
+            y, each = gdn_step(q, k, v, decay, beta, memory, each=state.each)
+        else:
+            y, memory = gdn_chunk(q, k, v, decay, beta, memory)
+        state.put("memory", memory, each)
+        return self._finish(y, z)
+
+    def state_spec(self) -> StateSpec:
+        """One key-by-value matrix per value head, and the convolution's tail."""
+        c = self.config
+        tail = TensorSpec(
+            name="conv",
+            shape=(c.conv_width - 1, self.conv_weight.shape[0]),
+            dtype=self.conv_weight.dtype,
+        )
+        memory = TensorSpec(
+            name="memory", shape=(c.value_heads, c.key_dim, c.value_dim), dtype=torch.float32
+        )
+        return StateSpec(fixed=(tail, memory))
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step."""
+        c, spec = self.config, self.state_spec()
+        heads, n, p = c.value_heads, c.key_dim, c.value_dim
+        if step.new_tokens <= RECURRENT_LIMIT:
+            matrix = gdn_step_matrix_flops(step.batch, step.new_tokens, heads, n, p)
+        else:
+            matrix = gdn_chunk_matrix_flops(step.batch, step.new_tokens, heads, c.key_heads, n, p)
+        values = step.tokens * heads * p
+        small = (self.A_log, self.dt_bias, self.norm_weight)
+        return Cost.of(
+            linear_cost("q, k, v, gates", self.q_k_v_z_b_a, step.tokens),
+            OpCost(
+                name="short conv",
+                vector_flops=step.tokens * (2 * self.conv_weight.numel() + 5 * values),
+                weight_bytes=self.conv_weight.nbytes,
+            ),
+            OpCost(
+                name="gated delta rule",
+                matrix_flops=matrix,
+                vector_flops=3 * values * n,
+                state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
+                state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+            ),
+            OpCost(
+                name="norm, gate",
+                vector_flops=9 * values,
+                weight_bytes=sum(t.nbytes for t in small),
+            ),
+            linear_cost("delta out", self.out, step.tokens),
+        )

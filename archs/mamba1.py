@@ -1,0 +1,148 @@
+"""Mamba (arXiv 2312.00752): selective scan with short convolution, softplus step, D skip, gate.
+
+in_proj -> x, z; conv 4 with bias and SiLU on x; x -> (Δ low-rank, B, C); h_t = e^{ΔA} h_{t-1} +
+Δ B x; y = C·h + D x, times silu(z), out. Equals the `transformers` implementation of Mamba.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.layers import Projection
+from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_ones, masked
+from archs.spec import LayerState, StateSpec, TensorSpec
+from kernels.causal_conv import causal_conv, conv_tail, conv_tails
+from kernels.selective_scan import (
+    selective_scan,
+    selective_scan_matrix_flops,
+    selective_step,
+    selective_step_matrix_flops,
+)
+
+if TYPE_CHECKING:
+    from archs.sizes import Scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mamba1Config(MixerConfig):
+    """inner channels, each with state_dim states; the step size has rank dt_rank."""
+
+    inner: int
+    dt_rank: int
+    state_dim: int = 16
+    conv_width: int = 4
+
+    @classmethod
+    def defaults(cls, scale: "Scale") -> dict[str, Any]:
+        """Expansion 2 and rank ⌈d/16⌉, as published."""
+        return {"inner": 2 * scale.d_model, "dt_rank": -(-scale.d_model // 16)}
+
+
+class Mamba1(Mixer):
+    """The Mamba block without its norm and residual."""
+
+    Config = Mamba1Config
+    delicate = frozenset({"A_log", "D", "dt_bias"})
+
+    def __init__(self, config: Mamba1Config, place: Place) -> None:
+        super().__init__()
+        self.config = config
+        inner, rank, n = config.inner, config.dt_rank, config.state_dim
+        self.x_z = Projection(place.d_model, inner, inner)
+        self.conv_weight = nn.Parameter(torch.empty(inner, config.conv_width))
+        self.conv_bias = nn.Parameter(torch.empty(inner))
+        self.dt_b_c = Projection(inner, rank, n, n)
+        self.dt = Projection(rank, inner)
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+        self.A_log = nn.Parameter(torch.empty(inner, n))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.out = Projection(inner, place.d_model, residual=True)
+
+    def initialisers(self) -> dict[str, Initialiser]:
+        """A = -(1…N), D = 1, step sizes log-uniform, their projection U(±R^-0.5)."""
+        bound = self.config.dt_rank**-0.5
+
+        def fill_a(t: Tensor, _: torch.Generator) -> None:
+            t.copy_(torch.arange(1, t.shape[1] + 1, device=t.device).log().expand_as(t))
+
+        return {
+            "A_log": fill_a,
+            "D": fill_ones,
+            "dt_bias": fill_dt_bias,
+            "dt.weight": lambda t, g: t.uniform_(-bound, bound, generator=g),
+        }
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Convolved x [B, K, E] -> Δ (float32) [B, K, E], A [E, N], B, C [B, K, N]."""
+        c = self.config
+        low, b, out = self.dt_b_c(x).split((c.dt_rank, c.state_dim, c.state_dim), -1)
+        dt = F.softplus(self.dt(low).float() + self.dt_bias)
+        return dt, -self.A_log.float().exp(), b, out
+
+    def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
+        """x: [B, T, D] -> [B, T, D]."""
+        x, z = self.x_z(x).chunk(2, -1)
+        x = causal_conv(x, self.conv_weight, self.conv_bias)
+        y, _ = selective_scan(x, *self._inputs(x), self.D)
+        return self.out(y * F.silu(z))
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: [B, K, D] -> [B, K, D]."""
+        raw, z = self.x_z(x).chunk(2, -1)
+        tail = state.get("conv")
+        x = causal_conv(raw, self.conv_weight, self.conv_bias, tail)
+        tails = conv_tails(raw, tail, self.config.conv_width) if state.each else None
+        state.put("conv", conv_tail(raw, tail, self.config.conv_width, new=state.new), tails)
+        dt, a, b, c = self._inputs(x)
+        dt = masked(dt, state.valid)
+        ssm = state.get("ssm")
+        each = None
+        if x.shape[1] <= RECURRENT_LIMIT:
+            y, each = selective_step(x, dt, a, b, c, self.D, ssm, each=state.each)
+        else:
+            y, ssm = selective_scan(x, dt, a, b, c, self.D, ssm)
+        state.put("ssm", ssm, each)
+        return self.out(y.mul_(F.silu(z)))
+
+    def state_spec(self) -> StateSpec:
+        """N states per channel, and the convolution's tail."""
+        c = self.config
+        tail = TensorSpec(
+            name="conv", shape=(c.conv_width - 1, c.inner), dtype=self.conv_weight.dtype
+        )
+        ssm = TensorSpec(name="ssm", shape=(c.inner, c.state_dim), dtype=torch.float32)
+        return StateSpec(fixed=(tail, ssm))
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step."""
+        c, spec = self.config, self.state_spec()
+        count = (
+            selective_step_matrix_flops
+            if step.new_tokens <= RECURRENT_LIMIT
+            else selective_scan_matrix_flops
+        )
+        small = (self.A_log, self.D, self.dt_bias)
+        return Cost.of(
+            linear_cost("x, z", self.x_z, step.tokens),
+            OpCost(
+                name="short conv",
+                vector_flops=step.tokens * c.inner * (2 * c.conv_width + 5),
+                weight_bytes=self.conv_weight.nbytes + self.conv_bias.nbytes,
+            ),
+            linear_cost("Δ, B, C", self.dt_b_c, step.tokens),
+            linear_cost("Δ up", self.dt, step.tokens),
+            OpCost(
+                name="selective scan",
+                matrix_flops=count(step.batch, step.new_tokens, c.inner, c.state_dim),
+                vector_flops=step.tokens * c.inner * (5 * c.state_dim + 12),
+                weight_bytes=sum(t.nbytes for t in small),
+                state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
+                state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+            ),
+            linear_cost("ssm out", self.out, step.tokens),
+        )

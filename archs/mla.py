@@ -1,0 +1,204 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434; as in DeepSeek-V3, 2412.19437).
+
+Keys and values of all heads are projections of one small latent per token, and that latent is
+what the state keeps, beside one rotary key that all heads share. Two forms of the same product:
+
+- expanded: project the latents up to the keys and values of every head, then plain attention;
+- absorbed: (q W_UK) · latent = q · (W_UK latent), so queries go down instead and attention has
+  one KV head, as wide as a state row, whose values are its first `rank` columns.
+
+Decode is absorbed; `absorbs` picks the cheaper one for longer steps. Equals the attention of
+`transformers`' DeepSeek-V3 (interleaved rotary pairs, norms on both latents, none on the key).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
+from archs.errors import UserError
+from archs.gqa import rotate
+from archs.layers import Projection, RMSNorm
+from archs.mixer import Mixer, MixerConfig, Place, Shared
+from archs.spec import LayerState, Seen, StateSpec, TensorSpec
+from kernels.attention import attention, latent_attention
+from kernels.rope import rope_table
+
+if TYPE_CHECKING:
+    from archs.sizes import Scale
+
+#: From this width on queries come from a latent too.
+Q_RANK_FROM_D_MODEL = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentConfig(MixerConfig):
+    """Channels per head: nope_dim without and rope_dim with positions in keys, v_dim in values.
+
+    rank: width of the latent that keys and values come from; q_rank: of the queries' own latent
+    (None: queries come from the input).
+    """
+
+    n_heads: int
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    q_rank: int | None = None
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_heads", "rank", "nope_dim", "rope_dim", "v_dim", "q_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.rope_dim % 2:
+            raise UserError(f"rope_dim={self.rope_dim} is odd; rotary pairs need an even one")
+
+    @classmethod
+    def defaults(cls, scale: "Scale") -> dict[str, Any]:
+        """DeepSeek's ratios: rank 4, rope 1/2, q_rank 12 times a head; rank at most D/2."""
+        dim = scale.head_dim
+        rank = min(scale.d_model // 2, 4 * dim)
+        return {
+            "n_heads": scale.n_heads,
+            "rank": rank,
+            "nope_dim": dim,
+            "rope_dim": dim // 2,
+            "v_dim": dim,
+            "q_rank": 3 * rank if scale.d_model >= Q_RANK_FROM_D_MODEL else None,
+        }
+
+    @property
+    def qk_dim(self) -> int:
+        """Channels of an expanded key."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def row_dim(self) -> int:
+        """Channels of a state row: the latent and the rotary key."""
+        return self.rank + self.rope_dim
+
+    @property
+    def expanded_dim(self) -> int:
+        """Width at which expanded attention computes, narrower operands padded."""
+        return max(self.qk_dim, self.v_dim)
+
+    def absorbs(self, new_tokens: int, rows: int) -> bool:
+        """Whether `new_tokens` over `rows` visible rows, their own included, take fewer FLOPs
+        absorbed: per head, going up costs rank·(nope + v) for each past row, staying down
+        2·(row_dim - expanded_dim) for each pair. Single tokens always do.
+        """
+        up = (rows - new_tokens) * self.rank * (self.nope_dim + self.v_dim)
+        down = 2 * new_tokens * rows * (self.row_dim - self.expanded_dim)
+        return new_tokens == 1 or up > down
+
+
+class LatentAttention(Mixer):
+    """Softmax attention over keys and values that are kept as one latent per token."""
+
+    Config = LatentConfig
+
+    def __init__(self, config: LatentConfig, place: Place) -> None:
+        super().__init__()
+        self.config = c = config
+        heads = c.n_heads
+        query = (heads * c.nope_dim, heads * c.rope_dim)
+        # The rotary key stands right after the rotary queries: one slab, one rotation.
+        if c.q_rank is None:
+            self.down = Projection(place.d_model, *query, c.rope_dim, c.rank)
+            self.q_norm = self.q_up = None
+        else:
+            self.down = Projection(place.d_model, c.q_rank, c.rope_dim, c.rank)
+            self.q_norm = RMSNorm(c.q_rank, eps=1e-6)
+            self.q_up = Projection(c.q_rank, *query)
+        self.kv_norm = RMSNorm(c.rank, eps=1e-6)
+        self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim)
+        self.out = Projection(heads * c.v_dim, place.d_model, residual=True)
+
+    def _down(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, K, D] -> queries [B, K, H, nope] and, rotated, [B, K, H, rope]; state rows
+        [B, K, rank + rope].
+        """
+        c = self.config
+        down = self.down(x)
+        if self.q_norm is None or self.q_up is None:
+            q_nope, to_turn, latent = down.split(
+                (c.n_heads * c.nope_dim, (c.n_heads + 1) * c.rope_dim, c.rank), -1
+            )
+        else:
+            q_latent, k_rope, latent = down.split(self.down.sizes, -1)
+            q_nope, q_rope = self.q_up(self.q_norm(q_latent)).split(self.q_up.sizes, -1)
+            to_turn = torch.cat((q_rope, k_rope), -1)
+        turned = rotate(to_turn.unflatten(-1, (-1, c.rope_dim)), angles)
+        rows = torch.cat((self.kv_norm(latent), turned[..., c.n_heads, :]), -1)
+        return q_nope.unflatten(-1, (c.n_heads, -1)), turned[..., : c.n_heads, :], rows
+
+    def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
+        """x: [B, T, D] -> [B, T, D], expanded."""
+        c, tokens = self.config, x.shape[1]
+        angles = rope_table(tokens, c.rope_dim, c.rope_theta, x.device)[:tokens]
+        q_nope, q_rope, rows = self._down(x, angles)
+        return self._expanded(q_nope, q_rope, Seen(rows, None, True))
+
+    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: [B, K, D] -> [B, K, D]."""
+        c = self.config
+        q_nope, q_rope, rows = self._down(x, state.rope(c.rope_dim, c.rope_theta))
+        seen = state.append("latent", rows)
+        absorbs = c.absorbs(x.shape[1], seen.rows.shape[1])
+        return (self._absorbed if absorbs else self._expanded)(q_nope, q_rope, seen)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, seen: Seen) -> Tensor:
+        c = self.config
+        latent, k_rope = seen.rows.split((c.rank, c.rope_dim), -1)
+        k_nope, v = self.kv_up(latent).split(self.kv_up.sizes, -1)
+        k_nope, v = (t.unflatten(-1, (c.n_heads, -1)) for t in (k_nope, v))
+        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, c.n_heads, -1)), -1)
+        q = torch.cat((q_nope, q_rope), -1)
+        out = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask=seen.mask, causal=seen.causal)
+        return self.out(out.flatten(2))
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, seen: Seen) -> Tensor:
+        c = self.config
+        batch, new = q_nope.shape[:2]
+        up_k, up_v = self.kv_up.weight.split(self.kv_up.sizes)
+        # One matrix product per head, all tokens of the batch as its rows.
+        q_latent = q_nope.flatten(0, 1).transpose(0, 1) @ up_k.unflatten(0, (c.n_heads, -1))
+        q_latent = q_latent.transpose(0, 1).unflatten(0, (batch, new))
+        out = latent_attention(
+            torch.cat((q_latent, q_rope), -1), seen.rows[:, None], v_dim=c.rank,
+            scale=c.qk_dim**-0.5, mask=seen.mask, causal=seen.causal,
+        )  # fmt: skip
+        values = out.flatten(0, 1).transpose(0, 1) @ up_v.unflatten(0, (c.n_heads, -1)).mT
+        return self.out(values.transpose(0, 1).reshape(batch, new, -1))
+
+    def state_spec(self) -> StateSpec:
+        """The latent and the rotary key of every token: rank + rope values for all heads."""
+        c = self.config
+        latent = TensorSpec(name="latent", shape=(c.row_dim,), dtype=self.kv_up.weight.dtype)
+        return StateSpec(per_token=(latent,))
+
+    def cost(self, step: Step) -> Cost:
+        """FLOPs and bytes of one step, in the form that `extend` takes."""
+        c = self.config
+        rows = step.context + step.new_tokens
+        absorbs = c.absorbs(step.new_tokens, rows)
+        norms = [n.weight for n in (self.kv_norm, self.q_norm) if n is not None]
+        query = [] if self.q_up is None else [linear_cost("q up", self.q_up, step.tokens)]
+        name, width = ("absorb k, v up", c.row_dim) if absorbs else ("k, v up", c.expanded_dim)
+        return Cost.of(
+            linear_cost("q, latent down", self.down, step.tokens),
+            OpCost(
+                name="latent norms",
+                vector_flops=4 * step.tokens * sum(w.numel() for w in norms),
+                weight_bytes=sum(w.nbytes for w in norms),
+            ),
+            *query,
+            OpCost(name="rope", vector_flops=3 * step.tokens * (c.n_heads + 1) * c.rope_dim),
+            linear_cost(name, self.kv_up, step.tokens if absorbs else step.batch * rows),
+            attention_cost(self.state_spec(), step, heads=c.n_heads, qk_dim=width, v_dim=width),
+            linear_cost("attention out", self.out, step.tokens),
+        )
