@@ -1,0 +1,94 @@
+"""Byte-level BPE, trained on the corpus with `tokenizers` and cached by its fingerprint.
+
+Every UTF-8 text comes back exactly. Token 0 is <|endoftext|>, the end of each document.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from archs.errors import UserError
+from train.corpus import SEPARATOR, Corpus
+
+#: The 256 bytes and the end of text.
+SMALLEST_VOCAB = 257
+
+
+class Tokenizer:
+    """Text to ids and back."""
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        self._backend = backend
+        self.name = name
+        self.eot_id: int = backend.token_to_id(SEPARATOR)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return int(self._backend.get_vocab_size())
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text, int64 [n]; a separator inside the text is text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several texts."""
+        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(e.ids, dtype=np.int64) for e in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+
+def train_or_load(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer:
+    """The tokenizer of a corpus's training documents; trained once, then read from the cache.
+
+    A cached file that does not parse or has another size is trained again. Raises UserError when
+    `vocab_size` cannot hold the bytes.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise UserError(
+            f"vocab_size={vocab_size} is below {SMALLEST_VOCAB} (256 bytes and end of text); "
+            "raise it"
+        )
+    name = f"bpe{vocab_size}-{corpus.fingerprint[:16]}-{tokenizers.__version__}"
+    path = cache_dir / f"{name}.json"
+    cached = _load(path, vocab_size) if path.exists() else None
+    if cached is None:
+        cached = _train(corpus, vocab_size)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(cached.to_str(), encoding="utf-8")
+        os.replace(temporary, path)
+    return Tokenizer(cached, name)
+
+
+def _load(path: Path, vocab_size: int) -> Backend | None:
+    try:
+        backend = Backend.from_str(path.read_text(encoding="utf-8"))
+    except Exception:
+        # `tokenizers` raises bare Exception on a damaged file; the caller trains it again.
+        return None
+    return backend if backend.get_vocab_size() <= vocab_size else None
+
+
+def _train(corpus: Corpus, vocab_size: int) -> Backend:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus.train, trainer, length=len(corpus.train))
+    # Inside a document the separator is ordinary text: only `eot_id` ends one.
+    backend.encode_special_tokens = True
+    return backend

@@ -1,0 +1,180 @@
+"""Tokens on disk, the order in which they are trained on, and held-out windows to score.
+
+Token files are memory-mapped uint16 or uint32 beside a JSON note of what they hold. A batch is a
+pure function of (seed, step), so every architecture sees the same tokens in the same order and
+a resumed run needs nothing but its step.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archs.errors import UserError
+from train.corpus import Corpus
+from train.tokenizer import Tokenizer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNote:
+    """What a pair of token files holds; checked before they are used again."""
+
+    dtype: str
+    train_tokens: int
+    held_out_offsets: list[int]
+    held_out_bytes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSet:
+    """Memory-mapped tokens. Held-out document i is tokens offsets[i]:offsets[i+1]."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    offsets: tuple[int, ...]
+    document_bytes: tuple[int, ...]
+    eot_id: int
+    vocab_size: int
+    name: str
+
+
+def prepare(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> TokenSet:
+    """Tokenize once; later calls map the cached files. Damaged or foreign ones are rebuilt."""
+    name = tokenizer.name
+    key = hashlib.sha256(f"{corpus.fingerprint}:{name}".encode()).hexdigest()[:16]
+    folder = cache_dir / f"tokens-{key}"
+    note = _valid_note(folder)
+    if note is None:
+        note = _write(corpus, tokenizer, folder)
+    dtype = np.dtype(note.dtype)
+    return TokenSet(
+        train=np.memmap(folder / "train.bin", dtype=dtype, mode="r"),
+        held_out=np.memmap(folder / "held_out.bin", dtype=dtype, mode="r"),
+        offsets=tuple(note.held_out_offsets),
+        document_bytes=tuple(note.held_out_bytes),
+        eot_id=tokenizer.eot_id,
+        vocab_size=tokenizer.vocab_size,
+        name=name,
+    )
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> TokenNote:
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    folder.mkdir(parents=True, exist_ok=True)
+    train = []
+    for ids in tokenizer.encode_batch(corpus.train):
+        train += [ids, np.asarray([tokenizer.eot_id])]
+    held_out = tokenizer.encode_batch(corpus.held_out)
+    offsets = [0, *np.cumsum([len(ids) for ids in held_out]).tolist()]
+    note = TokenNote(
+        dtype=np.dtype(dtype).name,
+        train_tokens=sum(len(ids) for ids in train),
+        held_out_offsets=offsets,
+        held_out_bytes=[len(text.encode()) for text in corpus.held_out],
+    )
+    _replace(folder / "train.bin", np.concatenate(train).astype(dtype).tobytes())
+    _replace(folder / "held_out.bin", np.concatenate(held_out).astype(dtype).tobytes())
+    _replace(folder / "note.json", json.dumps(asdict(note)).encode())
+    return note
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _valid_note(folder: Path) -> TokenNote | None:
+    """The note of complete files, or None when they must be made (again)."""
+    try:
+        note = TokenNote(**json.loads((folder / "note.json").read_text()))
+        size = np.dtype(note.dtype).itemsize
+        whole = (folder / "train.bin").stat().st_size == note.train_tokens * size
+        whole &= (folder / "held_out.bin").stat().st_size == note.held_out_offsets[-1] * size
+    except (OSError, ValueError, TypeError, IndexError):
+        return None
+    return note if whole else None
+
+
+class Batches:
+    """Training batches: windows of the token stream, each once per epoch, shuffled by seed."""
+
+    def __init__(self, tokens: TokenSet, *, batch: int, seq_len: int, seed: int) -> None:
+        self.tokens = tokens
+        self.batch = batch
+        self.seq_len = seq_len
+        self.seed = seed
+        #: One window less than fit, so that each epoch can start at its own offset.
+        self.windows = (len(tokens.train) - 1) // seq_len - 1
+        if self.windows < batch:
+            raise UserError(
+                f"the corpus has {len(tokens.train)} training tokens, too few for a batch of "
+                f"{batch} x {seq_len}; take a larger corpus, a smaller batch or seq_len"
+            )
+        self._order = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        random = np.random.default_rng((self.seed, epoch))
+        return int(random.integers(self.seq_len)), random.permutation(self.windows)
+
+    def epochs_at(self, step: int) -> float:
+        """Passes over the corpus after `step` steps."""
+        return step * self.batch / self.windows
+
+    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and next-token targets of one step, int64 [B, T] each."""
+        rows = []
+        for n in range(step * self.batch, (step + 1) * self.batch):
+            offset, order = self._order(n // self.windows)
+            start = offset + int(order[n % self.windows]) * self.seq_len
+            rows.append(self.tokens.train[start : start + self.seq_len + 1])
+        window = torch.from_numpy(np.stack(rows).astype(np.int64))
+        return window[:, :-1], window[:, 1:]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutBatch:
+    """Windows that never straddle a document; each token is a target exactly once.
+
+    inputs, targets: int64 [B, T], targets IGNORED at padding; document: int64 [B].
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    document: Tensor
+
+
+def held_out_batches(
+    tokens: TokenSet, *, seq_len: int, batch: int, max_tokens: int | None = None
+) -> Iterator[HeldOutBatch]:
+    """Windows of held-out documents; a document's first token is predicted from end of text.
+
+    `max_tokens` takes that many scored tokens, an equal share from the start of each document.
+    """
+    count = len(tokens.offsets) - 1
+    rows: list[tuple[np.ndarray, int]] = []
+    for document in range(count):
+        first, last = tokens.offsets[document : document + 2]
+        limit = last if max_tokens is None else min(last, first + max(1, max_tokens // count))
+        ids = np.concatenate(([tokens.eot_id], tokens.held_out[first:limit])).astype(np.int64)
+        for start in range(0, len(ids) - 1, seq_len):
+            rows.append((ids[start : start + seq_len + 1], document))
+    rows.sort(key=lambda row: -len(row[0]))
+    for at in range(0, len(rows), batch):
+        chosen = rows[at : at + batch]
+        width = len(chosen[0][0]) - 1
+        inputs = torch.full((len(chosen), width), tokens.eot_id, dtype=torch.int64)
+        targets = torch.full((len(chosen), width), IGNORED, dtype=torch.int64)
+        for row, (ids, _) in enumerate(chosen):
+            inputs[row, : len(ids) - 1] = torch.from_numpy(ids[:-1])
+            targets[row, : len(ids) - 1] = torch.from_numpy(ids[1:])
+        yield HeldOutBatch(inputs, targets, torch.tensor([d for _, d in chosen]))
