@@ -83,6 +83,8 @@ class MqarPlan:
     steps: int = 400
     batch: int = 64
     learning_rates: tuple[float, ...] = (0.003, 0.01)
+    seeds: tuple[int, ...] = (0,)
+    eval_every: int = 25
     test_sequences: int = 512
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -128,10 +130,33 @@ class Suite:
             layer_names(arch, 10**6)
 
     @property
+    def scales(self) -> list[str]:
+        """Every scale that the suite names, in order."""
+        named = [d.scale for d in self.decode]
+        return list(dict.fromkeys([*([self.train.scale] if self.train else []), *named]))
+
+    @property
+    def trained_scales(self) -> list[str]:
+        """Scales with real losses."""
+        return [self.train.scale] if self.train else []
+
+    def as_toml(self) -> dict[str, Any]:
+        """The suite as plain values, absent sections left out."""
+        return {k: _plain(v) for k, v in asdict(self).items() if v is not None}
+
+    @property
     def config_hash(self) -> str:
         """Twelve hex digits of everything that determines the suite's cells."""
         text = json.dumps(asdict(self), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    return value
 
 
 def available_suites() -> dict[str, Path]:

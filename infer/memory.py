@@ -7,6 +7,10 @@ import torch
 from archs.errors import UserError
 
 
+class DoesNotFitError(UserError):
+    """A request for more memory than there is."""
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Free memory of a device in bytes; None where the system does not tell."""
     if device.type == "cuda":
@@ -21,10 +25,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def require_memory(wanted_bytes: int, device: torch.device, what: str) -> None:
-    """Raise UserError when `wanted_bytes` for `what` do not fit in the free memory."""
+    """Raise DoesNotFitError when `wanted_bytes` for `what` do not fit in the free memory."""
     free = free_bytes(device)
     if free is not None and wanted_bytes > 0.9 * free:
-        raise UserError(
+        raise DoesNotFitError(
             f"{what} needs {wanted_bytes / 2**30:.2f} GiB but {free / 2**30:.2f} GiB of "
             f"{device.type} memory are free (10 % is kept back); "
             "lower the batch, the context or the scale"

@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = _softmax_dtype(dtype)
         n, classes = targets.shape[0], weight.shape[0]
         head = weight.to(dtype)
-        d_hidden = torch.empty_like(rows_hidden)
+        d_hidden = torch.empty_like(rows_hidden, dtype=wide)
         d_weight = torch.zeros_like(weight, dtype=wide)
         losses = torch.empty(n, dtype=wide, device=hidden.device)
         chunks = _chunks(n, classes, hidden.device)
@@ -79,10 +79,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses[rows] = top - grad.amax(1).log() - picked
                 grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
                 grad = grad.to(dtype)
-                d_hidden[rows] = grad @ head
                 if dtype == wide:
+                    torch.mm(grad, head, out=d_hidden[rows])
                     d_weight.addmm_(grad.t(), x)
                 else:
+                    d_hidden[rows] = grad @ head
                     d_weight += grad.t() @ x
         ctx.save_for_backward(kept, d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype

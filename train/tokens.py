@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from train.corpus import Corpus
 from train.tokenizer import Tokenizer
 
 IGNORED = -100
+Part = Literal["dev", "test"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,18 +155,27 @@ class HeldOutBatch:
     document: Tensor
 
 
+def held_out_documents(tokens: TokenSet, part: Part) -> list[int]:
+    """Every fourth held-out document is for choosing ("dev"), the others for reporting."""
+    count = len(tokens.offsets) - 1
+    if count < 2:
+        return list(range(count))
+    return [d for d in range(count) if (d % 4 == 0) == (part == "dev")]
+
+
 def held_out_batches(
-    tokens: TokenSet, *, seq_len: int, batch: int, max_tokens: int | None = None
+    tokens: TokenSet, *, part: Part, seq_len: int, batch: int, max_tokens: int | None = None
 ) -> Iterator[HeldOutBatch]:
     """Windows of held-out documents; a document's first token is predicted from end of text.
 
     `max_tokens` takes that many scored tokens, an equal share from the start of each document.
     """
-    count = len(tokens.offsets) - 1
+    documents = held_out_documents(tokens, part)
+    share = None if max_tokens is None else max(1, max_tokens // len(documents))
     rows: list[tuple[np.ndarray, int]] = []
-    for document in range(count):
+    for document in documents:
         first, last = tokens.offsets[document : document + 2]
-        limit = last if max_tokens is None else min(last, first + max(1, max_tokens // count))
+        limit = last if share is None else min(last, first + share)
         ids = np.concatenate(([tokens.eot_id], tokens.held_out[first:limit])).astype(np.int64)
         for start in range(0, len(ids) - 1, seq_len):
             rows.append((ids[start : start + seq_len + 1], document))

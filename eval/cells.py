@@ -1,0 +1,385 @@
+"""The cells of a suite: one method trains, asks or times one architecture and returns its rows."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from archs.backbone import Model
+from archs.cost import Step
+from archs.registry import ModelSpec, layer_names
+from archs.sizes import Scale, get_scale
+from eval.decode import (
+    DecodeTiming,
+    agreement_error,
+    agrees,
+    decode_cost,
+    measure_decode,
+    measure_ttft_ms,
+    predicted_decode_ms,
+)
+from eval.hardware import Roofline, measure_roofline
+from eval.progress import Watch
+from eval.quality import Estimate, bits_per_byte, loss_by_position, mqar_accuracy
+from eval.results import About, Cell, Row, Status
+from eval.suite import DecodePlan, MqarPlan, Suite, TrainPlan
+from infer.engine import Engine
+from train.corpus import load_corpus
+from train.loop import StepReport, train
+from train.mqar import MqarBatches, MqarSpec
+from train.recipe import Recipe
+from train.sweep import sweep
+from train.tokenizer import train_or_load
+from train.tokens import Batches, TokenSet, prepare
+
+#: Contexts at which state and intensity are predicted for every scale.
+COST_CONTEXTS = (0, 256, 1024, 4096, 16384)
+SOLVED = 0.99
+
+
+class CellFailure(RuntimeError):
+    """A cell that ended without its figures; `stopped` when only the time budget ended it."""
+
+    def __init__(self, status: Status, about: About, note: str, *, stopped: bool = False) -> None:
+        super().__init__(note)
+        self.status = status
+        self.about = about
+        self.stopped = stopped
+
+
+class Workshop:
+    """What the cells of one run share: corpus, tokens, roofline, device, deadline."""
+
+    def __init__(
+        self, suite: Suite, out: Path, device: torch.device, deadline: float | None
+    ) -> None:
+        self.suite = suite
+        self.out = out
+        self.device = device
+        self.deadline = deadline
+        bf16 = device.type == "cuda"
+        #: Weights in training are float32; what is served on a GPU is bfloat16.
+        self.serving_dtype = torch.bfloat16 if bf16 else torch.float32
+
+    @cached_property
+    def tokens(self) -> TokenSet:
+        """The suite's corpus, tokenized once and cached beside all runs."""
+        plan = self.suite.corpus
+        cache = self.out.parent / ".cache"
+        corpus = load_corpus(plan.spec)
+        tokenizer = train_or_load(corpus, plan.vocab_size, cache)
+        return prepare(corpus, tokenizer, cache)
+
+    @cached_property
+    def roofline(self) -> Roofline:
+        """Copy bandwidth and matrix rate of this machine, measured once per run."""
+        return measure_roofline(self.device, self.serving_dtype)
+
+    def _about(self, arch: str, model: Model, **more: Any) -> About:
+        names = layer_names(arch, len(model.blocks))
+        return About(
+            pattern=" ".join(names),
+            params=sum(p.numel() for p in model.parameters()),
+            dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
+            **more,
+        )
+
+    def _spec(self, arch: str, scale: Scale, extra: Mapping[str, Any] | None = None) -> ModelSpec:
+        names = set(layer_names(arch, scale.n_layers))
+        wanted = {**self.suite.overrides, **(extra or {})}
+        overrides = {name: options for name, options in wanted.items() if name in names}
+        return ModelSpec(arch=arch, scale=scale, overrides=overrides)
+
+    # -- machine and prediction ----------------------------------------------------------------
+
+    def hardware(self, watch: Watch) -> tuple[About, list[Row]]:
+        """The measured roofline of this machine."""
+        r = self.roofline
+        about = About(dtype=str(r.dtype).removeprefix("torch."))
+        return about, [
+            Row(measure="copy_bytes_per_s", value=r.copy_bytes_per_s),
+            Row(measure="matrix_flops_per_s", value=r.matrix_flops_per_s),
+            Row(measure="ridge_flop_per_byte", value=r.ridge_flop_per_byte),
+        ]
+
+    def cost(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
+        """State and intensity from the declarations alone."""
+        model = self._spec(cell.arch, get_scale(cell.scale)).outline(self.serving_dtype)
+        specs = model.state_specs()
+        rows = [
+            Row(measure="state_bytes_per_token", value=sum(s.bytes_per_token for s in specs)),
+            Row(measure="state_bytes_fixed", value=sum(s.fixed_bytes for s in specs)),
+            Row(measure="mlp_hidden", value=model.hidden),
+        ]
+        for context in COST_CONTEXTS:
+            step = model.cost(Step(1, 1, context))
+            at = {"batch": 1, "context": context}
+            rows += [
+                Row(measure="state_bytes", value=model.state_bytes(context), **at),
+                Row(measure="weight_bytes", value=step.weight_bytes, **at),
+                Row(measure="step_bytes", value=step.bytes, **at),
+                Row(measure="step_flops", value=step.flops, **at),
+                Row(measure="arith_intensity_pred", value=step.intensity_flop_per_byte, **at),
+            ]
+            if context:
+                prefill = model.cost(Step(1, context, 0)).intensity_flop_per_byte
+                rows.append(Row(measure="prefill_intensity_pred", value=prefill, **at))
+        return self._about(cell.arch, model), rows
+
+    # -- training and quality ------------------------------------------------------------------
+
+    def train(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
+        """Sweep, train, then score held-out text."""
+        plan = self.suite.train
+        assert plan is not None
+        tokens = self.tokens
+        scale = replace(
+            get_scale(plan.scale), seq_len=plan.seq_len, vocab_size=tokens.vocab_size
+        )
+        spec = self._spec(cell.arch, scale)
+        model = spec.build(seed=cell.seed, device=str(self.device))
+        about = self._about(
+            cell.arch, model, corpus=self.suite.corpus.spec,
+            tokens=plan.steps * plan.batch * plan.seq_len,
+        )  # fmt: skip
+        data = Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=cell.seed)
+        rows: list[Row] = []
+        rate = plan.learning_rates[0]
+        if len(plan.learning_rates) > 1:
+            rate = self._best_rate(cell.arch, spec, plan, watch, about, rows)
+        result = train(
+            model, data, self._recipe(plan, rate, cell.seed), self._folder(cell),
+            spec=spec, data_fingerprint=tokens.name, deadline=self.deadline,
+            progress=_reporter(watch),
+        )  # fmt: skip
+        if result.status != "ok":
+            raise CellFailure(
+                Status.NAN, about, f"training {result.status} at step {result.steps}",
+                stopped=result.status == "stopped",
+            )  # fmt: skip
+        rows += [
+            Row(measure="train_loss", value=result.train_loss_nats),
+            Row(measure="train_tok_per_s", value=result.tok_per_s),
+            Row(measure="train_s", value=result.seconds),
+            Row(measure="learning_rate", value=rate),
+        ]
+        return about, rows + self._quality(model.eval(), plan)
+
+    def _recipe(self, plan: TrainPlan, rate: float, seed: int) -> Recipe:
+        return Recipe.from_dict(
+            {
+                "steps": plan.steps, "batch": plan.batch, "seq_len": plan.seq_len,
+                "optimizer": plan.optimizer, "schedule": plan.schedule,
+                "grad_accum": plan.grad_accum, "autocast": plan.autocast,
+                "checkpoint_every": plan.checkpoint_every, "learning_rate": rate,
+                "learning_rates": list(plan.learning_rates), "seed": seed,
+            }
+        )  # fmt: skip
+
+    def _best_rate(
+        self, arch: str, spec: ModelSpec, plan: TrainPlan, watch: Watch, about: About,
+        rows: list[Row],
+    ) -> float:  # fmt: skip
+        """The sweep's best rate on development documents, with its curve as rows."""
+        seed = plan.seeds[0]
+        data = Batches(self.tokens, batch=plan.batch, seq_len=plan.seq_len, seed=seed)
+        found = sweep(
+            lambda: spec.build(seed=seed, device=str(self.device)),
+            data, self._recipe(plan, plan.learning_rates[0], seed),
+            lambda model: self._dev_score(model, plan), self._folder_of(arch, "sweep"),
+            spec=spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
+            progress=_reporter(watch), deadline=self.deadline,
+        )  # fmt: skip
+        if not found.complete:
+            raise CellFailure(Status.ERROR, about, "stopped in the sweep", stopped=True)
+        if found.best is None:
+            raise CellFailure(Status.NAN, about, "every learning rate of the sweep failed")
+        for point in found.curve:
+            note = f"learning_rate={point.learning_rate:g}"
+            if found.edge and point.learning_rate == found.best:
+                note += f", best and {found.edge} of the sweep"
+            rows.append(Row(measure="sweep_score", value=point.score, note=note))
+        return found.best
+
+    def _dev_score(self, model: Model, plan: TrainPlan) -> float:
+        quality = self.suite.quality
+        limit = None if quality is None else quality.max_tokens
+        return bits_per_byte(
+            model, self.tokens, part="dev", seq_len=plan.seq_len, max_tokens=limit
+        ).value
+
+    def _quality(self, model: Model, plan: TrainPlan) -> list[Row]:
+        quality = self.suite.quality
+        if quality is None:
+            return []
+        whole = bits_per_byte(
+            model, self.tokens, part="test", seq_len=plan.seq_len, max_tokens=quality.max_tokens
+        )
+        rows = [_estimate("bits_per_byte", whole, context=plan.seq_len)]
+        reach = plan.seq_len * quality.reach
+        curve = loss_by_position(
+            model, self.tokens, part="test", reach=reach, max_tokens=quality.max_tokens
+        )
+        for position, loss in curve.items():
+            rows.append(_estimate("loss_at_position", loss, position=position))
+        return rows
+
+    def mqar(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
+        """Recall, trained until it is solved or the steps end, at each rate until one solves it."""
+        plan = self.suite.mqar
+        assert plan is not None
+        spec = self._mqar_spec(cell.arch, plan)
+        task = MqarSpec(vocab=plan.vocab, seq_len=plan.seq_len, pairs=plan.pairs)
+        data = MqarBatches(task, plan.batch, cell.seed)
+        best: tuple[Estimate, int, float] | None = None
+        about = self._about(cell.arch, spec.outline(), corpus="mqar")
+        for rate in plan.learning_rates:
+            model = spec.build(seed=cell.seed, device=str(self.device))
+            recipe = Recipe(
+                steps=plan.steps, batch=plan.batch, seq_len=plan.seq_len, learning_rate=rate,
+                weight_decay=0.1, eval_every=plan.eval_every, checkpoint_every=0, seed=cell.seed,
+                warmup=0.1, log_every=plan.eval_every,
+            )  # fmt: skip
+            result = train(
+                model, data, recipe, self._folder(cell) / f"lr_{rate:g}", spec=spec,
+                data_fingerprint=str(task), deadline=self.deadline, progress=_reporter(watch),
+                eval_fn=lambda m: {
+                    "accuracy": mqar_accuracy(m, task, sequences=128, seed=cell.seed + 1).value
+                },
+                enough=lambda found: found.get("accuracy", 0.0) >= SOLVED + 0.003,
+            )  # fmt: skip
+            if result.status == "stopped":
+                raise CellFailure(Status.ERROR, about, "stopped", stopped=True)
+            if result.status != "ok":
+                continue
+            accuracy = mqar_accuracy(
+                model.eval(), task, sequences=plan.test_sequences, seed=cell.seed
+            )
+            if best is None or accuracy.value > best[0].value:
+                best = accuracy, result.steps, rate
+            if accuracy.value >= SOLVED:
+                break
+        if best is None:
+            raise CellFailure(Status.NAN, about, "training failed at every learning rate")
+        accuracy, steps, rate = best
+        about = replace(about, tokens=steps * plan.batch * plan.seq_len)
+        rows = [
+            _estimate("mqar_accuracy", accuracy, context=plan.seq_len),
+            Row(measure="learning_rate", value=rate),
+        ]
+        if accuracy.value >= SOLVED:
+            rows.append(Row(measure="mqar_steps_to_99", value=steps))
+        return about, rows
+
+    def _mqar_spec(self, arch: str, plan: MqarPlan) -> ModelSpec:
+        """Two layers (a hybrid: one period of its pattern), no MLP, one short conv for all."""
+        period = sum(int(n) for n in arch.rpartition("=")[2].split(":")) if "=" in arch else 1
+        scale = Scale(
+            name="mqar", d_model=plan.d_model, n_layers=max(plan.n_layers, period),
+            head_dim=plan.head_dim, vocab_size=plan.vocab, seq_len=plan.seq_len,
+            window=plan.window,
+        )  # fmt: skip
+        spec = self._spec(arch, scale, plan.overrides)
+        return replace(spec, hidden=0, short_conv=plan.short_conv)
+
+    # -- serving ---------------------------------------------------------------------------------
+
+    def decode(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
+        """Correctness first, then decode steps over contexts, prefill, and the no-state baseline."""
+        plan = self.suite.decode[cell.section]
+        spec = self._spec(cell.arch, get_scale(plan.scale))
+        model = spec.build(device=str(self.device), dtype=self.serving_dtype).eval()
+        about = self._about(cell.arch, model)
+        error = agreement_error(model)
+        if not agrees(error, self.serving_dtype):
+            note = f"extend differs from forward by {error:.1e} (relative); latencies withheld"
+            raise CellFailure(Status.INCORRECT, about, note)
+        watch.at(0.1, "correct")
+        rows = [Row(measure="agreement_error", value=error)]
+        timings = measure_decode(
+            model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps
+        )
+        for timing in timings:
+            rows += self._timing_rows(model, timing)
+        watch.at(0.7, f"{1e3 * cell.batch / timings[0].tpot_ms:.0f} tok/s")
+        if plan.prompt:
+            warmup_ms, times = measure_ttft_ms(model, batch=cell.batch, prompt=plan.prompt)
+            rows += [
+                _median("ttft_ms", times, batch=cell.batch, context=plan.prompt),
+                Row(measure="compile_s", value=warmup_ms / 1e3, batch=cell.batch,
+                    context=plan.prompt),
+            ]  # fmt: skip
+        if plan.no_cache:
+            rows += self._baseline_rows(model, plan, cell.batch)
+        return about, rows
+
+    def _timing_rows(self, model: Model, timing: DecodeTiming) -> list[Row]:
+        at = {"batch": timing.batch, "context": timing.context}
+        cost = decode_cost(model, timing.batch, timing.context)
+        n = len(timing.step_ms)
+        tpot = timing.percentile_ms(50)
+        moved_per_s = cost.bytes / (tpot / 1e3)
+        done_per_s = cost.flops / (tpot / 1e3)
+        half = [timing.percentile_ms(q) for q in (2.5, 97.5)]
+        per_user = 1e3 / tpot
+        return [
+            Row(measure="tpot_ms", value=timing.tpot_ms, low=half[0], high=half[1], n=n, **at),
+            Row(measure="tpot_p50_ms", value=tpot, n=n, **at),
+            Row(measure="tpot_p99_ms", value=timing.percentile_ms(99), n=n, **at),
+            Row(measure="output_tok_per_s", value=timing.batch * per_user, n=n, **at),
+            Row(measure="output_tok_per_s_per_user", value=per_user, n=n, **at),
+            Row(measure="tpot_pred_ms", value=predicted_decode_ms(cost, self.roofline), **at),
+            Row(measure="mbu", value=moved_per_s / self.roofline.copy_bytes_per_s, **at),
+            Row(measure="mfu", value=done_per_s / self.roofline.matrix_flops_per_s, **at),
+            Row(measure="step_bytes", value=cost.bytes, **at),
+            Row(measure="step_flops", value=cost.flops, **at),
+            Row(measure="arith_intensity_pred", value=cost.intensity_flop_per_byte, **at),
+            Row(measure="peak_state_bytes", value=timing.peak_state_bytes, **at),
+        ]
+
+    def _baseline_rows(self, model: Model, plan: DecodePlan, batch: int) -> list[Row]:
+        """The same tokens with and without state, from a prompt of plan.prompt or 64 tokens."""
+        length = plan.prompt or 64
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(model.vocab_size, (batch, length), generator=generator).tolist()
+        engine = Engine(model, max_sequences=batch, max_context=length + plan.no_cache)
+        kept = engine.generate(ids, plan.no_cache)
+        bare = engine.generate_without_state(ids, plan.no_cache)
+        at = {"batch": batch, "context": length}
+        return [
+            _median("cached_tpot_ms", kept.step_ms, **at),
+            _median("nocache_tpot_ms", bare.step_ms, **at),
+        ]
+
+    def _folder(self, cell: Cell) -> Path:
+        return self._folder_of(cell.arch, f"{cell.stage}-{cell.scale}-seed{cell.seed}")
+
+    def _folder_of(self, arch: str, name: str) -> Path:
+        plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
+        return self.out / "cells" / plain / name
+
+
+def _reporter(watch: Watch) -> Callable[[StepReport], None]:
+    def show(report: StepReport) -> None:
+        rate = f"{report.tok_per_s:,.0f} tok/s, loss {report.train_loss_nats:.2f}"
+        watch.at(report.step / report.steps, rate)
+
+    return show
+
+
+def _estimate(measure: str, found: Estimate, **at: int) -> Row:
+    return Row(
+        measure=measure, value=found.value, low=found.low, high=found.high, n=found.n, **at
+    )
+
+
+def _median(measure: str, times: list[float], **at: int) -> Row:
+    ordered = sorted(times)
+    return Row(
+        measure=measure, value=ordered[len(ordered) // 2], low=ordered[0], high=ordered[-1],
+        n=len(ordered), **at,
+    )  # fmt: skip
+

@@ -1,0 +1,338 @@
+"""The wide table: one architecture a row, every column saying at which scale it was taken.
+
+`bits_per_byte@tiny` and `tpot_ms@70m/b1/c4096` are columns; `:low`, `:high` (95 % interval), `:n`
+(seeds averaged) and `:status` (of cells that failed) stand beside them. Whatever else varies
+within a measure (dtype, backend, hardware, corpus, tokens, stage) joins the name, so that unlike
+figures are never averaged: only seeds are. Curves stay in the long table.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+
+from archs.errors import UserError
+from eval.families import families_of
+from eval.measures import MEASURES
+from eval.results import CELL_FAILED, load_long
+from eval.seeds import over_seeds
+
+#: What else can tell two figures of one measure and scale apart, in the order of the name.
+QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens")
+#: Measures with several figures in one cell; they stay in the long table.
+CURVES = ("loss_at_position", "sweep_score")
+#: What makes two rows of one measure and position the same figure.
+IDENTITY = ("arch", "scale", "seed", "batch", "context", *QUALIFIERS)
+#: What is run as one, so that its failure is known by these.
+CELL = ("arch", "stage", "scale", "seed", "batch", "hardware")
+#: Provenance kept per scale, and per row.
+BY_SCALE = ("params", "tokens")
+BY_ROW = (
+    "seed", "corpus", "dtype", "kernel_backend", "hardware", "driver", "torch", "triton",
+    "commit", "config_hash", "started_at", "run",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The name of a figure's column, taken apart."""
+
+    measure: str
+    scale: str
+    batch: int | None = None
+    context: int | None = None
+    extra: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        batch = [] if self.batch is None else [f"b{self.batch}"]
+        context = [] if self.context is None else [f"c{self.context}"]
+        return f"{self.measure}@" + "/".join([self.scale, *batch, *context, *self.extra])
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        """The column of that name; None where it holds no figure of a known measure."""
+        measure, _, where = name.partition("@")
+        if measure not in MEASURES or ":" in where:
+            return None
+        found = re.fullmatch(r"([^/]*)(?:/b(\d+))?(?:/c(\d+))?(?:/(.*))?", where)
+        if found is None:
+            return None
+        scale, batch, context, extra = found.groups()
+        return cls(
+            measure,
+            scale,
+            int(batch) if batch else None,
+            int(context) if context else None,
+            tuple(extra.split("/")) if extra else (),
+        )
+
+
+def merge(paths: Iterable[Path]) -> pd.DataFrame:
+    """The long tables of run folders or CSV files as one tidy table, with a `run` column.
+
+    The same figure in several runs is taken from the last of them. Raises UserError.
+    """
+    files = [path / "results.csv" if path.is_dir() else path for path in paths]
+    if not files:
+        raise UserError("no runs to merge; name at least one run folder or results.csv")
+    names = [f.parent.name if f.name == "results.csv" else f.stem for f in files]
+    tables = [
+        load_long(file).assign(run=name if names.count(name) == 1 else str(file.parent))
+        for file, name in zip(files, names, strict=True)
+    ]
+    return tidy(pd.concat(tables, ignore_index=True))
+
+
+def tidy(long: pd.DataFrame) -> pd.DataFrame:
+    """The long table as it is read from here on; tidying twice changes nothing.
+
+    Counts that play no part are missing instead of 0, a stage has no number, each figure stands
+    once (the last one written), and a failure goes where the same cell succeeded later.
+    """
+    long = long.copy()
+    for name in ("batch", "context", "tokens", "params", "position"):
+        long[name] = pd.to_numeric(long[name]).astype("Int64")
+        long[name] = long[name].mask(long[name] == 0)
+    long["stage"] = long["stage"].str.rstrip("0123456789")
+    # Points of a learning-rate sweep differ in their note alone.
+    same = long.assign(note=long["note"].where(long["status"] == "ok", ""))
+    same = same[[*IDENTITY, "measure", "position", "note"]]
+    long = long[~same.duplicated(keep="last")]
+    failed = long["measure"] == CELL_FAILED
+    cell = pd.Series(list(zip(*(long[c].astype(str) for c in CELL), strict=True)), long.index)
+    last_good = dict(zip(cell[~failed], long.index[~failed], strict=True))
+    stale = [
+        f and last_good.get(c, -1) > i for i, c, f in zip(long.index, cell, failed, strict=True)
+    ]
+    return long[~pd.Series(stale, long.index, dtype=bool)].reset_index(drop=True)
+
+
+def wide(long: pd.DataFrame) -> pd.DataFrame:
+    """The leaderboard of a long table, unranked, architectures in the order of the table."""
+    long = tidy(long)
+    rows = long[(long["arch"] != "") & ~long["measure"].isin(CURVES)]
+    if rows.empty:
+        raise UserError("the results hold no architecture yet; run `decodebench run` first")
+    table = pd.DataFrame({"arch": list(dict.fromkeys(rows["arch"]))}).set_index("arch")
+    families = families_of(long)
+    table["family"] = [families[arch] for arch in table.index]
+    by_arch = rows.groupby("arch", sort=False)
+    table["pattern"] = by_arch["pattern"].agg(_joined)
+    table["status"] = by_arch["status"].agg(_outcome)
+    figures = rows[rows["measure"] != CELL_FAILED]
+    figures = figures.assign(column=_names(figures))
+    summary = over_seeds(figures, ["arch", "column"])
+    order = {name: place for place, name in enumerate(MEASURES)}
+    columns = sorted(dict.fromkeys(figures["column"]), key=lambda c: order[c.partition("@")[0]])
+    parts: dict[str, pd.Series[Any]] = {}
+    for column in columns:
+        found = summary[summary["column"] == column].set_index("arch")
+        parts[column] = found["value"]
+        if found["low"].notna().any():
+            parts |= {f"{column}:low": found["low"], f"{column}:high": found["high"]}
+        if (found["n"] > 1).any():
+            parts[f"{column}:n"] = found["n"].astype("Int64")
+        status = found["status"].reindex(table.index)
+        status = status.fillna(_failures(rows, figures[figures["column"] == column]))
+        if (status.fillna("ok") != "ok").any():
+            parts[f"{column}:status"] = status
+    for name in BY_SCALE:
+        for scale, group in rows[rows[name].notna()].groupby("scale", sort=False):
+            parts[f"{name}@{scale}"] = group.groupby("arch")[name].agg(_joined)
+    for name in BY_ROW:
+        if name in rows:
+            parts[name] = by_arch[name].agg(_joined)
+    return pd.concat([table, pd.DataFrame(parts, index=table.index)], axis=1).reset_index()
+
+
+def _failures(rows: pd.DataFrame, figures: pd.DataFrame) -> "pd.Series[Any]":
+    """By architecture, the status of failed cells that should have held these figures."""
+    one = figures.iloc[0]
+    same = rows[(rows["measure"] == CELL_FAILED) & (rows["scale"] == one["scale"])]
+    # Quality is asked inside the training cell: any cell of that scale without a batch.
+    batch = same["batch"].isna() if pd.isna(one["batch"]) else same["batch"] == one["batch"]
+    same = same[batch.fillna(False).astype(bool)]
+    stages = set(figures["stage"])
+    same = same[same["stage"].isin(stages | ({"train"} if "quality" in stages else set()))]
+    return same.groupby("arch")["status"].last()
+
+
+def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
+    """The table sorted by quality, with a leading `rank` column that intervals decide.
+
+    by: a column; by default the `bits_per_byte` column that most architectures have. Entry A is
+    ahead of B only where A's whole interval is better; an entry's rank runs from one more than
+    those ahead of it to all but those behind it ("1–3"). A figure without interval is sorted but
+    has no rank. Raises UserError where `by` is no figure of the table.
+    """
+    by = by or quality_column(table)
+    if by is None:
+        return table.assign(rank="").set_index("rank").reset_index()
+    column = Column.parse(by)
+    if column is None or by not in table:
+        known = ", ".join(str(c) for c in figure_columns(table))
+        raise UserError(f"'{by}' is not a figure to rank by; available: {known}")
+    sign = -1.0 if MEASURES[column.measure].better == "higher" else 1.0
+    table = table.sort_values(by, ascending=sign > 0, na_position="last", kind="stable")
+    if f"{by}:low" not in table:
+        return table.assign(rank="").set_index("rank").reset_index()
+    ends = sign * table[[f"{by}:low", f"{by}:high"]]
+    best, worst = ends.min(axis=1), ends.max(axis=1)
+    ranks = []
+    for low, high in zip(best, worst, strict=True):
+        first = 1 + int((worst < low).sum())
+        last = int(best.notna().sum()) - int((best > high).sum())
+        ranks.append("" if isnan(low) else str(first) if first == last else f"{first}–{last}")
+    return table.assign(rank=ranks).set_index("rank").reset_index()
+
+
+def quality_column(table: pd.DataFrame) -> str | None:
+    """The column that ranks: bits per byte at the scale that most architectures have."""
+    return fullest(table, "bits_per_byte")
+
+
+def fullest(table: pd.DataFrame, measure: str) -> str | None:
+    """The column of a measure that most architectures have; the last of several such."""
+    columns = [str(c) for c in figure_columns(table) if c.measure == measure]
+    return max(reversed(columns), key=lambda c: int(table[c].notna().sum()), default=None)
+
+
+def figure_columns(table: pd.DataFrame) -> list[Column]:
+    """The columns that hold figures, in the table's order."""
+    return [parsed for name in table.columns if (parsed := Column.parse(str(name)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """A column of the short leaderboard: what to print of which figure, scaled how."""
+
+    title: str
+    column: str
+    factor: float
+    digits: int
+
+    @property
+    def where(self) -> str:
+        """Scale, batch and context of the figure."""
+        return self.column.partition("@")[2].replace("/", " ")
+
+    def text(self, row: "pd.Series[Any]") -> str:
+        """The figure of a row with its interval's half width, or why there is none."""
+        value, status = row[self.column], row.get(f"{self.column}:status")
+        if not isinstance(value, float) or isnan(value):
+            return status if isinstance(status, str) else "–"
+        low, high = row.get(f"{self.column}:low"), row.get(f"{self.column}:high")
+        text = _number(value * self.factor, self.digits)
+        spread = self.column.partition("@")[0] in ("bits_per_byte", "mqar_accuracy")
+        if not spread or not isinstance(low, float) or not isinstance(high, float) or isnan(low):
+            return text
+        return f"{text} ±{_number((high - low) / 2 * self.factor, self.digits)}"
+
+
+def headlines(table: pd.DataFrame) -> list[Headline]:
+    """The few figures that a ranked table shows: quality, recall, state, latency, throughput.
+
+    Latency is that of the smallest batch at the shortest and the longest context of the scale
+    that most architectures were timed at (the largest of several such); throughput that of the
+    largest batch. What was not measured is left out.
+    """
+    parsed = figure_columns(table)
+    timed = [c for c in parsed if c.measure == "tpot_ms"]
+    chosen: list[tuple[str, str | None, float, int]] = [
+        ("bits/byte", quality_column(table), 1, 3),
+        ("MQAR %", fullest(table, "mqar_accuracy"), 100, 1),
+    ]
+    home = _home(table, timed) or _home(table, [c for c in parsed if "state" in c.measure])
+
+    def best(measure: str, *, most_users: bool = False, longest: bool = False) -> str | None:
+        found = [c for c in parsed if c.measure == measure and c.scale == home]
+        users = {c.batch or 0 for c in found}
+        batch = max(users, default=0) if most_users else min(users, default=0)
+        found = [c for c in found if (c.batch or 0) == batch]
+        found.sort(key=lambda c: c.context or 0, reverse=longest)
+        return str(found[0]) if found else None
+
+    short, long = best("tpot_ms"), best("tpot_ms", longest=True)
+    chosen += [
+        ("state kB/token", best("state_bytes_per_token"), 1e-3, 2),
+        ("+ fixed kB", best("state_bytes_fixed"), 1e-3, 0),
+        ("TPOT ms", short, 1, 2),
+        ("TPOT ms", long if long != short else None, 1, 2),
+        ("token/s", best("output_tok_per_s", most_users=True), 1, 0),
+        ("MBU %", best("mbu", longest=True), 100, 0),
+    ]
+    return [Headline(t, column, f, d) for t, column, f, d in chosen if column is not None]
+
+
+def to_table(table: pd.DataFrame) -> Table:
+    """The short ranked leaderboard for a terminal of about 120 columns."""
+    ranked = table if "rank" in table else rank(table)
+    shown = headlines(ranked)
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    drawn.add_column("rank", justify="right", no_wrap=True)
+    drawn.add_column("arch", no_wrap=True)
+    for headline in shown:
+        title = f"{headline.title}\n[dim]{headline.where}[/dim]"
+        drawn.add_column(title, justify="right", no_wrap=True)
+    drawn.add_column("status")
+    for _, row in ranked.iterrows():
+        figures = [headline.text(row) for headline in shown]
+        drawn.add_row(str(row["rank"]) or "–", str(row["arch"]), *figures, str(row["status"]))
+    return drawn
+
+
+def _names(rows: pd.DataFrame) -> "pd.Series[Any]":
+    """The column name of each row, with the qualifiers that vary within measure and scale."""
+    names = pd.Series("", index=rows.index, dtype="object")
+    for (measure, scale), group in rows.groupby(["measure", "scale"], sort=False):
+        varying = [q for q in QUALIFIERS if group[q].nunique(dropna=False) > 1]
+        # A recall task is trained until it is solved: there, tokens are an outcome.
+        if "tokens" in varying and "mqar" in set(group["stage"]):
+            varying.remove("tokens")
+        for _, same in group.groupby(["batch", "context", *varying], dropna=False, sort=False):
+            one: dict[str, Any] = {str(k): v for k, v in same.iloc[0].items()}
+            batch, context = (
+                None if pd.isna(one[k]) else int(one[k]) for k in ("batch", "context")
+            )
+            extra = tuple(
+                re.sub(r"[/:@]", " ", str(one[q])) + (" tokens" if q == "tokens" else "")
+                for q in varying
+                if not pd.isna(one[q]) and one[q] != ""
+            )
+            names[same.index] = str(Column(str(measure), str(scale), batch, context, extra))
+    return names
+
+
+def _home(table: pd.DataFrame, columns: Sequence[Column]) -> str | None:
+    """The scale of most figures, the one with the most parameters among equals."""
+
+    def size(column: Column) -> tuple[int, int]:
+        params = table.get(f"params@{column.scale}")
+        known = [] if params is None else [int(str(p).split("; ")[0]) for p in params if p == p]
+        rows = table[str(column)].notna() | table.get(f"{column}:status", pd.Series()).notna()
+        return int(rows.sum()), max(known, default=0)
+
+    return max(columns, key=size).scale if columns else None
+
+
+def _joined(values: "pd.Series[Any]") -> str:
+    return "; ".join(dict.fromkeys(str(v) for v in values if not pd.isna(v) and v != ""))
+
+
+def _outcome(statuses: "pd.Series[Any]") -> str:
+    """ "ok", or what went wrong and how often: "oom ×2"."""
+    failed = statuses[statuses != "ok"].value_counts()
+    return ", ".join(f"{name} ×{count}" for name, count in failed.items()) or "ok"
+
+
+def _number(value: float, digits: int) -> str:
+    """At least two significant digits; thousands grouped."""
+    if value and abs(value) < 10.0**-digits:
+        return f"{value:.2g}"
+    return f"{value:,.{digits}f}"

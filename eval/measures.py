@@ -1,0 +1,62 @@
+"""Every measure that a result row may carry: its unit, which way is better, what it means.
+
+These names are the CSV's vocabulary; a row with any other name is refused. Adding a measure is
+one line here.
+"""
+
+from typing import Literal, NamedTuple
+
+
+class Measure(NamedTuple):
+    """unit as printed; better: which direction wins, None where neither does."""
+
+    unit: str
+    better: Literal["lower", "higher"] | None
+    meaning: str
+
+
+MEASURES: dict[str, Measure] = {
+    # quality
+    "bits_per_byte": Measure("bit/byte", "lower", "-Σ log2 p over bytes of held-out text"),
+    "loss_at_position": Measure("nat", "lower", "mean loss of held-out tokens, by position"),
+    "mqar_accuracy": Measure("", "higher", "multi-query associative recall, test sequences"),
+    "mqar_steps_to_99": Measure("step", "lower", "training steps until 99 % recall"),
+    # training
+    "train_loss": Measure("nat", "lower", "smoothed training loss at the end"),
+    "train_tok_per_s": Measure("token/s", "higher", "training rate, evaluation apart"),
+    "train_s": Measure("s", "lower", "training time"),
+    "learning_rate": Measure("", None, "peak learning rate in use"),
+    "sweep_score": Measure("bit/byte", "lower", "dev score of one learning rate of the sweep"),
+    "mlp_hidden": Measure("", None, "MLP width that equalises parameters"),
+    # serving
+    "ttft_ms": Measure("ms", "lower", "request in to first token out (prefill, first sample)"),
+    "tpot_ms": Measure("ms", "lower", "mean time per output token after the first"),
+    "tpot_p50_ms": Measure("ms", "lower", "median over decode steps"),
+    "tpot_p99_ms": Measure("ms", "lower", "99th percentile over decode steps"),
+    "itl_ms": Measure("ms", "lower", "gap between two streamed chunks"),
+    "output_tok_per_s": Measure("token/s", "higher", "over all sequences of the batch"),
+    "output_tok_per_s_per_user": Measure("token/s", "higher", "per sequence, 1000 / tpot_ms"),
+    "nocache_tpot_ms": Measure("ms", "lower", "time per token recomputing every prefix"),
+    "cached_tpot_ms": Measure("ms", "lower", "the same tokens with state kept"),
+    "compile_s": Measure("s", "lower", "warm-up and compilation, kept out of every latency"),
+    "agreement_error": Measure("", "lower", "extend against forward, relative; gates latencies"),
+    # memory
+    "state_bytes_per_token": Measure("byte", "lower", "slope of the state in the context"),
+    "state_bytes_fixed": Measure("byte", "lower", "state at context 0, per sequence"),
+    "state_bytes": Measure("byte", "lower", "allocated state of one sequence at the context"),
+    "peak_state_bytes": Measure("byte", "lower", "largest allocated state, whole batch"),
+    # cost of a step
+    "weight_bytes": Measure("byte", "lower", "weights read in one step"),
+    "step_bytes": Measure("byte", "lower", "weights and state read, state written, in one step"),
+    "step_flops": Measure("FLOP", "lower", "work of one step"),
+    "arith_intensity_pred": Measure("FLOP/byte", "higher", "step_flops / step_bytes, predicted"),
+    "arith_intensity_meas": Measure("FLOP/byte", "higher", "from hardware counters"),
+    "prefill_intensity_pred": Measure("FLOP/byte", "higher", "the same for one prefill"),
+    "tpot_pred_ms": Measure("ms", "lower", "roofline time of a step, bytes or FLOPs per op"),
+    "mbu": Measure("", "higher", "step_bytes / (tpot · measured copy bandwidth)"),
+    "mfu": Measure("", "higher", "step_flops / (tpot · measured matrix rate)"),
+    # machine
+    "copy_bytes_per_s": Measure("byte/s", "higher", "measured copy bandwidth, read + write"),
+    "matrix_flops_per_s": Measure("FLOP/s", "higher", "measured matrix rate"),
+    "ridge_flop_per_byte": Measure("FLOP/byte", None, "matrix rate / copy bandwidth"),
+}

@@ -1,0 +1,126 @@
+"""Held-out quality: bits per byte with an interval, loss by position, and recall.
+
+Bits per byte compares models across tokenizers. Its interval resamples documents (10,000 times):
+it covers evaluation noise alone, so runs over several seeds give the interval over seeds instead.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archs.backbone import Model
+from kernels.cross_entropy import token_losses
+from train.mqar import MqarSpec, mqar_batch
+from train.tokens import IGNORED, Part, TokenSet, held_out_batches
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value and its 95 % interval over `n` units."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def _scored(
+    model: Model, tokens: TokenSet, part: Part, seq_len: int, max_tokens: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Losses in nats [B, T], whether each was scored [B, T], and documents [B]."""
+    device = model.embedding.weight.device
+    batch = max(1, 4096 // seq_len)
+    with torch.inference_mode():
+        for rows in held_out_batches(
+            tokens, part=part, seq_len=seq_len, batch=batch, max_tokens=max_tokens
+        ):
+            hidden = model.hidden_states(rows.inputs.to(device))
+            targets = rows.targets.to(device)
+            losses = token_losses(hidden.flatten(0, 1), model.embedding.weight, targets.flatten())
+            yield losses.view_as(targets).cpu(), rows.targets != IGNORED, rows.document
+
+
+def bits_per_byte(
+    model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None
+) -> Estimate:
+    """Bits per byte of held-out text in windows of `seq_len`, interval over documents."""
+    count = len(tokens.document_bytes)
+    nats, scored = np.zeros(count), np.zeros(count)
+    for losses, valid, document in _scored(model, tokens, part, seq_len, max_tokens):
+        total = (losses * valid).sum(1).double().numpy()
+        np.add.at(nats, document.numpy(), total)
+        np.add.at(scored, document.numpy(), valid.sum(1).double().numpy())
+    lengths = np.diff(np.asarray(tokens.offsets))
+    # A document scored in part counts the bytes of that part, at its own bytes per token.
+    size = np.asarray(tokens.document_bytes) * scored / np.maximum(lengths, 1)
+    random = np.random.default_rng(0)
+    nats, size = nats[scored > 0], size[scored > 0]
+    count = len(nats)
+    chosen = random.integers(count, size=(RESAMPLES, count))
+    resampled = nats[chosen].sum(1) / size[chosen].sum(1) / math.log(2)
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Estimate(nats.sum() / size.sum() / math.log(2), float(low), float(high), count)
+
+
+def loss_by_position(
+    model: Model, tokens: TokenSet, *, part: Part, reach: int, max_tokens: int | None = None
+) -> dict[int, Estimate]:
+    """Mean loss in nats of the tokens at positions of each octave, by its last position + 1.
+
+    Windows are `reach` long, which may lie beyond the trained length.
+    """
+    sums: dict[int, list[float]] = {}
+    squares: dict[int, float] = {}
+    for losses, valid, _ in _scored(model, tokens, part, reach, max_tokens):
+        for first, last in octaves(losses.shape[1]):
+            chosen = losses[:, first:last][valid[:, first:last]].double()
+            total, n = sums.setdefault(last, [0.0, 0.0])
+            sums[last] = [total + chosen.sum().item(), n + chosen.numel()]
+            squares[last] = squares.get(last, 0.0) + chosen.square().sum().item()
+    found = {}
+    for last, (total, n) in sorted(sums.items()):
+        if n < 2:
+            continue
+        mean = total / n
+        half = 1.96 * math.sqrt(max(0.0, squares[last] / n - mean**2) / n)
+        found[last] = Estimate(mean, mean - half, mean + half, int(n))
+    return found
+
+
+def octaves(length: int) -> list[tuple[int, int]]:
+    """Position ranges 0:8, 8:16, 16:32, … that cover whole octaves of `length`."""
+    edges = [0, 8]
+    while edges[-1] * 2 <= length:
+        edges.append(edges[-1] * 2)
+    return list(zip(edges[:-1], edges[1:], strict=True)) if length >= 8 else []
+
+
+def mqar_accuracy(model: Model, spec: MqarSpec, *, sequences: int, seed: int) -> Estimate:
+    """Share of queries answered, Wilson 95 % interval over queries."""
+    device = model.embedding.weight.device
+    right = asked = 0
+    with torch.inference_mode():
+        for step in range(max(1, sequences // 128)):
+            inputs, targets = mqar_batch(spec, 128, seed=seed, step=step, split="test")
+            at = targets != IGNORED
+            hidden = model.hidden_states(inputs.to(device))[at.to(device)]
+            answers = model.logits(hidden).argmax(-1).cpu()
+            right += int((answers == targets[at]).sum())
+            asked += int(at.sum())
+    return wilson(right, asked)
+
+
+def wilson(right: int, asked: int) -> Estimate:
+    """A proportion with its Wilson score interval (95 %)."""
+    z = 1.959964
+    p = right / asked
+    middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked**2))
+    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), asked)
+

@@ -1,0 +1,276 @@
+"""The long table of results: one measurement a row, appended atomically, never lost.
+
+A row says what was measured, on what and by which code. A killed process leaves an append whole
+or absent; a cell that is in the table is not run again. A failed cell is a row with a status.
+"""
+
+import csv
+import io
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from archs.errors import UserError, unknown_name
+from eval.measures import MEASURES
+
+
+class Status(StrEnum):
+    """How a cell ended."""
+
+    OK = "ok"
+    OOM = "oom"
+    NAN = "nan"
+    INCORRECT = "incorrect"
+    UNSUPPORTED = "unsupported"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Where a row comes from; the same for all rows of one run on one machine."""
+
+    hardware: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    config_hash: str
+    started_at: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What is run and recorded as one. section: which of the suite's sections of that stage."""
+
+    arch: str
+    stage: str
+    scale: str = ""
+    seed: int = 0
+    batch: int = 0
+    section: int = 0
+
+    @property
+    def key(self) -> str:
+        """By which a finished cell is known."""
+        where = f"{self.scale}/seed{self.seed}/batch{self.batch}"
+        return f"{self.stage}{self.section}/{self.arch}/{where}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One measurement of a cell; low and high are its 95 % interval, where there is one."""
+
+    measure: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
+    batch: int | None = None
+    context: int | None = None
+    position: int | None = None
+    status: Status = Status.OK
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What the rows of a cell are about, beside its key."""
+
+    pattern: str = ""
+    params: int = 0
+    corpus: str = ""
+    tokens: int = 0
+    dtype: str = "float32"
+    kernel_backend: str = "torch"
+
+
+COLUMNS = [
+    "cell", "arch", "stage", "scale", "seed", "batch", "context", "position", "measure", "value", "low", "high", "n", "status", "note",
+    *(f.name for f in fields(About)),
+    *(f.name for f in fields(Provenance)),
+]  # fmt: skip
+NUMBERS = ("value", "low", "high")
+INTEGERS = ("seed", "batch", "context", "n", "params", "tokens")
+#: The measure under which a cell that produced nothing is recorded.
+CELL_FAILED = "cell"
+
+
+class Results:
+    """The results file of one run. Raises UserError when another configuration wrote it."""
+
+    def __init__(self, path: Path, provenance: Provenance) -> None:
+        self.path = path
+        self.provenance = provenance
+        self._done: set[str] = set()
+        if path.exists():
+            self._heal()
+            self._load_done()
+
+    def done(self, cell: Cell) -> bool:
+        """Whether the cell has been recorded, whatever its status."""
+        return cell.key in self._done
+
+    def append(self, cell: Cell, about: About, rows: Iterable[Row]) -> None:
+        """Record a cell, all rows or none. Raises UserError when the disk refuses."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow(self._record(cell, about, row))
+        self._write(text.getvalue().encode())
+        self._done.add(cell.key)
+
+    def _record(self, cell: Cell, about: About, row: Row) -> dict[str, object]:
+        if row.measure not in MEASURES and row.measure != CELL_FAILED:
+            raise unknown_name("measure", row.measure, MEASURES)
+        record: dict[str, object] = {
+            "cell": cell.key, "arch": cell.arch, "stage": cell.stage, "scale": cell.scale,
+            "seed": cell.seed, "batch": cell.batch, "context": 0,
+            **_values(about), **_values(self.provenance),
+        }  # fmt: skip
+        record.update({k: v for k, v in _values(row).items() if v is not None and k not in NUMBERS})
+        for name in NUMBERS:
+            number = getattr(row, name)
+            if number is not None and math.isfinite(number):
+                record[name] = repr(float(number))
+        if row.value is not None and not math.isfinite(row.value) and row.status == Status.OK:
+            record["status"] = Status.NAN
+        return record
+
+    def _write(self, content: bytes) -> None:
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"'{self.path}' cannot be written: {error.strerror}") from error
+        try:
+            written = os.write(handle, content)
+            if written != len(content):
+                raise OSError(28, "No space left on device")
+            os.fsync(handle)
+        except OSError as error:
+            os.ftruncate(handle, before)
+            raise UserError(
+                f"'{self.path}' could not take {len(content)} bytes more: {error.strerror}; "
+                "earlier results are intact, free some space and run again"
+            ) from error
+        finally:
+            os.close(handle)
+
+    def _heal(self) -> None:
+        """Drop a last line that a killed process left without its end."""
+        content = self.path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            with self.path.open("r+b") as file:
+                file.truncate(content.rfind(b"\n") + 1)
+
+    def _load_done(self) -> None:
+        if self.path.stat().st_size == 0:
+            return
+        table = load_long(self.path)
+        mine = self.provenance.config_hash
+        for other in set(table["config_hash"]) - {mine}:
+            raise UserError(
+                f"'{self.path.parent}' holds results of another configuration ({other}, this is "
+                f"{mine}); choose another --out, or --fresh to replace it"
+            )
+        self._done = set(table["cell"])
+
+
+def _values(item: object) -> dict[str, object]:
+    return {f.name: getattr(item, f.name) for f in fields(item)}  # type: ignore[arg-type]
+
+
+def load_long(path: Path) -> pd.DataFrame:
+    """A long table, typed. Raises UserError naming the file, the row and the column at fault."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist; run a suite first") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not a results table: {error}") from None
+    missing = [c for c in COLUMNS if c not in table.columns]
+    if missing:
+        raise UserError(f"'{path}' is not a results table: it lacks the columns {missing}")
+    for column in (*NUMBERS, *INTEGERS, "position"):
+        converted = pd.to_numeric(table[column].replace("", None), errors="coerce")
+        bad = converted.isna() & (table[column] != "")
+        if bad.any():
+            row = int(bad.to_numpy().argmax())
+            value = table[column].iloc[row]
+            raise UserError(f"'{path}' row {row + 2}: {column}='{value}' is not a number")
+        if column in INTEGERS:
+            empty = converted.isna()
+            if empty.any():
+                row = int(empty.to_numpy().argmax())
+                raise UserError(f"'{path}' row {row + 2}: {column} is empty; it needs an integer")
+            converted = converted.astype(int)
+        table[column] = converted
+    known = set(MEASURES) | {CELL_FAILED}
+    for column, allowed in (("measure", known), ("status", {s.value for s in Status})):
+        foreign = ~table[column].isin(allowed)
+        if foreign.any():
+            row = int(foreign.to_numpy().argmax())
+            raise UserError(f"'{path}' row {row + 2}: unknown {column} '{table[column].iloc[row]}'")
+    return table
+
+
+def provenance(config_hash: str, device: torch.device) -> Provenance:
+    """This machine and this code, now."""
+    try:
+        from importlib.metadata import version
+
+        triton_version = version("triton")
+    except ModuleNotFoundError:
+        triton_version = ""
+    driver = ""
+    if device.type == "cuda":
+        driver = f"CUDA {torch.version.cuda}"
+    return Provenance(
+        hardware=hardware_name(device),
+        driver=driver,
+        torch=torch.__version__,
+        triton=triton_version,
+        commit=_commit(),
+        config_hash=config_hash,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def hardware_name(device: torch.device) -> str:
+    """GPU name, or CPU model with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str:
+    root = Path(__file__).parent.parent
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def as_mapping(row: Row) -> Mapping[str, object]:
+    """A row as a plain mapping, for scripts."""
+    return _values(row)

@@ -1,0 +1,273 @@
+"""Checkpoints: one safetensors file that holds a run and says what it is.
+
+Tensors are named `model.*`, `optimizer.*` and `rng.*`; the header carries JSON metadata from
+which the model is rebuilt without any other file. Nothing is unpickled, and no code is loaded
+because a checkpoint names it. Writing is atomic (temporary file, fsync, rename), so a kill or a
+full disk leaves the earlier checkpoint intact.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from archs.backbone import Model
+from archs.errors import UserError
+from archs.registry import ModelSpec
+from archs.sizes import Scale
+from train.optim import Optimizer
+from train.recipe import UNHASHED, Recipe
+
+FORMAT = "decodebench-checkpoint-1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What a run is: model, recipe and data. Two runs with one identity give one result.
+
+    data: fingerprint of tokenizer and corpus, or of a synthetic task.
+    """
+
+    spec: ModelSpec
+    recipe: Recipe
+    data: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, with the MLP width in use instead of the rule for it."""
+        spec = {
+            "arch": self.spec.arch,
+            "scale": asdict(self.spec.scale),
+            "overrides": {name: dict(options) for name, options in self.spec.overrides.items()},
+            "hidden": self.spec.mlp_hidden(),
+            "short_conv": self.spec.short_conv,
+        }
+        return {"spec": spec, "recipe": self.recipe.to_dict(), "data": self.data}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` returned."""
+        spec = {**values["spec"], "scale": Scale(**values["spec"]["scale"])}
+        return cls(
+            spec=ModelSpec(**spec),
+            recipe=Recipe.from_dict(values["recipe"]),
+            data=values["data"],
+        )
+
+    def hashed(self) -> dict[str, Any]:
+        """The values that determine the weights, flat: `recipe.seed`, `spec.arch`, ..."""
+        flat = _flat("", self.to_dict())
+        return {k: v for k, v in flat.items() if k.removeprefix("recipe.") not in UNHASHED}
+
+    @property
+    def config_hash(self) -> str:
+        """12 hex digits over all values that determine the weights."""
+        text = json.dumps(self.hashed(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run is, and what it needs beside tensors to go on as if never interrupted.
+
+    seconds: spent in training steps, over all sittings. early_loss, average: see `train.loop`.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses_seen: int = 0
+    early_loss: float = 0.0
+    average: float = 0.0
+    steps_above: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """What a checkpoint says about itself."""
+
+    identity: Identity
+    config_hash: str
+    progress: Progress
+    torch_version: str
+
+
+def save_checkpoint(
+    path: Path, model: Model, optimizer: Optimizer, identity: Identity, progress: Progress
+) -> None:
+    """Write the whole run to `path`, atomically. Raises UserError when the disk refuses."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"optimizer.{k}": v for k, v in optimizer.tensors().items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    device = model.embedding.weight.device
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    description = {
+        **identity.to_dict(),
+        "config_hash": identity.config_hash,
+        "progress": asdict(progress),
+        "torch_version": str(torch.__version__),
+    }
+    metadata = {"format": FORMAT, "checkpoint": json.dumps(description)}
+    # `clone` because safetensors takes no views into one storage.
+    content = save({k: v.detach().cpu().clone() for k, v in tensors.items()}, metadata)
+    write_atomically(path, content)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, all or nothing. Raises UserError when the disk refuses."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path} ({len(content)} bytes): {error.strerror or error}; free some "
+            "space or choose another folder. What was there before is untouched"
+        ) from error
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a checkpoint says about itself. Raises UserError unless it is one of ours, whole."""
+    return _read(path, "none")[0]
+
+
+def resume(path: Path, model: Model, optimizer: Optimizer, identity: Identity) -> Progress:
+    """Load a run into `model`, `optimizer` and the random generators; returns how far it was.
+
+    Raises UserError when the checkpoint belongs to another identity, and names the difference.
+    """
+    metadata, tensors = _read(path, "all")
+    _require_same(path, metadata, identity)
+    _load_weights(path, model, tensors)
+    optimizer.load(_under("optimizer.", tensors))
+    torch.set_rng_state(tensors["rng.cpu"])
+    device = model.embedding.weight.device
+    if device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    return metadata.progress
+
+
+def load_model(
+    path: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, arch: str | None = None
+) -> Model:
+    """The trained model, rebuilt from the checkpoint alone.
+
+    arch: the architecture file, to be named by the user if the run was trained from one, since
+        a checkpoint alone must not make code run.
+    Raises UserError on damaged or foreign files and on tensors that do not fit.
+    """
+    metadata, tensors = _read(path, "model.")
+    spec = metadata.identity.spec
+    names = spec.arch.rpartition("=")[0] or spec.arch
+    if arch is not None:
+        options = {arch if k == spec.arch else k: v for k, v in spec.overrides.items()}
+        spec = replace(spec, arch=arch, overrides=options)
+    elif any(name.endswith(".py") for name in names.split(":")):
+        raise UserError(
+            f"{path} was trained from the architecture file in '{spec.arch}'; code is only loaded "
+            "from a file you name, so pass it as arch"
+        )
+    model = spec.build(device=device, dtype=dtype)
+    _load_weights(path, model, tensors)
+    return model
+
+
+def _read(path: Path, wanted: str) -> tuple[Metadata, dict[str, Tensor]]:
+    """Metadata and the tensors whose names start with `wanted` ("all", "none")."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist; check the path, or train it first")
+    prefix = "" if wanted == "all" else wanted
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            header = file.metadata() or {}
+            keys = [k for k in file.keys() if k.startswith(prefix)]  # noqa: SIM118
+            tensors = {k: file.get_tensor(k) for k in keys}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged or no safetensors file ({error}); restore it, or "
+            "delete it and train again"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is a safetensors file but no checkpoint of this program (format "
+            f"{header.get('format')!r}, not {FORMAT!r}); give a checkpoint that `train` wrote"
+        )
+    try:
+        values = json.loads(header["checkpoint"])
+        metadata = Metadata(
+            identity=Identity.from_dict(values),
+            config_hash=values["config_hash"],
+            progress=Progress(**values["progress"]),
+            torch_version=values["torch_version"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {path} carries metadata that cannot be read ({error}); it was altered or "
+            "written by another version: restore it, or delete it and train again"
+        ) from error
+    return metadata, tensors
+
+
+def _require_same(path: Path, metadata: Metadata, identity: Identity) -> None:
+    there, here = metadata.identity.hashed(), identity.hashed()
+    keys = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
+    if not keys and metadata.config_hash == identity.config_hash:
+        return
+    differences = ", ".join(
+        f"{k} is {there.get(k)!r} there, {here.get(k)!r} here" for k in keys[:3]
+    )
+    raise UserError(
+        f"{path} belongs to another run: {_name(metadata.identity)} ({metadata.config_hash}), this "
+        f"one is {_name(identity)} ({identity.config_hash}): {differences}; start afresh or choose "
+        "another run folder"
+    )
+
+
+def _name(identity: Identity) -> str:
+    return f"{identity.spec.arch} at {identity.spec.scale.name}"
+
+
+def _load_weights(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> None:
+    weights = _under("model.", tensors)
+    own = model.state_dict()
+    for name in sorted({*own, *weights}):
+        there = tuple(weights[name].shape) if name in weights else "absent"
+        here = tuple(own[name].shape) if name in own else "absent"
+        if there != here:
+            raise UserError(
+                f"{path} does not fit the model: {name} is {there} there and {here} here; load it "
+                "with the architecture it was trained with"
+            )
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, names joined by dots; lists for tuples, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(f"{name}.", value)
+        else:
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,170 @@
+"""How a model is trained: one frozen recipe, the same for every token mixer.
+
+Steps count optimiser updates, and the schedule follows steps, never the clock, so two machines
+train the same model. `batch` sequences of `seq_len` tokens make one step; `grad_accum` splits
+them into parts and changes memory alone. A recipe is data: it travels in checkpoints and
+suites as a plain dict.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from archs.errors import UserError, unknown_name
+
+OptimizerName = Literal["adamw", "muon"]
+ScheduleName = Literal["wsd", "cosine"]
+AutocastName = Literal["none", "bf16"]
+
+#: Fields that say what to watch or try, not what a given run computes.
+UNHASHED = frozenset({"learning_rates", "log_every", "eval_every", "checkpoint_every"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One training run.
+
+    learning_rates: the grid of a sweep; `learning_rate` is what a single run uses.
+    schedule: "wsd" warms up, stays, decays linearly over the last `decay` of the steps; "cosine"
+        warms up and decays over all the rest. Both end at `floor` times the peak.
+    warmup: fraction of the steps, but at least 20 steps (a tenth of a shorter run); 0 for none.
+    clip: largest gradient norm; 0 switches clipping off.
+    autocast: "bf16" (CUDA only) computes products in bfloat16; weights stay float32.
+    log_every, eval_every, checkpoint_every: in steps; 0 means only at the end.
+    """
+
+    steps: int
+    batch: int
+    seq_len: int
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 4e-3
+    learning_rates: tuple[float, ...] = ()
+    schedule: ScheduleName = "wsd"
+    warmup: float = 0.05
+    decay: float = 0.5
+    floor: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    grad_accum: int = 1
+    autocast: AutocastName = "none"
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "seq_len", "grad_accum"):
+            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        for name in ("log_every", "eval_every", "checkpoint_every", "seed"):
+            _require(name, getattr(self, name), "at least 0", getattr(self, name) >= 0)
+        for name in ("weight_decay", "clip"):
+            _require(name, getattr(self, name), "at least 0", _within(getattr(self, name), 0))
+        for name in ("learning_rate", "eps"):
+            value = getattr(self, name)
+            _require(name, value, "positive and finite", value > 0 and math.isfinite(value))
+        for rate in self.learning_rates:
+            _require("learning_rates", rate, "positive", rate > 0 and math.isfinite(rate))
+        for name in ("warmup", "decay", "floor"):
+            value = getattr(self, name)
+            _require(name, value, "a fraction between 0 and 1", _within(value, 0, 1))
+        _require(
+            "betas",
+            self.betas,
+            "two numbers from 0 to below 1",
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+        )
+        _require_choice("optimizer", self.optimizer, OptimizerName)
+        _require_choice("schedule", self.schedule, ScheduleName)
+        _require_choice("autocast", self.autocast, AutocastName)
+        if self.batch % self.grad_accum:
+            raise UserError(
+                f"batch={self.batch} is not divisible by grad_accum={self.grad_accum}; choose a "
+                "grad_accum that divides it"
+            )
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise UserError(
+                f"warmup={self.warmup} and decay={self.decay} take {self.warmup_steps} + "
+                f"{self.decay_steps} of {self.steps} steps; make one of them smaller"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        if self.warmup == 0:
+            return 0
+        return max(round(self.warmup * self.steps), min(20, self.steps // 10))
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of decay at the end."""
+        if self.schedule == "cosine":
+            return self.steps - self.warmup_steps
+        return round(self.decay * self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.steps * self.batch * self.seq_len
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of update `step` (0-based); the last one gets `floor` of the peak."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        left = min(1.0, (self.steps - 1 - step) / self.decay_steps) if self.decay_steps else 1.0
+        if self.schedule == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return self.learning_rate * (self.floor + (1 - self.floor) * left)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The recipe of a plain dict. Raises UserError on unknown keys and wrong types."""
+        kinds = {f.name: f.type for f in fields(cls)}
+        for key in data:
+            if key not in kinds:
+                raise unknown_name("recipe option", key, kinds)
+        missing = [name for name in ("steps", "batch", "seq_len") if name not in data]
+        if missing:
+            raise UserError(f"the recipe lacks {', '.join(missing)}; set it, as in steps = 1000")
+        return cls(**{key: _converted(key, value, kinds[key]) for key, value in data.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values; `from_dict` restores it."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+def _within(value: float, low: float, high: float = math.inf) -> bool:
+    return low <= value <= high and math.isfinite(value)
+
+
+def _require(name: str, value: object, rule: str, holds: bool) -> None:
+    if not holds:
+        raise UserError(f"{name}={value} must be {rule}; change it in the recipe")
+
+
+def _require_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise unknown_name(name, value, get_args(choices))
+
+
+def _converted(key: str, value: Any, kind: Any) -> Any:
+    """`value` as the field's type: whole numbers pass as floats, lists as tuples."""
+
+    def is_number(v: Any) -> bool:
+        return isinstance(v, int | float) and not isinstance(v, bool)
+
+    if kind is int and is_number(value) and isinstance(value, int):
+        return value
+    if kind is float and is_number(value):
+        return float(value)
+    if kind not in (int, float):
+        if isinstance(value, str) and get_args(kind) and isinstance(get_args(kind)[0], str):
+            return value
+        if isinstance(value, list | tuple) and all(map(is_number, value)):
+            return tuple(float(v) for v in value)
+    wanted = {int: "a whole number", float: "a number"}.get(kind)
+    if wanted is None:
+        wanted = "a name" if isinstance(get_args(kind)[0], str) else "a list of numbers"
+    raise UserError(f"{key}={value!r} must be {wanted}; change it in the recipe")
