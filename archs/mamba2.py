@@ -84,7 +84,7 @@ class Mamba2(Mixer):
         }
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.z_x_b_c_dt(x).split(  # type: ignore[no-any-return]
+        return self.z_x_b_c_dt(x).split(
             (self.inner, self.conv_weight.shape[0], self.config.n_heads), -1
         )
 

@@ -116,7 +116,7 @@ class Workshop:
         ]
         for context in COST_CONTEXTS:
             step = model.cost(Step(1, 1, context))
-            at = {"batch": 1, "context": context}
+            at: dict[str, Any] = {"batch": 1, "context": context}
             rows += [
                 Row(measure="state_bytes", value=model.state_bytes(context), **at),
                 Row(measure="weight_bytes", value=step.weight_bytes, **at),
@@ -136,9 +136,7 @@ class Workshop:
         plan = self.suite.train
         assert plan is not None
         tokens = self.tokens
-        scale = replace(
-            get_scale(plan.scale), seq_len=plan.seq_len, vocab_size=tokens.vocab_size
-        )
+        scale = replace(get_scale(plan.scale), seq_len=plan.seq_len, vocab_size=tokens.vocab_size)
         spec = self._spec(cell.arch, scale)
         model = spec.build(seed=cell.seed, device=str(self.device))
         about = self._about(
@@ -288,7 +286,7 @@ class Workshop:
     # -- serving ---------------------------------------------------------------------------------
 
     def decode(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
-        """Correctness first, then decode steps over contexts, prefill, and the no-state baseline."""
+        """Correctness first, then decode over contexts, prefill, and the no-state baseline."""
         plan = self.suite.decode[cell.section]
         spec = self._spec(cell.arch, get_scale(plan.scale))
         model = spec.build(device=str(self.device), dtype=self.serving_dtype).eval()
@@ -299,9 +297,7 @@ class Workshop:
             raise CellFailure(Status.INCORRECT, about, note)
         watch.at(0.1, "correct")
         rows = [Row(measure="agreement_error", value=error)]
-        timings = measure_decode(
-            model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps
-        )
+        timings = measure_decode(model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps)
         for timing in timings:
             rows += self._timing_rows(model, timing)
         watch.at(0.7, f"{1e3 * cell.batch / timings[0].tpot_ms:.0f} tok/s")
@@ -317,7 +313,7 @@ class Workshop:
         return about, rows
 
     def _timing_rows(self, model: Model, timing: DecodeTiming) -> list[Row]:
-        at = {"batch": timing.batch, "context": timing.context}
+        at: dict[str, Any] = {"batch": timing.batch, "context": timing.context}
         cost = decode_cost(model, timing.batch, timing.context)
         n = len(timing.step_ms)
         tpot = timing.percentile_ms(50)
@@ -348,7 +344,7 @@ class Workshop:
         engine = Engine(model, max_sequences=batch, max_context=length + plan.no_cache)
         kept = engine.generate(ids, plan.no_cache)
         bare = engine.generate_without_state(ids, plan.no_cache)
-        at = {"batch": batch, "context": length}
+        at: dict[str, Any] = {"batch": batch, "context": length}
         return [
             _median("cached_tpot_ms", kept.step_ms, **at),
             _median("nocache_tpot_ms", bare.step_ms, **at),
@@ -370,16 +366,13 @@ def _reporter(watch: Watch) -> Callable[[StepReport], None]:
     return show
 
 
-def _estimate(measure: str, found: Estimate, **at: int) -> Row:
-    return Row(
-        measure=measure, value=found.value, low=found.low, high=found.high, n=found.n, **at
-    )
+def _estimate(measure: str, found: Estimate, **at: Any) -> Row:
+    return Row(measure=measure, value=found.value, low=found.low, high=found.high, n=found.n, **at)
 
 
-def _median(measure: str, times: list[float], **at: int) -> Row:
+def _median(measure: str, times: list[float], **at: Any) -> Row:
     ordered = sorted(times)
     return Row(
         measure=measure, value=ordered[len(ordered) // 2], low=ordered[0], high=ordered[-1],
         n=len(ordered), **at,
     )  # fmt: skip
-

@@ -128,6 +128,7 @@ def run(
     """Run a whole suite: train, ask, time, rank, report. A stopped run resumes."""
     from dataclasses import replace
 
+    from eval.cells import Workshop
     from eval.leaderboard import rank, to_table, wide
     from eval.progress import Progress
     from eval.report import write_report
@@ -141,7 +142,7 @@ def run(
     folder = out_dir or Path("runs") / chosen.name
     where = resolve_device(device)
     if dry_run:
-        for item in plan(chosen):
+        for item in plan(Workshop(chosen, folder, where, None)):
             out.print(item.cell.key, highlight=False)
         return
     finished = run_suite(
@@ -167,6 +168,142 @@ def report(run_dir: Path) -> None:
     from eval.report import write_report
 
     out.print(str(write_report(run_dir)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    arch: str,
+    scale: str = "tiny",
+    corpus: str = "sotu",
+    vocab_size: Annotated[int | None, typer.Option(help="Default: the scale's.")] = None,
+    steps: int = 200,
+    batch: int = 8,
+    seq_len: Annotated[int | None, typer.Option(help="Default: the scale's.")] = None,
+    learning_rate: float = 4e-3,
+    optimizer: str = "adamw",
+    seed: int = 0,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.")] = None,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume/--fresh")] = True,
+    time_budget: str | None = None,
+    json_: Json = False,
+) -> None:
+    """Train one architecture; a stopped run resumes from its checkpoint."""
+    from eval.commands import train_one
+
+    row = train_one(
+        arch, scale=scale, corpus=corpus, vocab_size=vocab_size, seq_len=seq_len,
+        recipe={"steps": steps, "batch": batch, "learning_rate": learning_rate,
+                "optimizer": optimizer, "seed": seed},
+        out=out_dir or Path("runs") / "train", device=resolve_device(device), resume=resume,
+        time_budget_s=parse_duration_s(time_budget), console=err,
+    )  # fmt: skip
+    _show([row], json_)
+    if row["status"] != "ok":
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    arch: list[str],
+    scale: str = "70m",
+    batch: Annotated[str, typer.Option(help="1,8 or 1:64")] = "1",
+    context: Annotated[str, typer.Option(help="256,4k or 1k:16k")] = "256,4k",
+    steps: int = 16,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens for TTFT; 0: skip.")] = 0,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Time decode over batch x context with random weights."""
+    from eval.commands import bench_archs
+    from eval.predict import parse_counts
+
+    _show(
+        bench_archs(
+            arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
+            steps=steps, prompt=prompt, device=resolve_device(device),
+        ),
+        json_,
+    )  # fmt: skip
+
+
+@app.command()
+def quality(
+    checkpoint: Path,
+    corpus: str = "sotu",
+    max_tokens: Annotated[int | None, typer.Option(help="Default: all held-out tokens.")] = None,
+    device: Device = "auto",
+    json_: Json = False,
+) -> None:
+    """Bits per byte and loss by position of a trained checkpoint."""
+    from eval.commands import score_checkpoint
+
+    _show(score_checkpoint(checkpoint, corpus, max_tokens, resolve_device(device)), json_)
+
+
+@app.command()
+def predict(
+    arch: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
+    scale: str = "1b",
+    hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
+    batch: str = "1",
+    context: str = "1k,16k",
+    json_: Json = False,
+) -> None:
+    """Decode cost by roofline, no weights needed."""
+    from archs.registry import REGISTRY
+    from eval.predict import parse_counts
+    from eval.predict import predict as rows_of
+
+    rows = rows_of(
+        arch or list(REGISTRY), scale, hardware.split(","), parse_counts(batch),
+        parse_counts(context),
+    )  # fmt: skip
+    _show(rows, json_)
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders or results CSV files.")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="Wide CSV to write.")] = None,
+    json_: Json = False,
+) -> None:
+    """Merge runs into one ranked table and a wide CSV."""
+    from eval.leaderboard import merge, rank, to_table, wide
+
+    table = rank(wide(merge(runs)))
+    if out_file is not None:
+        try:
+            table.to_csv(out_file, index=False)
+        except OSError as error:
+            raise UserError(f"'{out_file}' cannot be written: {error.strerror}") from error
+    if json_:
+        print(table.to_json(orient="records", indent=2))
+    else:
+        out.print(to_table(table))
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """What this machine can do, and which libraries and baselines are usable."""
+    from eval.doctor import diagnose
+
+    facts = diagnose()
+    if json_:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        out.print(f"{name}: {value}", highlight=False)
+
+
+def _show(rows: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(*[str(k) for k in rows[0]])
+    for row in rows:
+        table.add_row(*[f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()])
+    out.print(table)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ shared by all heads), window (rows that stop growing), recurrent (no rows at all
 
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from typing import Literal
 
 import pandas as pd
@@ -49,17 +50,19 @@ def families_of(long: pd.DataFrame) -> dict[str, Family]:
     """
     found: dict[str, Family] = {}
     for arch, rows in long[long["arch"] != ""].groupby("arch", sort=False):
-        declared = _declared(str(arch), [str(scale) for scale in rows["scale"].unique()])
-        found[str(arch)] = declared or _by_bytes(rows[rows["status"] == "ok"])
+        found[str(arch)] = _declared(str(arch)) or _by_bytes(rows[rows["status"] == "ok"])
     return found
 
 
-def _declared(arch: str, scales: list[str]) -> Family | None:
+@cache
+def _declared(arch: str) -> Family | None:
+    """The family is the same at every scale that is deep enough for the pattern."""
     if ".py" in arch:
         return None
-    for scale in [*(s for s in scales if s in SCALES), "70m"]:
+    for scale in ("tiny", "70m"):
         with suppress(UserError):
-            return state_family(ModelSpec(arch=arch, scale=SCALES[scale]).outline().state_specs())
+            model = ModelSpec(arch=arch, scale=SCALES[scale], hidden=0).outline()
+            return state_family(model.state_specs())
     return None
 
 

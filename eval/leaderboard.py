@@ -21,7 +21,7 @@ from archs.errors import UserError
 from eval.families import families_of
 from eval.measures import MEASURES
 from eval.results import CELL_FAILED, load_long
-from eval.seeds import over_seeds
+from eval.seeds import keys_of, over_seeds
 
 #: What else can tell two figures of one measure and scale apart, in the order of the name.
 QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens")
@@ -105,7 +105,7 @@ def tidy(long: pd.DataFrame) -> pd.DataFrame:
     same = same[[*IDENTITY, "measure", "position", "note"]]
     long = long[~same.duplicated(keep="last")]
     failed = long["measure"] == CELL_FAILED
-    cell = pd.Series(list(zip(*(long[c].astype(str) for c in CELL), strict=True)), long.index)
+    cell = keys_of(long, CELL)
     last_good = dict(zip(cell[~failed], long.index[~failed], strict=True))
     stale = [
         f and last_good.get(c, -1) > i for i, c, f in zip(long.index, cell, failed, strict=True)
@@ -125,23 +125,24 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
     by_arch = rows.groupby("arch", sort=False)
     table["pattern"] = by_arch["pattern"].agg(_joined)
     table["status"] = by_arch["status"].agg(_outcome)
-    figures = rows[rows["measure"] != CELL_FAILED]
+    figures = _unpredicted(rows[rows["measure"] != CELL_FAILED])
     figures = figures.assign(column=_names(figures))
-    summary = over_seeds(figures, ["arch", "column"])
+    summary = dict(list(over_seeds(figures, ["arch", "column"]).groupby("column")))
     order = {name: place for place, name in enumerate(MEASURES)}
     columns = sorted(dict.fromkeys(figures["column"]), key=lambda c: order[c.partition("@")[0]])
+    stages = {column: set(group) for column, group in figures.groupby("column")["stage"]}
     parts: dict[str, pd.Series[Any]] = {}
     for column in columns:
-        found = summary[summary["column"] == column].set_index("arch")
+        found = summary[column].set_index("arch")
         parts[column] = found["value"]
         if found["low"].notna().any():
             parts |= {f"{column}:low": found["low"], f"{column}:high": found["high"]}
         if (found["n"] > 1).any():
             parts[f"{column}:n"] = found["n"].astype("Int64")
-        status = found["status"].reindex(table.index)
-        status = status.fillna(_failures(rows, figures[figures["column"] == column]))
-        if (status.fillna("ok") != "ok").any():
-            parts[f"{column}:status"] = status
+        status = found["status"].to_dict()
+        status = _failures(rows, column, stages[column]) | status
+        if set(status.values()) != {"ok"}:
+            parts[f"{column}:status"] = pd.Series(status)
     for name in BY_SCALE:
         for scale, group in rows[rows[name].notna()].groupby("scale", sort=False):
             parts[f"{name}@{scale}"] = group.groupby("arch")[name].agg(_joined)
@@ -151,16 +152,24 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame(parts, index=table.index)], axis=1).reset_index()
 
 
-def _failures(rows: pd.DataFrame, figures: pd.DataFrame) -> "pd.Series[Any]":
-    """By architecture, the status of failed cells that should have held these figures."""
-    one = figures.iloc[0]
-    same = rows[(rows["measure"] == CELL_FAILED) & (rows["scale"] == one["scale"])]
-    # Quality is asked inside the training cell: any cell of that scale without a batch.
-    batch = same["batch"].isna() if pd.isna(one["batch"]) else same["batch"] == one["batch"]
-    same = same[batch.fillna(False).astype(bool)]
-    stages = set(figures["stage"])
-    same = same[same["stage"].isin(stages | ({"train"} if "quality" in stages else set()))]
-    return same.groupby("arch")["status"].last()
+def _unpredicted(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without the predictions (stage cost) of what another stage recorded for the same step."""
+    same = keys_of(rows, ("arch", "measure", "scale", "batch", "context"))
+    predicted = rows["stage"] == "cost"
+    return rows[~(predicted & same.isin(set(same[~predicted])))]
+
+
+def _failures(rows: pd.DataFrame, name: str, stages: set[str]) -> dict[str, str]:
+    """By architecture, the status of failed cells that should have held this column's figure."""
+    column = Column.parse(name)
+    failed = rows[(rows["measure"] == CELL_FAILED) & rows["stage"].isin(stages)]
+    return {
+        str(arch): str(status)
+        for arch, status, scale, batch in zip(
+            failed["arch"], failed["status"], failed["scale"], failed["batch"], strict=True
+        )
+        if column and scale == column.scale and (pd.isna(batch) or batch == column.batch)
+    }
 
 
 def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
@@ -200,7 +209,7 @@ def quality_column(table: pd.DataFrame) -> str | None:
 def fullest(table: pd.DataFrame, measure: str) -> str | None:
     """The column of a measure that most architectures have; the last of several such."""
     columns = [str(c) for c in figure_columns(table) if c.measure == measure]
-    return max(reversed(columns), key=lambda c: int(table[c].notna().sum()), default=None)
+    return max(reversed(columns), key=lambda c: int(table[c].count()), default=None)
 
 
 def figure_columns(table: pd.DataFrame) -> list[Column]:
@@ -220,7 +229,8 @@ class Headline:
     @property
     def where(self) -> str:
         """Scale, batch and context of the figure."""
-        return self.column.partition("@")[2].replace("/", " ")
+        where = self.column.partition("@")[2].replace("/", " ")
+        return re.sub(r"\bc(\d+)", lambda found: f"c{short_count(int(found[1]))}", where)
 
     def text(self, row: "pd.Series[Any]") -> str:
         """The figure of a row with its interval's half width, or why there is none."""
@@ -260,8 +270,8 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
 
     short, long = best("tpot_ms"), best("tpot_ms", longest=True)
     chosen += [
-        ("state kB/token", best("state_bytes_per_token"), 1e-3, 2),
-        ("+ fixed kB", best("state_bytes_fixed"), 1e-3, 0),
+        ("kB/token", best("state_bytes_per_token"), 1e-3, 2),
+        ("fixed kB", best("state_bytes_fixed"), 1e-3, 0),
         ("TPOT ms", short, 1, 2),
         ("TPOT ms", long if long != short else None, 1, 2),
         ("token/s", best("output_tok_per_s", most_users=True), 1, 0),
@@ -274,13 +284,14 @@ def to_table(table: pd.DataFrame) -> Table:
     """The short ranked leaderboard for a terminal of about 120 columns."""
     ranked = table if "rank" in table else rank(table)
     shown = headlines(ranked)
-    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1))
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
     drawn.add_column("rank", justify="right", no_wrap=True)
     drawn.add_column("arch", no_wrap=True)
     for headline in shown:
-        title = f"{headline.title}\n[dim]{headline.where}[/dim]"
+        where = headline.where.replace(" ", "\n", 1)
+        title = f"{headline.title}\n[dim]{where}[/dim]"
         drawn.add_column(title, justify="right", no_wrap=True)
-    drawn.add_column("status")
+    drawn.add_column("status", no_wrap=True)
     for _, row in ranked.iterrows():
         figures = [headline.text(row) for headline in shown]
         drawn.add_row(str(row["rank"]) or "–", str(row["arch"]), *figures, str(row["status"]))
@@ -292,6 +303,8 @@ def _names(rows: pd.DataFrame) -> "pd.Series[Any]":
     names = pd.Series("", index=rows.index, dtype="object")
     for (measure, scale), group in rows.groupby(["measure", "scale"], sort=False):
         varying = [q for q in QUALIFIERS if group[q].nunique(dropna=False) > 1]
+        if "stage" in varying and not _stages_collide(group):
+            varying.remove("stage")
         # A recall task is trained until it is solved: there, tokens are an outcome.
         if "tokens" in varying and "mqar" in set(group["stage"]):
             varying.remove("tokens")
@@ -309,16 +322,29 @@ def _names(rows: pd.DataFrame) -> "pd.Series[Any]":
     return names
 
 
+def _stages_collide(group: pd.DataFrame) -> bool:
+    """Whether two stages give a figure of one architecture under the same batch and context."""
+    by = group.groupby(["arch", "batch", "context"], dropna=False)["stage"]
+    return bool((by.nunique() > 1).any())
+
+
 def _home(table: pd.DataFrame, columns: Sequence[Column]) -> str | None:
     """The scale of most figures, the one with the most parameters among equals."""
 
     def size(column: Column) -> tuple[int, int]:
-        params = table.get(f"params@{column.scale}")
-        known = [] if params is None else [int(str(p).split("; ")[0]) for p in params if p == p]
-        rows = table[str(column)].notna() | table.get(f"{column}:status", pd.Series()).notna()
-        return int(rows.sum()), max(known, default=0)
+        params = f"params@{column.scale}"
+        texts = [str(p) for p in table[params].dropna()] if params in table else []
+        known = [int(text.split("; ")[0]) for text in texts]
+        status = f"{column}:status"
+        tried = table[status if status in table else str(column)].notna()
+        return int(tried.sum()), max(known, default=0)
 
     return max(columns, key=size).scale if columns else None
+
+
+def short_count(count: int) -> str:
+    """16384 as "16k": whole binary thousands are shortened, other counts are not."""
+    return f"{count >> 10}k" if count and count % 1024 == 0 else str(count)
 
 
 def _joined(values: "pd.Series[Any]") -> str:

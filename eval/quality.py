@@ -7,6 +7,7 @@ it covers evaluation noise alone, so runs over several seeds give the interval o
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ def octaves(length: int) -> list[tuple[int, int]]:
     edges = [0, 8]
     while edges[-1] * 2 <= length:
         edges.append(edges[-1] * 2)
-    return list(zip(edges[:-1], edges[1:], strict=True)) if length >= 8 else []
+    return list(pairwise(edges)) if length >= 8 else []
 
 
 def mqar_accuracy(model: Model, spec: MqarSpec, *, sequences: int, seed: int) -> Estimate:
@@ -123,4 +124,3 @@ def wilson(right: int, asked: int) -> Estimate:
     middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
     half = z / (1 + z * z / asked) * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked**2))
     return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), asked)
-

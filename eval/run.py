@@ -51,9 +51,7 @@ def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
                 target.unlink(missing_ok=True)
     try:
         if out.exists() and any(out.iterdir()) and not config.exists():
-            raise UserError(
-                f"'{out}' is not empty and not a run folder; choose another --out"
-            )
+            raise UserError(f"'{out}' is not empty and not a run folder; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         text = f"# config_hash = {suite.config_hash}\n" + tomli_w.dumps(suite.as_toml())
         if config.exists():
@@ -76,8 +74,9 @@ def _hash_in(text: str) -> str:
     return first.rpartition(" ")[2] or "unreadable"
 
 
-def plan(suite: Suite, workshop: Workshop) -> list[Planned]:
-    """All cells of a suite in the order in which they run."""
+def plan(workshop: Workshop) -> list[Planned]:
+    """All cells of the suite in the order in which they run."""
+    suite = workshop.suite
     cells = [Planned(Cell(arch="", stage="hardware"), 3.0, workshop.hardware)]
     train, mqar = suite.train, suite.mqar
     for arch in suite.archs:
@@ -131,7 +130,7 @@ def run_suite(
     results = Results(out / "results.csv", provenance(suite.config_hash, device))
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
     workshop = Workshop(suite, out, device, deadline)
-    planned = plan(suite, workshop)
+    planned = plan(workshop)
     waiting = [p for p in planned if not results.done(p.cell)]
     with progress.over(sum(p.weight for p in waiting), len(waiting), len(planned)):
         for item in waiting:
@@ -158,9 +157,7 @@ def _label(cell: Cell) -> Iterator[str]:
         yield f"seed {cell.seed}"
 
 
-def _guarded(
-    item: Planned, watch: Watch, out: Path
-) -> tuple[About, list[Row] | None]:
+def _guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] | None]:
     """The cell's rows, or one row that says how it failed; None when the budget stopped it."""
     try:
         return item.work(watch)

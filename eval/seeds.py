@@ -3,10 +3,13 @@
 One seed keeps the interval that was measured in it (over documents, queries or steps).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import atan, comb, cos, nan, pi, sin, sqrt
+from typing import Any
 
 import pandas as pd
+
+FIGURES = ("value", "low", "high", "n", "status")
 
 
 def over_seeds(long: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
@@ -15,22 +18,30 @@ def over_seeds(long: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     Two and more rows (seeds) get Student's t interval; one keeps the interval measured in it.
     Without an ok row the value is NaN and `status` the last failure.
     """
-    records = []
-    for values, rows in long.groupby(list(keys), sort=False, dropna=False):
-        good = rows[rows["status"] == "ok"]
-        record = dict(zip(keys, values, strict=True))
-        if good.empty:
-            figures = (nan, nan, nan, 0, rows["status"].iloc[-1])
-        elif len(good) == 1:
-            only = good.iloc[0]
-            figures = (only["value"], only["low"], only["high"], 1, "ok")
-        else:
-            mean, half = student_t_interval(good["value"].tolist())
-            figures = (mean, mean - half, mean + half, len(good), "ok")
-        record |= dict(zip(("value", "low", "high", "n", "status"), figures, strict=True))
-        records.append(record)
-    columns = [*keys, "value", "low", "high", "n", "status"]
-    return pd.DataFrame.from_records(records, columns=columns)
+    groups: dict[tuple[Hashable, ...], list[tuple[Any, ...]]] = {}
+    figures = long[["value", "low", "high", "status"]].itertuples(index=False, name=None)
+    for key, row in zip(keys_of(long, keys), figures, strict=True):
+        groups.setdefault(key, []).append(row)
+    records = [(*key, *_one_figure(rows)) for key, rows in groups.items()]
+    return pd.DataFrame.from_records(records, columns=[*keys, *FIGURES])
+
+
+def keys_of(table: pd.DataFrame, names: Sequence[str]) -> "pd.Series[Any]":
+    """The values of some columns as one tuple a row, None where a value is missing."""
+    rows = table[list(names)].itertuples(index=False, name=None)
+    keys = [tuple(None if pd.isna(value) else value for value in row) for row in rows]
+    return pd.Series(keys, index=table.index, dtype="object")
+
+
+def _one_figure(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """`FIGURES` of rows (value, low, high, status)."""
+    good = [row for row in rows if row[3] == "ok"]
+    if not good:
+        return nan, nan, nan, 0, rows[-1][3]
+    if len(good) == 1:
+        return *good[0][:3], 1, "ok"
+    mean, half = student_t_interval([row[0] for row in good])
+    return mean, mean - half, mean + half, len(good), "ok"
 
 
 def student_t_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -56,7 +56,7 @@ class StepView:
         self.valid = None
         if self.new is not None:
             self.valid = torch.arange(new_tokens, device=device) < self.new[:, None]
-        self.each = 0 < store.lookback and new_tokens <= store.lookback + 1
+        self.each = store.lookback > 0 and new_tokens <= store.lookback + 1
         tables = {key: TableStep(self, table) for key, table in store.tables.items()}
         self.layers: list[LayerState] = []
         views: list[_LayerView] = []

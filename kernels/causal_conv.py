@@ -29,10 +29,8 @@ def causal_conv(
             f"weight {tuple(weight.shape)} needs x of {weight.shape[0]} channels and a tail of "
             f"{width - 1} rows, not {tuple(x.shape)} and {None if tail is None else tail.shape}"
         )
-    if tail is None:
-        padded = F.pad(x, (0, 0, width - 1, 0))
-    else:
-        padded = torch.cat((tail.to(x.dtype), x), 1)
+    past = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if tail is None else tail.to(x.dtype)
+    padded = torch.cat((past, x), 1)
     if torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad):
         y = _Conv.apply(padded, weight, bias)
         return F.silu(y) if silu else y
@@ -59,7 +57,7 @@ class _Conv(torch.autograd.Function):
         return _shifted_sum(padded, weight, bias, padded.shape[1] - weight.shape[1] + 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         padded, weight = ctx.saved_tensors
         tokens = grad.shape[1]
         grad_padded = torch.zeros_like(padded)

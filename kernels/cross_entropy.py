@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 #: A target that is not predicted; the value torch's own losses ignore.
 IGNORED = -100
@@ -49,8 +50,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(targets.shape[0], weight.shape[0], hidden.device):
             logits = (hidden[rows].to(dtype) @ head).to(_softmax_dtype(dtype))
-            picked = logits.gather(1, targets[rows, None])[:, 0]
-            losses[rows] = logits.logsumexp(1) - picked
+            losses[rows] = F.cross_entropy(logits, targets[rows], reduction="none")
     out[kept] = losses
     return out
 

@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x: [..., D]; weight: [D]; returns [..., D] in x's dtype.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+        return _RMSNorm.apply(x, weight, eps)
     return _normalise(x, eps)[0].mul_(weight)
 
 
@@ -40,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         return unit * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         unit, length, weight = ctx.saved_tensors
         dim = unit.shape[-1]
         weight_grad = (grad * unit).flatten(0, -2).sum(0)
@@ -87,7 +87,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(first half) · second half. [..., 2F] -> [..., F]."""
     if torch.is_grad_enabled() and gate_up.requires_grad:
-        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return]
+        return _SwiGLU.apply(gate_up)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
 
@@ -102,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         out = torch.empty_like(gate_up)

@@ -50,6 +50,6 @@ def apply_rope_(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def half_to_interleaved(dim: int) -> Tensor:
-    """Channel order p with w_interleaved = w_half[p] for one head of `dim` channels, int64 [dim]."""
+    """Channel order p of one head, int64 [dim], with w_interleaved = w_half[p]."""
     half = torch.arange(dim // 2)
     return torch.stack((half, half + dim // 2), 1).flatten()

@@ -32,12 +32,13 @@ def selective_scan(
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     start = x.new_zeros(x.shape[0], *a.shape, dtype=wide) if state is None else state.to(wide)
-    args = [t.to(wide) for t in (x, dt, a, b, c)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*args, start)):
-        y, final = _SelectiveScan.apply(*args, start)
+    wx, wdt, wa, wb, wc = (t.to(wide) for t in (x, dt, a, b, c))
+    wants_grad = any(t.requires_grad for t in (wx, wdt, wa, wb, wc, start))
+    if torch.is_grad_enabled() and wants_grad:
+        y, final = _SelectiveScan.apply(wx, wdt, wa, wb, wc, start)
     else:
-        y, final, _ = _scan(*args, start, keep=False)
-    return torch.addcmul(y, args[0], d.to(wide)).to(x.dtype), final
+        y, final, _ = _scan(wx, wdt, wa, wb, wc, start, keep=False)
+    return torch.addcmul(y, wx, d.to(wide)).to(x.dtype), final
 
 
 def piece_tokens(batch: int, width: int, n: int) -> int:
@@ -83,7 +84,7 @@ def _scan(
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor
     ) -> tuple[Tensor, Tensor]:
         y, final, starts = _scan(x, dt, a, b, c, start, keep=True)
@@ -91,7 +92,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
         x, dt, a, b, c, *starts = ctx.saved_tensors
         batch, tokens, width = x.shape
         size = piece_tokens(batch, width, a.shape[1])

@@ -1,11 +1,11 @@
-"""What all tests share: uninitialised memory is NaN, threads are bounded, seeds are fixed."""
+"""What all tests share: uninitialised memory is NaN, one thread, seeds are fixed."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -144,10 +144,9 @@ SOURCES: dict[str, Callable[[str], tuple[Iterable[str], str]]] = {
 
 def _read(path: Path) -> str:
     """A text file, decompressed by its suffix. Raises UserError naming file and byte."""
-    openers = {".gz": gzip.open, ".xz": lzma.open}
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
     try:
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            raw: bytes = file.read()
+        raw = unpack(path.read_bytes())
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"'{path}' cannot be read: {error}") from error
     zero = raw.find(b"\x00")

@@ -250,7 +250,7 @@ class _Run:
         all_targets = int((targets != IGNORED).sum())
         for x, y in zip(inputs.chunk(r.grad_accum), targets.chunk(r.grad_accum), strict=True):
             # A part counts by its targets, so that accumulating changes nothing but memory.
-            share = 1 / r.grad_accum
+            share = int((y != IGNORED).sum()) / all_targets if all_targets else 1.0
             if not share:
                 continue
             with self._autocast():

@@ -25,7 +25,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, name: str) -> None:
         self._backend = backend
         self.name = name
-        self.eot_id: int = backend.token_to_id(SEPARATOR)
+        self.eot_id = int(backend.token_to_id(SEPARATOR) or 0)
 
     @property
     def vocab_size(self) -> int:

@@ -54,9 +54,7 @@ def copy_weights(ours: GatedDeltaNet, theirs: Any) -> None:
 @pytest.mark.parametrize(("d", "keys", "values", "n", "p"), SHAPES)
 @pytest.mark.parametrize("tokens", [1, 63, 130])
 @torch.inference_mode()
-def test_gdn_equals_qwen3_next(
-    d: int, keys: int, values: int, n: int, p: int, tokens: int
-) -> None:
+def test_gdn_equals_qwen3_next(d: int, keys: int, values: int, n: int, p: int, tokens: int) -> None:
     ours, theirs = pair(d, keys, values, n, p)
     x = torch.randn(2, tokens, d)
     expected = theirs(x)

@@ -1,4 +1,4 @@
-"""`mamba2` equals transformers' Mamba-2, whole model: parallel, prefill and steps with its cache."""
+"""`mamba2` equals transformers' Mamba-2, whole model: parallel, prefill and cached steps."""
 
 from typing import Any
 

@@ -1,12 +1,13 @@
 """The loop: it learns, accumulates exactly, says how it ended, and sweeps learning rates."""
 
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from train import loop
+from train.checkpoint import read_metadata
 from train.loop import CHECKPOINT_NAME, TrainResult, next_token_loss, train
 from train.metrics import read_metrics
 from train.recipe import Recipe
@@ -183,17 +185,17 @@ def test_divergence_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert 30 < result.steps < 100
 
 
-def test_deadline_stops_saves_and_resumes(tmp_path: Path) -> None:
-    class Slow(Counting):
-        def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
-            time.sleep(0.05 if step else 0.0)
-            return super().batch_at(step)
-
+def test_deadline_stops_saves_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = run(tmp_path / "straight")
-    _, stopped = run(tmp_path / "cut", data=Slow(), deadline=time.monotonic() + 0.2)
-    assert stopped.status == "stopped" and 0 < stopped.steps < RECIPE.steps
+    with monkeypatch.context() as patch:
+        ticks = itertools.count()
+        clock = SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=time.perf_counter)
+        patch.setattr(loop, "time", clock)
+        _, stopped = run(tmp_path / "cut", deadline=7)
+    assert (stopped.status, stopped.steps) == ("stopped", 7)
+    assert read_metadata(tmp_path / "cut" / CHECKPOINT_NAME).progress.step == 7
     model, result = run(tmp_path / "cut")
-    assert result.status == "ok" and result.steps == RECIPE.steps
+    assert (result.status, result.steps) == ("ok", RECIPE.steps)
     same_weights(model, expected)
 
 
@@ -317,7 +319,7 @@ def test_wsd_schedule_warms_up_stays_and_decays_to_the_floor() -> None:
     assert rates[0] == pytest.approx(1 / 50) and rates[49:500] == [1.0] * 451
     assert rates[749] == pytest.approx(0.05 + 0.95 * 250 / 500)
     assert rates[999] == pytest.approx(0.05)
-    assert all(a >= b for a, b in pairwise(rates[49:]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[49:]))
 
 
 def test_cosine_schedule_is_half_way_in_the_middle() -> None:

@@ -1,0 +1,334 @@
+"""The seven charts, each a function from figures and a setting to a chart, or None without data.
+
+Every chart says in its title at which scale, batch and context and on which hardware it was
+taken, and labels what it can beside the marks.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise, zip_longest
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from eval.canvas import CHAR, FAINT, INK, Axis, Label, Palette, end_labels, point_labels, themed
+from eval.figures import Figures, Setting
+
+Chart = alt.LayerChart
+
+
+def quality_against_state(f: Figures, setting: Setting) -> Chart | None:
+    """Bits per byte over the bytes that a sequence must keep, with the Pareto front."""
+    scale, quality = f.quality("bits_per_byte")
+    state = f.state_bytes(setting.scale)
+    if quality.empty or state.empty:
+        return None
+    counts = state.groupby("context")["arch"].nunique()
+    context = int(max(counts[counts == counts.max()].index))
+    data = quality.merge(state[state["context"] == context], on="arch")
+    data = data[data["state_bytes"] > 0]
+    if data.empty:
+        return None
+    data["front"] = [
+        not ((data["value"] < v) & (data["state_bytes"] <= s)).any()
+        and not ((data["value"] <= v) & (data["state_bytes"] < s)).any()
+        for v, s in zip(data["value"], data["state_bytes"], strict=True)
+    ]
+    x = Axis.around(list(data["state_bytes"]))
+    ends = [*data["value"], *data["low"].dropna(), *data["high"].dropna()]
+    y = Axis.around(ends, log=False, vertical=True)
+    horizontal = _x("state_bytes", x, "state of one sequence, bytes", number="~s")
+    vertical = _y("value", y, "bits per byte, held-out text")
+    base = alt.Chart(data)
+    front = base.transform_filter("datum.front").mark_line(
+        interpolate="step-after", color=FAINT, strokeWidth=2, strokeDash=[5, 4]
+    )
+    spread = base.mark_rule(strokeWidth=1.4, opacity=0.55).encode(
+        horizontal, y=alt.Y("low:Q", scale=y.scale), y2="high:Q", color=f.palette.colour()
+    )
+    points = base.mark_point(filled=True, size=110, opacity=1).encode(
+        horizontal, vertical, f.palette.colour(), f.palette.shape(),
+        stroke=alt.condition("datum.front", alt.value(INK), alt.value("white")),
+        strokeWidth=alt.condition("datum.front", alt.value(2), alt.value(0.5)),
+        tooltip=_tips("arch", "value", "low", "high", "state_bytes"),
+    )  # fmt: skip
+    best = data[data["front"]].sort_values("state_bytes")
+    steps = list(zip(best["state_bytes"], best["value"], strict=True))
+    corners = [(b[0], a[1]) for a, b in pairwise(steps)]
+    bars = data.dropna(subset=["low"])[["state_bytes", "low", "high"]].itertuples(index=False)
+    walls = [[(at, low), (at, high)] for at, low, high in bars]
+    walls.append([p for pair in zip_longest(steps, corners) for p in pair if p])
+    places = _places(data, "state_bytes", "value")
+    labels = _labels(point_labels(places, x, y, walls), x, y, f.palette)
+    return themed(
+        front.encode(horizontal, vertical) + spread + points + labels,
+        f"Quality against state at {context:,} tokens of context",
+        f"loss: trained scale {scale} · state: {setting.scale} shapes, one sequence",
+    )
+
+
+def latency_against_context(f: Figures, setting: Setting) -> Chart | None:
+    """Time per output token over context, at the batch with most contexts."""
+    data = f.at(setting, "tpot_ms")
+    contexts = data.groupby("batch")["context"].nunique()
+    if data.empty or contexts.max() < 2:
+        return None
+    batch = max(contexts[contexts == contexts.max()].index.astype(int), key=lambda b: -b)
+    data = data[data["batch"] == batch]
+    return _curves(
+        f, data, ("context", "context, tokens", "d"), ("tpot_ms", "time per output token", "ms"),
+        "Latency against context", f"batch {batch} · {setting}",
+    )  # fmt: skip
+
+
+def throughput_against_latency(f: Figures, setting: Setting) -> Chart | None:
+    """What a larger batch buys and costs, at the context with most batches."""
+    data = f.at(setting, "tpot_ms", "output_tok_per_s")
+    batches = data.groupby("context")["batch"].nunique()
+    if data.empty or batches.max() < 2:
+        return None
+    context = int(max(batches[batches == batches.max()].index))
+    data = data[data["context"] == context].sort_values(["arch", "batch"])
+    x = Axis.around(list(data["tpot_ms"]), pad=0.12)
+    y = Axis.around(list(data["output_tok_per_s"]), vertical=True)
+    base = alt.Chart(data).encode(
+        _x("tpot_ms", x, "time per output token", unit="ms"),
+        _y("output_tok_per_s", y, "output of the whole batch", number="~s", unit="token/s"),
+        f.palette.colour(),
+        tooltip=_tips("arch", "batch", "context", "tpot_ms", "output_tok_per_s"),
+    )
+    lines = base.mark_line(strokeWidth=1.8).encode(order="batch:Q", detail="arch:N")
+    points = base.mark_point(filled=True, size=55, opacity=1).encode(f.palette.shape())
+    places = _places(data.groupby("arch").tail(1), "tpot_ms", "output_tok_per_s")
+    paths = [
+        list(zip(curve["tpot_ms"], curve["output_tok_per_s"], strict=True))
+        for _, curve in data.groupby("arch")
+    ]
+    batches_seen = ", ".join(str(b) for b in sorted(data["batch"].unique()))
+    return themed(
+        lines + points + _labels(point_labels(places, x, y, paths), x, y, f.palette),
+        "Throughput against latency",
+        f"batches {batches_seen} along each curve · context {context:,}",
+        str(setting),
+    )
+
+
+def roofline(f: Figures, setting: Setting) -> Chart | None:
+    """Attainable and attained FLOP/s over arithmetic intensity."""
+    bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
+    rate = f.machine(setting.hardware, "matrix_flops_per_s")
+    data = f.at(setting, "tpot_ms", "step_flops", "step_bytes").rename(columns={"tpot_ms": "ms"})
+    if data.empty or not bandwidth or not rate:
+        return None
+    prefill = f.at(setting, "ttft_ms", "step_flops", "step_bytes", stage="prefill")
+    prefill = prefill.rename(columns={"ttft_ms": "ms"})
+    data = pd.concat([data.assign(phase="decode"), prefill.assign(phase="prefill")])
+    data["intensity"] = data["step_flops"] / data["step_bytes"]
+    data["flops_per_s"] = data["step_flops"] / (data["ms"] / 1e3)
+    ridge = rate / bandwidth
+    x = Axis.around([*data["intensity"], ridge / 2, ridge * 4])
+    y = Axis.around([*data["flops_per_s"], rate], vertical=True)
+    roof = pd.DataFrame({"intensity": [x.low, ridge, x.high]})
+    roof["flops_per_s"] = (roof["intensity"] * bandwidth).clip(upper=rate)
+    horizontal = _x("intensity", x, "arithmetic intensity", unit="FLOP/byte")
+    vertical = _y("flops_per_s", y, "rate", number="~s", unit="FLOP/s")
+    line = alt.Chart(roof).mark_line(color=INK, strokeWidth=2, clip=True)
+    knee = alt.Chart(roof.iloc[[2]]).mark_text(
+        dy=-10, dx=-6, align="right", color=INK, fontSize=11,
+        text=f"ridge {ridge:.3g} FLOP/byte: {_si(bandwidth)}B/s copied, {_si(rate)}FLOP/s",
+    )  # fmt: skip
+    pick = alt.selection_point(fields=["arch"], bind="legend")
+    points = alt.Chart(data).mark_point(size=70, strokeWidth=1.5).encode(
+        horizontal, vertical, f.palette.colour(legend=True), f.palette.shape(legend=True),
+        f.palette.fill(),
+        fillOpacity=alt.condition("datum.phase == 'decode'", alt.value(0.8), alt.value(0)),
+        opacity=alt.condition(pick, alt.value(1), alt.value(0.08)),
+        tooltip=_tips("arch", "phase", "batch", "context", "intensity", "flops_per_s"),
+    ).add_params(pick)  # fmt: skip
+    phases = " and prefill (hollow)" if len(prefill) else ""
+    return themed(
+        line.encode(horizontal, vertical) + knee.encode(horizontal, vertical) + points,
+        "Roofline of this machine",
+        f"decode{phases}, every batch and context · {setting}",
+    )
+
+
+def loss_by_position(f: Figures, setting: Setting | None) -> Chart | None:
+    """Held-out loss over the position of the predicted token."""
+    scale, data = f.quality("loss_at_position", "position")
+    if data.empty or data["position"].nunique() < 2:
+        return None
+    data = data.astype({"position": int}).rename(columns={"value": "loss"})
+    _, trained = f.quality("bits_per_byte", "context")
+    lengths = sorted({int(c) for c in trained.get("context", []) if c is not None})
+    reached = f", trained on {lengths[-1]:,} tokens (dashed)" if lengths else ""
+    return _curves(
+        f, data, ("position", "position up to, tokens", "d"), ("loss", "loss", "nat/token"),
+        "Loss by position", f"trained scale {scale}, held-out text{reached}",
+        log_y=False, marks=lengths[-1:],
+    )  # fmt: skip
+
+
+def recall(f: Figures, setting: Setting | None) -> Chart | None:
+    """Accuracy in multi-query associative recall."""
+    _, data = f.quality("mqar_accuracy")
+    if data.empty:
+        return None
+    data = data.assign(percent=100 * data["value"])
+    for end in ("low", "high"):
+        data[end] = (100 * data[end]).clip(0, 100)
+    data["text"] = [f"{p:.1f} %" for p in data["percent"]]
+    order = list(data.sort_values("percent", ascending=False, kind="stable")["arch"])
+    rows = alt.Y("arch:N", sort=order, title=None, axis=alt.Axis(labelFontSize=12, ticks=False))
+    across = alt.Scale(domain=[0, 112], nice=False)
+    base = alt.Chart(data).encode(rows)
+    ticks = alt.Axis(values=[0, 20, 40, 60, 80, 100], domain=False)
+    bars = base.mark_bar(height=17, cornerRadiusEnd=2).encode(
+        alt.X("percent:Q", title="queries answered, %", scale=across, axis=ticks),
+        f.palette.colour(), tooltip=_tips("arch", "percent", "low", "high"),
+    )  # fmt: skip
+    spread = base.mark_rule(color=INK, strokeWidth=1.2).encode(
+        alt.X("low:Q", scale=across), x2="high:Q"
+    )
+    text = base.mark_text(align="left", color=INK, fontSize=11).encode(
+        x=alt.datum(102, scale=across), text="text:N"
+    )
+    return themed(bars + spread + text, "Associative recall", "multi-query, trained from scratch")
+
+
+def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:
+    """Measured step time over the predicted one, every cell."""
+    data = f.at(setting, "tpot_ms", "tpot_pred_ms")
+    how = "roofline of each operation"
+    if data.empty:
+        bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
+        data = f.at(setting, "tpot_ms", "step_bytes")
+        if data.empty or not bandwidth:
+            return None
+        data["tpot_pred_ms"] = 1e3 * data["step_bytes"] / bandwidth
+        how = "bytes ÷ measured copy bandwidth"
+    data["ratio"] = data["tpot_ms"] / data["tpot_pred_ms"]
+    off = (data["ratio"] - 1).abs().median()
+    both = Axis.around([*data["tpot_ms"], *data["tpot_pred_ms"]])
+    y = Axis(both.low, both.high, 400, vertical=True)
+    line = pd.DataFrame({"predicted": [both.low, both.high]})
+    line = line.assign(low=line["predicted"] / 1.1, high=line["predicted"] * 1.1)
+    ends = alt.X("predicted:Q", scale=both.scale)
+    band = alt.Chart(line).mark_area(color=FAINT, opacity=0.5, clip=True).encode(
+        ends, alt.Y("low:Q", scale=y.scale), y2="high:Q"
+    )  # fmt: skip
+    equal = alt.Chart(line).mark_line(color=INK, strokeWidth=1.2).encode(
+        ends, alt.Y("predicted:Q", scale=y.scale)
+    )  # fmt: skip
+    pick = alt.selection_point(fields=["arch"], bind="legend")
+    points = alt.Chart(data).mark_point(filled=True, size=65).encode(
+        _x("tpot_pred_ms", both, "predicted time per output token", unit="ms"),
+        _y("tpot_ms", y, "measured time per output token", unit="ms"),
+        f.palette.colour(legend=True), f.palette.shape(legend=True),
+        opacity=alt.condition(pick, alt.value(0.9), alt.value(0.06)),
+        tooltip=_tips("arch", "batch", "context", "tpot_pred_ms", "tpot_ms", "ratio"),
+    ).add_params(pick)  # fmt: skip
+    return themed(
+        band + equal + points,
+        "Predicted against measured",
+        f"median error {100 * off:.0f} % over {len(data)} cells · prediction: {how}",
+        str(setting),
+    )
+
+
+def _curves(
+    f: Figures, data: pd.DataFrame, x_of: tuple[str, str, str], y_of: tuple[str, str, str],
+    title: str, subtitle: str, *, log_y: bool = True, marks: Sequence[int] = (),
+) -> Chart:  # fmt: skip
+    """One curve an architecture over a log axis, labelled at its end; dashed lines at `marks`."""
+    (over, over_title, over_format), (name, name_title, unit) = x_of, y_of
+    data = data.sort_values(["arch", over])
+    values = sorted(data[over].unique())
+    x = Axis.around(values, pad=0.03)
+    y = Axis.around(list(data[name]), log=log_y, vertical=True)
+    base = alt.Chart(data).encode(
+        _x(over, x, over_title, number=over_format, values=values),
+        _y(name, y, name_title, unit=unit),
+        f.palette.colour(),
+        tooltip=_tips("arch", over, name),
+    )
+    ends = _places(data.groupby("arch").tail(1), over, name)
+    dashed = alt.Chart(pd.DataFrame({over: list(marks)})).mark_rule(
+        color="#98a1ae", strokeDash=[5, 4]
+    )
+    return themed(
+        dashed.encode(alt.X(f"{over}:Q", scale=x.scale))
+        + base.mark_line(strokeWidth=1.8)
+        + base.mark_point(filled=True, size=50, opacity=1).encode(f.palette.shape())
+        + _labels(end_labels(ends, x, y), x, y, f.palette),
+        title,
+        subtitle,
+    )
+
+
+def _places(data: pd.DataFrame, x: str, y: str) -> dict[str, tuple[float, float]]:
+    """Where each architecture stands."""
+    rows = data[["arch", x, y]].itertuples(index=False, name=None)
+    return {arch: (across, up) for arch, across, up in rows}
+
+
+def _labels(labels: Sequence[Label], x: Axis, y: Axis, palette: Palette) -> alt.LayerChart:
+    """Text in its architecture's colour, with a thin line to what it names."""
+    rows = []
+    for label in labels:
+        left, at = x.pixel(label.x), x.pixel(label.from_x)
+        right = left + CHAR * len(label.text)
+        touch = left - 3 if at < left else min(at, right + 3)
+        far = abs(touch - at) + abs(y.pixel(label.y) - y.pixel(label.from_y))
+        row = {"arch": label.text, **label._asdict(), "touch": x.value(touch), "far": far}
+        rows.append(row)
+    base = alt.Chart(pd.DataFrame(rows))
+    across, up = alt.X("x:Q", scale=x.scale), alt.Y("y:Q", scale=y.scale)
+    text = base.mark_text(align="left", baseline="middle", fontSize=11, fontWeight=500)
+    leader = base.transform_filter("datum.far > 22").mark_rule(strokeWidth=0.7, opacity=0.6)
+    halo = base.mark_text(
+        align="left", baseline="middle", fontSize=11, fontWeight=500, stroke="white",
+        strokeWidth=3, opacity=0.85,
+    ).encode(across, up, text="text:N")  # fmt: skip
+    return alt.layer(
+        leader.encode(
+            alt.X("from_x:Q", scale=x.scale), alt.Y("from_y:Q", scale=y.scale),
+            x2="touch:Q", y2="y:Q", color=palette.colour(),
+        ),
+        halo,
+        text.encode(across, up, palette.colour(), text="text:N"),
+    )  # fmt: skip
+
+
+def _x(name: str, axis: Axis, title: str, **look: Any) -> alt.X:
+    return alt.X(f"{name}:Q", scale=axis.scale, **_axis(axis, title, **look))
+
+
+def _y(name: str, axis: Axis, title: str, **look: Any) -> alt.Y:
+    return alt.Y(f"{name}:Q", scale=axis.scale, **_axis(axis, title, **look))
+
+
+def _axis(
+    axis: Axis, title: str, *, unit: str = "", number: str = "~g", values: Sequence[float] = ()
+) -> dict[str, Any]:
+    ticks = [float(value) for value in values] or axis.ticks()
+    look: dict[str, Any] = {"values": ticks} if ticks else {"tickCount": 7}
+    return {
+        "title": f"{title}, {unit}" if unit else title,
+        "axis": alt.Axis(format="," + number if number == "d" else number, **look),
+    }
+
+
+def _tips(*names: str) -> list[alt.Tooltip]:
+    texts = {"arch", "phase"}
+    return [
+        alt.Tooltip(f"{n}:N") if n in texts else alt.Tooltip(f"{n}:Q", format=",.4~g")
+        for n in names
+    ]
+
+
+def _si(value: float) -> str:
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "

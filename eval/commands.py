@@ -1,0 +1,150 @@
+"""What the single-purpose commands do: train one, time some, score a checkpoint."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from archs.errors import UserError
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval.decode import agreement_error, agrees, measure_decode, measure_ttft_ms
+from eval.quality import bits_per_byte, loss_by_position
+from train.checkpoint import load_model, read_metadata
+from train.corpus import load_corpus
+from train.loop import StepReport, train
+from train.recipe import Recipe
+from train.tokenizer import train_or_load
+from train.tokens import Batches, TokenSet, prepare
+
+CACHE = Path("runs") / ".cache"
+
+
+def load_tokens(corpus: str, vocab_size: int, cache: Path = CACHE) -> TokenSet:
+    """A corpus tokenized, from the cache where it has been before."""
+    text = load_corpus(corpus)
+    return prepare(text, train_or_load(text, vocab_size, cache), cache)
+
+
+def train_one(
+    arch: str,
+    *,
+    scale: str,
+    corpus: str,
+    vocab_size: int | None,
+    seq_len: int | None,
+    recipe: Mapping[str, Any],
+    out: Path,
+    device: torch.device,
+    resume: bool,
+    time_budget_s: float | None,
+    console: Console,
+) -> dict[str, object]:
+    """Train one architecture and score it on held-out text."""
+    shape = get_scale(scale)
+    tokens = load_tokens(corpus, vocab_size or shape.vocab_size)
+    shape = replace(shape, vocab_size=tokens.vocab_size, seq_len=seq_len or shape.seq_len)
+    spec = ModelSpec(arch=arch, scale=shape)
+    model = spec.build(seed=recipe["seed"], device=str(device))
+    plan = Recipe.from_dict({**recipe, "seq_len": shape.seq_len})
+
+    def show(report: StepReport) -> None:
+        console.print(
+            f"step {report.step}/{report.steps}  loss {report.train_loss_nats:.3f}  "
+            f"{report.tok_per_s:,.0f} tok/s",
+            end="\r" if console.is_terminal else "\n",
+        )
+
+    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+    result = train(
+        model,
+        Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=plan.seed),
+        plan, out, spec=spec, data_fingerprint=tokens.name, resume_run=resume, progress=show,
+        deadline=deadline,
+    )  # fmt: skip
+    row: dict[str, object] = {
+        "arch": arch, "status": result.status, "steps": result.steps,
+        "train_loss": result.train_loss_nats, "train_tok_per_s": result.tok_per_s,
+        "checkpoint": str(out / "checkpoint.safetensors"),
+    }  # fmt: skip
+    if result.status == "ok":
+        score = bits_per_byte(model.eval(), tokens, part="test", seq_len=plan.seq_len)
+        row["bits_per_byte"] = score.value
+    return row
+
+
+def bench_archs(
+    archs: Sequence[str],
+    *,
+    scale: str,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    prompt: int,
+    device: torch.device,
+) -> list[dict[str, object]]:
+    """Decode timings; an architecture whose extend is wrong gets no latency."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows: list[dict[str, object]] = []
+    for arch in archs:
+        model = ModelSpec(arch=arch, scale=get_scale(scale)).build(device=str(device), dtype=dtype)
+        error = agreement_error(model.eval())
+        if not agrees(error, dtype):
+            rows.append({"arch": arch, "status": "incorrect", "agreement_error": error})
+            continue
+        for batch in batches:
+            ttft = measure_ttft_ms(model, batch=batch, prompt=prompt)[1] if prompt else []
+            for t in measure_decode(model, batch=batch, contexts=contexts, steps=steps):
+                p50 = t.percentile_ms(50)
+                row: dict[str, object] = {
+                    "arch": arch, "scale": scale, "batch": batch, "context": t.context,
+                    "tpot_ms": t.tpot_ms, "tpot_p50_ms": p50, "tpot_p99_ms": t.percentile_ms(99),
+                    "output_tok_per_s": 1e3 * batch / p50, "state_bytes": t.state_bytes,
+                    "status": "ok",
+                }  # fmt: skip
+                if ttft:
+                    row["ttft_ms"] = sorted(ttft)[len(ttft) // 2]
+                rows.append(row)
+    return rows
+
+
+def score_checkpoint(
+    checkpoint: Path, corpus: str, max_tokens: int | None, device: torch.device
+) -> list[dict[str, object]]:
+    """Held-out bits per byte and loss by position of a checkpoint's model.
+
+    Raises UserError when the corpus gives another tokenizer than the model was trained with.
+    """
+    if checkpoint.is_dir():
+        checkpoint = checkpoint / "checkpoint.safetensors"
+    metadata = read_metadata(checkpoint)
+    model = load_model(checkpoint, device=str(device)).eval()
+    scale = metadata.identity.spec.scale
+    tokens = load_tokens(corpus, scale.vocab_size)
+    if metadata.identity.data and metadata.identity.data != tokens.name:
+        raise UserError(
+            f"'{checkpoint}' was trained on tokens {metadata.identity.data}, corpus '{corpus}' "
+            f"gives {tokens.name}; name the corpus it was trained on"
+        )
+    whole = bits_per_byte(model, tokens, part="test", seq_len=scale.seq_len, max_tokens=max_tokens)
+    rows: list[dict[str, object]] = [
+        {
+            "measure": "bits_per_byte", "position": "", "value": whole.value, "low": whole.low,
+            "high": whole.high,
+        }
+    ]  # fmt: skip
+    curve = loss_by_position(
+        model, tokens, part="test", reach=2 * scale.seq_len, max_tokens=max_tokens
+    )
+    for position, loss in curve.items():
+        rows.append(
+            {
+                "measure": "loss_at_position", "position": position, "value": loss.value,
+                "low": loss.low, "high": loss.high,
+            }
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,81 @@
+"""The long table as the charts ask for it: means over seeds, one column a measure."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import pandas as pd
+
+from eval.canvas import Palette
+from eval.families import families_of
+from eval.leaderboard import tidy
+from eval.seeds import over_seeds
+
+
+class Setting(NamedTuple):
+    """Under what a latency was taken."""
+
+    hardware: str
+    scale: str
+    dtype: str
+    kernel_backend: str
+
+    def __str__(self) -> str:
+        what = [self.dtype, self.kernel_backend and f"{self.kernel_backend} kernels"]
+        return " · ".join(w for w in (f"{self.scale} shapes", self.hardware, *what) if w)
+
+
+class Figures:
+    """Figures of a long table by setting; `palette` gives every architecture its colour."""
+
+    def __init__(self, long: pd.DataFrame) -> None:
+        self.long = tidy(long)
+        self.palette = Palette.of(families_of(self.long))
+        self._good = self.long[self.long["status"] == "ok"]
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Settings of decode, those with most architectures and the largest models first."""
+        rows = self.long[(self.long["stage"] == "decode") & (self.long["measure"] == "tpot_ms")]
+        found = rows.groupby(list(Setting._fields), sort=False)
+        size = {Setting(*map(str, k)): (g["arch"].nunique(), _largest(g)) for k, g in found}
+        return sorted(size, key=lambda setting: size[setting], reverse=True)
+
+    def at(self, setting: Setting, *measures: str, stage: str = "decode") -> pd.DataFrame:
+        """Rows of arch, batch, context with a column for each measure (all present)."""
+        rows = self._good[self._good["stage"] == stage]
+        for name, value in setting._asdict().items():
+            rows = rows[rows[name] == value]
+        return self._pivot(rows, ["arch", "batch", "context"], measures)
+
+    def state_bytes(self, scale: str) -> pd.DataFrame:
+        """Rows of arch, context, state_bytes, from whichever stage recorded them."""
+        rows = self._good[self._good["scale"] == scale].drop_duplicates(
+            ["arch", "context", "measure"], keep="last"
+        )
+        return self._pivot(rows, ["arch", "context"], ["state_bytes"])
+
+    def quality(self, measure: str, *keys: str) -> tuple[str, pd.DataFrame]:
+        """The scale most seen, and its rows of arch, keys, value, low, high."""
+        rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] != "")]
+        if rows.empty:
+            return "", rows
+        scale = rows.groupby("scale", sort=False)["arch"].nunique().idxmax()
+        return str(scale), over_seeds(rows[rows["scale"] == scale], ["arch", *keys])
+
+    def machine(self, hardware: str, measure: str) -> float | None:
+        """A figure of the machine itself."""
+        rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] == "")]
+        rows = rows[rows["hardware"] == hardware]
+        return None if rows.empty else float(rows["value"].iloc[-1])
+
+    def _pivot(self, rows: pd.DataFrame, keys: list[str], measures: Sequence[str]) -> pd.DataFrame:
+        rows = rows[rows["measure"].isin(measures)].dropna(subset=keys)
+        table = over_seeds(rows, [*keys, "measure"])
+        table = table.pivot(index=keys, columns="measure", values="value")
+        table = table.reindex(columns=list(measures)).dropna().reset_index()
+        return table.astype({key: int for key in keys if key != "arch"})
+
+
+def _largest(rows: pd.DataFrame) -> int:
+    return int(rows["params"].max()) if rows["params"].notna().any() else 0

@@ -1,0 +1,111 @@
+"""The pictures of a report, each from the long table alone.
+
+A picture is one declarative chart: interactive on the page, and PNG and SVG through vl-convert.
+It is drawn for one setting (hardware, scale, dtype, backend), the first one, largest coverage
+first, that has what it needs; where none has, there is no chart and `missing` says what was not
+measured.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import altair as alt
+import pandas as pd
+
+from eval import charts
+from eval.figures import Figures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A chart with its explanation; `chart` is None where `missing` says what it needs."""
+
+    name: str
+    title: str
+    how_to_read: str
+    chart: alt.LayerChart | None
+    missing: str = ""
+
+
+class Plan(NamedTuple):
+    """How a picture is made: its builder, what it needs, and how to read it."""
+
+    title: str
+    build: Callable[..., alt.LayerChart | None]
+    needs: str
+    how_to_read: str
+    by_setting: bool = True
+
+
+PLANS: dict[str, Plan] = {
+    "quality-state": Plan(
+        "Quality against state", charts.quality_against_state, "bits_per_byte and state_bytes",
+        "Down is a better model, left is less memory for every sequence served. Outlined points "
+        "on the dashed front are beaten by no other in both. Bars are 95 % intervals.",
+    ),
+    "tpot-context": Plan(
+        "Latency against context", charts.latency_against_context, "tpot_ms at two contexts",
+        "A flat curve is a state that does not grow; a rising one reads more state for every "
+        "token. Where curves cross, the better choice changes.",
+    ),
+    "throughput-latency": Plan(
+        "Throughput against latency", charts.throughput_against_latency, "tpot_ms at two batches",
+        "Each curve runs from the smallest batch to the largest. Up is more tokens from the "
+        "machine, left is a shorter wait for each user.",
+    ),
+    "roofline": Plan(
+        "Roofline", charts.roofline, "step_flops, step_bytes and the machine's measured rates",
+        "The line is the most that this machine attains: copy bandwidth on the slope, matrix "
+        "rate on the flat. Decode sits far left, bound by memory. The gap up to the line is "
+        "overhead. Click an entry of the legend to single it out.",
+    ),
+    "loss-position": Plan(
+        "Loss by position", charts.loss_by_position, "loss_at_position",
+        "Each point is the mean loss of tokens up to that position, from the point before. A curve "
+        "that keeps falling uses its context; one that rises past the trained length breaks.",
+        by_setting=False,
+    ),
+    "mqar": Plan(
+        "Associative recall", charts.recall, "mqar_accuracy",
+        "The share of key lookups answered right: what a small or bounded state gives up first. "
+        "Dark lines are 95 % intervals.",
+        by_setting=False,
+    ),
+    "predicted-measured": Plan(
+        "Predicted against measured", charts.predicted_against_measured, "tpot_ms and a prediction",
+        "On the diagonal the machine does what the roofline says; the band is ±10 %. Points above "
+        "it carry overhead. Click an entry of the legend to single it out.",
+    ),
+}  # fmt: skip
+
+
+def pictures(long: pd.DataFrame) -> list[Picture]:
+    """Every picture of a long table, in the report's order; one a machine for latencies."""
+    figures = Figures(long)
+    machines = list(dict.fromkeys(s.hardware for s in figures.settings))
+    drawn = []
+    for name, plan in PLANS.items():
+        found = []
+        for machine in machines if plan.by_setting else [""]:
+            settings = [s for s in figures.settings if s.hardware == machine]
+            tried = (plan.build(figures, s) for s in (settings if plan.by_setting else [None]))
+            chart = next((chart for chart in tried if chart is not None), None)
+            if chart is not None:
+                found.append((machine, chart))
+        for place, (machine, chart) in enumerate(found):
+            suffix = "-" + re.sub(r"\W+", "-", machine).strip("-").lower() if place else ""
+            drawn.append(
+                Picture(
+                    name=name + suffix, title=plan.title, how_to_read=plan.how_to_read, chart=chart
+                )
+            )
+        if not found:
+            drawn.append(
+                Picture(
+                    name=name, title=plan.title, how_to_read=plan.how_to_read, chart=None,
+                    missing=f"not measured: it needs {plan.needs}",
+                )
+            )  # fmt: skip
+    return drawn

@@ -1,0 +1,24 @@
+"""`decodebench new-arch`: a commented mixer that passes `check`, to start from."""
+
+import re
+from pathlib import Path
+
+from archs.errors import UserError
+
+SOURCE = Path(__file__).parent / "new_mixer.py.txt"
+
+
+def write_template(name: str, *, force: bool = False) -> Path:
+    """Write NAME.py into the current folder. Raises UserError on a bad name or an existing file."""
+    name = name.removesuffix(".py")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"name '{name}' must be lower-case letters, digits and _, letter first")
+    path = Path(f"{name}.py")
+    if path.exists() and not force:
+        raise UserError(f"'{path}' exists already; choose another name or give --force")
+    class_name = "".join(part.capitalize() for part in name.split("_"))
+    try:
+        path.write_text(SOURCE.read_text(encoding="utf-8").replace("NewMixer", class_name))
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}") from error
+    return path
