@@ -12,18 +12,21 @@ from math import ceil, floor, hypot, log10
 from typing import Any, NamedTuple
 
 import altair as alt
+import numpy as np
+from numpy.typing import NDArray
 
 from eval.families import Family
 
+FloatArray = NDArray[np.float64]
 WIDTH, HEIGHT = 620, 400
 FONT = "Inter, 'Liberation Sans', Arial, sans-serif"
 #: Each family's hue, from its darkest to its lightest shade.
 HUES: dict[Family, tuple[str, str]] = {
-    "softmax": ("#0b3c8c", "#74b3f2"),
-    "latent": ("#6a1b9a", "#c792ea"),
-    "window": ("#b26a00", "#f2b64c"),
-    "recurrent": ("#0b5d2a", "#7fcf8a"),
-    "hybrid": ("#9c1222", "#f58a74"),
+    "softmax": ("#0b3c8c", "#5b9fe6"),
+    "latent": ("#6a1b9a", "#b079dc"),
+    "window": ("#b26a00", "#dda033"),
+    "recurrent": ("#0b5d2a", "#5fb570"),
+    "hybrid": ("#9c1222", "#ec7560"),
     "unknown": ("#4a4a4a", "#b0b0b0"),
 }
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke")
@@ -197,7 +200,7 @@ def point_labels(
     none of the `lines`, and stays in the frame.
     """
     pixels = {name: (x.pixel(px), y.pixel(py)) for name, (px, py) in points.items()}
-    taken = [(px - 5, py - 5, px + 5, py + 5) for px, py in pixels.values()]
+    taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in pixels.values()]
     for line in lines:
         corners = [(x.pixel(px), y.pixel(py)) for px, py in line]
         for (ax, ay), (bx, by) in pairwise(corners):
@@ -209,26 +212,29 @@ def point_labels(
         px, py = pixels[name]
         size = CHAR * len(name)
         best, least = (0.0, 0.0, 0.0, 0.0), float("inf")
+        walls = np.array(taken)
         for ring in (9, 16, 26, 38, 52, 68, 86, 106, 128):
             for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
                 left = px + dx * ring - (size if dx < 0 else size / 2 if dx == 0 else 0)
                 middle = py + dy * ring
                 box = (left, middle - LINE / 2, left + size, middle + LINE / 2)
                 outside = min(0, left, middle - 8, x.pixels - box[2], y.pixels - middle - 8)
-                cost = sum(_overlap(box, other) for other in taken) - 100 * outside + ring
+                cost = 10 * _covered(box, walls) - 100 * outside + ring
                 if cost < least:
                     best, least = box, cost
-        taken.append(best)
+        taken.append((best[0] - 5, best[1], best[2] + 5, best[3]))
         labels.append(
             Label(name, x.value(best[0]), y.value((best[1] + best[3]) / 2), *points[name])
         )
     return labels
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return 10 * width * height if width > 0 and height > 0 else 0.0
+def _covered(box: tuple[float, ...], walls: FloatArray) -> float:
+    """Square pixels of the walls under a box; both as left, top, right, bottom."""
+    left, top, right, bottom = walls.T
+    width = np.minimum(right, box[2]) - np.maximum(left, box[0])
+    height = np.minimum(bottom, box[3]) - np.maximum(top, box[1])
+    return float((width.clip(0) * height.clip(0)).sum())
 
 
 def themed(chart: alt.LayerChart | alt.Chart, title: str, *subtitle: str) -> alt.LayerChart:

@@ -73,7 +73,7 @@ def latency_against_context(f: Figures, setting: Setting) -> Chart | None:
     contexts = data.groupby("batch")["context"].nunique()
     if data.empty or contexts.max() < 2:
         return None
-    batch = max(contexts[contexts == contexts.max()].index.astype(int), key=lambda b: -b)
+    batch = min(contexts[contexts == contexts.max()].index.astype(int))
     data = data[data["batch"] == batch]
     return _curves(
         f, data, ("context", "context, tokens", "d"), ("tpot_ms", "time per output token", "ms"),
@@ -290,14 +290,11 @@ def _labels(labels: Sequence[Label], x: Axis, y: Axis, palette: Palette) -> alt.
         align="left", baseline="middle", fontSize=11, fontWeight=500, stroke="white",
         strokeWidth=3, opacity=0.85,
     ).encode(across, up, text="text:N")  # fmt: skip
-    return alt.layer(
-        leader.encode(
-            alt.X("from_x:Q", scale=x.scale), alt.Y("from_y:Q", scale=y.scale),
-            x2="touch:Q", y2="y:Q", color=palette.colour(),
-        ),
-        halo,
-        text.encode(across, up, palette.colour(), text="text:N"),
+    leader = leader.encode(
+        alt.X("from_x:Q", scale=x.scale), alt.Y("from_y:Q", scale=y.scale),
+        x2="touch:Q", y2="y:Q", color=palette.colour(),
     )  # fmt: skip
+    return leader + halo + text.encode(across, up, palette.colour(), text="text:N")
 
 
 def _x(name: str, axis: Axis, title: str, **look: Any) -> alt.X:

@@ -209,7 +209,7 @@ def quality_column(table: pd.DataFrame) -> str | None:
 def fullest(table: pd.DataFrame, measure: str) -> str | None:
     """The column of a measure that most architectures have; the last of several such."""
     columns = [str(c) for c in figure_columns(table) if c.measure == measure]
-    return max(reversed(columns), key=lambda c: int(table[c].count()), default=None)
+    return max(reversed(columns), key=lambda c: len(table[c].dropna()), default=None)
 
 
 def figure_columns(table: pd.DataFrame) -> list[Column]:

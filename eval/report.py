@@ -1,0 +1,242 @@
+"""The report of a run: one HTML file that needs nothing else, its pictures and its leaderboard.
+
+The page holds the chart library once and all data, loads nothing (its own content policy forbids
+it), and works from a disk years later. It needs only `results.csv`, so it need not be written
+where the measuring was done.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import vl_convert
+
+from archs.errors import UserError
+from eval.canvas import Palette
+from eval.families import families_of
+from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wide
+from eval.measures import MEASURES
+from eval.plots import Picture, pictures
+
+TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+#: vl-convert carries several Vega-Lite versions: the page and the PNGs use the charts' own.
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html`, `leaderboard.csv` and `plots/` into a run folder; the page's path.
+
+    Raises UserError when there is no `results.csv`, when it holds no architecture, and when the
+    disk refuses.
+    """
+    source = run_dir / "results.csv"
+    if not source.is_file():
+        raise UserError(f"'{source}' does not exist; name a run folder, or run a suite first")
+    long = merge([source])
+    table = rank(wide(long))
+    drawn = [(picture, _spec(picture)) for picture in pictures(long)]
+    specs = {picture.name: spec for picture, spec in drawn if spec is not None}
+    config = run_dir / "config.toml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    page = _page(run_dir.resolve().name, long, table, [p for p, _ in drawn], specs, text)
+    report = run_dir / "report.html"
+    try:
+        _replace(run_dir / "leaderboard.csv", table.to_csv(index=False).encode())
+        _write_plots(run_dir / "plots", specs)
+        _replace(report, page.encode())
+    except OSError as error:
+        raise UserError(f"'{run_dir}' cannot take the report: {error.strerror}") from error
+    return report
+
+
+def _spec(picture: Picture) -> dict[str, Any] | None:
+    if picture.chart is None:
+        return None
+    with alt.data_transformers.enable("default", max_rows=None):
+        spec: dict[str, Any] = picture.chart.to_dict()
+    return spec
+
+
+def _write_plots(folder: Path, specs: Mapping[str, dict[str, Any]]) -> None:
+    """Each chart as SVG and as PNG at twice its size; pictures no longer drawn are removed."""
+    folder.mkdir(exist_ok=True)
+    for old in (*folder.glob("*.svg"), *folder.glob("*.png")):
+        if old.stem not in specs:
+            old.unlink()
+    for name, spec in specs.items():
+        svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+        _replace(folder / f"{name}.svg", svg.encode())
+        _replace(folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _page(
+    name: str,
+    long: pd.DataFrame,
+    table: pd.DataFrame,
+    drawn: list[Picture],
+    specs: Mapping[str, dict[str, Any]],
+    config: str,
+) -> str:
+    sections = {
+        "leaderboard": ("Leaderboard", _leaderboard(long, table)),
+        "pictures": ("Pictures", _pictures(drawn, specs)),
+        "not-measured": ("Not measured", _missing(drawn)),
+        "failures": ("Failed cells", _failures(long)),
+        "provenance": ("Where the figures come from", _provenance(long, config)),
+        "measures": ("What the measures mean", _definitions(long)),
+    }
+    shown = {key: section for key, section in sections.items() if section[1]}
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in shown.items())
+    parts = [f'<h2 id="{key}">{title}</h2>\n{body}' for key, (title, body) in shown.items()]
+    hardware = ", ".join(h for h in dict.fromkeys(long["hardware"]) if h)
+    lead = f"{len(table)} architectures, one harness, on {escape(hardware)}."
+    head = f'<h1>decodebench: {escape(name)}</h1>\n<p class="lead">{lead}</p>\n<nav>{links}</nav>'
+    foot = (
+        "<footer>Every figure is a row of results.csv; the wide table is leaderboard.csv.</footer>"
+    )
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for mark, content in {
+        "title": f"decodebench: {escape(name)}",
+        "body": "\n".join([head, *parts, foot]),
+        # A closing tag inside of a string would end the script element.
+        "bundle": vl_convert.javascript_bundle(vl_version=VEGA_LITE).replace("</", "<\\/"),
+    }.items():
+        page = page.replace("{{" + mark + "}}", content, 1)
+    return page
+
+
+def _leaderboard(long: pd.DataFrame, table: pd.DataFrame) -> str:
+    shown = headlines(table)
+    palette = Palette.of(families_of(long))
+    heads = [_head("rank"), _head("architecture", kind="text"), _head("family", kind="text")]
+    heads += [_head(h.title, h.where) for h in shown]
+    heads.append(_head("status", kind="text"))
+    rows = []
+    for place, (_, row) in enumerate(table.iterrows(), 1):
+        arch = str(row["arch"])
+        colour = f'<span class="swatch" style="background:{palette.colour_of(arch)}"></span>'
+        cells = [
+            _cell(escape(str(row["rank"])) or "–", str(place), "rank"),
+            _cell(colour + escape(arch), arch, "text"),
+            _cell(escape(str(row["family"])), str(row["family"]), "text"),
+        ]
+        for headline in shown:
+            value = row[headline.column]
+            missing = pd.isna(value)
+            text = escape(headline.text(row))
+            failed = "failed" if missing and text != "–" else ""
+            cells.append(_cell(text, "" if missing else repr(float(value)), failed))
+        status = str(row["status"])
+        pill = "ok" if status == "ok" else f'<span class="pill">{escape(status)}</span>'
+        cells.append(_cell(pill, status, "text"))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    quality = quality_column(table)
+    note = (
+        "A rank is a range: an architecture is ahead of another only where their whole 95 % "
+        "intervals are apart, so those whose ranges meet are not told apart. "
+        if quality
+        else "Without bits per byte there is no rank. "
+    )
+    note += "Under each title stands where its figure was taken. Click a title to sort."
+    return f'<p class="soft">{note}</p>\n{_table(heads, rows)}'
+
+
+def _pictures(drawn: Iterable[Picture], specs: Mapping[str, dict[str, Any]]) -> str:
+    figures = []
+    for picture in drawn:
+        if picture.name not in specs:
+            continue
+        data = json.dumps(specs[picture.name], allow_nan=False).replace("</", "<\\/")
+        key = escape(picture.name, quote=True)
+        figures.append(
+            f'<figure>\n<div class="chart" id="{key}" data-spec="{key}-spec"></div>\n'
+            f'<script type="application/json" id="{key}-spec">{data}</script>\n'
+            f"<figcaption><b>How to read this.</b> {escape(picture.how_to_read)}</figcaption>\n"
+            "</figure>"
+        )
+    return "\n".join(figures)
+
+
+def _missing(drawn: Iterable[Picture]) -> str:
+    items = [f"<li>{escape(p.title)}: {escape(p.missing)}.</li>" for p in drawn if p.chart is None]
+    return f"<ul>{''.join(items)}</ul>" if items else ""
+
+
+def _failures(long: pd.DataFrame) -> str:
+    failed = long[long["status"] != "ok"]
+    if failed.empty:
+        return ""
+    names = ("arch", "stage", "scale", "seed", "batch", "context", "status", "note")
+    rows = []
+    for _, row in failed.iterrows():
+        texts = ["" if pd.isna(row[n]) else str(row[n]) for n in names]
+        kinds = ["text"] * 3 + [""] * 3 + ["text failed", "text wrap"]
+        cells = [_cell(escape(t), t, k) for t, k in zip(texts, kinds, strict=True)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = [_head(n, kind="" if n in ("seed", "batch", "context") else "text") for n in names]
+    return _table(heads, rows)
+
+
+def _provenance(long: pd.DataFrame, config: str) -> str:
+    facts = []
+    for name in ("arch", "scale", "tokens", *BY_ROW):
+        if name not in long:
+            continue
+        values = [str(v) for v in dict.fromkeys(long[name]) if not pd.isna(v) and v != ""]
+        if not values:
+            continue
+        more = f" and {len(values) - 16} more" if len(values) > 16 else ""
+        text = escape(", ".join(values[:16]) + more)
+        facts.append(f"<div><dt>{name}</dt><dd>{text}</dd></div>")
+    shown = f'<div class="card"><dl class="facts">{"".join(facts)}</dl></div>'
+    if config:
+        shown += (
+            '\n<details class="card" style="margin-top:12px"><summary>config.toml</summary>'
+            f"<pre>{escape(config)}</pre></details>"
+        )
+    return shown
+
+
+def _definitions(long: pd.DataFrame) -> str:
+    seen = set(long["measure"])
+    rows = [
+        f"<tr>{_cell(f'<code>{name}</code>', name, 'text')}"
+        f"{_cell(escape(measure.unit), measure.unit, 'text')}"
+        f"{_cell(measure.better or '', measure.better or '', 'text')}"
+        f"{_cell(escape(measure.meaning), measure.meaning, 'text wrap')}</tr>"
+        for name, measure in MEASURES.items()
+        if name in seen
+    ]
+    heads = [_head(n, kind="text") for n in ("measure", "unit", "better", "meaning")]
+    return _table(heads, rows)
+
+
+def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    return (
+        f'<div class="card"><table><thead><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _head(title: str, where: str = "", kind: str = "") -> str:
+    small = f"<small>{escape(where)}</small>" if where else ""
+    return f'<th scope="col" class="{kind}"><button>{escape(title)}</button>{small}</th>'
+
+
+def _cell(content: str, sort: str, kind: str = "") -> str:
+    """`content` is HTML, `sort` plain text to sort by; empty sorts last."""
+    return f'<td class="{kind}" data-sort="{escape(sort, quote=True)}">{content}</td>'

@@ -1,0 +1,57 @@
+"""Softmax attention against its float64 oracle, one token at a time and many, grouped, masked."""
+
+import pytest
+import torch
+
+from kernels.attention import attention, attention_ref, latent_attention, window_mask
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize(("new", "rows"), [(1, 1), (1, 63), (4, 40), (17, 17), (30, 65)], ids=str)
+@pytest.mark.parametrize("v_dim", [8, 5, 12])
+def test_attention_equals_the_oracle(
+    heads: tuple[int, int], new: int, rows: int, v_dim: int
+) -> None:
+    h, g = heads
+    q = torch.randn(2, new, h, 8)
+    k, v = torch.randn(2, g, rows, 8), torch.randn(2, g, rows, v_dim)
+    mask = torch.rand(2, 1, new, rows) > 0.3
+    mask[..., 0] = True
+    got = attention(q, k, v, mask=mask)
+    expected = attention_ref(q, k, v, scale=8**-0.5, mask=mask)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [1, 9, 64])
+def test_causal_is_the_lower_triangle(new: int) -> None:
+    q, k, v = torch.randn(2, new, 4, 6), torch.randn(2, 2, new, 6), torch.randn(2, 2, new, 6)
+    mask = torch.ones(new, new, dtype=torch.bool).tril()[None, None]
+    got = attention(q, k, v, causal=True, scale=0.3)
+    expected = attention_ref(q, k, v, scale=0.3, mask=mask)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [1, 5, 20])
+def test_latent_attention_reads_values_from_the_keys(new: int) -> None:
+    q, rows = torch.randn(2, new, 4, 10), torch.randn(2, 1, 33, 10)
+    mask = torch.rand(2, 1, new, 33) > 0.3
+    mask[..., 0] = True
+    got = latent_attention(q, rows, v_dim=7, scale=0.4, mask=mask)
+    expected = attention_ref(q, rows, rows[..., :7], scale=0.4, mask=mask)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_window_mask_counts_the_token_itself_and_keeps_sinks() -> None:
+    mask = window_mask(6, 2, 1, torch.device("cpu")).int().tolist()
+    assert mask[0] == [1, 0, 0, 0, 0, 0]
+    assert mask[1] == [1, 1, 0, 0, 0, 0]
+    assert mask[4] == [1, 0, 0, 1, 1, 0]
+
+
+def test_bad_operands_are_refused() -> None:
+    q, k = torch.randn(1, 3, 3, 4), torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="3 heads, not divisible by the 2"):
+        attention(q, k, k)
+    k = torch.randn(1, 3, 5, 4)
+    with pytest.raises(ValueError, match="causal=True"):
+        attention(q, k, k, causal=True)
