@@ -123,7 +123,7 @@ class Axis:
         if not self.log:
             return []
         decades = log10(self.high / self.low)
-        steps = (1, 2, 3, 4, 5, 6, 8) if decades < 0.8 else (1, 2, 5) if decades < 3 else (1,)
+        steps = (1, 2, 3, 4, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
         powers = range(floor(log10(self.low)), ceil(log10(self.high)) + 1)
         values = [step * 10.0**power for power in powers for step in steps]
         return [value for value in values if self.low <= value <= self.high]

@@ -29,8 +29,6 @@ QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens"
 CURVES = ("loss_at_position", "sweep_score")
 #: What makes two rows of one measure and position the same figure.
 IDENTITY = ("arch", "scale", "seed", "batch", "context", *QUALIFIERS)
-#: What is run as one, so that its failure is known by these.
-CELL = ("arch", "stage", "scale", "seed", "batch", "hardware")
 #: Provenance kept per scale, and per row.
 BY_SCALE = ("params", "tokens")
 BY_ROW = (
@@ -92,20 +90,19 @@ def merge(paths: Iterable[Path]) -> pd.DataFrame:
 def tidy(long: pd.DataFrame) -> pd.DataFrame:
     """The long table as it is read from here on; tidying twice changes nothing.
 
-    Counts that play no part are missing instead of 0, a stage has no number, each figure stands
-    once (the last one written), and a failure goes where the same cell succeeded later.
+    Counts that play no part are missing instead of 0, each figure stands once (the last one
+    written), and a failure goes where the same cell succeeded later.
     """
     long = long.copy()
     for name in ("batch", "context", "tokens", "params", "position"):
         long[name] = pd.to_numeric(long[name]).astype("Int64")
         long[name] = long[name].mask(long[name] == 0)
-    long["stage"] = long["stage"].str.rstrip("0123456789")
     # Points of a learning-rate sweep differ in their note alone.
     same = long.assign(note=long["note"].where(long["status"] == "ok", ""))
     same = same[[*IDENTITY, "measure", "position", "note"]]
     long = long[~same.duplicated(keep="last")]
     failed = long["measure"] == CELL_FAILED
-    cell = keys_of(long, CELL)
+    cell = keys_of(long, ("cell", "hardware"))
     last_good = dict(zip(cell[~failed], long.index[~failed], strict=True))
     stale = [
         f and last_good.get(c, -1) > i for i, c, f in zip(long.index, cell, failed, strict=True)

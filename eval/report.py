@@ -6,6 +6,7 @@ where the measuring was done.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -108,15 +109,15 @@ def _page(
     foot = (
         "<footer>Every figure is a row of results.csv; the wide table is leaderboard.csv.</footer>"
     )
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for mark, content in {
+    # The end of a script element inside of the library's own strings would end ours.
+    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
+    content = {
         "title": f"decodebench: {escape(name)}",
         "body": "\n".join([head, *parts, foot]),
-        # A closing tag inside of a string would end the script element.
-        "bundle": vl_convert.javascript_bundle(vl_version=VEGA_LITE).replace("</", "<\\/"),
-    }.items():
-        page = page.replace("{{" + mark + "}}", content, 1)
-    return page
+        "bundle": library.replace("</script", "<\\/script"),
+    }
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: content[mark[1]], template)
 
 
 def _leaderboard(long: pd.DataFrame, table: pd.DataFrame) -> str:
@@ -165,7 +166,7 @@ def _pictures(drawn: Iterable[Picture], specs: Mapping[str, dict[str, Any]]) -> 
         figures.append(
             f'<figure>\n<div class="chart" id="{key}" data-spec="{key}-spec"></div>\n'
             f'<script type="application/json" id="{key}-spec">{data}</script>\n'
-            f"<figcaption><b>How to read this.</b> {escape(picture.how_to_read)}</figcaption>\n"
+            f"<figcaption><b>How to read this</b> {escape(picture.how_to_read)}</figcaption>\n"
             "</figure>"
         )
     return "\n".join(figures)

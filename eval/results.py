@@ -1,7 +1,8 @@
 """The long table of results: one measurement a row, appended atomically, never lost.
 
 A row says what was measured, on what and by which code. A killed process leaves an append whole
-or absent; a cell that is in the table is not run again. A failed cell is a row with a status.
+or, once the file is opened again, absent: each row is numbered within its append (`row` is "2/9").
+A cell that is in the table is not run again. A failed cell is a row with a status.
 """
 
 import csv
@@ -94,7 +95,8 @@ class About:
 
 
 COLUMNS = [
-    "cell", "arch", "stage", "scale", "seed", "batch", "context", "position", "measure", "value", "low", "high", "n", "status", "note",
+    "cell", "row", "arch", "stage", "scale", "seed", "batch", "context", "position", "measure",
+    "value", "low", "high", "n", "status", "note",
     *(f.name for f in fields(About)),
     *(f.name for f in fields(Provenance)),
 ]  # fmt: skip
@@ -125,8 +127,9 @@ class Results:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         if not self.path.exists() or self.path.stat().st_size == 0:
             writer.writeheader()
-        for row in rows:
-            writer.writerow(self._record(cell, about, row))
+        records = [self._record(cell, about, row) for row in rows]
+        for number, record in enumerate(records, 1):
+            writer.writerow({**record, "row": f"{number}/{len(records)}"})
         self._write(text.getvalue().encode())
         self._done.add(cell.key)
 
@@ -139,6 +142,8 @@ class Results:
             **_values(about), **_values(self.provenance),
         }  # fmt: skip
         record.update({k: v for k, v in _values(row).items() if v is not None and k not in NUMBERS})
+        # A line is a row: that is what healing relies on.
+        record["note"] = " ".join(row.note.split())
         for name in NUMBERS:
             number = getattr(row, name)
             if number is not None and math.isfinite(number):
@@ -169,11 +174,21 @@ class Results:
             os.close(handle)
 
     def _heal(self) -> None:
-        """Drop a last line that a killed process left without its end."""
+        """Drop what a killed process left of its last append: a torn line, rows before it."""
         content = self.path.read_bytes()
-        if content and not content.endswith(b"\n"):
+        lines = content.splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        if len(lines) > 1:
+            last = dict(zip(COLUMNS, next(csv.reader([lines[-1].decode()])), strict=False))
+            place, _, total = last.get("row", "").partition("/")
+            if place.isdecimal() and place != total:
+                del lines[-int(place) :]
+        kept = sum(map(len, lines))
+        if kept < len(content):
             with self.path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+                file.truncate(kept)
+                os.fsync(file.fileno())
 
     def _load_done(self) -> None:
         if self.path.stat().st_size == 0:

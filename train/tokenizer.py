@@ -38,7 +38,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of several texts."""
-        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(e.ids, dtype=np.int64) for e in found]
 
     def decode(self, ids: Sequence[int]) -> str:

