@@ -236,8 +236,8 @@ class Headline:
             return status if isinstance(status, str) else "–"
         low, high = row.get(f"{self.column}:low"), row.get(f"{self.column}:high")
         text = _number(value * self.factor, self.digits)
-        spread = self.column.partition("@")[0] in ("bits_per_byte", "mqar_accuracy")
-        if not spread or not isinstance(low, float) or not isinstance(high, float) or isnan(low):
+        ranked = self.column.startswith("bits_per_byte@")
+        if not ranked or not isinstance(low, float) or not isinstance(high, float) or isnan(low):
             return text
         return f"{text} ±{_number((high - low) / 2 * self.factor, self.digits)}"
 
@@ -278,20 +278,21 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
 
 
 def to_table(table: pd.DataFrame) -> Table:
-    """The short ranked leaderboard for a terminal of about 120 columns."""
+    """The short ranked leaderboard for a terminal of about 100 columns."""
     ranked = table if "rank" in table else rank(table)
     shown = headlines(ranked)
-    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, collapse_padding=True)
+    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=0)
     drawn.add_column("rank", justify="right", no_wrap=True)
     drawn.add_column("arch", no_wrap=True)
     for headline in shown:
         where = headline.where.replace(" ", "\n", 1)
         title = f"{headline.title}\n[dim]{where}[/dim]"
         drawn.add_column(title, justify="right", no_wrap=True)
-    drawn.add_column("status", no_wrap=True)
+    drawn.add_column("status")
     for _, row in ranked.iterrows():
         figures = [headline.text(row) for headline in shown]
-        drawn.add_row(str(row["rank"]) or "–", str(row["arch"]), *figures, str(row["status"]))
+        status = str(row["status"]).replace(" ×1", "")
+        drawn.add_row(str(row["rank"]) or "–", str(row["arch"]), *figures, status)
     return drawn
 
 

@@ -188,8 +188,8 @@ def test_batches_are_a_function_of_seed_and_step(tokens: TokenSet) -> None:
 
 
 def test_an_epoch_sees_every_window_once() -> None:
-    stream = np.arange(1000, dtype=np.uint16)
-    numbered = TokenSet(stream, stream[:1], (0, 1), (1,), 0, 1000, "numbered")
+    stream = np.arange(1009, dtype=np.uint16)
+    numbered = TokenSet(stream, stream[:1], (0, 1), (1,), 0, 1009, "numbered")
     batches = Batches(numbered, batch=2, seq_len=16, seed=0)
     steps = batches.windows // 2
     starts = torch.cat([batches.batch_at(s)[0][:, 0] for s in range(steps)]).tolist()

@@ -261,8 +261,8 @@ def sweep_at(path: Path, scores: dict[float, float], **options: object):  # type
     trained: list[float] = []
 
     def score(_: Model) -> float:
-        folders = sorted(path.glob("lr_*"), key=lambda p: p.stat().st_ctime_ns)
-        rate = float(folders[-1].name.removeprefix("lr_"))
+        rates = {float(folder.name.removeprefix("lr_")) for folder in path.glob("lr_*")}
+        (rate,) = rates.difference(trained)
         trained.append(rate)
         return scores.get(rate, 100.0 * rate)
 
