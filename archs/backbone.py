@@ -6,7 +6,7 @@ alone, so modules that two architectures share start equal.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +199,32 @@ def cast(model: Model, dtype: torch.dtype) -> Model:
         if name not in delicate:
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+#: Up to this many rows a float32 product streams a column-major matrix faster on a CPU.
+COLUMN_MAJOR_ROWS = 2
+
+
+def lay_out(model: Model, rows: int) -> Model:
+    """Store the matrices for products with `rows` tokens at once, in place; values stay.
+
+    On a CPU a float32 product of one or two rows reads a column-major matrix at 1.2 to 1.8 times
+    the rate; with more rows, in bfloat16 and on other devices row-major wins.
+    """
+    for weight in _matrices(model):
+        narrow = rows <= COLUMN_MAJOR_ROWS and weight.dtype == torch.float32
+        column_major = narrow and weight.device.type == "cpu"
+        if column_major != weight.t().is_contiguous():
+            data = weight.data
+            weight.data = data.t().contiguous().t() if column_major else data.contiguous()
+    return model
+
+
+def _matrices(model: Model) -> Iterator[Tensor]:
+    yield model.embedding.weight
+    for module in model.modules():
+        if isinstance(module, Projection):
+            yield module.weight
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from archs.errors import UserError
-from archs.gqa import Attention, AttentionConfig, GroupedConfig, rotate
+from archs.gqa import Attention, AttentionConfig, GroupedConfig
 from archs.layers import Projection
 from archs.mixer import Place, Shared
 from archs.spec import LayerState, StateSpec
+from kernels.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

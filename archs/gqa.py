@@ -17,7 +17,7 @@ from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.spec import LayerState, Seen, StateSpec, TensorSpec
 from kernels.attention import attention, window_mask
-from kernels.rope import apply_rope, apply_rope_, rope_table
+from kernels.rope import rope_table, rotate
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -69,12 +69,6 @@ class MultiQueryConfig(AttentionConfig):
         return {**AttentionConfig.defaults(scale), "kv_heads": 1}
 
 
-def rotate(heads: Tensor, angles: Tensor) -> Tensor:
-    """Rotate heads [B, K, h, d] to their positions; in place where no gradient needs them."""
-    turn = apply_rope if heads.requires_grad else apply_rope_
-    return turn(heads.transpose(1, 2), angles).transpose(1, 2)
-
-
 class Attention(Mixer):
     """Causal softmax attention, full or windowed, with any number of KV heads."""
 
@@ -90,7 +84,7 @@ class Attention(Mixer):
     def _split(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """[B, K, D] -> rotated queries [B, K, H, d], rotated keys and values [B, K, 2, G, d]."""
         c = self.config
-        qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))
+        qkv = self.qkv(x).view(*x.shape[:2], -1, c.head_dim)
         turned = c.n_heads + c.kv_heads
         q_k = rotate(qkv[..., :turned, :], angles)
         if q_k.requires_grad:
@@ -99,7 +93,7 @@ class Attention(Mixer):
         return qkv[..., : c.n_heads, :], qkv[..., c.n_heads :, :].unflatten(2, (2, c.kv_heads))
 
     def _angles(self, x: Tensor) -> Tensor:
-        """Rotary angles of positions 0..T, complex64 [T, d/2]."""
+        """Rotary angles of positions 0..T, complex64 [T, 1, d/2]."""
         c, tokens = self.config, x.shape[1]
         return rope_table(tokens, c.head_dim, c.rope_theta, x.device)[:tokens]
 

@@ -25,7 +25,7 @@ from kernels.decay_scan import (
     decay_step_matrix_flops,
 )
 from kernels.norm import gated_rms_norm
-from kernels.rope import apply_rope, rope_table
+from kernels.rope import rope_table, rotate
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -95,8 +95,7 @@ class LinearAttention(Mixer):
         qk, v, gate = self.q_k_v_gate(x).split(
             (2 * c.n_heads * c.key_dim, *self.q_k_v_gate.sizes[2:]), -1
         )
-        turned = apply_rope(qk.unflatten(-1, (-1, c.key_dim)).transpose(1, 2), angles)
-        q, k = turned.transpose(1, 2).chunk(2, 2)
+        q, k = rotate(qk.unflatten(-1, (-1, c.key_dim)), angles).chunk(2, 2)
         shape = (c.n_heads, c.value_dim)
         return q * c.key_dim**-0.5, k, v.unflatten(-1, shape), gate.unflatten(-1, shape)
 

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
-from archs.gqa import rotate
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer, MixerConfig, Place, Shared
 from archs.spec import LayerState, Seen, StateSpec, TensorSpec
 from kernels.attention import attention, latent_attention
-from kernels.rope import rope_table
+from kernels.rope import rope_table, rotate
 
 if TYPE_CHECKING:
     from archs.sizes import Scale

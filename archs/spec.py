@@ -125,19 +125,22 @@ class Seen:
 class LayerState(Protocol):
     """One layer's state during one `extend` of K new tokens per sequence.
 
-    positions: int64 [1 or B, K], absolute positions of the new tokens.
     new:       int64 [B] valid new tokens of a right-padded batch; None when all K are valid.
     valid:     bool [B, K], the same as a mask; None when all K are valid.
     each:      True when `put` also needs the value after every single token (rollback).
     """
 
-    positions: Tensor
     new: Tensor | None
     valid: Tensor | None
     each: bool
 
+    @property
+    def positions(self) -> Tensor:
+        """Absolute positions of the new tokens, int64 [1 or B, K]."""
+        ...
+
     def rope(self, dim: int, theta: float) -> Tensor:
-        """Rotary angles of the new tokens, complex64 [1 or B, K, dim/2]."""
+        """Rotary angles of the new tokens, complex64 [1 or B, K, 1, dim/2]."""
         ...
 
     def append(self, name: str, rows: Tensor) -> Seen:

@@ -113,11 +113,13 @@ def copy_llama(ours: Model, theirs: Any, heads: int, kv_heads: int, dim: int) ->
         other.post_attention_layernorm.weight.copy_(block.norm_mlp.weight)
 
 
-def bench_decode(name: str, spec: ModelSpec, kv_heads: int, target: float, *, new: int) -> Ratio:
+def bench_decode(
+    name: str, spec: ModelSpec, kv_heads: int, target: float, *, new: int, compiled: bool = False
+) -> Ratio:
     """Greedy decode of `new` tokens, batch 1, against `generate`; the tokens must be the same."""
     ours, theirs = llama_pair(spec, kv_heads)
     prompt = torch.randint(spec.scale.vocab_size, (1, 32), generator=_seeded())
-    engine = Engine(ours, max_context=32 + new)
+    engine = Engine(ours, max_context=32 + new, compiled=compiled)
     found: dict[str, list[int]] = {}
 
     def run_theirs() -> None:
@@ -306,8 +308,9 @@ def main() -> None:
         arch="gqa", scale=SHAPE_135M, hidden=1536, overrides={"gqa": {"kv_heads": 3}}
     )
     jobs: list[Callable[[], Ratio]] = [
-        lambda: bench_decode("decode, tiny (d 128, 4 layers)", tiny, 4, 4.0, new=64),
-        lambda: bench_decode("decode, 135M (d 576, 30 layers)", shape_135m, 3, 1.2, new=24),
+        lambda: bench_decode("decode, tiny, as written", tiny, 4, 4.0, new=128),
+        lambda: bench_decode("decode, tiny, compiled", tiny, 4, 4.0, new=128, compiled=True),
+        lambda: bench_decode("decode, 135M, as written", shape_135m, 3, 1.2, new=24),
         lambda: bench_training(1.3),
     ]
     for label, make, widths, target in (

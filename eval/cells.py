@@ -297,7 +297,14 @@ class Workshop:
             raise CellFailure(Status.INCORRECT, about, note)
         watch.at(0.1, "correct")
         rows = [Row(measure="agreement_error", value=error)]
-        timings = measure_decode(model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps)
+        timings = measure_decode(
+            model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps,
+            compiled=plan.compiled,
+        )  # fmt: skip
+        if plan.compiled:
+            about = replace(about, kernel_backend="torch-compile")
+            rows.append(Row(measure="compile_s", value=timings[0].warmup_ms / 1e3,
+                            batch=cell.batch, context=timings[0].context))  # fmt: skip
         for timing in timings:
             rows += self._timing_rows(model, timing)
         watch.at(0.7, f"{1e3 * cell.batch / timings[0].tpot_ms:.0f} tok/s")

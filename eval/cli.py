@@ -211,6 +211,7 @@ def bench(
     context: Annotated[str, typer.Option(help="256,4k or 1k:16k")] = "256,4k",
     steps: int = 16,
     prompt: Annotated[int, typer.Option(help="Prompt tokens for TTFT; 0: skip.")] = 0,
+    compiled: Annotated[bool, typer.Option(help="Compile the decode step first.")] = False,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
@@ -221,7 +222,7 @@ def bench(
     _show(
         bench_archs(
             arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
-            steps=steps, prompt=prompt, device=resolve_device(device),
+            steps=steps, prompt=prompt, device=resolve_device(device), compiled=compiled,
         ),
         json_,
     )  # fmt: skip

@@ -86,6 +86,7 @@ def bench_archs(
     steps: int,
     prompt: int,
     device: torch.device,
+    compiled: bool = False,
 ) -> list[dict[str, object]]:
     """Decode timings; an architecture whose extend is wrong gets no latency."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -98,13 +99,15 @@ def bench_archs(
             continue
         for batch in batches:
             ttft = measure_ttft_ms(model, batch=batch, prompt=prompt)[1] if prompt else []
-            for t in measure_decode(model, batch=batch, contexts=contexts, steps=steps):
+            for t in measure_decode(
+                model, batch=batch, contexts=contexts, steps=steps, compiled=compiled
+            ):
                 p50 = t.percentile_ms(50)
                 row: dict[str, object] = {
                     "arch": arch, "scale": scale, "batch": batch, "context": t.context,
                     "tpot_ms": t.tpot_ms, "tpot_p50_ms": p50, "tpot_p99_ms": t.percentile_ms(99),
                     "output_tok_per_s": 1e3 * batch / p50, "state_bytes": t.state_bytes,
-                    "status": "ok",
+                    "kernel_backend": "torch-compile" if compiled else "torch", "status": "ok",
                 }  # fmt: skip
                 if ttft:
                     row["ttft_ms"] = sorted(ttft)[len(ttft) // 2]

@@ -69,17 +69,25 @@ def agrees(error: float, dtype: torch.dtype) -> bool:
 
 
 def measure_decode(
-    model: Model, *, batch: int, contexts: Sequence[int], steps: int, warmup: int = 3
+    model: Model,
+    *,
+    batch: int,
+    contexts: Sequence[int],
+    steps: int,
+    warmup: int = 3,
+    compiled: bool = False,
 ) -> list[DecodeTiming]:
     """Time decode steps of `batch` sequences at each context, in ascending order.
 
+    compiled: through `infer.compiled`; the compile time is then in the first warm-up.
     Raises UserError where the state does not fit in memory.
     """
     contexts = sorted(contexts)
     device = model.embedding.weight.device
     engine = Engine(
-        model, max_sequences=batch, max_context=contexts[-1] + steps + warmup + 1, page_size=64
-    )
+        model, max_sequences=batch, max_context=contexts[-1] + len(contexts) * (steps + warmup),
+        page_size=64, compiled=compiled,
+    )  # fmt: skip
     store = engine.store
     slots = [store.add() for _ in range(batch)]
     tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)

@@ -95,6 +95,7 @@ class DecodePlan:
 
     prompt: tokens of the prompts that time to first token is measured on (0: not measured).
     no_cache: new tokens generated without any state as the baseline (0: none).
+    compiled: compile the decode step; takes a while per architecture, and pays at small sizes.
     """
 
     scale: str
@@ -103,6 +104,7 @@ class DecodePlan:
     steps: int = 16
     prompt: int = 0
     no_cache: int = 0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         get_scale(self.scale)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from archs.backbone import Model
+from archs.backbone import Model, lay_out
 from archs.errors import UserError
+from infer.compiled import CompiledStep
 from infer.sampling import Sampler, Sampling
 from infer.store import StateStore
 
@@ -41,8 +42,9 @@ class Generation:
 
 
 class Engine:
-    """A model and the store that its sequences live in.
+    """A model and the store that its sequences live in; lays the model's matrices out for it.
 
+    compiled: compile the decode step at its first calls (`infer.compiled`; plain batches only).
     prefill_chunk: longest piece of a prompt processed at once (None: the whole prompt).
     """
 
@@ -55,8 +57,9 @@ class Engine:
         page_size: int = 64,
         lookback: int = 0,
         prefill_chunk: int | None = 2048,
+        compiled: bool = False,
     ) -> None:
-        self.model = model.eval()
+        self.model = lay_out(model.eval(), max_sequences)
         self.device = model.embedding.weight.device
         self.prefill_chunk = prefill_chunk
         self.store = StateStore(
@@ -67,6 +70,7 @@ class Engine:
             lookback=lookback,
             device=self.device,
         )
+        self.compiled = CompiledStep(self.model, lookback=lookback) if compiled else None
 
     @torch.inference_mode()
     def extend(self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
@@ -82,7 +86,10 @@ class Engine:
     ) -> Tensor:
         """Logits [B, V] of each sequence's last valid token."""
         step = self.store.begin(slots, tokens.shape[1], new)
-        logits = self.model.extend_last(tokens, step.layers)
+        if self.compiled is not None and tokens.shape[1] == 1:
+            logits = self.compiled(tokens, step)
+        else:
+            logits = self.model.extend_last(tokens, step.layers)
         self.store.commit(step)
         return logits
 

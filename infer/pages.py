@@ -72,6 +72,11 @@ class PageTable:
             return base + page
         return base + self.sink_pages + (page - self.sink_pages) % self.ring
 
+    def home_row(self, position: int) -> int:
+        """The row of an absolute position within a slot's home range."""
+        page, offset = divmod(position, self.page_size)
+        return self.home(0, page) * self.page_size + offset
+
     def reserve(self, slot: int, length: int, new: int) -> list[tuple[int, int]]:
         """Make the rows of positions length..length+new writable.
 

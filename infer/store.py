@@ -78,6 +78,7 @@ class StateStore:
             else {}
             for fixed in self.slots
         ]
+        self._homes: dict[tuple[int, str, int, int], Tensor] = {}
         self.peak_bytes = 0
         self._touched = False
 
@@ -235,6 +236,19 @@ class StateStore:
     def table_of(self, spec: StateSpec) -> PageTable:
         """The block tables behind a layer's per-token rows."""
         return self.tables[self._key(spec)]
+
+    def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
+        """The home rows of `count` slots from `first` on, [count, *planes, rows_per_slot, row].
+
+        A view of the pool, made once: a small decode step is bound by the calls it makes.
+        """
+        key = layer, name, first, count
+        found = self._homes.get(key)
+        if found is None:
+            rows = self.table_of(self.specs[layer]).rows_per_slot
+            slots = self.pools[layer][name].unflatten(-2, (-1, rows)).narrow(-3, first, count)
+            self._homes[key] = found = slots.movedim(-3, 0)
+        return found
 
     def reserve(
         self, table: PageTable, slot: int, length: int, count: int

@@ -7,13 +7,14 @@ than a window's ring can hold: then the past is gathered first and joined with t
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from archs.spec import LayerState, Seen, StateSpec
+from archs.spec import LayerState, Seen
 from infer.pages import PageTable
 from kernels.rope import rope_table
 
@@ -25,10 +26,7 @@ NEVER = 2**62
 
 
 class StepView:
-    """An open step of K new tokens for the sequences in `slots`.
-
-    layers: one LayerState per layer, to hand to `Mixer.extend`.
-    """
+    """An open step of K new tokens for the sequences in `slots`."""
 
     def __init__(
         self, store: "StateStore", slots: list[int], new_tokens: int, counts: list[int]
@@ -45,31 +43,40 @@ class StepView:
         self.adjacent = slots == list(range(slots[0], slots[0] + len(slots)))
         self._rope: dict[tuple[int, float], Tensor] = {}
         device = self.device
-        if self.uniform:
-            self.positions = torch.arange(
-                self.start, self.start + new_tokens, device=device
-            ).unsqueeze(0)
-        else:
-            base = torch.tensor(self.lengths, device=device)
-            self.positions = base[:, None] + torch.arange(new_tokens, device=device)
         self.new = None if self.full else torch.tensor(counts, device=device)
         self.valid = None
         if self.new is not None:
             self.valid = torch.arange(new_tokens, device=device) < self.new[:, None]
         self.each = store.lookback > 0 and new_tokens <= store.lookback + 1
-        tables = {key: TableStep(self, table) for key, table in store.tables.items()}
-        self.layers: list[LayerState] = []
+        self.tables = {key: TableStep(self, table) for key, table in store.tables.items()}
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Absolute positions of the new tokens, int64 [1 or B, K]."""
+        new = torch.arange(self.new_tokens, device=self.device)
+        if self.uniform:
+            return (new + self.start).unsqueeze(0)
+        return torch.tensor(self.lengths, device=self.device)[:, None] + new
+
+    @cached_property
+    def layers(self) -> list[LayerState]:
+        """One LayerState per layer, to hand to `Mixer.extend`."""
         views: list[_LayerView] = []
-        for index, spec in enumerate(store.specs):
+        for index, spec in enumerate(self.store.specs):
             if spec.owner is not None:
-                views.append(_LayerView(self, index, spec, None, views[spec.owner]))
+                views.append(_LayerView(self, index, None, views[spec.owner]))
             else:
-                table = tables[(spec.window, spec.sinks)] if spec.per_token else None
-                views.append(_LayerView(self, index, spec, table, None))
-        self.layers.extend(views)
+                table = self.tables[spec.window, spec.sinks] if spec.per_token else None
+                views.append(_LayerView(self, index, table, None))
+        return list[LayerState](views)
+
+    @property
+    def rotary(self) -> list[tuple[int, float]]:
+        """The (dim, theta) of the rotary tables that layers have asked for in this step."""
+        return list(self._rope)
 
     def rope(self, dim: int, theta: float) -> Tensor:
-        """Rotary angles of the new tokens, complex64 [1 or B, K, dim/2]."""
+        """Rotary angles of the new tokens, complex64 [1 or B, K, 1, dim/2]."""
         angles = self._rope.get((dim, theta))
         if angles is None:
             end = max(self.lengths) + self.new_tokens
@@ -101,13 +108,10 @@ class TableStep:
         )
         self.end = max(n + c for n, c in zip(step.lengths, step.counts, strict=True))
         self.wrapped = table.wraps and self.end > table.rows_per_slot
-        self.sliced = (
-            self.identity
-            and step.uniform
-            and step.full
-            and not self.wrapped
-            and table.fits_ring(new)
-        )
+        #: First of the adjacent home rows that take the new rows of every sequence, if there are.
+        self.row: int | None = None
+        if self.identity and step.uniform and step.full and (new == 1 or not self.wrapped):
+            self.row = table.home_row(step.start) if table.fits_ring(new) else None
         self._target: tuple[Tensor, Tensor | slice] | None = None
         self._gather: tuple[Tensor, Tensor] | None = None
         self._mask: Tensor | None = None
@@ -115,15 +119,14 @@ class TableStep:
 
     # -- writing -----------------------------------------------------------------------------
 
-    def write(self, pool: Tensor, rows: Tensor) -> None:
+    def write(self, pool: Tensor, home: Tensor | None, rows: Tensor) -> None:
         """Write new rows [B, K, *planes, row] into a pool [*planes, rows, row]."""
         step, size = self.step, self.table.page_size
         for source, target in self._copies:
             copied = pool[..., source * size : (source + 1) * size, :]
             pool[..., target * size : (target + 1) * size, :] = copied
-        if self.sliced:
-            span = self._home(pool)[..., step.start : step.start + step.new_tokens, :]
-            span.copy_(_planes_first(rows))
+        if self.row is not None and home is not None:
+            home.narrow(-2, self.row, step.new_tokens).copy_(rows_last(rows))
             return
         at, chosen = self._targets()
         flat = rows.flatten(0, 1)
@@ -156,49 +159,48 @@ class TableStep:
 
     # -- reading -----------------------------------------------------------------------------
 
-    def append(self, pool: Tensor, rows: Tensor) -> Seen:
-        """Write new rows and return [B, *planes, S, row] of all that they may see."""
+    def append(self, pool: Tensor, home: Tensor | None, rows: Tensor) -> Seen:
+        """Write new rows and return [B, *planes, S, row] of all that they may see.
+
+        home: the batch's own rows of the pool, [B, *planes, rows_per_slot, row], where `identity`.
+        """
         if self.from_empty:
-            self.write(pool, rows)
+            self.write(pool, home, rows)
             if self.step.new_tokens == 1:
-                return Seen(_rows_last(rows), None, False)
+                return Seen(rows_last(rows), None, False)
             window = self.table.window
             if window is None or self.step.new_tokens <= window:
-                return Seen(_rows_last(rows), None, True)
-            return Seen(_rows_last(rows), self._mask_of(self.step.positions), False)
+                return Seen(rows_last(rows), None, True)
+            return Seen(rows_last(rows), self._mask_of(self.step.positions), False)
         if self._past is not None:
             index, positions = self._past
             past = pool[..., index, :].movedim(-3, 0)
-            self.write(pool, rows)
-            seen = torch.cat((past, _rows_last(rows)), -2)
+            self.write(pool, home, rows)
+            seen = torch.cat((past, rows_last(rows)), -2)
             joined = torch.cat((positions, self.step.positions.expand(positions.shape[0], -1)), 1)
             return Seen(seen, self._mask_of(joined), False)
-        self.write(pool, rows)
-        return self.read(pool)
+        self.write(pool, home, rows)
+        return self._read(pool, home)
 
-    def read(self, pool: Tensor) -> Seen:
+    def _read(self, pool: Tensor, home: Tensor | None) -> Seen:
         """All rows that the new tokens may see, themselves included."""
-        if self.identity:
-            home = self._home(pool)
-            if not self.wrapped:
-                view = home[..., : self.end, :]
-                plain = self.step.uniform and self.step.full and self.step.new_tokens == 1
-                if plain and (self.table.window is None or self.end <= self.table.window):
-                    return Seen(_batch_first(view), None, False)
-                positions = torch.arange(self.end, device=self.step.device)[None]
-                return Seen(_batch_first(view), self._mask_of(positions), False)
-            return Seen(_batch_first(home), self._mask_of(self._ring_positions()), False)
+        if home is not None:
+            count, mask = self.visible()
+            return Seen(home.narrow(-2, 0, count), mask, False)
         if self._gather is None:
             self._gather = self._gather_rows()
         index, positions = self._gather
         return Seen(pool[..., index, :].movedim(-3, 0), self._mask_of(positions), False)
 
-    def _home(self, pool: Tensor) -> Tensor:
-        """The batch's home rows, [*planes, B, rows_per_slot, row], without a copy."""
-        rows = self.table.rows_per_slot
-        slots = pool.unflatten(-2, (-1, rows)) if pool.shape[-2] != rows else pool.unsqueeze(-3)
-        first = self.step.slots[0]
-        return slots.narrow(-3, first, len(self.step.slots))
+    def visible(self) -> tuple[int, Tensor | None]:
+        """How many home rows hold what the new tokens may see, and the mask over them."""
+        if self.wrapped:
+            return self.table.rows_per_slot, self._mask_of(self._ring_positions())
+        plain = self.step.uniform and self.step.full and self.step.new_tokens == 1
+        if plain and (self.table.window is None or self.end <= self.table.window):
+            return self.end, None
+        positions = torch.arange(self.end, device=self.step.device)[None]
+        return self.end, self._mask_of(positions)
 
     def _ring_positions(self) -> Tensor:
         """Absolute position of every home row, [B, rows]; stale rows lie before the window."""
@@ -260,7 +262,6 @@ class _LayerView:
         self,
         step: StepView,
         index: int,
-        spec: StateSpec,
         table: TableStep | None,
         owner: "_LayerView | None",
     ) -> None:
@@ -268,12 +269,15 @@ class _LayerView:
         self.index = index
         self.table = table
         self.owner = owner
-        self.positions = step.positions
         self.new = step.new
         self.valid = step.valid
         self.each = step.each
         self._seen: dict[str, Seen] = {}
         self._given: dict[str, Tensor] = {}
+
+    @property
+    def positions(self) -> Tensor:
+        return self.step.positions
 
     def rope(self, dim: int, theta: float) -> Tensor:
         return self.step.rope(dim, theta)
@@ -283,7 +287,10 @@ class _LayerView:
             raise ValueError(f"layer {self.index} declares no per-token tensor '{name}' of its own")
         pool = self.step.store.pools[self.index][name]
         rows = rows if rows.dtype == pool.dtype else rows.to(pool.dtype)
-        seen = self.table.append(pool, rows)
+        home = None
+        if self.table.identity:
+            home = self.step.store.home(self.index, name, self.step.slots[0], len(rows))
+        seen = self.table.append(pool, home, rows)
         self._seen[name] = seen
         return seen
 
@@ -328,17 +335,6 @@ class _LayerView:
                 ring[slot, (length + count) % size] = pool[slot]
 
 
-def _rows_last(rows: Tensor) -> Tensor:
+def rows_last(rows: Tensor) -> Tensor:
     """[B, K, *planes, row] -> [B, *planes, K, row]."""
     return rows if rows.dim() == 3 else rows.movedim(1, -2)
-
-
-def _planes_first(rows: Tensor) -> Tensor:
-    """[B, K, *planes, row] -> [*planes, B, K, row]."""
-    planes = rows.dim() - 3
-    return rows.permute(*range(2, 2 + planes), 0, 1, -1)
-
-
-def _batch_first(view: Tensor) -> Tensor:
-    """[*planes, B, S, row] -> [B, *planes, S, row]."""
-    return view if view.dim() == 3 else view.movedim(-3, 0)

@@ -4,6 +4,7 @@ Statistics are float32 (float64 stays), results keep the input's dtype. Where gr
 wanted, hand-written backward passes keep only what they must.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,9 +28,19 @@ def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     # hypot(‖x‖, sqrt(D·eps)) is sqrt(D) · sqrt(mean(x²) + eps) without squaring twice.
-    length = torch.hypot(length, length.new_full((), (dim * eps) ** 0.5))
-    unit = (wide / length).mul_(dim**0.5)
+    if torch.compiler.is_compiling():
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    else:
+        length = torch.hypot(length, _constant((dim * eps) ** 0.5, wide.dtype, wide.device))
+        unit = (wide / length).mul_(_constant(dim**0.5, wide.dtype, wide.device))
     return unit if unit.dtype == x.dtype else unit.to(x.dtype), length
+
+
+@lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A 0-dim tensor: cheaper to combine with than a Python number, which torch wraps each time."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 class _RMSNorm(torch.autograd.Function):

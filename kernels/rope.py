@@ -12,7 +12,7 @@ _TABLES: dict[tuple[int, float, torch.device], Tensor] = {}
 
 
 def rope_table(positions_upto: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers e^{i·p·theta^(-2j/dim)}, complex64 [>= positions_upto, dim/2].
+    """Unit complex numbers e^{i·p·theta^(-2j/dim)}, complex64 [>= positions_upto, 1, dim/2].
 
     Kept per (dim, theta, device) and grown by doubling. Raises ValueError when dim is odd.
     """
@@ -26,27 +26,42 @@ def rope_table(positions_upto: int, dim: int, theta: float, device: torch.device
         with torch.inference_mode(False), torch.no_grad():
             frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             angle = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
-            table = torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+            table = (
+                torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None].to(device)
+            )
         _TABLES[key] = table
     return table
 
 
-def _for_heads(angles: Tensor) -> Tensor:
-    return angles.unsqueeze(-3) if angles.dim() == 3 else angles
-
-
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate x [B, H, T, d] by angles [T, d/2] or [1 or B, T, d/2]; differentiable."""
+    """Rotate x [B, T, H, d] by angles [T, 1, d/2] or [1 or B, T, 1, d/2]; differentiable."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * _for_heads(angles)).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
 def apply_rope_(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate x [B, H, T, d] in place (it may be a slice); returns x."""
+    """Rotate x [B, T, H, d] in place (it may be a slice); returns x."""
     if x.dtype == torch.float32:
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(_for_heads(angles))
+        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(angles)
         return x
     return x.copy_(apply_rope(x, angles))
+
+
+def _rotate_real(x: Tensor, angles: Tensor) -> Tensor:
+    """`apply_rope` by (cos, sin) [..., d/2, 2]: torch's compiler cannot fuse complex numbers."""
+    cos, sin = angles.unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x [B, T, H, d]: in place where no gradient needs it, else into a new tensor.
+
+    angles: complex as in `apply_rope`, or the same numbers as reals [..., d/2, 2].
+    """
+    if not angles.is_complex():
+        return x.copy_(_rotate_real(x, angles))
+    return (apply_rope if x.requires_grad else apply_rope_)(x, angles)
 
 
 def half_to_interleaved(dim: int) -> Tensor:

@@ -108,22 +108,26 @@ def test_l2_norm_has_unit_length() -> None:
 def test_interleaved_rope_equals_llama_after_permuting_channels(dim: int) -> None:
     q, k = torch.randn(2, 2, 3, 11, dim)
     angles = rope_table(11, dim, 10_000.0, torch.device("cpu"))[:11]
-    half = torch.cat((angles.angle(), angles.angle()), -1)[None]
+    half = torch.cat((angles.angle(), angles.angle()), -1).transpose(0, 1)
     expected_q, expected_k = apply_rotary_pos_emb(q, k, half.cos(), half.sin())
     p = half_to_interleaved(dim)
-    torch.testing.assert_close(apply_rope(q[..., p], angles), expected_q[..., p])
-    torch.testing.assert_close(apply_rope(k[..., p], angles), expected_k[..., p])
+
+    def heads_first(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        return apply_rope(x.transpose(1, 2), angles).transpose(1, 2)
+
+    torch.testing.assert_close(heads_first(q[..., p], angles), expected_q[..., p])
+    torch.testing.assert_close(heads_first(k[..., p], angles), expected_k[..., p])
 
 
 def test_rope_in_place_on_a_slice_and_per_sequence() -> None:
-    x = torch.randn(2, 5, 7, 8)
+    x = torch.randn(2, 7, 5, 8)
     table = rope_table(64, 8, 10_000.0, torch.device("cpu"))
     angles = table[torch.tensor([[3, 4, 5, 6, 7, 8, 9], [20, 21, 22, 23, 24, 25, 26]])]
-    expected = apply_rope(x[:, :3], angles)
-    rest = x[:, 3:].clone()
-    apply_rope_(x[:, :3], angles)
-    torch.testing.assert_close(x[:, :3], expected)
-    assert torch.equal(x[:, 3:], rest)
+    expected = apply_rope(x[:, :, :3], angles)
+    rest = x[:, :, 3:].clone()
+    apply_rope_(x[:, :, :3], angles)
+    torch.testing.assert_close(x[:, :, :3], expected)
+    assert torch.equal(x[:, :, 3:], rest)
     half = x.bfloat16()
     torch.testing.assert_close(apply_rope_(half, angles).float(), apply_rope(x, angles),
                                rtol=2e-2, atol=3e-2)  # fmt: skip

@@ -1,0 +1,47 @@
+"""Compiled decode: the tokens of the plain engine, past windows and page borders; clear refusals."""
+
+import pytest
+
+from archs.errors import UserError
+from archs.registry import REGISTRY, ModelSpec
+from eval.conformance import CHECK_SCALE
+from infer.engine import Engine
+
+PROMPTS = [[5, 9, 200, 31, 7], [1, 2, 3, 4, 5]]
+
+
+def engines_for(arch: str) -> tuple[Engine, Engine]:
+    model = ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3)
+    options = {"max_sequences": 2, "max_context": 64, "page_size": 8}
+    return Engine(model, **options), Engine(model, **options, compiled=True)
+
+
+def same_tokens(arch: str) -> None:
+    plain, compiled = engines_for(arch)
+    expected = plain.generate(PROMPTS, 40).tokens
+    assert compiled.generate(PROMPTS, 40).tokens == expected
+    assert compiled.generate(PROMPTS, 40).tokens == expected
+    assert compiled.store.allocated_bytes == 0
+
+
+def test_compiled_decode_of_attention_gives_the_same_tokens() -> None:
+    same_tokens("gqa")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted({*REGISTRY} - {"gqa", "mha", "mqa"}) + ["gdn:swa=1:1"])
+def test_compiled_decode_gives_the_same_tokens(arch: str) -> None:
+    same_tokens(arch)
+
+
+def test_a_ragged_batch_is_refused_with_a_remedy() -> None:
+    engine = engines_for("gqa")[1]
+    with pytest.raises(UserError, match=r"lengths \[3, 1\].*compiled=False"):
+        engine.generate([[1, 2, 3], [4]], 4)
+    assert engine.store.allocated_bytes == 0
+
+
+def test_lookback_is_refused_with_a_remedy() -> None:
+    model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build()
+    with pytest.raises(UserError, match="lookback=2"):
+        Engine(model, lookback=2, compiled=True)
