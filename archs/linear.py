@@ -62,7 +62,7 @@ class LinearConfig(MixerConfig):
 
 
 class LinearAttention(Mixer):
-    """Retention."""
+    """Linear attention with a fixed decay per head (retention)."""
 
     Config = LinearConfig
 

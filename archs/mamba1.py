@@ -44,7 +44,7 @@ class Mamba1Config(MixerConfig):
 
 
 class Mamba1(Mixer):
-    """The Mamba block without its norm and residual."""
+    """The selective scan (S6) between its convolution and its gate: a Mamba block."""
 
     Config = Mamba1Config
     delicate = frozenset({"A_log", "D", "dt_bias"})

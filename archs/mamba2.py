@@ -54,7 +54,7 @@ class Mamba2Config(MixerConfig):
 
 
 class Mamba2(Mixer):
-    """The Mamba-2 block without its norm and residual."""
+    """State-space duality (SSD) between its convolution and its gated norm: a Mamba-2 block."""
 
     Config = Mamba2Config
     delicate = frozenset({"A_log", "D", "dt_bias"})

@@ -16,14 +16,23 @@ from eval.decode import (
     DecodeTiming,
     agreement_error,
     agrees,
+    build_to_serve,
     decode_cost,
     measure_decode,
     measure_ttft_ms,
     predicted_decode_ms,
 )
 from eval.hardware import Roofline, measure_roofline
+from eval.paired import DOCUMENTS
 from eval.progress import Watch
-from eval.quality import Estimate, bits_per_byte, loss_by_position, mqar_accuracy
+from eval.quality import (
+    Estimate,
+    bits_per_byte,
+    document_scores,
+    loss_by_position,
+    mqar_accuracy,
+    over_documents,
+)
 from eval.results import About, Cell, Row, Status
 from eval.suite import DecodePlan, MqarPlan, Suite, TrainPlan
 from infer.engine import Engine
@@ -213,10 +222,15 @@ class Workshop:
         quality = self.suite.quality
         if quality is None:
             return []
-        whole = bits_per_byte(
+        scores = document_scores(
             model, self.tokens, part="test", seq_len=plan.seq_len, max_tokens=quality.max_tokens
         )
-        rows = [_estimate("bits_per_byte", whole, context=plan.seq_len)]
+        rows = [_estimate("bits_per_byte", over_documents(scores), context=plan.seq_len)]
+        rows += [
+            Row(measure=DOCUMENTS, value=s.bits / s.size_bytes, n=round(s.size_bytes),
+                context=plan.seq_len, position=s.document + 1)
+            for s in scores
+        ]  # fmt: skip
         reach = plan.seq_len * quality.reach
         curve = loss_by_position(
             model, self.tokens, part="test", reach=reach, max_tokens=quality.max_tokens
@@ -289,7 +303,7 @@ class Workshop:
         """Correctness first, then decode over contexts, prefill, and the no-state baseline."""
         plan = self.suite.decode[cell.section]
         spec = self._spec(cell.arch, get_scale(plan.scale))
-        model = spec.build(device=str(self.device), dtype=self.serving_dtype).eval()
+        model = build_to_serve(spec, self.device, self.serving_dtype)
         about = self._about(cell.arch, model)
         error = agreement_error(model)
         if not agrees(error, self.serving_dtype):

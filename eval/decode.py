@@ -14,8 +14,10 @@ import torch
 
 from archs.backbone import Model
 from archs.cost import Cost, Step
+from archs.registry import ModelSpec
 from eval.hardware import Roofline, now_s
 from infer.engine import Engine
+from infer.memory import require_memory
 
 #: How far extend may be from forward before its latency is withheld, relative to the logits'
 #: largest value. The recurrent and chunked forms sum in different orders.
@@ -44,6 +46,13 @@ class DecodeTiming:
         at = q / 100 * (len(ordered) - 1)
         low, high = math.floor(at), math.ceil(at)
         return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def build_to_serve(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Model:
+    """A model with random weights. Raises DoesNotFitError before memory runs out."""
+    weight_bytes = sum(p.nbytes for p in spec.outline(dtype).parameters())
+    require_memory(weight_bytes, device, f"{spec.arch} at scale {spec.scale.name}")
+    return spec.build(device=str(device), dtype=dtype).eval()
 
 
 def agreement_error(model: Model, *, tokens: int = 37, seed: int = 0) -> float:

@@ -20,13 +20,14 @@ from rich.table import Table
 from archs.errors import UserError
 from eval.families import families_of
 from eval.measures import MEASURES
+from eval.paired import DOCUMENTS, paired_intervals
 from eval.results import CELL_FAILED, load_long
 from eval.seeds import keys_of, over_seeds
 
 #: What else can tell two figures of one measure and scale apart, in the order of the name.
 QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens")
 #: Measures with several figures in one cell; they stay in the long table.
-CURVES = ("loss_at_position", "sweep_score")
+CURVES = ("loss_at_position", "sweep_score", DOCUMENTS)
 #: What makes two rows of one measure and position the same figure.
 IDENTITY = ("arch", "scale", "seed", "batch", "context", *QUALIFIERS)
 #: Provenance kept per scale, and per row.
@@ -123,7 +124,7 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
     table["pattern"] = by_arch["pattern"].agg(_joined)
     table["status"] = by_arch["status"].agg(_outcome)
     figures = _unpredicted(rows[rows["measure"] != CELL_FAILED])
-    figures = figures.assign(column=_names(figures))
+    figures = _paired(figures.assign(column=_names(figures)), long)
     summary = dict(list(over_seeds(figures, ["arch", "column"]).groupby("column")))
     order = {name: place for place, name in enumerate(MEASURES)}
     columns = sorted(dict.fromkeys(figures["column"]), key=lambda c: order[c.partition("@")[0]])
@@ -147,6 +148,18 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
         if name in rows:
             parts[name] = by_arch[name].agg(_joined)
     return pd.concat([table, pd.DataFrame(parts, index=table.index)], axis=1).reset_index()
+
+
+def _paired(figures: pd.DataFrame, long: pd.DataFrame) -> pd.DataFrame:
+    """Bits per byte with the intervals that compare models on the same documents."""
+    figures = figures.copy()
+    documents = long[long["measure"] == DOCUMENTS]
+    for _, same in figures[figures["measure"] == "bits_per_byte"].groupby("column"):
+        found = paired_intervals(documents[documents["cell"].isin(same["cell"])])
+        for row, arch in zip(same.index, same["arch"], strict=True):
+            if arch in found:
+                figures.loc[row, ["low", "high"]] = found[arch]
+    return figures
 
 
 def _unpredicted(rows: pd.DataFrame) -> pd.DataFrame:
@@ -268,7 +281,7 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
     short, long = best("tpot_ms"), best("tpot_ms", longest=True)
     chosen += [
         ("kB/token", best("state_bytes_per_token"), 1e-3, 2),
-        ("fixed kB", best("state_bytes_fixed"), 1e-3, 0),
+        ("state MB", best("state_bytes", longest=True), 1e-6, 1),
         ("TPOT ms", short, 1, 2),
         ("TPOT ms", long if long != short else None, 1, 2),
         ("token/s", best("output_tok_per_s", most_users=True), 1, 0),

@@ -18,6 +18,7 @@ class Measure(NamedTuple):
 MEASURES: dict[str, Measure] = {
     # quality
     "bits_per_byte": Measure("bit/byte", "lower", "-Σ log2 p over bytes of held-out text"),
+    "document_bits_per_byte": Measure("bit/byte", "lower", "one held-out document; n: its bytes"),
     "loss_at_position": Measure("nat", "lower", "mean loss of held-out tokens, by position"),
     "mqar_accuracy": Measure("", "higher", "multi-query associative recall, test sequences"),
     "mqar_steps_to_99": Measure("step", "lower", "training steps until 99 % recall"),

@@ -1,11 +1,12 @@
 """Held-out quality: bits per byte with an interval, loss by position, and recall.
 
 Bits per byte compares models across tokenizers. Its interval resamples documents (10,000 times):
-it covers evaluation noise alone, so runs over several seeds give the interval over seeds instead.
+it covers evaluation noise alone, so runs over several seeds give the interval over seeds instead,
+and models scored on the same documents are compared by `eval.paired`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -47,10 +48,19 @@ def _scored(
             yield losses.view_as(targets).cpu(), rows.targets != IGNORED, rows.document
 
 
-def bits_per_byte(
+@dataclass(frozen=True, slots=True)
+class DocumentScore:
+    """Bits that a model needs for the scored part of one document, and that part's bytes."""
+
+    document: int
+    bits: float
+    size_bytes: float
+
+
+def document_scores(
     model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None
-) -> Estimate:
-    """Bits per byte of held-out text in windows of `seq_len`, interval over documents."""
+) -> list[DocumentScore]:
+    """The held-out documents, each scored in windows of `seq_len`."""
     count = len(tokens.document_bytes)
     nats, scored = np.zeros(count), np.zeros(count)
     for losses, valid, document in _scored(model, tokens, part, seq_len, max_tokens):
@@ -60,13 +70,35 @@ def bits_per_byte(
     lengths = np.diff(np.asarray(tokens.offsets))
     # A document scored in part counts the bytes of that part, at its own bytes per token.
     size = np.asarray(tokens.document_bytes) * scored / np.maximum(lengths, 1)
-    random = np.random.default_rng(0)
-    nats, size = nats[scored > 0], size[scored > 0]
-    count = len(nats)
-    chosen = random.integers(count, size=(RESAMPLES, count))
-    resampled = nats[chosen].sum(1) / size[chosen].sum(1) / math.log(2)
+    return [
+        DocumentScore(int(d), float(nats[d]) / math.log(2), float(size[d]))
+        for d in np.flatnonzero(scored)
+    ]
+
+
+def over_documents(scores: Sequence[DocumentScore]) -> Estimate:
+    """Bits per byte of all documents together, interval over documents.
+
+    A single document has no interval: its ends are NaN.
+    """
+    bits = np.array([score.bits for score in scores])
+    size = np.array([score.size_bytes for score in scores])
+    count = len(scores)
+    value = float(bits.sum() / size.sum())
+    if count < 2:
+        return Estimate(value, math.nan, math.nan, count)
+    chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    resampled = bits[chosen].sum(1) / size[chosen].sum(1)
     low, high = np.quantile(resampled, (0.025, 0.975))
-    return Estimate(nats.sum() / size.sum() / math.log(2), float(low), float(high), count)
+    return Estimate(value, float(low), float(high), count)
+
+
+def bits_per_byte(
+    model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None
+) -> Estimate:
+    """Bits per byte of held-out text in windows of `seq_len`, interval over documents."""
+    scores = document_scores(model, tokens, part=part, seq_len=seq_len, max_tokens=max_tokens)
+    return over_documents(scores)
 
 
 def loss_by_position(

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -102,6 +103,7 @@ COLUMNS = [
 ]  # fmt: skip
 NUMBERS = ("value", "low", "high")
 INTEGERS = ("seed", "batch", "context", "n", "params", "tokens")
+OURS = "name a run folder or its results.csv"
 #: The measure under which a cell that produced nothing is recorded.
 CELL_FAILED = "cell"
 
@@ -180,7 +182,8 @@ class Results:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         if len(lines) > 1:
-            last = dict(zip(COLUMNS, next(csv.reader([lines[-1].decode()])), strict=False))
+            text = lines[-1].decode(errors="replace")
+            last = dict(zip(COLUMNS, next(csv.reader([text])), strict=False))
             place, _, total = last.get("row", "").partition("/")
             if place.isdecimal() and place != total:
                 del lines[-int(place) :]
@@ -214,13 +217,16 @@ def load_long(path: Path) -> pd.DataFrame:
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist; run a suite first") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not a results table: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"'{path}' is not a results table: {reason}; {OURS}") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}; {OURS}") from None
     missing = [c for c in COLUMNS if c not in table.columns]
     if missing:
-        raise UserError(f"'{path}' is not a results table: it lacks the columns {missing}")
+        raise UserError(f"'{path}' is not a results table: it lacks the columns {missing}; {OURS}")
     for column in (*NUMBERS, *INTEGERS, "position"):
         converted = pd.to_numeric(table[column].replace("", None), errors="coerce")
-        bad = converted.isna() & (table[column] != "")
+        bad = ~np.isfinite(converted) & (table[column] != "")
         if bad.any():
             row = int(bad.to_numpy().argmax())
             value = table[column].iloc[row]
@@ -279,10 +285,13 @@ def hardware_name(device: torch.device) -> str:
 
 def _commit() -> str:
     root = Path(__file__).parent.parent
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+            cwd=root, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return "unknown"
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 

@@ -6,10 +6,12 @@ its status. Cells go stage by stage, so that a short time budget leaves every ar
 the same columns.
 """
 
+import errno
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +21,24 @@ import torch
 from archs.errors import UserError
 from eval.cells import CellFailure, Workshop
 from eval.progress import Progress, Watch
-from eval.results import CELL_FAILED, About, Cell, Results, Row, Status, provenance
+from eval.results import (
+    CELL_FAILED,
+    About,
+    Cell,
+    Results,
+    Row,
+    Status,
+    load_long,
+    provenance,
+)
 from eval.suite import Suite
 from infer.memory import DoesNotFitError
 from infer.pages import StoreFullError
 
-#: What a run folder may hold of ours: the only names that --fresh removes.
+#: What a run folder may hold of ours: the only names that --fresh removes. The configuration is
+#: the last of them, so that a folder emptied in part is still known as ours.
 OWN_NAMES = (
-    "config.toml", "results.csv", "leaderboard.csv", "report.html", "errors.log", "cells", "plots",
+    "results.csv", "leaderboard.csv", "report.html", "errors.log", "cells", "plots", "config.toml",
 )  # fmt: skip
 
 
@@ -42,16 +54,11 @@ class Planned:
 def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
     """Make or check the run folder. Raises UserError when it belongs to something else."""
     config = out / "config.toml"
-    if fresh:
-        for name in OWN_NAMES:
-            target = out / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
     try:
         if out.exists() and any(out.iterdir()) and not config.exists():
             raise UserError(f"'{out}' is not empty and not a run folder; choose another --out")
+        if fresh:
+            _remove_own(out)
         out.mkdir(parents=True, exist_ok=True)
         text = f"# config_hash = {suite.config_hash}\n" + tomli_w.dumps(suite.as_toml())
         if config.exists():
@@ -67,6 +74,15 @@ def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
             temporary.replace(config)
     except OSError as error:
         raise UserError(f"run folder '{out}' cannot be written: {error.strerror}") from error
+
+
+def _remove_own(out: Path) -> None:
+    for name in OWN_NAMES:
+        target = out / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
 
 
 def _hash_in(text: str) -> str:
@@ -171,10 +187,23 @@ def _guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] |
         # The user's to mend (a full disk, a bad corpus): finished cells stay, this one reruns.
         raise
     except Exception as error:
-        with (out / "errors.log").open("a", encoding="utf-8") as log:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full ({_one_line(error)}); finished cells are kept, free some space "
+                "and run the same command again"
+            ) from error
+        with suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
             log.write(f"{item.cell}\n{traceback.format_exc()}\n")
+        # On a CPU, torch has no exception of its own for this.
+        status = Status.OOM if "can't allocate memory" in str(error) else Status.ERROR
         note = f"{type(error).__name__}: {_one_line(error)}"
-        return About(), [Row(measure=CELL_FAILED, status=Status.ERROR, note=note)]
+        return About(), [Row(measure=CELL_FAILED, status=status, note=note)]
+
+
+def has_architecture(out: Path) -> bool:
+    """Whether a run folder holds a row of an architecture."""
+    results = out / "results.csv"
+    return results.exists() and bool((load_long(results)["arch"] != "").any())
 
 
 def _one_line(error: BaseException) -> str:

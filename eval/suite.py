@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from archs.errors import UserError, unknown_name
-from archs.registry import layer_names
+from archs.registry import entry_of, layer_names
 from archs.sizes import get_scale
 
 SUITES_DIR = Path(__file__).parent / "suites"
@@ -64,6 +64,10 @@ class QualityPlan:
     max_tokens: int = 50_000
     reach: int = 2
 
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.reach < 1:
+            raise UserError("quality needs max_tokens >= 1 and reach >= 1")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MqarPlan:
@@ -108,8 +112,10 @@ class DecodePlan:
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
-        if not self.batches or not self.contexts or self.steps < 2:
-            raise UserError("decode needs batches, contexts and steps >= 2")
+        if min(self.batches, default=0) < 1 or min(self.contexts, default=0) < 1:
+            raise UserError("decode.batches and decode.contexts need entries, all of them >= 1")
+        if self.steps < 2 or self.prompt < 0 or self.no_cache == 1 or self.no_cache < 0:
+            raise UserError("decode needs steps >= 2, prompt >= 0, and no_cache 0 or >= 2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +136,10 @@ class Suite:
             raise UserError(f"suite {self.name} names no archs; list at least one")
         for arch in self.archs:
             layer_names(arch, 10**6)
+        for name in (*self.overrides, *(self.mqar.overrides if self.mqar else ())):
+            entry_of(name)
+        if not (self.train or self.mqar or self.decode):
+            raise UserError(f"suite {self.name} measures nothing; add train, mqar or decode")
 
     @property
     def scales(self) -> list[str]:
@@ -205,7 +215,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where} must be a list, not {value!r}")
         return tuple(_convert(options[0], v, where) for v in value)
-    if get_origin(hint) is dict or hint is Any:
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a table, not {value!r}")
+        inner = get_args(hint)[1]
+        return {k: _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
+    if hint is Any:
         return value
     if options:
         return _convert(options[0], value, where)

@@ -1,0 +1,60 @@
+"""The command in this process, from a folder of its own, and a machine that needs no measuring."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.cli import main
+from eval.hardware import Roofline
+
+STUB_ROOFLINE = Roofline(20e9, 200e9, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def refuses(self, *fragments: str) -> None:
+        """Exit code 2 and one line on stderr that holds the fragments."""
+        assert self.code == 2, self
+        assert self.err.startswith("decodebench: ")
+        assert self.err.count("\n") == 1
+        for fragment in fragments:
+            assert fragment in self.err
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def decodebench(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Command:
+    """Runs `decodebench ARGS` in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["decodebench", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
+    """Commands and suites take this machine's rates as given."""
+    for module in ("cells", "doctor", "predict"):
+        monkeypatch.setattr(f"eval.{module}.measure_roofline", lambda *_: STUB_ROOFLINE)
+    return STUB_ROOFLINE

@@ -1,0 +1,81 @@
+"""A suite so small that it trains, asks and times an architecture in a second."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "rain",
+    "falls",
+    "in",
+    "a",
+    "long",
+    "grey",
+    "night",
+]
+
+SUITE = """
+[corpus]
+spec = "path:{corpus}"
+vocab_size = 300
+
+[train]
+scale = "tiny"
+steps = 3
+batch = 2
+seq_len = 32
+learning_rates = [{rate}]
+
+[quality]
+max_tokens = 2000
+
+[mqar]
+steps = 2
+batch = 4
+d_model = 32
+head_dim = 16
+eval_every = 1
+test_sequences = 128
+learning_rates = [0.003]
+
+[[decode]]
+scale = "tiny"
+batches = [1, 2]
+contexts = [16, 32]
+steps = 3
+prompt = 8
+no_cache = 2
+"""
+
+
+def write_corpus(folder: Path, documents: int = 60) -> Path:
+    """A text file of some documents, three of them held out."""
+    draw = random.Random(0)
+    texts = []
+    for _ in range(documents):
+        lines = (" ".join(draw.choices(WORDS, k=12)) for _ in range(10))
+        texts.append("\n".join(lines))
+    path = folder / "text.txt"
+    path.write_text("\n<|endoftext|>\n".join(texts))
+    return path
+
+
+def write_suite(
+    folder: Path, archs: Sequence[str] = ("gqa",), *, rate: float = 4e-3, more: str = ""
+) -> Path:
+    """A suite file over a fresh corpus."""
+    corpus = write_corpus(folder)
+    path = folder / "micro.toml"
+    listed = ", ".join(f'"{arch}"' for arch in archs)
+    path.write_text(f"archs = [{listed}]\n{SUITE.format(corpus=corpus, rate=rate)}\n{more}\n")
+    return path

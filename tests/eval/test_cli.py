@@ -1,0 +1,217 @@
+"""The command: bad input is one clear line and exit code 2, good input is what scripts can read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from archs.gqa import Attention
+from eval.cli import parse_duration_s
+from eval.hardware import Roofline
+from tests.eval.conftest import Command
+from tests.eval.micro import write_corpus, write_suite
+from tests.eval.synthetic import write_run
+
+TRAIN = (
+    "--steps", "2", "--batch", "2", "--seq-len", "32", "--vocab-size", "300", "--device", "cpu",
+)  # fmt: skip
+
+
+def rows_of(text: str) -> list[dict[str, Any]]:
+    """The rows that a command printed; NaN is not JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = json.loads(text, parse_constant=refuse)
+    assert isinstance(rows, list) and rows
+    return rows
+
+
+# -- bad input --
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        ("bench gqq", ("'gqq'", "Did you mean 'gqa'?", "mamba2")),
+        ("check gqq", ("'gqq'", "Did you mean 'gqa'?")),
+        ("run --arch gqq", ("'gqq'", "Did you mean 'gqa'?")),
+        ("bench ./none.py", ("none.py", "does not exist", "give a registry name")),
+        ("predict --arch gdn:gqa=3", ("'gdn:gqa=3'", "one positive count per architecture")),
+        ("run --suite tinny", ("suite 'tinny'", "Did you mean 'tiny'?")),
+        ("run --suite none.toml", ("'none.toml'", "does not exist", "give a name")),
+        ("train gqa --corpus sotuu", ("corpus 'sotuu'", "Did you mean 'sotu'?", "path:GLOB")),
+        ("train gqa --corpus path:none.txt", ("'path:none.txt'", "matches no file", "check")),
+        ("train gqa --corpus path:empty.txt", ("empty.txt", "is empty", "give it")),
+        ("train gqa --corpus path:binary.txt", ("binary.txt", "NUL byte at 3", "leave it out")),
+        ("bench gqa --scale tinny", ("scale 'tinny'", "Did you mean 'tiny'?")),
+        ("predict --hardware h1000", ("hardware 'h1000'", "Did you mean 'h100'?")),
+        ("bench gqa --device gpu", ("device 'gpu'", "Did you mean 'cpu'?")),
+        ("bench gqa --context 100g", ("'100g'", "not a positive count", "4k")),
+        ("bench gqa --scale tiny --context 100000m", ("GiB", "free", "lower the batch")),
+        ("bench gqa --scale tiny --batch 0", ("'0'", "positive count")),
+        ("bench gqa --scale tiny --steps 0", ("steps=0", "steps >= 1")),
+        ("predict --context 8:2", ("'8:2'", "low:high")),
+        ("quality none.safetensors", ("none.safetensors", "does not exist", "train it first")),
+        ("quality folder", ("folder/checkpoint.safetensors", "does not exist")),
+        ("quality torn.safetensors", ("torn.safetensors", "damaged", "restore it")),
+        ("quality foreign.safetensors", ("foreign.safetensors", "no checkpoint of this program")),
+        ("report folder", ("folder/results.csv", "does not exist", "name a run folder")),
+        ("leaderboard folder", ("folder/results.csv", "does not exist")),
+        ("run --out folder", ("'folder'", "not a run folder", "choose another --out")),
+        ("run --time-budget soon", ("'soon'", "positive number", "9m")),
+        ("new-arch Bad-Name", ("'Bad-Name'", "lower-case")),
+        ("bench gqa --steps many", ("--steps", "bench --help")),
+        ("bench", ("arch", "bench --help")),
+        ("run --nothing", ("--nothing", "run --help")),
+        ("benhc", ("'benhc'", "decodebench --help")),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    decodebench: Command, tmp_path: Path, arguments: str, fragments: tuple[str, ...]
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(b"abc\x00def")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("mine")
+    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    whole = (tmp_path / "foreign.safetensors").read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(whole[:-5])
+    decodebench(*arguments.split()).refuses(*fragments)
+    assert (tmp_path / "folder" / "notes.txt").read_text() == "mine"
+
+
+def test_head_counts_that_do_not_divide_are_refused(
+    decodebench: Command, tmp_path: Path, stub_roofline: Roofline
+) -> None:
+    suite = write_suite(tmp_path, more="[overrides.gqa]\nkv_heads = 3")
+    outcome = decodebench("run", "--suite", suite, "--out", "out", "--json")
+    outcome.refuses("n_heads=4 is not divisible by kv_heads=3", "choose a kv_heads")
+
+
+def test_weights_beyond_memory_are_refused_before_they_are_made(
+    decodebench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infer.memory.free_bytes", lambda _: 1 << 20)
+    decodebench("bench", "gqa", "--scale", "tiny").refuses("gqa at scale tiny needs", "free")
+
+
+def test_an_unwritable_leaderboard_names_the_reason(decodebench: Command, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", seeds=1, archs=("gqa",))
+    outcome = decodebench("leaderboard", "run", "--out", "nowhere/board.csv")
+    outcome.refuses("'nowhere/board.csv'", "non-existent")
+
+
+def test_quality_on_another_corpus_is_refused(decodebench: Command, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    (tmp_path / "other.txt").write_text("a wholly different text\n" * 200)
+    assert decodebench("train", "gqa", *TRAIN, "--corpus", "path:text.txt").code == 0
+    outcome = decodebench("quality", "runs/train", "--corpus", "path:other.txt")
+    outcome.refuses("path:other.txt", "name the corpus it was trained on")
+
+
+def test_a_failing_check_fails_the_command(
+    decodebench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Attention, "extend", lambda self, x, state: x)
+    assert decodebench("check", "gqa").code == 1
+
+
+def test_diverged_training_fails_the_command(decodebench: Command, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    argv = ("train", "gqa", *TRAIN, "--learning-rate", "1e30", "--corpus", "path:text.txt")
+    outcome = decodebench(*argv, "--json")
+    assert outcome.code == 1
+    assert rows_of(outcome.out)[0]["status"] == "nan"
+
+
+@pytest.mark.parametrize("text", ["0", "-1m", "nan", "inf", "", "m"])
+def test_impossible_durations(text: str) -> None:
+    with pytest.raises(ValueError, match="positive number"):
+        parse_duration_s(text)
+
+
+def test_durations_have_units() -> None:
+    given = ("90", "45s", "9m", "2h", None)
+    assert [parse_duration_s(t) for t in given] == [90, 45, 540, 7200, None]
+
+
+# -- good input --
+
+
+def test_archs_lists_every_architecture(decodebench: Command) -> None:
+    rows = rows_of(decodebench("archs", "--json").out)
+    by_name = {row["arch"]: row for row in rows}
+    assert {"mha", "mla", "mamba2", "gdn:gqa=3:1"} <= set(by_name)
+    assert by_name["mha"]["state_bytes_per_token"] == 2 * by_name["gqa"]["state_bytes_per_token"]
+    assert by_name["mamba2"]["state_bytes_per_token"] == 0 < by_name["mamba2"]["state_bytes_fixed"]
+
+
+def test_predict_gives_a_row_per_cell(decodebench: Command) -> None:
+    argv = ("--arch", "gqa", "--hardware", "h100,h200", "--batch", "1,8", "--context", "1k:4k")
+    rows = rows_of(decodebench("predict", *argv, "--json").out)
+    assert len(rows) == 2 * 2 * 3
+    assert [row["context"] for row in rows[:3]] == [1024, 2048, 4096]
+
+
+def test_doctor_tells_the_machine(decodebench: Command, stub_roofline: Roofline) -> None:
+    facts = json.loads(decodebench("doctor", "--json").out)
+    assert facts["copy_bytes_per_s"] == stub_roofline.copy_bytes_per_s
+    assert facts["torch"] == torch.__version__
+
+
+def test_leaderboard_merges_and_writes(decodebench: Command, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", seeds=1, archs=("gqa", "mamba2"))
+    outcome = decodebench("leaderboard", "run", "--out", "board.csv", "--json")
+    assert {row["arch"] for row in rows_of(outcome.out)} == {"gqa", "mamba2"}
+    assert (tmp_path / "board.csv").read_text().startswith("rank,arch,")
+
+
+def test_bench_times_a_tiny_shape(decodebench: Command) -> None:
+    argv = ("gqa", "linear", "--scale", "tiny", "--context", "16,32", "--steps", "2")
+    rows = rows_of(decodebench("bench", *argv, "--prompt", "8", "--json").out)
+    assert [(row["arch"], row["context"]) for row in rows] == [
+        ("gqa", 16), ("gqa", 32), ("linear", 16), ("linear", 32),
+    ]  # fmt: skip
+    assert all(0 < row["tpot_ms"] < 1e4 and 0 < row["ttft_ms"] < 1e4 for row in rows)
+
+
+def test_a_checkpoint_is_scored_on_its_corpus(decodebench: Command, tmp_path: Path) -> None:
+    """The corpus is too small to fill the vocabulary that was asked for."""
+    write_corpus(tmp_path)
+    argv = [*TRAIN, "--vocab-size", "4000", "--corpus", "path:text.txt", "--json"]
+    trained = rows_of(decodebench("train", "gqa", *argv).out)[0]
+    outcome = decodebench("quality", "runs/train", "--corpus", "path:text.txt", "--json")
+    scored = rows_of(outcome.out)
+    assert scored[0]["measure"] == "bits_per_byte"
+    assert scored[0]["value"] == pytest.approx(trained["bits_per_byte"])
+
+
+def test_a_new_architecture_passes_check_trains_and_is_scored(
+    decodebench: Command, tmp_path: Path
+) -> None:
+    write_corpus(tmp_path)
+    assert decodebench("new-arch", "my_mixer").code == 0
+    decodebench("new-arch", "my_mixer").refuses("my_mixer.py", "exists already", "--force")
+    outcome = decodebench("check", "my_mixer.py", "--json")
+    assert outcome.code == 0
+    assert all(verdict["passed"] for verdict in rows_of(outcome.out))
+    text = ("--corpus", "path:text.txt")
+    assert decodebench("train", "my_mixer.py", *TRAIN, *text).code == 0
+    decodebench("quality", "runs/train", *text).refuses("my_mixer.py", "from a file you name")
+    assert decodebench("quality", "runs/train", "--arch", "my_mixer.py", *text).code == 0
+
+
+def test_a_process_of_its_own_shows_no_traceback() -> None:
+    command = [sys.executable, "-c", "from eval.cli import main; main()", "bench", "gqq"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("decodebench: Unknown arch 'gqq'")
+    assert done.stderr.count("\n") == 1
