@@ -10,6 +10,8 @@ import torch
 
 from eval.cli import main
 from eval.hardware import Roofline
+from eval.suite import Suite, load_suite
+from tests.eval.micro import write_suite
 
 STUB_ROOFLINE = Roofline(20e9, 200e9, torch.float32)
 
@@ -58,3 +60,15 @@ def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
     for module in ("cells", "doctor", "predict"):
         monkeypatch.setattr(f"eval.{module}.measure_roofline", lambda *_: STUB_ROOFLINE)
     return STUB_ROOFLINE
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all that these runs do."""
+    monkeypatch.setattr("eval.report.write_report", lambda folder: folder / "report.html")
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    """The micro suite, in tmp_path."""
+    return load_suite(str(write_suite(tmp_path)))

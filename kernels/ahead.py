@@ -1,0 +1,153 @@
+"""Compiling Triton kernels ahead of time, for GPUs that need not be here, and reading the result.
+
+Every configuration that a wrapper can pick is a `Variant`. It is compiled with the attributes the
+launcher would find (what is divisible by 16), so the code is the code that runs; registers,
+spills, shared memory, load width and matrix instructions are read from the compiler's own report.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+#: Width in bytes of global loads and asynchronous copies, by their SASS or AMD suffix.
+_NVIDIA_LOADS = re.compile(r"\b(?:LDG|LDGSTS)(\.[A-Z0-9.]+)?")
+_AMD_LOADS = re.compile(r"\b(?:global|buffer)_load_(dwordx4|dwordx3|dwordx2|dword|ushort|ubyte|s\w+)")
+_AMD_WIDTH = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2}
+_MATRIX = re.compile(r"\b(?:HGMMA|HMMA|IMMA|QGMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One configuration of one kernel.
+
+    signature:  Triton types of the arguments that are no constexpr, in any order.
+    constexprs: values of those that are.
+    divisible:  arguments divisible by 16: pointers that torch aligned, strides, sizes.
+    wide_loads: how many global loads of 16 bytes there must be at least (0: none is expected).
+    matrix:     whether matrix instructions must appear.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    divisible: frozenset[str] = frozenset()
+    num_warps: int = 4
+    num_stages: int = 3
+    wide_loads: int = 1
+    matrix: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What the compiler made of a variant; `load_bytes` counts global loads by their width."""
+
+    name: str
+    target: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    load_bytes: Mapping[int, int] = field(default_factory=dict)
+    matrix_instructions: int = 0
+
+    def faults(self, variant: Variant) -> list[str]:
+        """Why this code must not ship: spills, narrow loads, no matrix unit. Empty when sound."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        wide = sum(n for width, n in self.load_bytes.items() if width >= 16)
+        if wide < variant.wide_loads:
+            found.append(f"{wide} loads of 16 bytes, {variant.wide_loads} expected")
+        if variant.matrix and not self.matrix_instructions:
+            found.append("no matrix instruction")
+        return found
+
+
+def compile_ahead(variant: Variant, target: str) -> Report:
+    """Compile for one of `TARGETS`. Triton's own errors pass through."""
+    names = variant.kernel.arg_names
+    signature = {n: variant.signature.get(n, "constexpr") for n in names}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {
+        (names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible
+    }
+    amd = TARGETS[target].backend == "hip"
+    if amd:
+        for name, kind in variant.signature.items():
+            if kind.startswith("*"):
+                attributes.setdefault((names.index(name),), []).append(["tt.pointer_range", 32])
+    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    read = _read_amd if amd else _read_nvidia
+    found = read(compiled)
+    return Report(
+        name=variant.name, target=target, shared_bytes=compiled.metadata.shared, **found
+    )
+
+
+def _read_nvidia(compiled: Any) -> dict[str, Any]:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin))
+        sass = _run(knobs.nvidia.nvdisasm.path, "-c", str(cubin))
+    registers = re.search(r"REG:(\d+)", usage)
+    stack = re.search(r"STACK:(\d+)", usage)
+    assert registers and stack
+    widths: dict[int, int] = {}
+    for suffix in _NVIDIA_LOADS.findall(sass):
+        width = 16 if ".128" in suffix else 8 if ".64" in suffix else 4
+        width = 2 if ".U16" in suffix or ".S16" in suffix else width
+        width = 1 if ".U8" in suffix or ".S8" in suffix else width
+        widths[width] = widths.get(width, 0) + 1
+    if "UTMALDG" in sass:
+        widths[16] = widths.get(16, 0) + sass.count("UTMALDG")
+    return {
+        "registers": int(registers[1]),
+        "spill_bytes": int(stack[1]),
+        "load_bytes": widths,
+        "matrix_instructions": len(_MATRIX.findall(sass)),
+    }
+
+
+def _read_amd(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        assert found, name
+        return int(found[1])
+
+    widths: dict[int, int] = {}
+    for kind in _AMD_LOADS.findall(text):
+        width = _AMD_WIDTH.get(kind, 1)
+        widths[width] = widths.get(width, 0) + 1
+    spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    return {
+        "registers": number("vgpr_count"),
+        "spill_bytes": max(spills, number("private_segment_fixed_size")),
+        "load_bytes": widths,
+        "matrix_instructions": len(_MATRIX.findall(text)),
+    }
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout

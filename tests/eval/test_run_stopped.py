@@ -1,0 +1,150 @@
+"""Runs that are stopped by a budget, a full disk, a kill or Ctrl-C lose nothing."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+
+from archs.errors import UserError
+from eval.cells import Workshop
+from eval.suite import Suite
+from tests.eval.conftest import Command
+from tests.eval.micro import cells_of, run
+
+pytestmark = pytest.mark.usefixtures("stub_roofline")
+ROOT = Path(__file__).parents[2]
+
+#: Runs the suite of argv[1] into argv[2], and waits for its end in the cell named by argv[3].
+VICTIM = """
+import sys, time
+import eval.cells
+from eval.cells import Workshop
+from eval.cli import main
+from eval.hardware import Roofline
+import torch
+torch.set_num_threads(1)
+suite, out, stage = sys.argv[1:]
+eval.cells.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
+
+def wait(self, cell, watch):
+    print("waiting", flush=True)
+    time.sleep(60)
+
+setattr(Workshop, stage, wait)
+sys.argv = ["decodebench", "run", "--suite", suite, "--out", out, "--device", "cpu"]
+main()
+"""
+
+
+def test_a_time_budget_stops_cleanly_and_the_next_run_goes_on(
+    decodebench: Command, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("run", "--suite", tmp_path / "micro.toml", "--out", "out", "--device", "cpu")
+    early = decodebench(*argv, "--time-budget", "0.0001")
+    assert early.code == 0
+    assert "time budget ended" in early.out
+    seconds = iter(range(100))
+    with monkeypatch.context() as patch:
+        clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
+        patch.setattr("eval.run.time", clock)
+        assert not run(suite, tmp_path / "out", time_budget_s=3.0)
+    done = cells_of(tmp_path / "out")
+    assert len(done) == 2
+    assert run(suite, tmp_path / "out")
+    assert len(cells_of(tmp_path / "out")) == 6
+    assert cells_of(tmp_path / "out")[: len(done)] == done
+
+
+def test_a_budget_that_ends_within_training_leaves_no_row(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Workshop.train
+
+    def late(self: Workshop, *arguments: Any) -> Any:
+        monkeypatch.setattr(self, "deadline", time.monotonic())
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(Workshop, "train", late)
+    assert not run(suite, tmp_path / "out", time_budget_s=100.0)
+    assert not [c for c in cells_of(tmp_path / "out") if c.startswith("train")]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_full_disk_keeps_what_was_there(
+    decodebench: Command, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ("run", "--suite", "micro.toml", "--out", "out", "--device", "cpu", "--json")
+    honest = os.write
+    table = tmp_path / "out" / "results.csv"
+
+    def full(handle: int, content: bytes) -> int:
+        if b"train0/" not in content:
+            return honest(handle, content)
+        honest(handle, content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.results.os.write", full)
+        outcome = decodebench(*argv)
+        outcome.refuses("results.csv", "No space left on device", "earlier results are intact")
+    assert len(cells_of(tmp_path / "out")) == 2
+    assert table.read_bytes().endswith(b"\n")
+    assert decodebench(*argv).code == 0
+    assert len(cells_of(tmp_path / "out")) == 6
+
+
+def test_a_disk_that_fills_within_a_cell_fails_no_cell(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row would say for ever that the architecture is at fault."""
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.cells.prepare", full)
+        with pytest.raises(UserError, match=r"disk is full .*finished cells are kept"):
+            run(suite, tmp_path / "out")
+    assert len(cells_of(tmp_path / "out")) == 2
+    assert run(suite, tmp_path / "out")
+
+
+def stop(tmp_path: Path, stage: str, sent: signal.Signals) -> tuple[int, str]:
+    """Exit code and stderr of a run that got a signal in the first cell of a stage."""
+    command = [sys.executable, "-c", VICTIM, str(tmp_path / "micro.toml"), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, stage], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(sent)
+    return process.wait(20), process.communicate()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train", "decode"])
+def test_a_killed_run_keeps_its_cells_and_the_next_one_completes(
+    suite: Suite, tmp_path: Path, stage: str
+) -> None:
+    assert stop(tmp_path, stage, signal.SIGKILL)[0] == -signal.SIGKILL
+    done = cells_of(tmp_path / "out")
+    assert len(done) == {"train": 2, "decode": 4}[stage]
+    assert run(suite, tmp_path / "out")
+    assert cells_of(tmp_path / "out")[: len(done)] == done
+    assert len(cells_of(tmp_path / "out")) == 6
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_so_and_keeps_its_cells(suite: Suite, tmp_path: Path) -> None:
+    code, shown = stop(tmp_path, "mqar", signal.SIGINT)
+    assert code == 130
+    assert shown.splitlines()[-1].startswith("decodebench: interrupted; finished cells are kept")
+    assert "Traceback" not in shown
+    assert len(cells_of(tmp_path / "out")) == 3
