@@ -20,10 +20,10 @@ from eval.decode import (
     decode_cost,
     measure_decode,
     measure_ttft_ms,
-    predicted_decode_ms,
 )
 from eval.hardware import Roofline, measure_roofline
 from eval.paired import DOCUMENTS
+from eval.predict import step_ms
 from eval.progress import Watch
 from eval.quality import (
     Estimate,
@@ -348,7 +348,7 @@ class Workshop:
             Row(measure="tpot_p99_ms", value=timing.percentile_ms(99), n=n, **at),
             Row(measure="output_tok_per_s", value=timing.batch * per_user, n=n, **at),
             Row(measure="output_tok_per_s_per_user", value=per_user, n=n, **at),
-            Row(measure="tpot_pred_ms", value=predicted_decode_ms(cost, self.roofline), **at),
+            Row(measure="tpot_pred_ms", value=step_ms(cost, self.roofline), **at),
             Row(measure="mbu", value=moved_per_s / self.roofline.copy_bytes_per_s, **at),
             Row(measure="mfu", value=done_per_s / self.roofline.matrix_flops_per_s, **at),
             Row(measure="step_bytes", value=cost.bytes, **at),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archs.errors import UserError
+from eval.show import out, show, show_prediction, write_csv
 
 app = typer.Typer(
     add_completion=False,
@@ -18,7 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compare inference-friendly language-model architectures: train, decode, measure, rank.",
 )
-out = Console() if sys.stdout.isatty() else Console(width=160)
 err = Console(stderr=True, highlight=False)
 
 #: The shell's exit code for a process that Ctrl-C ended.
@@ -209,7 +209,7 @@ def train(
         out=out_dir or Path("runs") / "train", device=resolve_device(device), resume=resume,
         time_budget_s=parse_duration_s(time_budget), console=err,
     )  # fmt: skip
-    _show([row], json_)
+    show([row], json_)
     if row["status"] != "ok":
         raise typer.Exit(1)
 
@@ -230,7 +230,7 @@ def bench(
     from eval.commands import bench_archs
     from eval.predict import parse_counts
 
-    _show(
+    show(
         bench_archs(
             arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
             steps=steps, prompt=prompt, device=resolve_device(device), compiled=compiled,
@@ -252,7 +252,7 @@ def quality(
     from eval.commands import score_checkpoint
 
     rows = score_checkpoint(checkpoint, corpus, max_tokens, resolve_device(device), arch)
-    _show(rows, json_)
+    show(rows, json_)
 
 
 @app.command()
@@ -260,20 +260,43 @@ def predict(
     arch: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     scale: str = "1b",
     hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
-    batch: str = "1",
-    context: str = "1k,16k",
+    batch: Annotated[str, typer.Option(help="1,8 or 1:512")] = "1",
+    context: Annotated[str, typer.Option(help="4k,128k or 1k:1m")] = "1k,16k",
+    dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
+    launch_us: Annotated[float, typer.Option(help="Cost of every operation's launch.")] = 0.0,
+    price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
+    by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
+    out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
     json_: Json = False,
 ) -> None:
     """Decode cost by roofline, no weights needed."""
     from archs.registry import REGISTRY
-    from eval.predict import parse_counts
-    from eval.predict import predict as rows_of
+    from eval.accelerators import prices_of
+    from eval.predict import parse_counts, predict_ops
+    from eval.predict import predict as predict_steps
 
-    rows = rows_of(
-        arch or list(REGISTRY), scale, hardware.split(","), parse_counts(batch),
-        parse_counts(context),
-    )  # fmt: skip
-    _show(rows, json_)
+    parts = hardware.split(",")
+    names = arch or list(REGISTRY)
+    grid = (names, scale, parts, parse_counts(batch), parse_counts(context))
+    if not 0 <= launch_us < math.inf:
+        raise UserError(f"launch_us={launch_us} must be zero or more microseconds")
+    if by_op and (price or picture):
+        raise UserError("--by-op has no price and no picture; leave out --price and --picture")
+    if by_op:
+        rows = predict_ops(*grid, dtype=dtype, launch_us=launch_us)
+    else:
+        prices = prices_of(price, parts)
+        rows = predict_steps(*grid, dtype=dtype, launch_us=launch_us, price_per_hour=prices)
+    if out_file:
+        import pandas as pd
+
+        write_csv(pd.DataFrame(rows), out_file)
+    if picture:
+        from eval.predicted import draw
+
+        draw(rows, picture)
+    show_prediction(rows, json_)
 
 
 @app.command()
@@ -287,11 +310,7 @@ def leaderboard(
 
     table = rank(wide(merge(runs)))
     if out_file is not None:
-        try:
-            table.to_csv(out_file, index=False)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"'{out_file}' cannot be written: {reason}") from error
+        write_csv(table, out_file)
     if json_:
         print(table.to_json(orient="records", indent=2))
     else:
@@ -309,24 +328,6 @@ def doctor(json_: Json = False) -> None:
         return
     for name, value in facts.items():
         out.print(f"{name}: {value}", highlight=False)
-
-
-def _show(rows: list[dict[str, object]], as_json: bool) -> None:
-    if as_json:
-        # JSON knows no NaN.
-        plain = [{k: None if _not_finite(v) else v for k, v in row.items()} for row in rows]
-        print(json.dumps(plain, indent=2, allow_nan=False))
-        return
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*names)
-    for row in rows:
-        values = [row.get(name, "") for name in names]
-        table.add_row(*[f"{v:,.4g}" if isinstance(v, float) else str(v) for v in values])
-    out.print(table)
-
-
-def _not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from archs.backbone import Model
 from archs.cost import Cost, Step
 from archs.registry import ModelSpec
-from eval.hardware import Roofline, now_s
+from eval.hardware import now_s
 from infer.engine import Engine
 from infer.memory import require_memory
 
@@ -135,11 +135,6 @@ def measure_ttft_ms(
         engine.prefill(slots, ids).argmax(-1)
         times.append((now_s(device) - began) * 1e3)
     return times[0], times[1:]
-
-
-def predicted_decode_ms(cost: Cost, roofline: Roofline) -> float:
-    """Roofline time of one step: each operation bound by its bytes or by its FLOPs."""
-    return sum(roofline.time_ms(op.flops, op.bytes) for op in cost.ops)
 
 
 def decode_cost(model: Model, batch: int, context: int) -> Cost:

@@ -1,65 +1,22 @@
 """What any architecture would cost to decode on any hardware, from declarations alone.
 
-Each operation takes the longer of its bytes at full bandwidth and its FLOPs at full rate; their
-sum is the step. No weights are made, so a 70B-token context on an H200 is answered at once.
+Each operation takes the longer of its bytes at full bandwidth and its FLOPs at full rate, and a
+launch; their sum is the step. No weights are made, so any scale, batch and context is answered at
+once. Figures of the table's parts rest on datasheets: they are the least a step can take.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
-import torch
-
-from archs.cost import Cost, Step
-from archs.errors import UserError, unknown_name
+from archs.backbone import Model
+from archs.cost import Cost, OpCost, Step
+from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval.hardware import Roofline, measure_roofline
+from eval.accelerators import Hardware, hardware_of
+from eval.hardware import Roofline
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Accelerator:
-    """Datasheet figures: dense bf16 rate without sparsity, bandwidth, memory."""
-
-    name: str
-    matrix_flops_per_s: float
-    bandwidth_bytes_per_s: float
-    memory_bytes: int
-
-    @property
-    def roofline(self) -> Roofline:
-        """The two ceilings."""
-        return Roofline(self.bandwidth_bytes_per_s, self.matrix_flops_per_s, torch.bfloat16)
-
-
-#: From the makers' datasheets (SXM or OAM parts; dense bf16 with fp32 accumulation).
-ACCELERATORS: dict[str, Accelerator] = {
-    key: Accelerator(
-        name=name,
-        matrix_flops_per_s=tflops * 1e12,
-        bandwidth_bytes_per_s=tbytes * 1e12,
-        memory_bytes=int(gbytes * 1e9),
-    )
-    for key, name, tflops, tbytes, gbytes in (
-        ("a100", "NVIDIA A100 80GB SXM", 312, 2.039, 80),
-        ("h100", "NVIDIA H100 SXM", 989, 3.35, 80),
-        ("h200", "NVIDIA H200 SXM", 989, 4.8, 141),
-        ("b200", "NVIDIA B200", 2250, 8.0, 180),
-        ("mi300x", "AMD Instinct MI300X", 1307, 5.3, 192),
-        ("l4", "NVIDIA L4", 121, 0.3, 24),
-        ("rtx4090", "NVIDIA GeForce RTX 4090", 165, 1.008, 24),
-    )
-}
-THIS_MACHINE = "this-machine"
-
-
-def roofline_of(hardware: str) -> Roofline:
-    """A datasheet's roofline, or this machine's, measured now. Raises UserError."""
-    if hardware == THIS_MACHINE:
-        cuda = torch.cuda.is_available()
-        return measure_roofline(*(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
-    if hardware not in ACCELERATORS:
-        raise unknown_name("hardware", hardware, [*ACCELERATORS, THIS_MACHINE])
-    return ACCELERATORS[hardware].roofline
+Prediction = dict[str, object]
 
 
 def predict(
@@ -68,35 +25,109 @@ def predict(
     hardware: Iterable[str],
     batches: Iterable[int],
     contexts: Iterable[int],
-) -> list[dict[str, object]]:
-    """One row per architecture, hardware, batch and context, with the Measures' names."""
-    rooflines = {name: roofline_of(name) for name in hardware}
-    grid = [(b, c) for b in batches for c in contexts]
-    rows: list[dict[str, object]] = []
-    for arch in archs:
-        for name, roofline in rooflines.items():
-            model = ModelSpec(arch=arch, scale=get_scale(scale)).outline(roofline.dtype)
-            for batch, context in grid:
-                cost = model.cost(Step(batch, 1, context))
-                tpot_ms = sum(roofline.time_ms(op.flops, op.bytes) for op in cost.ops)
-                rows.append(
-                    {
-                        "arch": arch, "scale": scale, "hardware": name, "batch": batch,
-                        "context": context, "state_bytes": model.state_bytes(context),
-                        "weight_bytes": cost.weight_bytes, "step_bytes": cost.bytes,
-                        "step_flops": cost.flops,
-                        "arith_intensity_pred": cost.intensity_flop_per_byte,
-                        "ridge_flop_per_byte": roofline.ridge_flop_per_byte,
-                        "tpot_ms": tpot_ms, "output_tok_per_s": 1e3 * batch / tpot_ms,
-                        "output_tok_per_s_per_user": 1e3 / tpot_ms,
-                        "bound_by": bound_by(cost, roofline),
-                    }
-                )  # fmt: skip
+    *,
+    dtype: str = "bfloat16",
+    launch_us: float = 0.0,
+    price_per_hour: Mapping[str, float] | None = None,
+) -> list[Prediction]:
+    """One row per architecture, hardware, batch and context, with the Measures' names.
+
+    launch_us: what every operation costs beside its work. price_per_hour: by hardware key.
+    `fits` says whether weights and states of the batch fit in the part's memory;
+    `max_sequences` how many would. Raises UserError on unknown names.
+    """
+    prices = price_per_hour or {}
+    rows = []
+    for arch, model, part, step in _grid(archs, scale, hardware, batches, contexts, dtype):
+        cost = model.cost(step)
+        tpot_ms = step_ms(cost, part.roofline, launch_us)
+        state_bytes = model.state_bytes(step.context)
+        room = part.memory_bytes - resident_bytes(model)
+        sequences = max(0, room // state_bytes)
+        row: Prediction = {
+            "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
+            "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
+            "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
+            "step_bytes": cost.bytes, "step_flops": cost.flops,
+            "arith_intensity_pred": cost.intensity_flop_per_byte,
+            "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte, "tpot_ms": tpot_ms,
+            "output_tok_per_s": 1e3 * step.batch / tpot_ms,
+            "output_tok_per_s_per_user": 1e3 / tpot_ms,
+            "bound_by": bound_by(cost, part.roofline, launch_us),
+            "max_sequences": sequences, "fits": step.batch <= sequences,
+        }  # fmt: skip
+        if part.key in prices:
+            # $ per hour over tokens per hour, for a million of them.
+            row["usd_per_million_tok"] = prices[part.key] / 3.6e6 * tpot_ms / step.batch * 1e6
+        rows.append(row)
     return rows
 
 
-def bound_by(cost: Cost, roofline: Roofline) -> str:
-    """What most of the step's time goes to: weights, state or compute."""
+def predict_ops(
+    archs: Iterable[str],
+    scale: str,
+    hardware: Iterable[str],
+    batches: Iterable[int],
+    contexts: Iterable[int],
+    *,
+    dtype: str = "bfloat16",
+    launch_us: float = 0.0,
+) -> list[Prediction]:
+    """One row per operation of a step, equal ones of different layers together.
+
+    `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
+    a bare product with weights, none where every sequence brings bytes of its own.
+    """
+    rows: list[Prediction] = []
+    for arch, model, part, step in _grid(archs, scale, hardware, batches, contexts, dtype):
+        ops = Counter(model.cost(step).ops)
+        for op, count in ops.items():
+            time_ms = count * op_ms(op, part.roofline, launch_us)
+            rows.append(
+                {
+                    "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
+                    "context": step.context, "op": op.name, "count": count,
+                    "step_bytes": count * op.bytes, "step_flops": count * op.flops,
+                    "arith_intensity_pred": op.intensity_flop_per_byte,
+                    "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
+                    "time_ms": time_ms,
+                    "bound_by": bound_by(Cost.of(op), part.roofline, launch_us),
+                    "compute_bound_batch": compute_bound_batch(op, step.batch, part.roofline),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _grid(
+    archs: Iterable[str],
+    scale: str,
+    hardware: Iterable[str],
+    batches: Iterable[int],
+    contexts: Iterable[int],
+    dtype: str,
+) -> Iterator[tuple[str, Model, Hardware, Step]]:
+    parts = [hardware_of(key, dtype) for key in hardware]
+    steps = [Step(b, 1, c) for b in batches for c in contexts]
+    shape = get_scale(scale)
+    for arch in archs:
+        for part in parts:
+            model = ModelSpec(arch=arch, scale=shape).outline(part.roofline.dtype)
+            for step in steps:
+                yield arch, model, part, step
+
+
+def op_ms(op: OpCost, roofline: Roofline, launch_us: float = 0.0) -> float:
+    """Least time of one operation."""
+    return roofline.time_ms(op.flops, op.bytes) + launch_us / 1e3
+
+
+def step_ms(cost: Cost, roofline: Roofline, launch_us: float = 0.0) -> float:
+    """Least time of a step, operations one after the other."""
+    return sum(op_ms(op, roofline, launch_us) for op in cost.ops)
+
+
+def bound_by(cost: Cost, roofline: Roofline, launch_us: float = 0.0) -> str:
+    """What most of the time goes to: weights, state, compute or launches."""
     spent = {"weights": 0.0, "state": 0.0, "compute": 0.0}
     for op in cost.ops:
         time_ms = roofline.time_ms(op.flops, op.bytes)
@@ -106,7 +137,20 @@ def bound_by(cost: Cost, roofline: Roofline) -> str:
         else:
             spent["weights"] += time_ms * op.weight_bytes / max(op.bytes, 1)
             spent["state"] += time_ms * (1 - op.weight_bytes / max(op.bytes, 1))
+    spent["launches"] = len(cost.ops) * launch_us / 1e3
     return max(spent, key=lambda k: spent[k])
+
+
+def compute_bound_batch(op: OpCost, batch: int, roofline: Roofline) -> float | None:
+    """The batch b with flops(b) = ridge · bytes(b); both grow by what one sequence brings."""
+    ridge = roofline.ridge_flop_per_byte
+    gain = (op.flops - ridge * (op.bytes - op.weight_bytes)) / batch
+    return ridge * op.weight_bytes / gain if gain > 0 and op.weight_bytes else None
+
+
+def resident_bytes(model: Model) -> int:
+    """Bytes of all weights in memory, whether a step reads them or not."""
+    return sum(p.nbytes for p in model.parameters())
 
 
 def parse_counts(text: str) -> list[int]:

@@ -26,7 +26,9 @@ TARGETS: dict[str, GPUTarget] = {
 
 #: Width in bytes of global loads and asynchronous copies, by their SASS or AMD suffix.
 _NVIDIA_LOADS = re.compile(r"\b(?:LDG|LDGSTS)(\.[A-Z0-9.]+)?")
-_AMD_LOADS = re.compile(r"\b(?:global|buffer)_load_(dwordx4|dwordx3|dwordx2|dword|ushort|ubyte|s\w+)")
+_AMD_LOADS = re.compile(
+    r"\b(?:global|buffer)_load_(dwordx4|dwordx3|dwordx2|dword|ushort|ubyte|s\w+)"
+)
 _AMD_WIDTH = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2}
 _MATRIX = re.compile(r"\b(?:HGMMA|HMMA|IMMA|QGMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
 
@@ -95,9 +97,7 @@ def compile_ahead(variant: Variant, target: str) -> Report:
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     read = _read_amd if amd else _read_nvidia
     found = read(compiled)
-    return Report(
-        name=variant.name, target=target, shared_bytes=compiled.metadata.shared, **found
-    )
+    return Report(name=variant.name, target=target, shared_bytes=compiled.metadata.shared, **found)
 
 
 def _read_nvidia(compiled: Any) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Accelerators by their datasheets: what predictions stand on where nothing was measured.
+
+Rates are dense (no sparsity), with float32 accumulation; bandwidth is the device memory's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from archs.errors import UserError, unknown_name
+from eval.hardware import Roofline, measure_roofline
+from infer.memory import free_bytes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accelerator:
+    """One part. tflops_per_s: dense rate by dtype, in 10^12 FLOP/s; source: the datasheet."""
+
+    name: str
+    tflops_per_s: dict[str, float]
+    bandwidth_tbyte_per_s: float
+    memory_gbyte: float
+    source: str
+
+    def roofline(self, dtype: str) -> Roofline:
+        """The two ceilings. Raises UserError for a dtype the table has no rate for."""
+        if dtype not in self.tflops_per_s:
+            raise unknown_name(f"dtype of {self.name}", dtype, self.tflops_per_s)
+        rate = self.tflops_per_s[dtype] * 1e12
+        return Roofline(self.bandwidth_tbyte_per_s * 1e12, rate, DTYPES[dtype])
+
+
+def _part(
+    name: str, half: float, single: float, bandwidth: float, memory: float, source: str
+) -> Accelerator:
+    """A part whose bfloat16 and float16 rates are the same."""
+    rates = {"bfloat16": half, "float16": half, "float32": single}
+    return Accelerator(
+        name=name, tflops_per_s=rates, bandwidth_tbyte_per_s=bandwidth, memory_gbyte=memory,
+        source=source,
+    )  # fmt: skip
+
+
+ACCELERATORS: dict[str, Accelerator] = {
+    "a100": _part("NVIDIA A100 80GB SXM", 312, 19.5, 2.039, 80, "A100 datasheet, 2021"),
+    "h100": _part("NVIDIA H100 SXM", 989, 67, 3.35, 80, "H100 datasheet, 2023"),
+    "h200": _part("NVIDIA H200 SXM", 989, 67, 4.8, 141, "H200 datasheet, 2023"),
+    "b200": _part("NVIDIA B200", 2250, 80, 8.0, 180, "HGX B200 datasheet, 2024, per GPU"),
+    "mi300x": _part("AMD Instinct MI300X", 1307, 163.4, 5.3, 192, "MI300X data sheet, 2023"),
+    "l4": _part("NVIDIA L4", 121, 30.3, 0.3, 24, "L4 datasheet, 2023"),
+    "l40s": _part("NVIDIA L40S", 362, 91.6, 0.864, 48, "L40S datasheet, 2023"),
+    "rtx4090": _part("NVIDIA GeForce RTX 4090", 165.2, 82.6, 1.008, 24, "Ada whitepaper, 2022"),
+}
+THIS_MACHINE = "this-machine"
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a prediction needs to know of a part."""
+
+    key: str
+    roofline: Roofline
+    memory_bytes: int
+
+
+def hardware_of(key: str, dtype: str = "bfloat16") -> Hardware:
+    """A part of the table, or this machine, measured now (a CPU always in float32).
+
+    Raises UserError on an unknown part or dtype.
+    """
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    if key == THIS_MACHINE:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        measured = measure_roofline(
+            device, DTYPES[dtype] if device.type == "cuda" else torch.float32
+        )
+        return Hardware(key, measured, free_bytes(device) or 0)
+    if key not in ACCELERATORS:
+        raise unknown_name("hardware", key, [*ACCELERATORS, THIS_MACHINE])
+    part = ACCELERATORS[key]
+    return Hardware(key, part.roofline(dtype), int(part.memory_gbyte * 1e9))
+
+
+def prices_of(text: str, hardware: list[str]) -> dict[str, float]:
+    """Prices in $ per hour by part: one number for all, or `h100=2.5,h200=3.2`."""
+    prices: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, number = part.rpartition("=")
+        try:
+            price = float(number)
+        except ValueError:
+            price = -1.0
+        if not 0 < price < float("inf") or (equals and key not in hardware):
+            raise UserError(
+                f"price '{part}' must be a positive number of $ per hour, alone or as PART=NUMBER "
+                f"with a part of {', '.join(hardware)}"
+            )
+        prices.update({key: price} if equals else dict.fromkeys(hardware, price))
+    return prices

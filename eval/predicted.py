@@ -1,0 +1,42 @@
+"""The picture of a prediction: time per token against what varies, a panel for each part."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import altair as alt
+import pandas as pd
+
+from archs.errors import UserError
+from eval.predict import Prediction
+
+SUFFIXES = (".png", ".svg", ".html")
+
+
+def draw(rows: Sequence[Prediction], path: Path) -> None:
+    """Write a chart of `predict` rows. Raises UserError on another suffix than png, svg, html."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"picture '{path}' must end in {', '.join(SUFFIXES)}")
+    table = pd.DataFrame(rows)
+    across = "context" if table["context"].nunique() > 1 else "batch"
+    fixed = "batch" if across == "context" else "context"
+    table["series"] = table["arch"]
+    if table[fixed].nunique() > 1:
+        table["series"] += f", {fixed} " + table[fixed].astype(str)
+    chart = (
+        alt.Chart(table)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X(f"{across}:Q", scale=alt.Scale(type="log", base=2), title=f"{across}"),
+            y=alt.Y("tpot_ms:Q", scale=alt.Scale(type="log"), title="time per output token, ms"),
+            color=alt.Color("series:N", title=None, sort=None),
+            tooltip=["arch", "hardware", "batch", "context", "tpot_ms", "bound_by"],
+        )
+        .properties(width=340, height=260)
+        .facet(column=alt.Column("hardware:N", title=f"predicted, {table['scale'].iloc[0]} shapes"))
+    )
+    options = {"inline": True} if path.suffix == ".html" else {}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chart.save(str(path), **options)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,216 @@
+"""The wide table: unlike figures never meet, and only intervals that are apart make a rank."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from archs.errors import UserError
+from eval.leaderboard import Column, headlines, merge, rank, to_table, wide
+from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status, load_long
+from eval.seeds import student_t_interval, student_t_quantile
+from tests.eval.synthetic import ARCHS, HERE, write_run
+
+BITS = "bits_per_byte@tiny/c128"
+
+
+def record(folder: Path, *cells: tuple[Cell, About, list[Row]], where: Provenance = HERE) -> Path:
+    """A run folder that holds just these cells."""
+    results = Results(folder / "results.csv", where)
+    for cell in cells:
+        results.append(*cell)
+    return folder
+
+
+def scored(arch: str, low: float | None, high: float | None, seed: int = 0) -> Any:
+    """Bits per byte with an interval."""
+    middle = 2.0 if low is None or high is None else (low + high) / 2
+    row = Row(measure="bits_per_byte", value=middle, low=low, high=high, context=128)
+    return Cell(arch=arch, stage="train", scale="tiny", seed=seed), About(), [row]
+
+
+def timed(arch: str, tpot_ms: float, **about: Any) -> Any:
+    """One latency."""
+    row = Row(measure="tpot_ms", value=tpot_ms, context=256)
+    return Cell(arch=arch, stage="decode", scale="70m", batch=1), About(**about), [row]
+
+
+def board(folder: Path) -> pd.DataFrame:
+    return rank(wide(merge([folder])))
+
+
+def ranks(folder: Path) -> Mapping[str, str]:
+    table = board(folder)
+    return dict(zip(table["arch"], table["rank"], strict=True))
+
+
+# -- wide --
+
+
+def test_one_architecture_a_row(tmp_path: Path) -> None:
+    table = wide(load_long(write_run(tmp_path, seeds=1) / "results.csv"))
+    assert tuple(table["arch"]) == ARCHS
+    for name in (BITS, "mqar_accuracy@mqar/c32", "tpot_ms@70m/b1/c4096", "state_bytes_fixed@70m",
+                 "params@70m", "hardware", "commit", "config_hash"):  # fmt: skip
+        assert table[name].notna().all(), name
+    families = dict(zip(table["arch"], table["family"], strict=True))
+    assert families["mla"] == "latent"
+    assert families["gdn:gqa=3:1"] == "hybrid"
+
+
+def test_a_figure_is_the_one_that_was_recorded(tmp_path: Path) -> None:
+    table = wide(merge([record(tmp_path, timed("gqa", 1.25), timed("mha", 3.5))]))
+    assert dict(zip(table["arch"], table["tpot_ms@70m/b1/c256"], strict=True)) == {
+        "gqa": 1.25, "mha": 3.5,
+    }  # fmt: skip
+
+
+def test_seeds_are_averaged_with_student_s_interval(tmp_path: Path) -> None:
+    cells = [scored("gqa", x - 0.5, x + 0.5, seed) for seed, x in enumerate((1.0, 2.0, 4.5))]
+    row = wide(merge([record(tmp_path, *cells)])).iloc[0]
+    mean, half = student_t_interval([1.0, 2.0, 4.5])
+    assert mean == 2.5
+    assert half == pytest.approx(4.302653 * (3.25 / 3) ** 0.5, rel=1e-6)
+    assert row[BITS] == 2.5
+    assert row[f"{BITS}:high"] - row[BITS] == pytest.approx(half)
+    assert row[f"{BITS}:n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.70620), (2, 4.302653), (4, 2.776445), (29, 2.045230)]
+)
+def test_student_t_quantiles(freedom: int, quantile: float) -> None:
+    assert student_t_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-6)
+
+
+def test_columns_are_parsed_as_they_are_printed() -> None:
+    for name in ("tpot_ms@70m/b1/c256", "mlp_hidden@tiny", "mbu@1b/b8/c1024/bfloat16/NVIDIA H200"):
+        assert str(Column.parse(name)) == name
+    for name in ("arch", "tpot_ms@70m/b1/c256:low", "speed@70m", "params@70m"):
+        assert Column.parse(name) is None
+
+
+# -- unlike figures --
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"about": {"dtype": "bfloat16"}},
+        {"about": {"kernel_backend": "triton"}},
+        {"where": {"hardware": "NVIDIA H200"}},
+        {"about": {"corpus": "stdlib"}},
+        {"about": {"tokens": 999}},
+    ],
+    ids=lambda change: next(iter(next(iter(change.values())))),
+)
+def test_unlike_settings_never_overwrite_each_other(
+    tmp_path: Path, change: dict[str, dict[str, Any]]
+) -> None:
+    base: dict[str, Any] = {"corpus": "sotu", "tokens": 100}
+    first = record(tmp_path / "a", timed("gqa", 1.0, **base))
+    there = replace(HERE, **change.get("where", {}))
+    about = {**base, **change.get("about", {})}
+    second = record(tmp_path / "b", timed("gqa", 9.0, **about), where=there)
+    table = wide(merge([first, second]))
+    columns = [c for c in table.columns if str(c).startswith("tpot_ms@")]
+    assert sorted(table[columns].iloc[0]) == [1.0, 9.0]
+    value = str(next(iter(next(iter(change.values())).values())))
+    assert any(value in str(c) for c in columns)
+
+
+def test_the_same_figure_is_taken_from_the_last_run(tmp_path: Path) -> None:
+    first = record(tmp_path / "a", timed("gqa", 1.0), timed("mha", 2.0))
+    second = record(tmp_path / "b", timed("gqa", 9.0))
+    for order, expected in (([first, second], 9.0), ([second, first], 1.0)):
+        table = wide(merge(order)).set_index("arch")
+        assert table.at["gqa", "tpot_ms@70m/b1/c256"] == expected
+        assert table.at["mha", "tpot_ms@70m/b1/c256"] == 2.0
+    assert wide(merge([first, second])).set_index("arch").at["mha", "run"] == "a"
+
+
+def test_runs_join_by_architecture(tmp_path: Path) -> None:
+    quality = record(tmp_path / "laptop", scored("gqa", 1.9, 2.1))
+    speed = record(tmp_path / "gpu", timed("gqa", 1.0), where=replace(HERE, hardware="H200"))
+    row = wide(merge([quality, speed / "results.csv"])).iloc[0]
+    assert (row[BITS], row["tpot_ms@70m/b1/c256"]) == (2.0, 1.0)
+    assert row["run"] == "laptop; gpu"
+    assert row["hardware"] == f"{HERE.hardware}; H200"
+
+
+# -- ranks --
+
+
+def test_only_intervals_that_are_apart_make_a_rank(tmp_path: Path) -> None:
+    cells = [scored("mha", 1.0, 1.2), scored("gqa", 1.1, 1.5), scored("mqa", 1.4, 1.6),
+             scored("swa", 1.7, 1.8)]  # fmt: skip
+    assert ranks(record(tmp_path, *cells)) == {"mha": "1–2", "gqa": "1–3", "mqa": "2–3", "swa": "4"}
+
+
+def test_intervals_that_touch_are_not_apart(tmp_path: Path) -> None:
+    cells = [scored("mha", 1.0, 1.5), scored("gqa", 1.5, 2.0)]
+    assert ranks(record(tmp_path, *cells)) == {"mha": "1–2", "gqa": "1–2"}
+
+
+def test_a_figure_without_interval_has_no_rank(tmp_path: Path) -> None:
+    alone = record(tmp_path / "alone", scored("mha", None, None))
+    assert ranks(alone) == {"mha": ""}
+    mixed = record(tmp_path / "mixed", scored("mha", None, None), scored("gqa", 1.0, 1.1))
+    assert ranks(mixed) == {"gqa": "1", "mha": ""}
+
+
+def test_higher_is_better_where_it_is(tmp_path: Path) -> None:
+    rows = [Row(measure="mqar_accuracy", value=v, low=v - 0.01, high=v + 0.01, context=32)
+            for v in (0.5, 0.9)]  # fmt: skip
+    cells = [(Cell(arch=a, stage="mqar", scale="mqar"), About(), [row])
+             for a, row in zip(("mha", "gqa"), rows, strict=True)]  # fmt: skip
+    table = rank(wide(merge([record(tmp_path, *cells)])), "mqar_accuracy@mqar/c32")
+    assert dict(zip(table["arch"], table["rank"], strict=True)) == {"gqa": "1", "mha": "2"}
+    with pytest.raises(UserError, match=r"'tpot_ms@70m' is not a figure to rank by; available: mq"):
+        rank(table.drop(columns="rank"), "tpot_ms@70m")
+
+
+# -- failures --
+
+
+def test_failed_cells_keep_their_row_and_say_why(tmp_path: Path) -> None:
+    oom = Row(measure=CELL_FAILED, status=Status.OOM, note="too large")
+    cell = Cell(arch="mha", stage="decode", scale="70m", batch=1)
+    table = board(record(tmp_path, timed("gqa", 1.0), (cell, About(), [oom])))
+    row = table.set_index("arch").loc["mha"]
+    assert row["status"] == "oom ×1"
+    assert isnan(row["tpot_ms@70m/b1/c256"])
+    assert row["tpot_ms@70m/b1/c256:status"] == "oom"
+    latency = next(h for h in headlines(table) if h.title == "TPOT ms")
+    assert [latency.text(r) for _, r in table.iterrows()] == ["1.00", "oom"]
+    assert to_table(table).row_count == 2
+
+
+def test_a_failure_that_succeeded_later_is_gone(tmp_path: Path) -> None:
+    failed = Row(measure=CELL_FAILED, status=Status.ERROR)
+    cell = Cell(arch="gqa", stage="decode", scale="70m", batch=1)
+    first = record(tmp_path / "a", (cell, About(), [failed]))
+    second = record(tmp_path / "b", timed("gqa", 1.0))
+    assert wide(merge([first, second])).iloc[0]["status"] == "ok"
+    assert wide(merge([second, first])).iloc[0]["status"] == "error ×1"
+
+
+def test_one_seed_that_failed_leaves_the_mean_of_the_others(tmp_path: Path) -> None:
+    nan = Row(measure=CELL_FAILED, status=Status.NAN)
+    cell = Cell(arch="gqa", stage="train", scale="tiny", seed=2)
+    cells = [scored("gqa", 0.9, 1.1), scored("gqa", 1.9, 2.1, seed=1), (cell, About(), [nan])]
+    row = wide(merge([record(tmp_path, *cells)])).iloc[0]
+    assert (row[BITS], row[f"{BITS}:n"], row["status"]) == (1.5, 2, "nan ×1")
+
+
+def test_a_run_without_architectures_is_refused(tmp_path: Path) -> None:
+    machine = Row(measure="copy_bytes_per_s", value=1e9)
+    folder = record(tmp_path, (Cell(arch="", stage="hardware"), About(), [machine]))
+    with pytest.raises(UserError, match="no architecture yet; run"):
+        board(folder)
+    with pytest.raises(UserError, match="no runs to merge; name at least one"):
+        merge([])

@@ -1,0 +1,216 @@
+"""The report: one page that loads nothing, says everything, and trusts no name."""
+
+import json
+import re
+import shutil
+import struct
+import xml.etree.ElementTree as ElementTree
+import zlib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from archs.errors import UserError
+from eval.plots import PLANS
+from eval.report import write_report
+from eval.results import CELL_FAILED, About, Cell, Row, Status
+from tests.eval.page import Page
+from tests.eval.synthetic import ARCHS, CONTEXTS, write_run
+from tests.eval.test_leaderboard import record, scored, timed
+
+#: Attributes by which a page loads or leaves to something else.
+LOADING = {
+    "src",
+    "srcset",
+    "href",
+    "data",
+    "poster",
+    "action",
+    "formaction",
+    "background",
+    "xlink:href",
+}
+HOSTILE = "<img src=http://evil/x onerror=alert(1)></script><script>alert(2)</script>\"'&.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of thirteen architectures with failures, reported."""
+    made = write_run(tmp_path_factory.mktemp("report") / "my run", seeds=2)
+    (made / "config.toml").write_text('# config_hash = c0ffee\nname = "my <suite>"\n')
+    write_report(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page(folder / "report.html")
+
+
+# -- the page --
+
+
+def test_the_page_loads_nothing(page: Page) -> None:
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"link", "iframe", "object", "embed", "base", "img", "form", "video", "audio"}
+    for tag, attributes in page.elements:
+        for name in LOADING & set(attributes):
+            assert str(attributes[name]).startswith("#"), (tag, name, attributes[name])
+    for style in page.styles:
+        assert "url(" not in style
+        assert "@import" not in style
+    for chart in page.charts.values():
+        assert not re.search(r'"(url|href)":', json.dumps(chart))
+
+
+def test_the_browser_is_told_to_load_nothing(page: Page) -> None:
+    (policy,) = (a["content"] for tag, a in page.elements if a.get("http-equiv"))
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
+    assert rules["default-src"] == "'none'"
+    for sources in rules.values():
+        assert set(sources.split()) <= {
+            "'none'",
+            "'unsafe-inline'",
+            "'unsafe-eval'",
+            "data:",
+            "blob:",
+        }
+
+
+def test_every_architecture_is_in_the_table_and_in_each_picture(page: Page) -> None:
+    for arch in ARCHS:
+        assert arch in page.texts
+    for name, chart in page.charts.items():
+        shown = {v for data in chart["datasets"].values() for row in data for v in row.values()}
+        assert set(ARCHS) <= shown, name
+
+
+def test_every_picture_is_drawn_and_explained(page: Page) -> None:
+    assert list(page.charts) == list(PLANS)
+    for plan in PLANS.values():
+        assert plan.how_to_read[:60] in page.text
+    assert "Not measured" not in page.text
+    assert "vegaEmbed" in page.source
+
+
+def test_failed_cells_say_why(page: Page) -> None:
+    assert "32 sequences of 16384 tokens need 34.4 GB, 12.1 GB are free" in page.text
+    assert "oom ×1" in page.text
+    assert "incorrect ×1" in page.text
+
+
+def test_the_page_says_where_its_figures_come_from(page: Page) -> None:
+    for fact in (
+        "AMD EPYC 7763",
+        "2.13.0+cpu",
+        "0123456789ab",
+        "2026-01-02",
+        'name = "my <suite>"',
+    ):
+        assert fact in page.text, fact
+
+
+# -- the pictures --
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_picture_is_written_twice_and_shows_something(folder: Path, name: str) -> None:
+    svg = ElementTree.parse(folder / "plots" / f"{name}.svg").getroot()
+    size = [float(svg.attrib[side]) for side in ("width", "height")]
+    assert "".join(svg.itertext()).count("gqa") >= 1
+    png = (folder / "plots" / f"{name}.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", png[16:24]) == pytest.approx([2 * side for side in size], abs=2)
+    assert len(set(pixels_of(png))) > 50
+
+
+def pixels_of(png: bytes) -> bytes:
+    """The filtered scan lines of a PNG."""
+    at, packed = 8, b""
+    while at < len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        if png[at + 4 : at + 8] == b"IDAT":
+            packed += png[at + 8 : at + 8 + length]
+        at += 12 + length
+    return zlib.decompress(packed)
+
+
+def test_latencies_are_drawn_where_they_were_measured(page: Page) -> None:
+    chart = page.charts["tpot-context"]
+    contexts = {
+        row["context"] for data in chart["datasets"].values() for row in data if "tpot_ms" in row
+    }
+    assert contexts == set(CONTEXTS)
+
+
+def test_the_leaderboard_is_the_wide_table(folder: Path) -> None:
+    table = pd.read_csv(folder / "leaderboard.csv")
+    assert list(table.columns[:4]) == ["rank", "arch", "family", "pattern"]
+    assert set(table["arch"]) == set(ARCHS)
+
+
+# -- what may be missing --
+
+
+def test_a_single_architecture_with_a_single_figure(tmp_path: Path) -> None:
+    page = Page(write_report(record(tmp_path, timed("gqa", 1.25))))
+    assert "gqa" in page.texts
+    assert page.charts == {}
+    for plan in PLANS.values():
+        assert f"{plan.title}: not measured: it needs {plan.needs}." in page.text
+
+
+def test_a_lone_figure_of_quality_has_no_rank(tmp_path: Path) -> None:
+    page = Page(write_report(record(tmp_path, scored("gqa", None, None))))
+    assert "gqa" in page.texts
+    assert pd.read_csv(tmp_path / "leaderboard.csv")["rank"].isna().all()
+
+
+def test_nothing_but_failures(tmp_path: Path) -> None:
+    failed = [Row(measure=CELL_FAILED, status=Status.ERROR, note="no <luck> & more")]
+    cell = Cell(arch="gqa", stage="decode", scale="70m", batch=1)
+    page = Page(write_report(record(tmp_path, (cell, About(), failed))))
+    assert "no <luck> & more" in page.texts
+    assert "luck" not in {tag for tag, _ in page.elements}
+
+
+def test_pictures_that_are_no_longer_drawn_go(tmp_path: Path, folder: Path) -> None:
+    record(tmp_path, timed("gqa", 1.25))
+    shutil.copytree(folder / "plots", tmp_path / "plots")
+    (tmp_path / "plots" / "notes.txt").write_text("mine")
+    write_report(tmp_path)
+    assert [p.name for p in (tmp_path / "plots").iterdir()] == ["notes.txt"]
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    rows = [Row(measure="tpot_ms", value=1.0 + c / 1e4, context=c) for c in (256, 1024)]
+    cell = Cell(arch=HOSTILE, stage="decode", scale="70m", batch=1)
+    page = Page(write_report(record(tmp_path, (cell, About(pattern=HOSTILE), rows))))
+    assert HOSTILE in page.texts
+    assert "img" not in {tag for tag, _ in page.elements}
+    assert not [a for _, a in page.elements if "onerror" in a]
+    assert not [text for _, text in page.scripts if text.startswith("alert")]
+    data = page.charts["tpot-context"]["datasets"].values()
+    assert HOSTILE in {row.get("arch") for rows in data for row in rows}
+
+
+@pytest.mark.parametrize("at", ["leaderboard.csv", "report.html"])
+def test_a_full_disk_keeps_the_earlier_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    write_report(record(tmp_path, timed("gqa", 1.25)))
+    before = (tmp_path / at).read_bytes()
+    honest = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if not path.name.startswith(at):
+            return honest(path, content)
+        honest(path, content[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="cannot take the report: No space left on device"):
+        write_report(tmp_path)
+    assert (tmp_path / at).read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))

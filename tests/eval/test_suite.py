@@ -1,0 +1,139 @@
+"""Suites: those that ship load, and whatever is off in a user's copy is named."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from archs.errors import UserError
+from archs.registry import HYBRIDS, REGISTRY
+from eval.suite import DecodePlan, available_suites, load_suite
+from train.corpus import load_corpus
+
+TRAIN = """
+[train]
+scale = "tiny"
+steps = 3
+batch = 2
+seq_len = 32
+learning_rates = [1]
+"""
+DECODE = """
+[[decode]]
+scale = "70m"
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base"])
+def test_shipped_suites_compare_everything(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == name
+    assert set(REGISTRY) <= set(suite.archs)
+    assert {h.partition(":")[0] for h in HYBRIDS} <= {a.partition(":")[0] for a in suite.archs}
+    assert suite.train and suite.quality and suite.mqar and len(suite.decode) >= 2
+    assert set(suite.scales) >= {suite.train.scale, suite.decode[-1].scale}
+    assert suite.trained_scales == [suite.train.scale]
+
+
+def test_every_shipped_suite_is_known() -> None:
+    assert set(available_suites()) == {"tiny", "small", "base"}
+
+
+def test_a_suite_survives_being_written(tmp_path: Path) -> None:
+    suite = load_suite("small")
+    assert load_suite(write(tmp_path, tomli_w.dumps(suite.as_toml()))) == suite
+    assert tomllib.loads(tomli_w.dumps(suite.as_toml()))["name"] == "small"
+
+
+def test_the_hash_follows_everything_that_determines_a_cell(tmp_path: Path) -> None:
+    suite = load_suite("tiny")
+    assert suite.config_hash == load_suite("tiny").config_hash
+    assert len(suite.config_hash) == 12
+    assert suite.train is not None
+    others = [
+        replace(suite, archs=("gqa",)),
+        replace(suite, train=replace(suite.train, steps=121)),
+        replace(suite, corpus=replace(suite.corpus, vocab_size=4097)),
+        replace(suite, decode=suite.decode[:1]),
+        replace(suite, overrides={"gqa": {"kv_heads": 1}}),
+    ]
+    assert len({s.config_hash for s in (suite, *others)}) == 6
+
+
+def test_defaults_and_whole_numbers_for_floats(tmp_path: Path) -> None:
+    suite = load_suite(write(tmp_path, f'archs = ["gqa"]\n{TRAIN}{DECODE}'))
+    assert suite.name == "mine"
+    assert suite.train is not None
+    assert suite.train.learning_rates == (1.0,)
+    assert suite.decode == (DecodePlan(scale="70m"),)
+    assert suite.quality is None
+
+
+def test_overrides_of_a_file_are_allowed(tmp_path: Path) -> None:
+    outside = Path(__file__).parents[1] / "data" / "decayed_sum.py"
+    text = f"archs = ['{outside}']\n{DECODE}\n[overrides.'{outside}']\ndecay = 0.5"
+    assert load_suite(write(tmp_path, text)).overrides == {str(outside): {"decay": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('archs = ["gqa"]\nsped = 1', r"Unknown key in .*mine.toml 'sped'"),
+        ('archs = ["gqa"]\n[corpus]\nvocabsize = 300', r"mine.toml: corpus 'vocabsize'.*'vocab_size'"),
+        ('archs = ["gqa"]\n[train]\nstep = 3', r"mine.toml: train 'step'. Did you mean 'steps'"),
+        ('archs = ["gqa"]\n[[decode]]\nscale="tiny"\ncontext=[8]', "Did you mean 'contexts'"),
+        ("name = 'x'", r"mine.toml lacks 'archs'; add it"),
+        ('archs = ["gqa"]\n[train]\nscale = "tiny"', r"mine.toml: train lacks 'steps'; add it"),
+        ("archs = []" + DECODE, "names no archs; list at least one"),
+        ('archs = ["gqa"]', "suite mine measures nothing; add train, mqar or decode"),
+        ('archs = "gqa"' + DECODE, r"archs must be a list, not 'gqa'"),
+        ('archs = ["gqa", 3]' + DECODE, r"archs must be of type str, not 3"),
+        ('archs = ["gqaa"]' + DECODE, r"arch 'gqaa'. Did you mean 'gqa'"),
+        ('archs = ["gdn:gqa=3"]' + DECODE, r"pattern 'gdn:gqa=3' needs one positive count"),
+        ('archs = ["gqa"]' + DECODE + "[overrides.gqaa]\nkv_heads = 1", r"arch 'gqaa'. Did you"),
+        ('archs = ["gqa"]\noverrides = 3' + DECODE, r"overrides must be a table, not 3"),
+        ('archs = ["gqa"]\noverrides = {gqa = 3}' + DECODE, r"overrides.gqa must be a table"),
+        ('archs = ["gqa"]\n[mqar.overrides.swaa]\nwindow = 4', r"arch 'swaa'. Did you mean 'swa'"),
+        ('archs = ["gqa"]' + TRAIN.replace('"tiny"', '"tinny"'), r"scale 'tinny'.*'tiny'"),
+        ('archs = ["gqa"]' + TRAIN.replace("= 3", "= 3.5"), r"steps must be of type int, not 3.5"),
+        ('archs = ["gqa"]' + TRAIN.replace("= 3", "= true"), r"steps must be of type int, not True"),
+        ('archs = ["gqa"]' + TRAIN.replace("[1]", "[]"), "need at least one entry"),
+        ('archs = ["gqa"]' + TRAIN.replace("[1]", "[1, 2]"), "need train.sweep_steps >= 1"),
+        ('archs = ["gqa"]\ntrain = "tiny"', r"train must be a table, not 'tiny'"),
+        ('archs = ["gqa"]\n[decode]\nscale = "tiny"', "decode must be a list"),
+        ('archs = ["gqa"]' + DECODE.replace("70m", "71m"), r"scale '71m'. Did you mean '70m'"),
+        ('archs = ["gqa"]' + DECODE + "batches = [0]", "decode.batches .* all of them >= 1"),
+        ('archs = ["gqa"]' + DECODE + "contexts = [256, -1]", "all of them >= 1"),
+        ('archs = ["gqa"]' + DECODE + "contexts = []", "need entries"),
+        ('archs = ["gqa"]' + DECODE + "steps = 1", "decode needs steps >= 2"),
+        ('archs = ["gqa"]' + DECODE + "prompt = -1", "prompt >= 0"),
+        ('archs = ["gqa"]' + DECODE + "no_cache = 1", "no_cache 0 or >= 2"),
+        ('archs = ["gqa"]' + TRAIN + "[quality]\nreach = 0", "reach >= 1"),
+        ('archs = ["gqa"', "is not valid TOML"),
+    ],
+)  # fmt: skip
+def test_what_is_off_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_suite(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not valid TOML"):
+        load_suite(str(tmp_path / "mine.toml"))
+
+
+def test_unknown_suites_and_corpora_name_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"suite 'smal'. Did you mean 'small'"):
+        load_suite("smal")
+    with pytest.raises(UserError, match=r"corpus 'stdlibs'. Did you mean 'stdlib'"):
+        load_corpus("stdlibs")

@@ -1,0 +1,76 @@
+"""Running a module's Triton kernels on the CPU, in Triton's interpreter, for the length of a test.
+
+`with interpreted(module):` makes every kernel of the module interpreted; helpers they call follow,
+Triton's own included. No environment variable counts, and compiling works again afterwards.
+Keep elementwise arithmetic in fp32: the interpreter adds and multiplies bf16 as raw bits; only
+`tl.dot` and casts are mended here. Programs run one after another: no race can show.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime import JITFunction
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    TensorHandle,
+    _patch_lang,
+)
+
+
+@contextmanager
+def interpreted(*modules: ModuleType) -> Iterator[None]:
+    """Replace each JITFunction of these modules by its interpreted form, so that CPU tensors work.
+
+    Look kernels up as attributes of their module: a name imported from it beforehand stays as is.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "__call__", _call_helper))
+        stack.enter_context(patch.object(InterpreterBuilder, "create_dot", _dot))
+        stack.enter_context(patch.object(InterpreterBuilder, "cast_impl", _cast))
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    stack.enter_context(patch.object(module, name, InterpretedFunction(value.fn)))
+        yield
+
+
+def _call_helper(helper: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    # InterpretedFunction.__call__ does this too, but leaves triton.language patched.
+    scope = _patch_lang(helper.fn)
+    try:
+        return InterpretedFunction(helper.fn).rewrite()(*args, **kwargs)
+    finally:
+        scope.restore()
+
+
+_library_dot = InterpreterBuilder.create_dot
+_library_cast = InterpreterBuilder.cast_impl
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+    wide = (_widen(operand) for operand in (a, b))
+    return _library_dot(self, *wide, d, precision, imprecise)
+
+
+def _cast(self: Any, source: Any, target: Any) -> Any:
+    source = _widen(source)
+    if target.scalar != tl.bfloat16:
+        return _library_cast(self, source, target)
+    bits = source.data.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    rounded = np.where(np.isnan(bits.view(np.float32)), bits >> 16 | 0x40, rounded)
+    return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+
+def _widen(handle: Any) -> Any:
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    data: NDArray[Any] = (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return TensorHandle(data, tl.float32)
