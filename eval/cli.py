@@ -318,6 +318,20 @@ def leaderboard(
 
 
 @app.command()
+def claims(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders or results CSV files.")],
+    json_: Json = False,
+) -> None:
+    """What the results say about the textbook's claims on decode."""
+    from dataclasses import asdict
+
+    from eval.claims import claims as check_claims
+    from eval.leaderboard import merge
+
+    show([asdict(claim) for claim in check_claims(merge(runs))], json_)
+
+
+@app.command()
 def doctor(json_: Json = False) -> None:
     """What this machine can do, and which libraries and baselines are usable."""
     from eval.doctor import diagnose

@@ -154,8 +154,9 @@ def _paired(figures: pd.DataFrame, long: pd.DataFrame) -> pd.DataFrame:
     """Bits per byte with the intervals that compare models on the same documents."""
     figures = figures.copy()
     documents = long[long["measure"] == DOCUMENTS]
+    keys = keys_of(documents, IDENTITY)
     for _, same in figures[figures["measure"] == "bits_per_byte"].groupby("column"):
-        found = paired_intervals(documents[documents["cell"].isin(same["cell"])])
+        found = paired_intervals(documents[keys.isin(set(keys_of(same, IDENTITY)))])
         for row, arch in zip(same.index, same["arch"], strict=True):
             if arch in found:
                 figures.loc[row, ["low", "high"]] = found[arch]

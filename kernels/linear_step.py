@@ -50,7 +50,7 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     held = state + slot * slot_stride + head * N * P + tile
     s = tl.load(held, mask=inside, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(log_decay + head).to(tl.float32))
-    for t in tl.static_range(K):
+    for t in range(K):
         row = batch * K + t
         valid = t < count
         qt = tl.load(q + row * q_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)

@@ -57,7 +57,7 @@ def decodebench(
 @pytest.fixture
 def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
     """Commands and suites take this machine's rates as given."""
-    for module in ("cells", "doctor", "predict"):
+    for module in ("cells", "doctor", "accelerators"):
         monkeypatch.setattr(f"eval.{module}.measure_roofline", lambda *_: STUB_ROOFLINE)
     return STUB_ROOFLINE
 

@@ -214,3 +214,24 @@ def test_a_run_without_architectures_is_refused(tmp_path: Path) -> None:
         board(folder)
     with pytest.raises(UserError, match="no runs to merge; name at least one"):
         merge([])
+
+
+def test_documents_of_two_corpora_are_not_compared(tmp_path: Path) -> None:
+    """Two runs of one suite on different text have cells of the same name."""
+    folders = []
+    for corpus, shift in (("sotu", 0.0), ("stdlib", 5.0)):
+        about = About(corpus=corpus)
+        cells = []
+        for arch, lead in (("mha", 0.0), ("gqa", 0.1)):
+            values = [shift + lead + v for v in (1.0, 1.2, 1.4)]
+            rows = [Row(measure="document_bits_per_byte", value=v, n=100, context=128, position=d)
+                    for d, v in enumerate(values, 1)]  # fmt: skip
+            cell, _, whole = scored(arch, shift + lead + 0.7, shift + lead + 1.7)
+            cells.append((cell, about, whole + rows))
+        folders.append(record(tmp_path / corpus, *cells))
+    table = wide(merge(folders)).set_index("arch")
+    for corpus, value in (("sotu", 1.2), ("stdlib", 6.2)):
+        column = f"{BITS}/{corpus}"
+        assert table.at["mha", column] == pytest.approx(value)
+        assert table.at["mha", f"{column}:low"] == pytest.approx(value, abs=0.01)
+        assert table.at["gqa", f"{column}:high"] == pytest.approx(value + 0.1, abs=0.01)

@@ -31,7 +31,8 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
     Look kernels up as attributes of their module: a name imported from it beforehand stays as is.
     """
     with ExitStack() as stack:
-        stack.enter_context(patch.object(JITFunction, "__call__", _call_helper))
+        for form in (JITFunction, InterpretedFunction):
+            stack.enter_context(patch.object(form, "__call__", _call_helper))
         stack.enter_context(patch.object(InterpreterBuilder, "create_dot", _dot))
         stack.enter_context(patch.object(InterpreterBuilder, "cast_impl", _cast))
         for module in modules:
@@ -41,7 +42,7 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
         yield
 
 
-def _call_helper(helper: JITFunction, *args: Any, **kwargs: Any) -> Any:
+def _call_helper(helper: Any, *args: Any, **kwargs: Any) -> Any:
     # InterpretedFunction.__call__ does this too, but leaves triton.language patched.
     scope = _patch_lang(helper.fn)
     try:

@@ -1,0 +1,435 @@
+"""Softmax attention of 1 to 8 new tokens per sequence over a paged cache, split along its rows.
+
+Legend: B batch, K new tokens, H query heads, G kv heads, d head dim, M rows of one matrix product.
+The H/G query heads of a kv head times K tokens are packed into the M rows, so that keys and values
+are read once. A sequence's tiles are divided among the splits of a fixed grid (its size depends on
+capacities alone, so a captured graph stays valid; how many splits work is read from `lengths`).
+The last split to arrive combines the partial results (flash-decoding, arXiv 2307.08691 and
+2402.05099): no second launch. Logits, softmax and sums are fp32; exponents are base 2.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ahead import Variant
+
+MAX_TOKENS = 8
+#: Most splits of one sequence; the combining program loads that many log-sum-exps at once.
+MAX_SPLITS = 64
+#: Fewest rows worth a split of their own.
+SPLIT_ROWS = 256
+#: Multiprocessors assumed where there is no GPU to ask (those of an H200).
+INTERPRETER_SMS = 132
+HEAD_DIMS = (32, 64, 128, 256)
+BLOCKS_M = (16, 32, 64)
+_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+_EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Cache rows per tile, warps per program, stages of the load pipeline."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+#: By head dim, M, and whether K and V hold 8 bits.
+CONFIGS: dict[tuple[int, int, bool], Config] = {
+    (d, m, eight): Config(64 if d <= 128 else 32, 4, 3)
+    for d in HEAD_DIMS
+    for m in BLOCKS_M
+    for eight in (False, True)
+}
+
+
+@triton.jit
+def _page_of(table, i, end, sink_tiles, skipped, oldest, length, sinks, PAGE, TILE):
+    """The pool pages of a sequence's i-th visible tile: one where a page holds whole tiles."""
+    tile = tl.where(i < sink_tiles, i, i + skipped)
+    if PAGE % TILE == 0:
+        return tl.load(table + tile * TILE // PAGE, mask=i < end, other=0)
+    else:
+        row = tile * TILE + tl.arange(0, TILE)
+        seen = (i < end) & (row < length) & ((row >= oldest) | (row < sinks))
+        return tl.load(table + row // PAGE, mask=seen, other=0)
+
+
+@triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
+def attention_decode_fwd_kernel(
+    q, k, v, page_table, lengths, k_scale, v_scale, out, partials, partial_lse, arrivals,
+    scale_log2, q_stride_b, q_stride_t, q_stride_h, k_stride_g, v_stride_g,
+    max_pages, group, tokens, row_blocks, window, sinks,
+    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, SPLIT_LIMIT: tl.constexpr, WINDOWED: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+):  # fmt: skip
+    split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = part // row_blocks
+    splits = tl.num_programs(0)
+    length = tl.load(lengths + b)
+
+    # The tiles that any new token sees: those of the sinks, then `oldest` to the end.
+    oldest = 0
+    sink_tiles = 0
+    if WINDOWED:
+        oldest = tl.maximum(length - tokens + 1 - window, 0)
+        sink_tiles = tl.minimum(tl.cdiv(sinks, TILE), oldest // TILE)
+    skipped = oldest // TILE - sink_tiles
+    tiles = tl.cdiv(length, TILE) - skipped
+    per_split = tl.maximum(tl.cdiv(tiles, splits), SPLIT_TILES)
+    used = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    if split >= used:
+        return
+    start = split * per_split
+    end = tl.minimum(start + per_split, tiles)
+
+    # Row r of the product is head r % group of token r // group.
+    r = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D)
+    token = r // group
+    head = g * group + r % group
+    real = (r < group * tokens)[:, None]
+    position = length - tokens + token
+    q_rows = b.to(tl.int64) * q_stride_b + token * q_stride_t + head * q_stride_h
+    query = tl.load(q + q_rows[:, None] + dims[None, :], mask=real, other=0.0)
+    if EIGHT_BIT:
+        scale_log2 *= tl.load(k_scale + g)
+    k += g.to(tl.int64) * k_stride_g
+    v += g.to(tl.int64) * v_stride_g
+    page_table += b.to(tl.int64) * max_pages
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, D], tl.float32)
+    page = _page_of(page_table, start, end, sink_tiles, skipped, oldest, length, sinks, PAGE, TILE)
+    for i in tl.range(start, end):
+        row = tl.where(i < sink_tiles, i, i + skipped) * TILE + tl.arange(0, TILE)
+        pool_row = page.to(tl.int64) * PAGE + row % PAGE
+        # The next page is looked up here: a load that feeds loads would cost pipeline stages.
+        page = _page_of(
+            page_table, i + 1, end, sink_tiles, skipped, oldest, length, sinks, PAGE, TILE
+        )
+        seen = row < length
+        if WINDOWED:
+            seen &= (row >= oldest) | (row < sinks)
+        at = pool_row[:, None] * D + dims[None, :]
+        keys = tl.load(k + at, mask=seen[:, None], other=0.0)
+        logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
+        visible = row[None, :] <= position[:, None]
+        if WINDOWED:
+            newest = row[None, :] > position[:, None] - window
+            visible &= newest | (row < sinks)[None, :]
+        logits = tl.where(visible, logits * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen nothing yet has top -inf; 0 in its place gives weights of 0, not NaN.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logits - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        values = tl.load(v + at, mask=seen[:, None], other=0.0)
+        sums = tl.dot(
+            weights.to(query.dtype), values.to(query.dtype), sums * shrink[:, None],
+            input_precision="ieee",
+        )  # fmt: skip
+        top = new_top
+
+    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    if EIGHT_BIT:
+        result *= tl.load(v_scale + g)
+    heads = group * (tl.num_programs(1) // row_blocks)
+    out_rows = (b.to(tl.int64) * tokens + token) * heads + head
+    out_at = out + out_rows[:, None] * D + dims[None, :]
+    if used == 1:
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=real)
+        return
+
+    counter = b.to(tl.int64) * tl.num_programs(1) + part
+    first = counter * splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = first[:, None] * D + dims[None, :]
+    tl.store(partials + split * BLOCK_M * D + at, result, mask=real)
+    tl.store(partial_lse + split * BLOCK_M + first, top + tl.log2(total))
+    # All threads' stores precede the count, which releases them and acquires the other splits'.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals + counter, 1, sem="acq_rel", scope="gpu")
+    if arrived != used - 1:
+        return
+    each = tl.arange(0, SPLIT_LIMIT)
+    lse = tl.load(
+        partial_lse + each[None, :] * BLOCK_M + first[:, None],
+        mask=(each < used)[None, :], other=float("-inf"), cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.max(lse, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(lse - top[:, None]), 1)
+    sums = tl.zeros([BLOCK_M, D], tl.float32)
+    for s in tl.range(0, used, loop_unroll_factor=4):
+        one = tl.load(partial_lse + s * BLOCK_M + first, cache_modifier=".cg")
+        piece = tl.load(partials + s * BLOCK_M * D + at, mask=real, other=0.0, cache_modifier=".cg")
+        sums += tl.exp2(one - top)[:, None] * piece
+    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_at, result.to(out.dtype.element_ty), mask=real)
+    tl.store(arrivals + counter, 0)
+
+
+def attention_decode(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    page_size: int,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · q kᵀ) v over the rows that each new token may see.
+
+    q: [B, K, H, d], K <= 8, bf16 or fp16; strides multiples of 16, so views of a packed
+      projection will do.
+    k_pool, v_pool: [G, pages * page_size, d]; q's dtype, or int8 or float8_e4m3fn with scales.
+    page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
+    lengths: int32 [B]; rows in the cache, the K new ones included. Token i sits at position
+      length - K + i and sees rows up to itself; a token at a negative position returns zeros.
+    window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
+      first `sinks`; pages that no new token sees may be anything.
+    k_scale, v_scale: fp32 [G], what a stored 8-bit value is multiplied by.
+    out: contiguous [B, K, H, d], written and returned.
+    arrivals: int32 zeros, at least B * G * ceil(K * H / G / 64); left at zero. Pass the same one
+      on each call of a stream to save the launch that clears a fresh one.
+    Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
+    nor those of `lengths` are checked: they are read on the device only.
+    """
+    batch, tokens, heads, dim, kv_heads = _check(
+        q, k_pool, v_pool, page_table, lengths, page_size, window, sinks, k_scale, v_scale, out
+    )
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if batch == 0:
+        return out
+    group = heads // kv_heads
+    block_m = min(BLOCKS_M[-1], max(BLOCKS_M[0], triton.next_power_of_2(group * tokens)))
+    row_blocks = triton.cdiv(group * tokens, block_m)
+    parts = kv_heads * row_blocks
+    config = CONFIGS[dim, block_m, k_pool.dtype in _EIGHT_BIT]
+
+    capacity = page_table.shape[1] * page_size
+    if window is not None:
+        capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
+    splits = triton.cdiv(2 * _multiprocessors(q.device), batch * parts)
+    splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    partials = floats((batch, parts, splits, block_m, dim) if splits > 1 else (16,))
+    partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
+    if arrivals is None:
+        arrivals = torch.zeros(batch * parts, dtype=torch.int32, device=q.device)
+    _require(
+        arrivals.dtype == torch.int32 and arrivals.device == q.device and arrivals.is_contiguous()
+        and arrivals.numel() >= batch * parts,
+        "arrivals", _form(arrivals), f"must be contiguous int32 [>= {batch * parts}] on {q.device}",
+    )  # fmt: skip
+    # The stride of a single element is arbitrary, and never used.
+    stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
+    stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
+    attention_decode_fwd_kernel[(splits, parts, batch)](
+        q, k_pool, v_pool, page_table, lengths,
+        q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        out, partials, partial_lse, arrivals,
+        (dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        stride_b, stride_t, stride_h, stride_k, stride_v,
+        page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
+        **_constants(dim, block_m, config, page_size, window is not None, k_scale is not None),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+def _constants(
+    dim: int, block_m: int, config: Config, page_size: int, windowed: bool, eight_bit: bool
+) -> dict[str, int | bool]:
+    return {
+        "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile, "SPLIT_LIMIT": MAX_SPLITS,
+        "WINDOWED": windowed, "EIGHT_BIT": eight_bit,
+    }  # fmt: skip
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETER_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value} {rule}")
+
+
+def _form(t: Tensor) -> str:
+    return f"{str(t.dtype)[6:]}{list(t.shape)} with strides {list(t.stride())} on {t.device}"
+
+
+def _check(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor,
+    page_size: int, window: int | None, sinks: int,
+    k_scale: Tensor | None, v_scale: Tensor | None, out: Tensor | None,
+) -> tuple[int, int, int, int, int]:  # fmt: skip
+    """Every rule of `attention_decode`; returns B, K, H, d, G."""
+    compiled = isinstance(attention_decode_fwd_kernel, triton.JITFunction)
+    _require(q.is_cuda or not compiled, "q", _form(q), f"is on {q.device}, needs cuda")
+    _require(q.dim() == 4, "q", _form(q), "must be [B, K, H, d]")
+    batch, tokens, heads, dim = q.shape
+    dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
+    _require(q.dtype in dtypes, "q", _form(q), "must be bfloat16 or float16")
+    _require(dim in HEAD_DIMS, "head_dim", dim, f"must be one of {HEAD_DIMS}")
+    _require(1 <= tokens <= MAX_TOKENS, "K", tokens, f"new tokens must be 1 to {MAX_TOKENS}")
+    strides = [q.stride(i) for i in range(3) if q.shape[i] > 1]
+    aligned = q.stride(3) == 1 and not any(s % 16 for s in strides) and q.data_ptr() % 16 == 0
+    rule = "must start at 16 bytes and have strides [16i, 16j, 16k, 1]"
+    _require(aligned, "q", _form(q), rule)
+
+    _require(page_size >= 16 and page_size % 16 == 0, "page_size", page_size,
+             "must be a positive multiple of 16")  # fmt: skip
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        form = _form(pool)
+        fits = pool.dim() == 3 and pool.shape[2] == dim and pool.shape[1] % page_size == 0
+        _require(fits, name, form, f"must be [G, pages * {page_size}, {dim}]")
+        _require(pool.shape[0] > 0 and heads % pool.shape[0] == 0, name, form,
+                 f"must have heads that divide the {heads} of q")  # fmt: skip
+        _require(pool.dtype in (q.dtype, *_EIGHT_BIT), name, form,
+                 f"must be {q.dtype}, int8 or float8_e4m3fn")  # fmt: skip
+        aligned = pool.stride()[1:] == (dim, 1) and not pool.stride(0) % 16
+        _require(aligned and pool.data_ptr() % 16 == 0, name, form,
+                 f"must start at 16 bytes and have strides [16i, {dim}, 1]")  # fmt: skip
+    same = v_pool.dtype == k_pool.dtype and v_pool.shape == k_pool.shape
+    _require(same, "v_pool", _form(v_pool), f"must have k_pool's form, {_form(k_pool)}")
+    kv_heads = k_pool.shape[0]
+    eight_bit = k_pool.dtype in _EIGHT_BIT
+    if k_pool.dtype == torch.float8_e4m3fn and q.is_cuda and torch.version.hip is None:
+        able = torch.cuda.get_device_capability(q.device) >= (8, 9)
+        _require(able, "k_pool", _form(k_pool), "needs compute capability 8.9; use int8")
+
+    _require(window is None or window >= 1, "window", window, "must be None or at least 1")
+    _require(sinks >= 0, "sinks", sinks, "must be at least 0")
+    i32, f32 = torch.int32, torch.float32
+    table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.dtype == i32
+    _require(table and page_table.is_contiguous(), "page_table", _form(page_table),
+             f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
+    vectors = [("lengths", lengths, batch, i32)]
+    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
+        _require((given is not None) == eight_bit, name, given if given is None else _form(given),
+                 "must be given exactly when K and V hold 8 bits")  # fmt: skip
+        vectors += [(name, given, kv_heads, f32)] if given is not None else []
+    for name, vector, size, dtype in vectors:
+        fits = vector.shape == (size,) and vector.dtype == dtype and vector.is_contiguous()
+        _require(fits, name, _form(vector), f"must be contiguous {dtype} [{size}]")
+    if out is not None:
+        fits = out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
+        _require(fits and out.data_ptr() % 16 == 0, "out", _form(out),
+                 f"must be contiguous {q.dtype} {list(q.shape)}, from 16 bytes on")  # fmt: skip
+    others: list[tuple[str, Any]] = [("k_pool", k_pool), ("v_pool", v_pool), ("out", out)]
+    others += [("page_table", page_table), *((name, vector) for name, vector, *_ in vectors)]
+    for name, tensor in others:
+        here = tensor is None or tensor.device == q.device
+        _require(here, name, tensor.device if tensor is not None else None,
+                 f"must be on the device of q, {q.device}")  # fmt: skip
+    return batch, tokens, heads, dim, kv_heads
+
+
+def attention_decode_ref(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    page_size: int,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """The oracle: float64, one new token of one head at a time. Arguments as `attention_decode`."""
+    batch, tokens, heads, dim = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b in range(batch):
+        for i in range(tokens):
+            position = int(lengths[b]) - tokens + i
+            rows = torch.arange(position + 1)
+            if window is not None:
+                rows = rows[(rows > position - window) | (rows < sinks)]
+            if len(rows) == 0:
+                continue
+            at = page_table[b, rows // page_size].long() * page_size + rows % page_size
+            for h in range(heads):
+                g = h // (heads // k_pool.shape[0])
+                k, v = k_pool[g, at].double(), v_pool[g, at].double()
+                k = k if k_scale is None else k * k_scale[g].double()
+                v = v if v_scale is None else v * v_scale[g].double()
+                logits = k @ q[b, i, h].double() * (dim**-0.5 if scale is None else scale)
+                out[b, i, h] = logits.softmax(0) @ v
+    return out
+
+
+def _variant(
+    q: torch.dtype, kv: torch.dtype, dim: int, block_m: int, windowed: bool, page_size: int
+) -> Variant:
+    eight_bit = kv in _EIGHT_BIT
+    config = CONFIGS[dim, block_m, eight_bit]
+    pointers = {
+        "q": q, "k": kv, "v": kv, "page_table": torch.int32, "lengths": torch.int32,
+        "k_scale": torch.float32, "v_scale": torch.float32, "out": q,
+        "partials": torch.float32, "partial_lse": torch.float32, "arrivals": torch.int32,
+    }  # fmt: skip
+    names = _TYPES | {torch.float32: "fp32", torch.int32: "i32"}
+    strides = ["q_stride_b", "q_stride_t", "q_stride_h", "k_stride_g", "v_stride_g"]
+    counts = ["max_pages", "group", "tokens", "row_blocks", "window", "sinks"]
+    signature = {n: "*" + names[t] for n, t in pointers.items()} | {"scale_log2": "fp32"}
+    return Variant(
+        name=f"attention_decode {names[q]} kv {names[kv]} d {dim} m {block_m} page {page_size}"
+        + (" window" if windowed else ""),
+        kernel=attention_decode_fwd_kernel,
+        signature=signature | dict.fromkeys(strides + counts, "i32"),
+        constexprs=_constants(dim, block_m, config, page_size, windowed, eight_bit),
+        divisible=frozenset([*pointers, *strides]),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        wide_loads=2,
+        matrix=True,
+    )
+
+
+def default_variant() -> Variant:
+    """One new token, 64 query heads on 8 kv heads, d 128, bf16, pages of 64."""
+    return _variant(torch.bfloat16, torch.bfloat16, 128, 16, False, 64)
+
+
+def variants() -> list[Variant]:
+    """Every configuration that the wrapper can pick; pages below a tile on bf16 only."""
+    q_types = (torch.bfloat16, torch.float16)
+    return [
+        _variant(q, kv, dim, block_m, windowed, page_size)
+        for q in q_types
+        for kv in (q, *_EIGHT_BIT)
+        for (dim, block_m, eight_bit) in CONFIGS
+        if eight_bit == (kv in _EIGHT_BIT)
+        for windowed in (False, True)
+        for page_size in (64, 16)
+        if page_size == 64 or (q == kv == torch.bfloat16 and not windowed)
+    ]

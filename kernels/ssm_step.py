@@ -1,0 +1,232 @@
+"""Mamba-2's recurrent update for 1 to 8 new tokens on states in slots (arXiv 2405.21060):
+S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t, times silu(z_t) when z is given,
+with Δ = softplus(dt + dt_bias) and A = -e^{A_log} computed here.
+
+B sequences, K new tokens, H heads, G groups of b and c, N states, P channels per head.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The gated
+norm spans all heads and stays outside.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.ahead import Variant
+from kernels.linear_step import (
+    POINTERS,
+    require_dims,
+    require_heads,
+    require_like,
+    require_shape,
+    require_state,
+    row_stride,
+)
+
+#: State dtype -> (BLOCK_P, num_warps): 16 bytes per thread, whole 32-byte sectors per row.
+CONFIGS: dict[torch.dtype, tuple[int, int]] = {
+    torch.float32: (8, 1),
+    torch.bfloat16: (16, 1),
+}
+
+
+@triton.jit
+def softplus(x):  # type: ignore[no-untyped-def]
+    """log(1 + eˣ), as accurate as float32 allows where eˣ is small, too (step sizes are)."""
+    grown = tl.exp(tl.minimum(x, 20.0))
+    one = 1.0 + grown
+    # log(1 + e) loses e's low bits in the sum; what was lost is divided out again.
+    lost = tl.where(one == 1.0, 1.0, one - 1.0)
+    return tl.where(x > 20.0, x, tl.where(one == 1.0, grown, tl.log(one) * (grown / lost)))
+
+
+@triton.jit
+def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
+    x, dt, b, c, z, a_log, d, dt_bias, state, slots, new, each, y,
+    x_row, dt_row, b_row, c_row, z_row, slot_stride,
+    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of P, H, B). Rows of x, dt, b, c, z, y are tokens; z, new, each may be None."""
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    group = head // (H // G)
+    slot = tl.load(slots + batch).to(tl.int64)
+    count = K
+    if new is not None:
+        count = tl.load(new + batch)
+    n = tl.arange(0, BLOCK_N)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_n, in_p = n < N, p < P
+    inside = in_n[:, None] & in_p[None, :]
+    tile = n[:, None] * P + p[None, :]
+    held = state + slot * slot_stride + head * N * P + tile
+    s = tl.load(held, mask=inside, other=0.0).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    skip = tl.load(d + head).to(tl.float32)
+    for t in range(K):
+        row = batch * K + t
+        valid = t < count
+        xt = tl.load(x + row * x_row + head * P + p, mask=in_p & valid, other=0.0).to(tl.float32)
+        bt = tl.load(b + row * b_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
+        ct = tl.load(c + row * c_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
+        raw = tl.load(dt + row * dt_row + head, mask=valid, other=0.0).to(tl.float32)
+        step = tl.where(valid, softplus(raw + bias), 0.0)
+        s = s * tl.exp(step * rate) + bt[:, None] * (step * xt)[None, :]
+        yt = tl.sum(ct[:, None] * s, 0) + skip * xt
+        if z is not None:
+            zt = tl.load(z + row * z_row + head * P + p, mask=in_p & valid, other=0.0)
+            zt = zt.to(tl.float32)
+            yt = yt * zt * tl.sigmoid(zt)
+        tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
+        if each is not None:
+            after = each + (row * H + head) * N * P + tile
+            tl.store(after, s.to(each.dtype.element_ty), mask=inside)
+    tl.store(held, s.to(state.dtype.element_ty), mask=inside & (count > 0))
+
+
+def ssm_step(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    *,
+    z: Tensor | None = None,
+    new: Tensor | None = None,
+    each: Tensor | None = None,
+) -> Tensor:
+    """Advance the states of B sequences by K tokens, in place.
+
+    x, z: [B, K, H, P]; dt: [B, K, H] before bias and softplus; b, c: [B, K, G, N];
+    a_log, d, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; slots: int32 [B],
+    distinct and in range (not checked: it would wait for the device); new: int32 [B] valid tokens
+    of right-padded rows (None: K); each: [B, K, H, N, P] in the state's dtype, receives the state
+    after every token (padded ones repeat the last).
+    Returns y [B, K, H, P] in x's dtype, 0 at padded tokens.
+    Raises ValueError naming the argument, its value and the rule it breaks.
+    """
+    require_dims("x", x, 4)
+    require_dims("b", b, 4)
+    batch, tokens, heads, p = x.shape
+    groups, n = b.shape[2:]
+    require_shape("dt", dt, (batch, tokens, heads))
+    require_shape("b", b, (batch, tokens, groups, n))
+    require_shape("c", c, (batch, tokens, groups, n))
+    require_heads("x", heads, groups)
+    inputs = {"x": x, "dt": dt, "b": b, "c": c, "a_log": a_log, "d": d, "dt_bias": dt_bias}
+    for name in ("a_log", "d", "dt_bias"):
+        require_shape(name, inputs[name], (heads,))
+    if z is not None:
+        require_shape("z", z, (batch, tokens, heads, p))
+        inputs["z"] = z
+    require_state(ssm_step_fwd_kernel, state, slots, new, each, (batch, tokens, heads, n, p))
+    require_like(state, **inputs)
+    y = torch.empty(batch, tokens, heads, p, dtype=x.dtype, device=x.device)
+    block_p, warps = CONFIGS[state.dtype]
+    ssm_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
+        x, dt, b, c, z, a_log, d, dt_bias, state, slots, new, each, y,
+        row_stride("x", x), row_stride("dt", dt), row_stride("b", b), row_stride("c", c),
+        None if z is None else row_stride("z", z), state.stride(0),
+        K=tokens, G=groups, H=heads, N=n, P=p,
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def ssm_step_ref(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
+
+    Returns y [B, K, H, P] and the state after every token [B, K, H, N, P].
+    """
+    share = x.shape[2] // b.shape[2]
+    b, c = (t.double().repeat_interleave(share, 2) for t in (b, c))
+    x, step = x.double(), F.softplus(dt.double() + dt_bias.double())
+    decay = (-a_log.double().exp() * step).exp()[..., None, None]
+    fed = step[..., None] * x
+    s, rows, states = state.double(), [], []
+    for t in range(x.shape[1]):
+        s = decay[:, t] * s + b[:, t, :, :, None] * fed[:, t, :, None]
+        rows.append((c[:, t, :, :, None] * s).sum(-2) + d.double()[:, None] * x[:, t])
+        states.append(s)
+    y = torch.stack(rows, 1)
+    return y if z is None else y * F.silu(z.double()), torch.stack(states, 1)
+
+
+def variants() -> list[Variant]:
+    """Every shape and option that the ahead-of-time test compiles."""
+    wide, narrow = torch.float32, torch.bfloat16
+    return [
+        default_variant(),
+        _variant(wide, 128, 64, 8, gate=True, ragged=True, each=True),
+        _variant(wide, 128, 100, 2, ragged=True),
+        _variant(wide, 64, 64, 4, gate=True),
+        _variant(narrow, 128, 64, 1),
+        _variant(narrow, 128, 64, 8, gate=True, ragged=True, each=True),
+    ]
+
+
+def default_variant() -> Variant:
+    """One token, float32 state, heads of 64 channels and 128 states (the published sizes)."""
+    return _variant(torch.float32, 128, 64, 1)
+
+
+def _variant(
+    dtype: torch.dtype,
+    n: int,
+    p: int,
+    tokens: int,
+    *,
+    gate: bool = False,
+    ragged: bool = False,
+    each: bool = False,
+) -> Variant:
+    pointer = POINTERS[dtype]
+    signature = dict.fromkeys(("x", "dt", "b", "c", "y"), "*bf16")
+    signature |= dict.fromkeys(("a_log", "d", "dt_bias"), "*fp32")
+    signature |= dict.fromkeys(("x_row", "dt_row", "b_row", "c_row", "slot_stride"), "i32")
+    signature |= {"state": pointer, "slots": "*i32"}
+    block_p, warps = CONFIGS[dtype]
+    block_n = triton.next_power_of_2(n)
+    constexprs: dict[str, Any] = {
+        "K": tokens, "G": 1, "H": 64, "N": n, "P": p, "BLOCK_N": block_n, "BLOCK_P": block_p,
+    }  # fmt: skip
+    optional = {
+        "z": (gate, "*bf16"), "z_row": (gate, "i32"),
+        "new": (ragged, "*i32"), "each": (each, pointer),
+    }  # fmt: skip
+    signature |= {name: kind for name, (used, kind) in optional.items() if used}
+    constexprs |= {name: None for name, (used, _) in optional.items() if not used}
+    options = "".join(
+        f"_{option}"
+        for option, used in (("gate", gate), ("ragged", ragged), ("each", each))
+        if used
+    )
+    return Variant(
+        name=f"ssm_step_{pointer[1:]}_{n}x{p}_k{tokens}{options}",
+        kernel=ssm_step_fwd_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=frozenset(signature),
+        num_warps=warps,
+        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps),
+    )

@@ -1,0 +1,182 @@
+"""Decode timings: correctness comes first, and what is timed is what was asked for."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from archs.backbone import Model
+from archs.gqa import Attention
+from archs.linear import LinearAttention
+from archs.registry import HYBRIDS, REGISTRY, ModelSpec
+from archs.sizes import get_scale
+from archs.spec import LayerState
+from eval.cells import CellFailure, Workshop
+from eval.commands import bench_archs
+from eval.decode import (
+    DecodeTiming,
+    agreement_error,
+    agrees,
+    build_to_serve,
+    measure_decode,
+    measure_ttft_ms,
+)
+from eval.progress import Watch
+from eval.results import Cell, Status
+from eval.suite import Suite
+from infer.memory import DoesNotFitError
+from tests.eval.conftest import Command
+
+CPU = torch.device("cpu")
+TINY = get_scale("tiny")
+
+
+@pytest.fixture
+def model() -> Model:
+    return ModelSpec(arch="gqa", scale=replace(TINY, vocab_size=257)).build().eval()
+
+
+def forget(monkeypatch: pytest.MonkeyPatch, kind: type, *, single: bool) -> None:
+    """Break a mixer's extend: for single tokens, as in decode, or for pieces, as in prefill."""
+    honest = kind.extend  # type: ignore[attr-defined]
+
+    def extend(self: object, x: Tensor, state: LayerState) -> Tensor:
+        wrong = (x.shape[1] == 1) == single
+        y: Tensor = honest(self, x, state)
+        return 1.5 * y if wrong else y
+
+    monkeypatch.setattr(kind, "extend", extend)
+
+
+# -- the gate --
+
+
+@pytest.mark.parametrize("arch", [*REGISTRY, *HYBRIDS])
+def test_honest_mixers_agree(arch: str) -> None:
+    model = ModelSpec(arch=arch, scale=replace(TINY, vocab_size=257)).build().eval()
+    error = agreement_error(model)
+    assert agrees(error, torch.float32), error
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["decode", "prefill"])
+def test_a_wrong_extend_does_not_agree(
+    model: Model, monkeypatch: pytest.MonkeyPatch, single: bool
+) -> None:
+    forget(monkeypatch, Attention, single=single)
+    assert not agrees(agreement_error(model), torch.float32)
+
+
+def test_nan_does_not_agree(model: Model) -> None:
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    assert not agrees(agreement_error(model), torch.float32)
+
+
+def test_a_wrong_mixer_gets_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch, LinearAttention, single=True)
+    rows = bench_archs(
+        ["linear", "gqa"], scale="tiny", batches=[1], contexts=[8], steps=2, prompt=0, device=CPU
+    )
+    assert [row["status"] for row in rows] == ["incorrect", "ok"]
+    assert "tpot_ms" not in rows[0]
+
+
+def test_the_printed_table_keeps_columns_apart(
+    decodebench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row without latencies must not put its error under another title."""
+    forget(monkeypatch, LinearAttention, single=True)
+    argv = ("linear", "gqa", "--scale", "tiny", "--context", "8", "--steps", "2")
+    lines = decodebench("bench", *argv).out.splitlines()
+    titles = [t.strip() for t in next(x for x in lines if "arch" in x).strip("┃\n").split("┃")]
+    rows = [
+        dict(zip(titles, (c.strip() for c in x.strip("│\n").split("│")), strict=True))
+        for x in lines
+        if x.startswith("│")
+    ]
+    first, second = (row for row in rows if row["arch"])
+    assert (first["arch"], first["status"], first["tpot_ms"]) == ("linear", "incorrect", "")
+    assert (second["arch"], second["status"], second["agreement_error"]) == ("gqa", "ok", "")
+
+
+def test_a_wrong_mixer_fails_its_cell(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(monkeypatch, Attention, single=True)
+    workshop = Workshop(suite, tmp_path / "out", CPU, None)
+    cell = Cell(arch="gqa", stage="decode", scale="tiny", batch=1)
+    watch = Watch(None, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(CellFailure, match="latencies withheld") as caught:
+        workshop.decode(cell, watch)
+    assert caught.value.status == Status.INCORRECT
+
+
+# -- timings --
+
+
+def test_percentiles_lie_between_order_statistics() -> None:
+    timing = DecodeTiming(
+        batch=1, context=8, step_ms=(4.0, 1.0, 3.0, 2.0), warmup_ms=9.0, state_bytes=1,
+        peak_state_bytes=1,
+    )  # fmt: skip
+    assert timing.tpot_ms == 2.5
+    assert [timing.percentile_ms(q) for q in (0, 50, 100)] == [1.0, 2.5, 4.0]
+    assert timing.percentile_ms(99) == pytest.approx(3.97)
+    one = replace(timing, step_ms=(7.0,))
+    assert {one.percentile_ms(q) for q in (0, 2.5, 50, 99)} == {7.0}
+
+
+def test_every_context_is_timed_in_order(model: Model) -> None:
+    timings = measure_decode(model, batch=2, contexts=(64, 16, 100), steps=4, compiled=False)
+    assert [t.context for t in timings] == [16, 64, 100]
+    for timing in timings:
+        assert timing.batch == 2
+        assert len(timing.step_ms) == 4
+        assert all(0 < ms < 1e4 for ms in (*timing.step_ms, timing.warmup_ms))
+        pages = -(-timing.context // 64) * 64
+        assert timing.state_bytes == model.state_bytes(pages)
+        assert timing.peak_state_bytes >= 2 * timing.state_bytes
+
+
+def test_contexts_that_lie_close_together_are_timed_where_they_were_reached(model: Model) -> None:
+    """Seven steps at 16 end at 23, beyond 20: the second timing says so."""
+    timings = measure_decode(model, batch=1, contexts=(16, 20), steps=4, warmup=3)
+    assert [t.context for t in timings] == [16, 23]
+
+
+def test_recurrent_state_does_not_grow() -> None:
+    model = ModelSpec(arch="linear", scale=replace(TINY, vocab_size=257)).build().eval()
+    timings = measure_decode(model, batch=1, contexts=(16, 4096), steps=2)
+    assert timings[0].state_bytes == timings[1].state_bytes == model.state_bytes(1)
+
+
+def test_time_to_first_token_is_repeated(model: Model) -> None:
+    warmup_ms, times = measure_ttft_ms(model, batch=2, prompt=9, repeats=4)
+    assert len(times) == 4
+    assert all(0 < ms < 1e4 for ms in (warmup_ms, *times))
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_timed_and_says_so() -> None:
+    rows = bench_archs(
+        ["gqa"], scale="tiny", batches=[1], contexts=[16], steps=2, prompt=0, device=CPU,
+        compiled=True,
+    )  # fmt: skip
+    assert rows[0]["kernel_backend"] == "torch-compile"
+    assert 0 < float(str(rows[0]["tpot_ms"])) < 1e3
+
+
+def test_what_cannot_fit_is_refused_before_it_is_made(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DoesNotFitError, match="lower the batch, the context or the scale"):
+        measure_decode(model, batch=1, contexts=(10**12,), steps=2)
+    spec = ModelSpec(arch="gqa", scale=TINY)
+    weight_bytes = sum(p.nbytes for p in spec.outline().parameters())
+    monkeypatch.setattr("infer.memory.free_bytes", lambda _: weight_bytes)
+    with pytest.raises(DoesNotFitError, match="gqa at scale tiny needs"):
+        build_to_serve(spec, CPU, torch.float32)
+    monkeypatch.setattr("infer.memory.free_bytes", lambda _: 2 * weight_bytes)
+    assert build_to_serve(spec, CPU, torch.float32).vocab_size == TINY.vocab_size

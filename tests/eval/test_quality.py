@@ -1,0 +1,193 @@
+"""Held-out quality against figures worked out by hand."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from archs.backbone import Model
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval.quality import (
+    DocumentScore,
+    bits_per_byte,
+    loss_by_position,
+    mqar_accuracy,
+    octaves,
+    over_documents,
+    wilson,
+)
+from train.mqar import MqarSpec
+from train.tokens import TokenSet
+
+VOCAB = 11
+#: Tokens of four held-out documents; the first is for development, the others are the test part.
+LENGTHS = (9, 40, 13, 21)
+BYTES = (30, 130, 50, 61)
+
+
+@pytest.fixture
+def tokens() -> TokenSet:
+    held_out = np.random.default_rng(0).integers(1, VOCAB, sum(LENGTHS)).astype(np.uint16)
+    return TokenSet(
+        train=held_out, held_out=held_out, offsets=(0, *np.cumsum(LENGTHS).tolist()),
+        document_bytes=BYTES, eot_id=0, vocab_size=VOCAB, name="made-up",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model() -> Model:
+    scale = replace(get_scale("tiny"), d_model=32, head_dim=16, n_layers=2, vocab_size=VOCAB)
+    return ModelSpec(arch="gqa", scale=scale, hidden=16).build(seed=1).eval()
+
+
+def nats_of(model: Model, tokens: TokenSet, document: int, window: int) -> list[float]:
+    """Loss of each token of a document, window by window, by torch's own cross entropy."""
+    first, last = tokens.offsets[document : document + 2]
+    text = [tokens.eot_id, *tokens.held_out[first:last].tolist()]
+    losses: list[float] = []
+    for start in range(0, len(text) - 1, window):
+        ids = torch.tensor(text[start : start + window + 1])
+        with torch.no_grad():
+            scores = model(ids[None, :-1])[0].log_softmax(-1)
+        losses += [-scores[t, target].item() for t, target in enumerate(ids[1:].tolist())]
+    assert len(losses) == LENGTHS[document]
+    return losses
+
+
+# -- bits per byte --
+
+
+@pytest.mark.parametrize("window", [8, 16, 64])
+def test_bits_per_byte_is_what_the_losses_add_up_to(
+    model: Model, tokens: TokenSet, window: int
+) -> None:
+    found = bits_per_byte(model, tokens, part="test", seq_len=window)
+    nats = sum(sum(nats_of(model, tokens, d, window)) for d in (1, 2, 3))
+    assert found.value == pytest.approx(nats / math.log(2) / sum(BYTES[1:]), rel=1e-5)
+    assert found.n == 3
+    assert found.low <= found.value <= found.high
+    assert found.high > found.low
+
+
+def test_development_text_is_apart_from_test_text(model: Model, tokens: TokenSet) -> None:
+    found = bits_per_byte(model, tokens, part="dev", seq_len=16)
+    nats = sum(nats_of(model, tokens, 0, 16))
+    assert found.value == pytest.approx(nats / math.log(2) / BYTES[0], rel=1e-5)
+    assert found.n == 1
+
+
+def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(
+    model: Model, tokens: TokenSet
+) -> None:
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    found = bits_per_byte(model, tokens, part="test", seq_len=16)
+    expected = math.log2(VOCAB) * sum(LENGTHS[1:]) / sum(BYTES[1:])
+    assert found.value == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_document_scored_in_part_counts_the_bytes_of_that_part(
+    model: Model, tokens: TokenSet
+) -> None:
+    """15 tokens are five of each document."""
+    found = bits_per_byte(model, tokens, part="test", seq_len=16, max_tokens=15)
+    nats = sum(sum(nats_of(model, tokens, d, 16)[:5]) for d in (1, 2, 3))
+    size = sum(BYTES[d] * 5 / LENGTHS[d] for d in (1, 2, 3))
+    assert found.value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_one_document_has_no_interval() -> None:
+    found = over_documents([DocumentScore(0, 300.0, 100.0)])
+    assert (found.value, found.n) == (3.0, 1)
+    assert math.isnan(found.low) and math.isnan(found.high)
+
+
+def test_the_interval_over_documents_is_the_bootstrap_s() -> None:
+    """Even sizes and normal scores: 1.96 standard errors on both sides."""
+    values = np.random.default_rng(1).normal(2.0, 0.3, 400)
+    scores = [DocumentScore(d, float(v) * 50, 50.0) for d, v in enumerate(values)]
+    found = over_documents(scores)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert found.value == pytest.approx(values.mean())
+    assert found.high - found.value == pytest.approx(half, rel=0.05)
+    assert found.value - found.low == pytest.approx(half, rel=0.05)
+    assert over_documents(scores) == found
+
+
+def test_large_documents_weigh_more() -> None:
+    found = over_documents([DocumentScore(0, 100.0, 100.0), DocumentScore(1, 900.0, 300.0)])
+    assert found.value == 2.5
+
+
+# -- loss by position --
+
+
+def test_positions_fall_into_octaves() -> None:
+    assert octaves(64) == [(0, 8), (8, 16), (16, 32), (32, 64)]
+    assert octaves(63) == [(0, 8), (8, 16), (16, 32)]
+    assert octaves(8) == [(0, 8)]
+    assert octaves(7) == []
+
+
+def test_loss_by_position_is_the_mean_over_documents(model: Model, tokens: TokenSet) -> None:
+    found = loss_by_position(model, tokens, part="test", reach=32)
+    losses = [nats_of(model, tokens, d, 32) for d in (1, 2, 3)]
+    windows = [losses[0][:32], losses[0][32:], *losses[1:]]
+    assert list(found) == [8, 16, 32]
+    for first, last in ((0, 8), (8, 16), (16, 32)):
+        chosen = np.array([x for window in windows for x in window[first:last]])
+        assert found[last].n == len(chosen)
+        assert found[last].value == pytest.approx(chosen.mean(), rel=1e-5)
+        half = 1.96 * chosen.std() / math.sqrt(len(chosen))
+        assert found[last].high - found[last].value == pytest.approx(half, rel=1e-3)
+
+
+# -- recall --
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),
+    [
+        (5, 10, 0.236593, 0.763407),
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (81, 263, 0.255288, 0.366187),
+    ],
+)
+def test_wilson_intervals(right: int, asked: int, low: float, high: float) -> None:
+    found = wilson(right, asked)
+    assert (found.value, found.n) == (right / asked, asked)
+    assert found.low == pytest.approx(low, abs=1e-5)
+    assert found.high == pytest.approx(high, abs=1e-5)
+
+
+class Oracle(torch.nn.Module):
+    """Answers a share of the queries by looking the key up."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab, 1)
+
+    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        answers = torch.zeros_like(tokens)
+        for b, row in enumerate(tokens.tolist()):
+            for t, token in enumerate(row):
+                where = row.index(token)
+                answers[b, t] = row[where + 1] if where + 1 < len(row) else 0
+        return answers[..., None].float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        one_hot = torch.nn.functional.one_hot(hidden[..., 0].long(), 64)
+        return one_hot.float()
+
+
+def test_recall_of_one_who_looks_up_and_of_one_who_does_not(model: Model) -> None:
+    task = MqarSpec(vocab=64, seq_len=32, pairs=4)
+    looked_up = mqar_accuracy(Oracle(64), task, sequences=256, seed=0)  # type: ignore[arg-type]
+    assert (looked_up.value, looked_up.n) == (1.0, 256 * 4)
+    guessed = mqar_accuracy(model, replace(task, vocab=10), sequences=128, seed=0)
+    assert guessed.value < 0.6
+    assert guessed.n == 128 * 4
