@@ -303,12 +303,25 @@ def predict(
 def leaderboard(
     runs: Annotated[list[Path], typer.Argument(help="Run folders or results CSV files.")],
     out_file: Annotated[Path | None, typer.Option("--out", help="Wide CSV to write.")] = None,
+    page: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether CSVs are sound.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Merge runs into one ranked table and a wide CSV."""
+    """Merge runs into one ranked table, a wide CSV and a page."""
     from eval.leaderboard import merge, rank, to_table, wide
 
-    table = rank(wide(merge(runs)))
+    long = merge(runs)
+    table = rank(wide(long))
+    if check:
+        cells = long["cell"].nunique()
+        out.print(f"sound: {len(long)} figures of {cells} cells, {len(table)} architectures")
+        return
+    if page is not None:
+        from eval.report import write_page
+
+        write_page(long, page)
     if out_file is not None:
         write_csv(table, out_file)
     if json_:

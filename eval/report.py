@@ -7,7 +7,7 @@ where the measuring was done.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import vl_convert
 
 from archs.errors import UserError
 from eval.canvas import Palette
+from eval.claims import claims as check_claims
 from eval.families import families_of
 from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wide
 from eval.measures import MEASURES
@@ -39,32 +40,42 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(f"'{source}' does not exist; name a run folder, or run a suite first")
     long = merge([source])
     table = rank(wide(long))
-    drawn = [(picture, _spec(picture)) for picture in pictures(long)]
-    specs = {picture.name: spec for picture, spec in drawn if spec is not None}
+    drawn = _drawn(long)
     config = run_dir / "config.toml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    page = _page(run_dir.resolve().name, long, table, [p for p, _ in drawn], specs, text)
+    page = _page(run_dir.resolve().name, long, table, drawn, text)
     report = run_dir / "report.html"
     try:
         _replace(run_dir / "leaderboard.csv", table.to_csv(index=False).encode())
-        _write_plots(run_dir / "plots", specs)
+        _write_plots(run_dir / "plots", drawn)
         _replace(report, page.encode())
     except OSError as error:
         raise UserError(f"'{run_dir}' cannot take the report: {error.strerror}") from error
     return report
 
 
-def _spec(picture: Picture) -> dict[str, Any] | None:
-    if picture.chart is None:
-        return None
+def write_page(long: pd.DataFrame, path: Path) -> None:
+    """The same page for the long table of several runs. Raises UserError when the disk refuses."""
+    page = _page(path.stem, long, rank(wide(long)), _drawn(long), "")
+    try:
+        _replace(path, page.encode())
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror}") from error
+
+
+#: Pictures with their charts as Vega-Lite; None where a picture could not be drawn.
+Drawn = list[tuple[Picture, dict[str, Any] | None]]
+
+
+def _drawn(long: pd.DataFrame) -> Drawn:
     with alt.data_transformers.enable("default", max_rows=None):
-        spec: dict[str, Any] = picture.chart.to_dict()
-    return spec
+        return [(p, None if p.chart is None else p.chart.to_dict()) for p in pictures(long)]
 
 
-def _write_plots(folder: Path, specs: Mapping[str, dict[str, Any]]) -> None:
+def _write_plots(folder: Path, drawn: Drawn) -> None:
     """Each chart as SVG and as PNG at twice its size; pictures no longer drawn are removed."""
     folder.mkdir(exist_ok=True)
+    specs = {picture.name: spec for picture, spec in drawn if spec is not None}
     for old in (*folder.glob("*.svg"), *folder.glob("*.png")):
         if old.stem not in specs:
             old.unlink()
@@ -84,17 +95,11 @@ def _replace(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _page(
-    name: str,
-    long: pd.DataFrame,
-    table: pd.DataFrame,
-    drawn: list[Picture],
-    specs: Mapping[str, dict[str, Any]],
-    config: str,
-) -> str:
+def _page(name: str, long: pd.DataFrame, table: pd.DataFrame, drawn: Drawn, config: str) -> str:
     sections = {
         "leaderboard": ("Leaderboard", _leaderboard(long, table)),
-        "pictures": ("Pictures", _pictures(drawn, specs)),
+        "pictures": ("Pictures", _pictures(drawn)),
+        "claims": ("What the textbook claims", _claims(long)),
         "not-measured": ("Not measured", _missing(drawn)),
         "failures": ("Failed cells", _failures(long)),
         "provenance": ("Where the figures come from", _provenance(long, config)),
@@ -148,20 +153,22 @@ def _leaderboard(long: pd.DataFrame, table: pd.DataFrame) -> str:
     quality = quality_column(table)
     note = (
         "A rank is a range: an architecture is ahead of another only where their whole 95 % "
-        "intervals are apart, so those whose ranges meet are not told apart. "
+        "intervals are apart, so those whose ranges meet are not told apart. Intervals of bits "
+        "per byte are over seeds, or with one seed over the documents that all models share. "
         if quality
         else "Without bits per byte there is no rank. "
     )
     note += "Under each title stands where its figure was taken. Click a title to sort."
-    return f'<p class="soft">{note}</p>\n{_table(heads, rows)}'
+    search = '<input type="search" placeholder="filter" aria-label="filter the leaderboard">'
+    return f'<p class="soft">{note}</p>\n{search}\n{_table(heads, rows)}'
 
 
-def _pictures(drawn: Iterable[Picture], specs: Mapping[str, dict[str, Any]]) -> str:
+def _pictures(drawn: Drawn) -> str:
     figures = []
-    for picture in drawn:
-        if picture.name not in specs:
+    for picture, spec in drawn:
+        if spec is None:
             continue
-        data = json.dumps(specs[picture.name], allow_nan=False).replace("</", "<\\/")
+        data = json.dumps(spec, allow_nan=False).replace("</", "<\\/")
         key = escape(picture.name, quote=True)
         figures.append(
             f'<figure>\n<div class="chart" id="{key}" data-spec="{key}-spec"></div>\n'
@@ -172,8 +179,23 @@ def _pictures(drawn: Iterable[Picture], specs: Mapping[str, dict[str, Any]]) -> 
     return "\n".join(figures)
 
 
-def _missing(drawn: Iterable[Picture]) -> str:
-    items = [f"<li>{escape(p.title)}: {escape(p.missing)}.</li>" for p in drawn if p.chart is None]
+def _claims(long: pd.DataFrame) -> str:
+    rows = []
+    for claim in check_claims(long):
+        verdict = escape(claim.verdict)
+        cells = [
+            _cell(str(claim.number), str(claim.number)),
+            _cell(escape(claim.text), claim.text, "text wrap"),
+            _cell(verdict, verdict, "text failed" if claim.verdict == "refuted" else "text"),
+            _cell(escape(claim.evidence), claim.evidence, "text wrap"),
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = [_head("no.")] + [_head(n, kind="text") for n in ("claim", "verdict", "evidence")]
+    return _table(heads, rows)
+
+
+def _missing(drawn: Drawn) -> str:
+    items = [f"<li>{escape(p.title)}: {escape(p.missing)}.</li>" for p, _ in drawn if not p.chart]
     return f"<ul>{''.join(items)}</ul>" if items else ""
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.ahead import Variant
 
 MAX_TOKENS = 8
-#: Most splits of one sequence; the combining program loads that many log-sum-exps at once.
+#: Most splits of one sequence: the program that combines them reads one after another.
 MAX_SPLITS = 64
 #: Fewest rows worth a split of their own.
 SPLIT_ROWS = 256
@@ -46,7 +46,7 @@ class Config:
 
 #: By head dim, M, and whether K and V hold 8 bits.
 CONFIGS: dict[tuple[int, int, bool], Config] = {
-    (d, m, eight): Config(64 if d <= 128 else 32, 4, 3)
+    (d, m, eight): Config(64 if d <= 128 else 32, 8 if d * m >= 8192 else 4, 3)
     for d in HEAD_DIMS
     for m in BLOCKS_M
     for eight in (False, True)
@@ -54,24 +54,30 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
 
 
 @triton.jit
-def _page_of(table, i, end, sink_tiles, skipped, oldest, length, sinks, PAGE, TILE):
-    """The pool pages of a sequence's i-th visible tile: one where a page holds whole tiles."""
-    tile = tl.where(i < sink_tiles, i, i + skipped)
+def _rows_of(i, sink_tiles, skipped, oldest, last, sinks, TILE):  # type: ignore[no-untyped-def]
+    """The positions of a sequence's i-th visible tile, and what to load: hidden ones repeat."""
+    row = tl.where(i < sink_tiles, i, i + skipped) * TILE + tl.arange(0, TILE)
+    held = tl.where(i < sink_tiles, sinks - 1, tl.maximum(row, oldest))
+    return row, tl.minimum(tl.where(row < sinks, row, held), last)
+
+
+@triton.jit
+def _page_of(table, i, sink_tiles, skipped, oldest, last, sinks, PAGE, TILE):  # type: ignore[no-untyped-def]
+    """The pool pages of the i-th visible tile: a single one where a page holds whole tiles."""
     if PAGE % TILE == 0:
-        return tl.load(table + tile * TILE // PAGE, mask=i < end, other=0)
+        return tl.load(table + tl.where(i < sink_tiles, i, i + skipped) * TILE // PAGE)
     else:
-        row = tile * TILE + tl.arange(0, TILE)
-        seen = (i < end) & (row < length) & ((row >= oldest) | (row < sinks))
-        return tl.load(table + row // PAGE, mask=seen, other=0)
+        _, held = _rows_of(i, sink_tiles, skipped, oldest, last, sinks, TILE)
+        return tl.load(table + held // PAGE)
 
 
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
-def attention_decode_fwd_kernel(
+def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     q, k, v, page_table, lengths, k_scale, v_scale, out, partials, partial_lse, arrivals,
     scale_log2, q_stride_b, q_stride_t, q_stride_h, k_stride_g, v_stride_g,
     max_pages, group, tokens, row_blocks, window, sinks,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, SPLIT_LIMIT: tl.constexpr, WINDOWED: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, UNROLL: tl.constexpr, WINDOWED: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
 ):  # fmt: skip
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -112,24 +118,23 @@ def attention_decode_fwd_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, D], tl.float32)
-    page = _page_of(page_table, start, end, sink_tiles, skipped, oldest, length, sinks, PAGE, TILE)
+    last = tl.maximum(length - 1, 0)
+    page = _page_of(page_table, start, sink_tiles, skipped, oldest, last, sinks, PAGE, TILE)
     for i in tl.range(start, end):
-        row = tl.where(i < sink_tiles, i, i + skipped) * TILE + tl.arange(0, TILE)
-        pool_row = page.to(tl.int64) * PAGE + row % PAGE
+        row, held = _rows_of(i, sink_tiles, skipped, oldest, last, sinks, TILE)
+        at = (page.to(tl.int64) * PAGE + held % PAGE)[:, None] * D + dims[None, :]
         # The next page is looked up here: a load that feeds loads would cost pipeline stages.
-        page = _page_of(
-            page_table, i + 1, end, sink_tiles, skipped, oldest, length, sinks, PAGE, TILE
-        )
-        seen = row < length
-        if WINDOWED:
-            seen &= (row >= oldest) | (row < sinks)
-        at = pool_row[:, None] * D + dims[None, :]
-        keys = tl.load(k + at, mask=seen[:, None], other=0.0)
+        after = tl.minimum(i + 1, end - 1)
+        page = _page_of(page_table, after, sink_tiles, skipped, oldest, last, sinks, PAGE, TILE)
+        keys = tl.load(k + at)
         logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
-        visible = row[None, :] <= position[:, None]
+        age = position[:, None] - row[None, :]
         if WINDOWED:
-            newest = row[None, :] > position[:, None] - window
-            visible &= newest | (row < sinks)[None, :]
+            # One comparison for both ends: an age below 0 is huge as an unsigned number.
+            limit = tl.where(row < sinks, 0x7FFFFFFF, window)
+            visible = age.to(tl.uint32, bitcast=True) < limit.to(tl.uint32)[None, :]
+        else:
+            visible = age >= 0
         logits = tl.where(visible, logits * scale_log2, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         # A row that has seen nothing yet has top -inf; 0 in its place gives weights of 0, not NaN.
@@ -137,7 +142,7 @@ def attention_decode_fwd_kernel(
         weights = tl.exp2(logits - safe[:, None])
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(weights, 1)
-        values = tl.load(v + at, mask=seen[:, None], other=0.0)
+        values = tl.load(v + at)
         sums = tl.dot(
             weights.to(query.dtype), values.to(query.dtype), sums * shrink[:, None],
             input_precision="ieee",
@@ -164,19 +169,19 @@ def attention_decode_fwd_kernel(
     arrived = tl.atomic_add(arrivals + counter, 1, sem="acq_rel", scope="gpu")
     if arrived != used - 1:
         return
-    each = tl.arange(0, SPLIT_LIMIT)
-    lse = tl.load(
-        partial_lse + each[None, :] * BLOCK_M + first[:, None],
-        mask=(each < used)[None, :], other=float("-inf"), cache_modifier=".cg",
-    )  # fmt: skip
-    top = tl.max(lse, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse - top[:, None]), 1)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, D], tl.float32)
-    for s in tl.range(0, used, loop_unroll_factor=4):
-        one = tl.load(partial_lse + s * BLOCK_M + first, cache_modifier=".cg")
-        piece = tl.load(partials + s * BLOCK_M * D + at, mask=real, other=0.0, cache_modifier=".cg")
-        sums += tl.exp2(one - top)[:, None] * piece
+    for s in tl.range(0, used, loop_unroll_factor=UNROLL):
+        lse = tl.load(partial_lse + s * BLOCK_M + first, cache_modifier=".cg")
+        piece = partials + s * BLOCK_M * D + at
+        piece = tl.load(piece, mask=real, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, lse)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, weight = tl.exp2(top - safe), tl.exp2(lse - safe)
+        total = total * shrink + weight
+        sums = sums * shrink[:, None] + weight[:, None] * piece
+        top = new_top
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_at, result.to(out.dtype.element_ty), mask=real)
     tl.store(arrivals + counter, 0)
@@ -263,7 +268,7 @@ def _constants(
 ) -> dict[str, int | bool]:
     return {
         "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
-        "SPLIT_TILES": SPLIT_ROWS // config.tile, "SPLIT_LIMIT": MAX_SPLITS,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile, "UNROLL": 4,
         "WINDOWED": windowed, "EIGHT_BIT": eight_bit,
     }  # fmt: skip
 
@@ -328,6 +333,7 @@ def _check(
     _require(sinks >= 0, "sinks", sinks, "must be at least 0")
     i32, f32 = torch.int32, torch.float32
     table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.dtype == i32
+    table = table and page_table.shape[1] > 0
     _require(table and page_table.is_contiguous(), "page_table", _form(page_table),
              f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
     vectors = [("lengths", lengths, batch, i32)]
@@ -371,7 +377,7 @@ def attention_decode_ref(
     for b in range(batch):
         for i in range(tokens):
             position = int(lengths[b]) - tokens + i
-            rows = torch.arange(position + 1)
+            rows = torch.arange(max(position + 1, 0))
             if window is not None:
                 rows = rows[(rows > position - window) | (rows < sinks)]
             if len(rows) == 0:

@@ -157,22 +157,18 @@ def require_state(
     require_shape("state", state, (state.shape[0], *inner))
     if not state[0].is_contiguous() or state.stride(0) < state[0].numel():
         raise ValueError(f"state has strides {state.stride()}; each slot must be contiguous")
-    for name, tensor in (("slots", slots), ("new", new)):
+    for name, tensor, shape, dtype in (
+        ("slots", slots, (batch,), torch.int32),
+        ("new", new, (batch,), torch.int32),
+        ("each", each, (batch, tokens, *inner), state.dtype),
+    ):
         if tensor is None:
             continue
-        require_shape(name, tensor, (batch,))
-        if tensor.dtype != torch.int32 or tensor.device != state.device:
+        require_shape(name, tensor, shape)
+        if tensor.dtype != dtype or tensor.device != state.device or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}; it needs int32 on {state.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has stride {tensor.stride()}; it must be contiguous")
-    if each is not None:
-        require_shape("each", each, (batch, tokens, *inner))
-        if each.dtype != state.dtype or each.device != state.device or not each.is_contiguous():
-            raise ValueError(
-                f"each is {each.dtype} on {each.device} with strides {each.stride()}; it must be "
-                f"contiguous, {state.dtype} on {state.device}"
+                f"{name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; "
+                f"it must be contiguous {dtype} on {state.device}"
             )
 
 
@@ -227,14 +223,14 @@ def default_variant() -> Variant:
 def _variant(
     dtype: torch.dtype, n: int, p: int, tokens: int, *, ragged: bool = False, each: bool = False
 ) -> Variant:
-    names = ("q", "k", "v", "y")
-    signature = dict.fromkeys(names, "*bf16") | {"log_decay": "*fp32", "state": POINTERS[dtype]}
+    signature = dict.fromkeys(("q", "k", "v", "y"), "*bf16")
     signature |= dict.fromkeys(("q_row", "k_row", "v_row", "slot_stride"), "i32")
-    signature["slots"] = "*i32"
+    signature |= {"log_decay": "*fp32", "state": POINTERS[dtype], "slots": "*i32"}
     block_p, warps = CONFIGS[dtype]
+    block_n = triton.next_power_of_2(n)
     constexprs: dict[str, Any] = {
         "SCALE": n**-0.5, "K": tokens, "G": 8, "H": 8, "N": n, "P": p,
-        "BLOCK_N": triton.next_power_of_2(n), "BLOCK_P": block_p,
+        "BLOCK_N": block_n, "BLOCK_P": block_p,
     }  # fmt: skip
     for name, used, kind in (("new", ragged, "*i32"), ("each", each, POINTERS[dtype])):
         if used:
@@ -249,4 +245,5 @@ def _variant(
         constexprs=constexprs,
         divisible=frozenset(signature),
         num_warps=warps,
+        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps),
     )

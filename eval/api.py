@@ -1,0 +1,116 @@
+"""The public Python API: what notebooks and scripts need, as pandas tables.
+
+    from eval import api, plot
+
+    results = api.load_results("runs/tiny")
+    api.leaderboard(results)
+    plot.quality_against_state(results)
+
+Tables carry the Measures' names (`eval.measures`); every function raises `archs.errors.UserError`
+on bad input, with the remedy in its message.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from eval import predict as prediction
+from eval.claims import claims as check_claims
+from eval.commands import bench_archs
+from eval.leaderboard import merge, rank, wide
+from eval.progress import Progress
+from eval.results import load_long
+from eval.run import run_suite
+from eval.suite import load_suite
+
+__all__ = ["bench", "claims", "compare", "leaderboard", "load_results", "predict", "predict_ops"]
+
+
+def compare(
+    archs: Sequence[str],
+    *,
+    suite: str = "tiny",
+    out: str | Path = "runs/compare",
+    device: str = "cpu",
+    fresh: bool = False,
+) -> pd.DataFrame:
+    """Run a suite over `archs` (names, patterns, files) and return the long table of results.
+
+    suite: a shipped name or a TOML file. A folder `out` of the same comparison resumes.
+    """
+    chosen = replace(load_suite(suite), archs=tuple(archs))
+    folder = Path(out)
+    progress = Progress(Console(stderr=True, highlight=False))
+    run_suite(chosen, folder, device=torch.device(device), fresh=fresh, progress=progress)
+    return load_long(folder / "results.csv")
+
+
+def load_results(*runs: str | Path) -> pd.DataFrame:
+    """The long table of run folders or results CSV files, one measurement a row."""
+    return merge([Path(run) for run in runs])
+
+
+def leaderboard(results: pd.DataFrame, *, by: str | None = None) -> pd.DataFrame:
+    """One architecture a row, ranked by quality or by the column `by` where intervals decide."""
+    return rank(wide(results), by)
+
+
+def bench(
+    archs: Sequence[str],
+    *,
+    scale: str = "70m",
+    batches: Sequence[int] = (1,),
+    contexts: Sequence[int] = (256, 4096),
+    steps: int = 16,
+    prompt: int = 0,
+    device: str = "cpu",
+    compiled: bool = False,
+) -> pd.DataFrame:
+    """Decode timings with random weights; an architecture that is incorrect gets no latency."""
+    rows = bench_archs(
+        list(archs), scale=scale, batches=batches, contexts=contexts, steps=steps, prompt=prompt,
+        device=torch.device(device), compiled=compiled,
+    )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def predict(
+    archs: Iterable[str],
+    *,
+    scale: str = "8b",
+    hardware: Sequence[str] = ("h100",),
+    batches: Sequence[int] = (1,),
+    contexts: Sequence[int] = (4096,),
+    dtype: str = "bfloat16",
+    launch_us: float = 0.0,
+    price_per_hour: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    """Decode cost by roofline, without weights: a row per arch, hardware, batch and context."""
+    rows = prediction.predict(
+        archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us,
+        price_per_hour=price_per_hour,
+    )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def predict_ops(
+    archs: Iterable[str],
+    *,
+    scale: str = "8b",
+    hardware: Sequence[str] = ("h100",),
+    batches: Sequence[int] = (1,),
+    contexts: Sequence[int] = (4096,),
+    dtype: str = "bfloat16",
+) -> pd.DataFrame:
+    """The same by operation, with the batch from which each is bound by compute."""
+    rows = prediction.predict_ops(archs, scale, hardware, batches, contexts, dtype=dtype)
+    return pd.DataFrame(rows)
+
+
+def claims(results: pd.DataFrame) -> pd.DataFrame:
+    """The textbook's claims with what these results say: supported, conditional or refuted."""
+    return pd.DataFrame([asdict(claim) for claim in check_claims(results)])

@@ -1,0 +1,205 @@
+"""Predictions from declarations, the rooflines they stand on, and what the doctor says."""
+
+import importlib.metadata
+import math
+
+import pytest
+import torch
+
+from archs.cost import Cost, OpCost, Step
+from archs.errors import UserError
+from archs.registry import HYBRIDS, REGISTRY, ModelSpec
+from archs.sizes import get_scale
+from eval.accelerators import ACCELERATORS, hardware_of, prices_of
+from eval.doctor import OPTIONAL, diagnose
+from eval.hardware import Roofline, measure_roofline, now_s
+from eval.measures import MEASURES
+from eval.predict import bound_by, parse_counts, predict, predict_ops, resident_bytes, step_ms
+from tests.eval.conftest import STUB_ROOFLINE
+
+ROOFLINE = Roofline(copy_bytes_per_s=100.0, matrix_flops_per_s=1000.0, dtype=torch.float32)
+
+
+# -- rooflines --
+
+
+@pytest.mark.parametrize(("part", "ridge"), [("h100", 295), ("h200", 206), ("a100", 153)])
+def test_ridge_points_of_the_datasheets(part: str, ridge: int) -> None:
+    assert round(hardware_of(part).roofline.ridge_flop_per_byte) == ridge
+
+
+@pytest.mark.parametrize("part", ACCELERATORS)
+def test_every_part_has_a_sound_datasheet(part: str) -> None:
+    """Half precision is the faster one; figures are in the unit that their names say."""
+    entry = ACCELERATORS[part]
+    assert entry.tflops_per_s["bfloat16"] == entry.tflops_per_s["float16"]
+    assert 10 < entry.tflops_per_s["float32"] < entry.tflops_per_s["bfloat16"] < 10_000
+    assert 0.1 < entry.bandwidth_tbyte_per_s < 20
+    assert hardware_of(part).memory_bytes == entry.memory_gbyte * 1e9
+    assert entry.source
+
+
+def test_work_is_bound_by_bytes_or_by_flops() -> None:
+    assert ROOFLINE.ridge_flop_per_byte == 10
+    assert ROOFLINE.time_ms(flops=0, moved_bytes=50) == 500
+    assert ROOFLINE.time_ms(flops=5000, moved_bytes=50) == 5000
+    assert ROOFLINE.time_ms(flops=500, moved_bytes=50) == 500
+
+
+def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of 2 bytes per byte held, and 2 n^3 FLOPs, over the time of one call."""
+    monkeypatch.setattr("eval.hardware._median_s", lambda work, device: (work(), 0.5)[1])
+    found = measure_roofline("cpu", torch.float32)
+    assert found.copy_bytes_per_s == 2 * 2**27 / 0.5
+    assert found.matrix_flops_per_s == 2 * 1024**3 / 0.5
+
+
+def test_the_rates_of_this_machine_are_plausible() -> None:
+    found = measure_roofline()
+    assert 1e8 < found.copy_bytes_per_s < 1e13
+    assert 1e8 < found.matrix_flops_per_s < 1e15
+    assert now_s(torch.device("cpu")) <= now_s(torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("stub_roofline")
+def test_this_machine_stands_beside_the_datasheets() -> None:
+    found = hardware_of("this-machine")
+    assert found.roofline == STUB_ROOFLINE
+    assert found.memory_bytes > 1 << 20
+    row = predict(["gqa"], "tiny", ["this-machine"], [1], [64])[0]
+    assert row["dtype"] == "float32"
+    assert row["ridge_flop_per_byte"] == 10
+
+
+def test_unknown_parts_and_dtypes_name_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"hardware 'h20'. Did you mean 'h200'.*this-machine"):
+        hardware_of("h20")
+    with pytest.raises(UserError, match=r"dtype 'bfloat'. Did you mean 'bfloat16'"):
+        hardware_of("h100", "bfloat")
+
+
+# -- predictions --
+
+
+@pytest.mark.parametrize("arch", [*REGISTRY, *HYBRIDS])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_step_moves_weights_and_state(arch: str, batch: int) -> None:
+    """All weights but the embedding's table once (its rows as read), the state of each sequence."""
+    (row,) = predict([arch], "70m", ["h100"], [batch], [512])
+    model = ModelSpec(arch=arch, scale=get_scale("70m")).outline(torch.bfloat16)
+    weights = sum(p.nbytes for p in model.parameters())
+    rows = batch * 512 * 2
+    assert row["weight_bytes"] == weights + rows
+    specs = model.state_specs()
+    state = sum(s.read_bytes(512) + s.write_bytes() for s in specs)
+    assert row["step_bytes"] == weights + rows + batch * state
+    assert row["state_bytes"] == model.state_bytes(512)
+    assert row["step_flops"] == model.cost(Step(batch, 1, 512)).flops
+    assert row["arith_intensity_pred"] == row["step_flops"] / row["step_bytes"]
+
+
+def test_one_row_for_every_cell_of_the_grid() -> None:
+    rows = predict(["gqa", "mamba2"], "tiny", ["h100", "l4"], [1, 8], [64, 128, 256])
+    keys = [(r["arch"], r["hardware"], r["batch"], r["context"]) for r in rows]
+    assert len(set(keys)) == len(keys) == 2 * 2 * 2 * 3
+    for row in rows:
+        figures = {k for k, v in row.items() if isinstance(v, float)}
+        assert figures <= set(MEASURES)
+        tpot_ms = float(str(row["tpot_ms"]))
+        assert row["output_tok_per_s_per_user"] == pytest.approx(1e3 / tpot_ms)
+        assert row["output_tok_per_s"] == pytest.approx(1e3 / tpot_ms * int(str(row["batch"])))
+
+
+def test_operations_add_up_to_the_step() -> None:
+    at = ("8b", ["h200"], [4], [4096])
+    (whole,) = predict(["gdn:gqa=3:1"], *at, launch_us=2.0)
+    parts = predict_ops(["gdn:gqa=3:1"], *at, launch_us=2.0)
+    for part_name, name in (("step_bytes", "step_bytes"), ("step_flops", "step_flops")):
+        assert sum(int(str(p[part_name])) for p in parts) == whole[name]
+    total = sum(float(str(p["time_ms"])) for p in parts)
+    assert total == pytest.approx(float(str(whole["tpot_ms"])))
+
+
+def test_a_launch_costs_each_operation() -> None:
+    cost = Cost.of(OpCost(name="a", weight_bytes=50), OpCost(name="b", matrix_flops=2000))
+    assert step_ms(cost, ROOFLINE) == 500 + 2000
+    assert step_ms(cost, ROOFLINE, launch_us=1e6) == 500 + 2000 + 2 * 1000
+
+
+@pytest.mark.parametrize(
+    ("op", "launch_us", "expected"),
+    [
+        (OpCost(name="x", weight_bytes=90, state_read_bytes=10), 0, "weights"),
+        (OpCost(name="x", weight_bytes=10, state_read_bytes=60, state_write_bytes=30), 0, "state"),
+        (OpCost(name="x", weight_bytes=10, matrix_flops=101), 0, "compute"),
+        (OpCost(name="x", weight_bytes=10, matrix_flops=99), 0, "weights"),
+        (OpCost(name="x", weight_bytes=10), 1e6, "launches"),
+    ],
+)
+def test_what_bounds_a_step(op: OpCost, launch_us: float, expected: str) -> None:
+    assert bound_by(Cost.of(op), ROOFLINE, launch_us) == expected
+
+
+def test_a_product_with_weights_turns_compute_bound_at_the_ridge() -> None:
+    rows = predict_ops(["mha"], "8b", ["h100"], [1], [1024])
+    found = {str(row["op"]): row for row in rows}
+    ridge = 989 / 3.35
+    assert found["mlp down"]["compute_bound_batch"] == pytest.approx(ridge, rel=1e-6)
+    assert found["attention"]["compute_bound_batch"] is None
+
+
+def test_what_fits_is_what_memory_holds() -> None:
+    (row,) = predict(["mha"], "1b", ["l4"], [1], [8192])
+    model = ModelSpec(arch="mha", scale=get_scale("1b")).outline(torch.bfloat16)
+    room = 24_000_000_000 - resident_bytes(model)
+    most = room // model.state_bytes(8192)
+    assert row["max_sequences"] == most
+    rows = predict(["mha"], "1b", ["l4"], [most, most + 1], [8192])
+    assert [r["fits"] for r in rows] == [True, False]
+    assert predict(["mha"], "1b", ["l4"], [1], [2**30])[0]["max_sequences"] == 0
+
+
+def test_prices_become_dollars_per_million_tokens() -> None:
+    (row,) = predict(["gqa"], "1b", ["h100"], [8], [1024], price_per_hour={"h100": 3.6})
+    per_token = 3.6 / 3600 / float(str(row["output_tok_per_s"]))
+    assert row["usd_per_million_tok"] == pytest.approx(per_token * 1e6)
+    assert prices_of("2.5", ["h100", "l4"]) == {"h100": 2.5, "l4": 2.5}
+    assert prices_of("h100=2.5", ["h100", "l4"]) == {"h100": 2.5}
+    for text in ("free", "-1", "nan", "inf", "h200=2"):
+        with pytest.raises(UserError, match=f"price '{text}' must be a positive number"):
+            prices_of(text, ["h100"])
+
+
+# -- counts --
+
+
+def test_counts_are_lists_and_ranges() -> None:
+    assert parse_counts("1,8,64") == [1, 8, 64]
+    assert parse_counts("1:16") == [1, 2, 4, 8, 16]
+    assert parse_counts("3:20") == [3, 6, 12]
+    assert parse_counts("4k,1M") == [4096, 1 << 20]
+    assert parse_counts("1k:4k") == [1024, 2048, 4096]
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "x", "k", "1,,2", "8:", "1:0", "²"])
+def test_impossible_counts_are_named(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not a positive count|ends before it begins"):
+        parse_counts(text)
+
+
+# -- the doctor --
+
+
+@pytest.mark.usefixtures("stub_roofline")
+def test_the_doctor_tells_what_is_here_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIONAL, "no_such_library", "nothing")
+    monkeypatch.setitem(OPTIONAL, "numpy", "arrays")
+    facts = diagnose()
+    assert facts["torch"] == torch.__version__
+    assert facts["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert math.isfinite(float(str(facts["free_memory_bytes"])))
+    assert facts["ridge_flop_per_byte"] == 10
+    optional = facts["optional"]
+    assert isinstance(optional, dict)
+    assert optional["no_such_library"] == "absent (nothing)"
+    assert optional["numpy"] == importlib.metadata.version("numpy")

@@ -1,0 +1,223 @@
+"""Split decode attention against its float64 oracle in the interpreter, and compiled ahead."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels.attention_decode as module
+from kernels.ahead import TARGETS, Variant, compile_ahead
+from kernels.attention_decode import attention_decode_ref, default_variant, variants
+from tests.kernels.interpreter import interpreted
+
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 8e-3},
+}
+
+
+def operands(
+    lengths: list[int],
+    *,
+    new: int = 1,
+    heads: tuple[int, int] = (8, 2),
+    dim: int = 32,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """A pool of shuffled pages with spare ones; rows that nobody may read are NaN."""
+    h, g = heads
+    batch, most = len(lengths), max(1, -(-max(lengths) // page_size))
+    pages = batch * most + 3
+    pool = torch.randn(2, g, pages * page_size, dim)
+    options = {"page_size": page_size, **options}
+    if kv_dtype is not None:
+        options |= {"k_scale": torch.rand(g) + 0.5, "v_scale": torch.rand(g) + 0.5}
+        if kv_dtype == torch.int8:
+            pool = (pool * 40).round().clamp(-128, 127)
+            options |= {n: options[n] / 40 for n in ("k_scale", "v_scale")}
+    table = torch.randperm(pages)[: batch * most].view(batch, most).int()
+    readable = torch.zeros(pages * page_size, dtype=torch.bool)
+    for b, length in enumerate(lengths):
+        rows = torch.arange(length)
+        if options.get("window") is not None:
+            first = length - new - options["window"]
+            rows = rows[(rows > first) | (rows < options.get("sinks", 0))]
+        readable[table[b, rows // page_size].long() * page_size + rows % page_size] = True
+        held = torch.unique(rows // page_size)
+        gone = torch.ones(most, dtype=torch.bool).index_fill_(0, held, False)
+        table[b, gone] = -(10**6)
+    if kv_dtype != torch.int8:
+        pool[:, :, ~readable] = torch.nan
+    k, v = pool.to(kv_dtype or dtype)
+    q = torch.randn(batch, new, h, dim).to(dtype)
+    return [q, k, v, table, torch.tensor(lengths, dtype=torch.int32)], options
+
+
+def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
+    tensors, options = operands(lengths, **how)
+    with interpreted(module):
+        got = module.attention_decode(*tensors, **options)
+    expected = attention_decode_ref(*tensors, **options)
+    assert got.dtype == tensors[0].dtype
+    torch.testing.assert_close(got.double(), expected, **TOLERANCES[got.dtype])
+
+
+@pytest.mark.parametrize("lengths", [[1], [63], [64], [1000], [0, 130, 5]], ids=str)
+@pytest.mark.parametrize("page_size", [16, 48, 64, 128])
+def test_lengths_and_shuffled_pages(lengths: list[int], page_size: int) -> None:
+    assert_equals_the_oracle(lengths, page_size=page_size)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 8])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 2), (16, 1)], ids=str)
+def test_new_tokens_are_causal_whatever_the_heads(new: int, heads: tuple[int, int]) -> None:
+    # The shortest sequence has rows for one token only: the others return zeros.
+    assert_equals_the_oracle([600, new, 1], new=new, heads=heads)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (70, 0), (100, 4), (64, 70), (2000, 3)])
+@pytest.mark.parametrize(("new", "page_size"), [(1, 64), (3, 16)])
+def test_window_and_sinks(window: int, sinks: int, new: int, page_size: int) -> None:
+    assert_equals_the_oracle(
+        [1000, 90, 3], window=window, sinks=sinks, new=new, page_size=page_size
+    )
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_head_dims_and_dtypes(dim: int, dtype: torch.dtype) -> None:
+    assert_equals_the_oracle([300, 70], dim=dim, dtype=dtype, new=2, scale=0.2)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("lengths", [[300, 0], [700]], ids=str)
+def test_eight_bit_cache(lengths: list[int], dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    assert_equals_the_oracle(lengths, dtype=dtype, kv_dtype=kv_dtype, dim=64)
+
+
+def test_equals_torch() -> None:
+    tensors, options = operands([192, 192], heads=(8, 2), dim=64)
+    q, k, v, table, _ = tensors
+    rows = (table.long()[:, :, None] * 64 + torch.arange(64)).flatten(1)
+    k, v = (t[:, rows].transpose(0, 1) for t in (k, v))
+    expected = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True)
+    with interpreted(module):
+        got = module.attention_decode(*tensors, **options)
+    torch.testing.assert_close(got, expected.transpose(1, 2), **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("length", [100, 1000], ids=["one split", "four splits"])
+def test_caller_buffers_are_used_and_arrivals_left_clear(length: int) -> None:
+    tensors, options = operands([length, 0, length // 2], new=2)
+    wide = torch.randn(3, 2, 24, 32)
+    tensors[0] = wide[:, :, 8:16]
+    expected = attention_decode_ref(*tensors, **options)
+    out, arrivals = torch.full((3, 2, 8, 32), torch.nan), torch.zeros(9, dtype=torch.int32)
+    for _ in range(2):
+        with interpreted(module):
+            got = module.attention_decode(*tensors, **options, out=out, arrivals=arrivals)
+        assert got is out and not arrivals.any()
+        torch.testing.assert_close(out.double(), expected, **TOLERANCES[torch.float32])
+        out.fill_(torch.nan)
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    (q, k, v, table, lengths), options = operands([5])
+    with interpreted(module):
+        got = module.attention_decode(q[:0], k, v, table[:0], lengths[:0], **options)
+    assert got.shape == (0, 1, 8, 32)
+
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+SCALES = {"k_scale": torch.ones(2), "v_scale": torch.ones(2)}
+REFUSALS: dict[str, tuple[str, Change]] = {
+    "q rank": (r"q=.*\[B, K, H, d\]", lambda a: {"q": a["q"][0]}),
+    "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
+    "q strides": ("q=.*strides", lambda a: {"q": torch.randn(1, 1, 8, 40)[..., :32]}),
+    "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(257)[1:].view(1, 1, 8, 32)}),
+    "head_dim": ("head_dim=48 must be one of", lambda a: {"q": torch.randn(1, 1, 8, 48)}),
+    "K": ("K=9 new tokens", lambda a: {"q": torch.randn(1, 9, 8, 32)}),
+    "page_size": ("page_size=24 .*multiple of 16", lambda a: {"page_size": 24}),
+    "pool rows": (r"k_pool=.*pages \* 128", lambda a: {"page_size": 128}),
+    "pool heads": ("k_pool=.*divide the 8", lambda a: {"k_pool": torch.randn(3, 256, 32)}),
+    "pool dtype": ("v_pool=.*int8 or", lambda a: {"v_pool": a["v_pool"].half()}),
+    "pool strides": (
+        "v_pool=.*strides",
+        lambda a: {"v_pool": a["v_pool"].repeat(1, 1, 2)[..., :32]},
+    ),
+    "pools differ": ("v_pool=.*k_pool's form", lambda a: {"v_pool": a["v_pool"][:, :64]}),
+    "table dtype": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].long()}),
+    "table batch": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].repeat(2, 1)}),
+    "table empty": ("page_table=.*int32", lambda a: {"page_table": a["page_table"][:, :0]}),
+    "lengths": ("lengths=.*int32", lambda a: {"lengths": a["lengths"].long()}),
+    "window": ("window=0 must", lambda a: {"window": 0}),
+    "sinks": ("sinks=-1 must", lambda a: {"sinks": -1}),
+    "scales unwanted": ("k_scale=.*8 bits", lambda a: SCALES),
+    "scales missing": (
+        "k_scale=None .*8 bits",
+        lambda a: {n: a[n].to(torch.int8) for n in ("k_pool", "v_pool")},
+    ),
+    "scale shape": (
+        r"v_scale=.*\[2\]",
+        lambda a: {
+            **{n: a[n].nan_to_num().to(torch.int8) for n in ("k_pool", "v_pool")},
+            **SCALES,
+            "v_scale": torch.ones(1),
+        },
+    ),
+    "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 8, 64)[..., :32]}),
+    "device": ("lengths=meta must be on", lambda a: {"lengths": a["lengths"].to("meta")}),
+    "arrivals": (
+        "arrivals=.*int32",
+        lambda a: {"arrivals": torch.zeros(1, dtype=torch.int32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_arguments_are_refused_before_any_launch(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, options = operands([100])
+    given = dict(zip(("q", "k_pool", "v_pool", "page_table", "lengths"), tensors, strict=True))
+    given |= options
+    message, change = REFUSALS[case]
+    with interpreted(module):
+        monkeypatch.setattr(type(module.attention_decode_fwd_kernel), "run", _no_launch)
+        with pytest.raises(ValueError, match=message):
+            module.attention_decode(**(given | change(given)))
+
+
+def _no_launch(*_: Any, **__: Any) -> None:
+    raise AssertionError("launched")
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    tensors, options = operands([100])
+    with pytest.raises(ValueError, match="is on cpu, needs cuda"):
+        module.attention_decode(*tensors, **options)
+
+
+def assert_sound(variant: Variant, target: str) -> None:
+    assert compile_ahead(variant, target).faults(variant) == []
+
+
+def test_default_variant_compiles_soundly() -> None:
+    assert_sound(default_variant(), "sm_90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "-"))
+def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
+    if target == "sm_80" and variant.signature["k"] == "*fp8e4nv":
+        pytest.skip("sm_80 has no fp8e4nv; the wrapper refuses it")
+    assert_sound(variant, target)

@@ -1,0 +1,230 @@
+"""The linear step on slots: oracle, torch form, raggedness, snapshots, refusals, compilation.
+
+`torch.empty` is NaN here and so is every padded input: reading or leaving either shows.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import linear_step as op
+from kernels.ahead import TARGETS, Variant, compile_ahead
+from kernels.decay_scan import decay_step
+from tests.kernels.interpreter import interpreted
+
+SLOTS = (4, 1, 3)
+B, POOL = len(SLOTS), 6
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """K tokens, G and H heads, N by P states; dtypes of inputs and state; valid tokens."""
+
+    k: int
+    n: int = 16
+    p: int = 32
+    g: int = 1
+    h: int = 2
+    inputs: torch.dtype = torch.float32
+    state: torch.dtype = torch.float32
+    new: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        kinds = f"{self.inputs}-{self.state}".replace("torch.", "").replace("bfloat", "bf")
+        return f"k{self.k}-{self.n}x{self.p}-g{self.g}h{self.h}-{kinds}-new{self.new}"
+
+
+CASES = [
+    Case(k=1),
+    Case(k=1, n=128, p=8, inputs=torch.bfloat16),
+    Case(k=2, p=20, g=2, h=4, state=torch.bfloat16),
+    Case(k=4, n=64, p=12, new=(4, 0, 3)),
+    Case(k=3, n=24, p=17, inputs=torch.bfloat16, state=torch.bfloat16, new=(0, 1, 3)),
+    Case(k=8, n=16, p=100, h=1, new=(8, 5, 1)),
+]
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    with interpreted(op):
+        yield
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """q, k, v are columns of one tensor, as a projection leaves them."""
+    c = case
+    sizes = (c.g * c.n, c.g * c.n, c.h * c.p)
+    q, k, v, _ = torch.randn(B, c.k, sum(sizes) + 3).to(c.inputs).split((*sizes, 3), -1)
+    return {
+        "q": q.unflatten(-1, (c.g, c.n)),
+        "k": k.unflatten(-1, (c.g, c.n)),
+        "v": v.unflatten(-1, (c.h, c.p)),
+        "log_decay": torch.linspace(-0.5, -0.001, c.h),
+        "scale": c.n**-0.5,
+    }
+
+
+def pool_of(case: Case) -> Tensor:
+    return torch.randn(POOL, case.h, case.n, case.p).to(case.state)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def int32(values: tuple[int, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("snapshots", [False, True], ids=["", "each"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle_and_the_torch_form(
+    case: Case, snapshots: bool, interpreter: None
+) -> None:
+    args, pool = arguments(case), pool_of(case)
+    before = pool.clone()
+    each = torch.empty(B, case.k, *pool.shape[1:], dtype=case.state)
+    expected, states = op.linear_step_ref(**args, state=before[list(SLOTS)])
+    torch_y, torch_states = torch_form(args, before[list(SLOTS)].float())
+    counts = case.new or (case.k,) * B
+    for row, count in enumerate(counts):
+        for name in "qkv":
+            args[name][row, count:] = torch.nan
+    y = op.linear_step(
+        **args,
+        state=pool,
+        slots=int32(SLOTS),
+        new=None if case.new is None else int32(case.new),
+        each=each if snapshots else None,
+    )
+    assert y.dtype == case.inputs and pool.dtype == case.state
+    exact, rounded = TOLERANCE[case.inputs], TOLERANCE[case.state]
+    # The torch form rounds its y to the inputs' dtype before it is scaled here.
+    against_torch = 4 * TOLERANCE[case.inputs]
+    for row, (slot, count) in enumerate(zip(SLOTS, counts, strict=True)):
+        close(y[row, :count], expected[row, :count], exact)
+        close(y[row, :count], torch_y[row, :count], against_torch)
+        assert (y[row, count:] == 0).all()
+        if count:
+            close(pool[slot], states[row, count - 1], rounded)
+            close(pool[slot], torch_states[row, count - 1], max(rounded, against_torch))
+        else:
+            assert torch.equal(pool[slot], before[slot])
+        if snapshots:
+            close(each[row, :count], states[row, :count], rounded)
+            assert torch.equal(each[row, max(count - 1, 0)], pool[slot])
+            assert (each[row, count:] == pool[slot]).all()
+    others = [slot for slot in range(POOL) if slot not in SLOTS]
+    assert torch.equal(pool[others], before[others])
+
+
+def torch_form(args: dict[str, Any], state: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.decay_scan.decay_step` with its y scaled."""
+    decay = args["log_decay"][None, None]
+    y, each = decay_step(args["q"], args["k"], args["v"], decay, state, each=True)
+    assert each is not None
+    return y * args["scale"], each
+
+
+def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
+    case = Case(k=5, n=16, p=16)
+    args, pool = arguments(case), pool_of(case)
+    single, outputs = pool.clone(), []
+    for t in range(case.k):
+        token = args | {name: args[name][:, t : t + 1] for name in "qkv"}
+        outputs.append(op.linear_step(**token, state=single, slots=int32(SLOTS)))
+    y = op.linear_step(**args, state=pool, slots=int32(SLOTS))
+    close(y, torch.cat(outputs, 1), 1e-6)
+    close(pool, single, 1e-6)
+
+
+def test_slots_may_lie_apart(interpreter: None) -> None:
+    case = Case(k=1, n=16, p=16)
+    args, wide = arguments(case), torch.randn(POOL, 2, case.h, case.n, case.p)
+    before = wide.clone()
+    op.linear_step(**args, state=wide[:, 1], slots=int32(SLOTS))
+    _, states = op.linear_step_ref(**args, state=before[list(SLOTS), 1])
+    close(wide[list(SLOTS), 1], states[:, -1], 2e-5)
+    assert torch.equal(wide[:, 0], before[:, 0])
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "q dims": (lambda x: x.update(q=x["q"][0]), "q has shape .*4 dimensions"),
+    "v dims": (lambda x: x.update(v=x["v"][0]), "v has shape .*4 dimensions"),
+    "k shape": (lambda x: x.update(k=x["k"][..., 1:]), "k has shape"),
+    "v batch": (lambda x: x.update(v=x["v"][1:]), "v has shape"),
+    "log_decay shape": (lambda x: x.update(log_decay=torch.zeros(1)), "log_decay has shape"),
+    "heads": (
+        lambda x: x.update(q=torch.zeros(B, 2, 3, 16), k=torch.zeros(B, 2, 3, 16)),
+        "v has 2 heads, not divisible by 3",
+    ),
+    "no heads": (
+        lambda x: x.update(q=torch.zeros(B, 2, 0, 16), k=torch.zeros(B, 2, 0, 16)),
+        "v has 2 heads, not divisible by 0",
+    ),
+    "state shape": (lambda x: x.update(state=x["state"][..., 1:]), "state has shape"),
+    "state dims": (lambda x: x.update(state=x["state"][0]), "state has shape"),
+    "state dtype": (lambda x: x.update(state=x["state"].half()), "state has dtype torch.float16"),
+    "state strides": (
+        lambda x: x.update(state=x["state"].mT.contiguous().mT),
+        "state has strides .*each slot must be contiguous",
+    ),
+    "slots shape": (lambda x: x.update(slots=int32((0, 1))), "slots has shape"),
+    "slots dtype": (lambda x: x.update(slots=x["slots"].long()), "slots is torch.int64"),
+    "new shape": (lambda x: x.update(new=int32((1,))), "new has shape"),
+    "new dtype": (lambda x: x.update(new=torch.ones(B)), "new is torch.float32"),
+    "each shape": (lambda x: x.update(each=torch.zeros(B, 1, 2, 16, 16)), "each has shape"),
+    "each dtype": (lambda x: x.update(each=torch.zeros(B, 2, 2, 16, 16).half()), "each is"),
+    "v strides": (lambda x: x.update(v=x["v"].mT.contiguous().mT), "v has strides .*last must be"),
+    "q spacing": (
+        lambda x: x.update(q=torch.zeros(B, 5, 1, 16)[:, :2]),
+        "q has strides .*evenly spaced",
+    ),
+    "v inner": (lambda x: x.update(v=torch.zeros(B, 2, 2, 17)[..., :16]), "v has strides"),
+    "k dtype": (lambda x: x.update(k=x["k"].double()), "k has dtype torch.float64"),
+    "k device": (lambda x: x.update(k=torch.zeros(B, 2, 1, 16, device="meta")), "k is on meta"),
+}
+
+
+def acceptable(tokens: int = 2) -> dict[str, Any]:
+    case = Case(k=tokens, n=16, p=16)
+    return arguments(case) | {"state": pool_of(case), "slots": int32(SLOTS)}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_what_does_not_fit_is_refused_before_any_launch(change: str, interpreter: None) -> None:
+    args = acceptable()
+    spoil, message = WRONG[change]
+    spoil(args)
+    before = args["state"].clone()
+    with pytest.raises(ValueError, match=message):
+        op.linear_step(**args)
+    assert torch.equal(args["state"], before)
+
+
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_token_counts_outside_1_to_8_are_refused(tokens: int, interpreter: None) -> None:
+    with pytest.raises(ValueError, match=f"K={tokens} new tokens"):
+        op.linear_step(**acceptable(tokens))
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    with pytest.raises(ValueError, match="state is on cpu"):
+        op.linear_step(**acceptable())
+
+
+def test_default_variant_compiles_clean_for_hopper() -> None:
+    variant = op.default_variant()
+    assert compile_ahead(variant, "sm_90").faults(variant) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
+def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
+    assert compile_ahead(variant, target).faults(variant) == []
