@@ -5,8 +5,9 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 out = Console() if sys.stdout.isatty() else Console(width=160)
+
+#: The option that every command with rows has.
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 Cells = Mapping[str, object]
 

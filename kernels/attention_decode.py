@@ -46,7 +46,7 @@ class Config:
 
 #: By head dim, M, and whether K and V hold 8 bits.
 CONFIGS: dict[tuple[int, int, bool], Config] = {
-    (d, m, eight): Config(64 if d <= 128 else 32, 8 if d * m >= 8192 else 4, 3)
+    (d, m, eight): Config(64 if d <= 128 else 32, 8 if d * m >= 4096 else 4, 3)
     for d in HEAD_DIMS
     for m in BLOCKS_M
     for eight in (False, True)
@@ -54,20 +54,27 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
 
 
 @triton.jit
-def _rows_of(i, sink_tiles, skipped, oldest, last, sinks, TILE):  # type: ignore[no-untyped-def]
-    """The positions of a sequence's i-th visible tile, and what to load: hidden ones repeat."""
-    row = tl.where(i < sink_tiles, i, i + skipped) * TILE + tl.arange(0, TILE)
-    held = tl.where(i < sink_tiles, sinks - 1, tl.maximum(row, oldest))
-    return row, tl.minimum(tl.where(row < sinks, row, held), last)
+def _rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED):  # type: ignore[no-untyped-def]
+    """The positions of the i-th tile to visit, and which to load: hidden ones repeat another."""
+    if WINDOWED:
+        sink = i < sink_tiles
+        tile = tl.where(sink, i, i - sink_tiles + oldest // TILE)
+        row = tile * TILE + tl.arange(0, TILE)
+        held = tl.maximum(row, tl.where(sink, 0, oldest))
+        return row, tl.minimum(held, tl.where(sink, sunk - 1, last))
+    else:
+        row = i * TILE + tl.arange(0, TILE)
+        return row, tl.minimum(row, last)
 
 
 @triton.jit
-def _page_of(table, i, sink_tiles, skipped, oldest, last, sinks, PAGE, TILE):  # type: ignore[no-untyped-def]
-    """The pool pages of the i-th visible tile: a single one where a page holds whole tiles."""
+def _page_of(table, i, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED):  # type: ignore[no-untyped-def]
+    """The pool pages of the i-th tile to visit: a single one where a page holds whole tiles."""
     if PAGE % TILE == 0:
-        return tl.load(table + tl.where(i < sink_tiles, i, i + skipped) * TILE // PAGE)
+        tile = tl.where(i < sink_tiles, i, i - sink_tiles + oldest // TILE)
+        return tl.load(table + tile * TILE // PAGE)
     else:
-        _, held = _rows_of(i, sink_tiles, skipped, oldest, last, sinks, TILE)
+        _, held = _rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
         return tl.load(table + held // PAGE)
 
 
@@ -85,14 +92,15 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     splits = tl.num_programs(0)
     length = tl.load(lengths + b)
 
-    # The tiles that any new token sees: those of the sinks, then `oldest` to the end.
+    # The tiles to visit: those of the sinks older than the windows, then `oldest` to the end.
+    last = tl.maximum(length - 1, 0)
     oldest = 0
-    sink_tiles = 0
+    sunk = 0
     if WINDOWED:
         oldest = tl.maximum(length - tokens + 1 - window, 0)
-        sink_tiles = tl.minimum(tl.cdiv(sinks, TILE), oldest // TILE)
-    skipped = oldest // TILE - sink_tiles
-    tiles = tl.cdiv(length, TILE) - skipped
+        sunk = tl.minimum(sinks, oldest)
+    sink_tiles = tl.cdiv(sunk, TILE)
+    tiles = tl.cdiv(length, TILE) - oldest // TILE + sink_tiles
     per_split = tl.maximum(tl.cdiv(tiles, splits), SPLIT_TILES)
     used = tl.maximum(tl.cdiv(tiles, per_split), 1)
     if split >= used:
@@ -118,20 +126,19 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, D], tl.float32)
-    last = tl.maximum(length - 1, 0)
-    page = _page_of(page_table, start, sink_tiles, skipped, oldest, last, sinks, PAGE, TILE)
+    page = _page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
     for i in tl.range(start, end):
-        row, held = _rows_of(i, sink_tiles, skipped, oldest, last, sinks, TILE)
+        row, held = _rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
         at = (page.to(tl.int64) * PAGE + held % PAGE)[:, None] * D + dims[None, :]
         # The next page is looked up here: a load that feeds loads would cost pipeline stages.
         after = tl.minimum(i + 1, end - 1)
-        page = _page_of(page_table, after, sink_tiles, skipped, oldest, last, sinks, PAGE, TILE)
+        page = _page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
         keys = tl.load(k + at)
         logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
         age = position[:, None] - row[None, :]
         if WINDOWED:
-            # One comparison for both ends: an age below 0 is huge as an unsigned number.
-            limit = tl.where(row < sinks, 0x7FFFFFFF, window)
+            # One comparison for all: as an unsigned number an age below 0 is huge.
+            limit = tl.where(row == held, tl.where(row < sinks, 0x7FFFFFFF, window), 0)
             visible = age.to(tl.uint32, bitcast=True) < limit.to(tl.uint32)[None, :]
         else:
             visible = age >= 0

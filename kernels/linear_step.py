@@ -145,29 +145,30 @@ def require_state(
     new: Tensor | None,
     each: Tensor | None,
     sizes: tuple[int, ...],
+    name: str = "state",
 ) -> None:
     """Check the state, its slots and what may be None; sizes: (B, K, one sequence's shape)."""
     batch, tokens, *inner = sizes
     if not state.is_cuda and not isinstance(kernel, InterpretedFunction):
-        raise ValueError(f"state is on {state.device}; the kernel needs a GPU or the interpreter")
+        raise ValueError(f"{name} is on {state.device}; the kernel needs a GPU or the interpreter")
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"K={tokens} new tokens; a step takes 1 to {MAX_TOKENS}")
     if state.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"state has dtype {state.dtype}; it needs float32 or bfloat16")
-    require_shape("state", state, (state.shape[0], *inner))
+        raise ValueError(f"{name} has dtype {state.dtype}; it needs float32 or bfloat16")
+    require_shape(name, state, (state.shape[0], *inner))
     if not state[0].is_contiguous() or state.stride(0) < state[0].numel():
-        raise ValueError(f"state has strides {state.stride()}; each slot must be contiguous")
-    for name, tensor, shape, dtype in (
+        raise ValueError(f"{name} has strides {state.stride()}; each slot must be contiguous")
+    for other, tensor, shape, dtype in (
         ("slots", slots, (batch,), torch.int32),
         ("new", new, (batch,), torch.int32),
         ("each", each, (batch, tokens, *inner), state.dtype),
     ):
         if tensor is None:
             continue
-        require_shape(name, tensor, shape)
+        require_shape(other, tensor, shape)
         if tensor.dtype != dtype or tensor.device != state.device or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; "
+                f"{other} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; "
                 f"it must be contiguous {dtype} on {state.device}"
             )
 

@@ -1,0 +1,174 @@
+"""Commands of `decodebench` that train and time nothing: what is known, predicted or recorded."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from archs.errors import UserError
+from eval.show import Json, out, show, show_prediction, write_csv
+
+
+def archs(json_: Json = False, scale: str = "tiny") -> None:
+    """List architectures with their state at a scale."""
+    from archs.registry import HYBRIDS, REGISTRY, ModelSpec
+    from archs.sizes import get_scale
+
+    shape = get_scale(scale)
+    rows = []
+    for name in (*REGISTRY, *HYBRIDS):
+        model = ModelSpec(arch=name, scale=shape).outline()
+        specs = model.state_specs()
+        summary = "Hybrid."
+        if name in REGISTRY:
+            entry = REGISTRY[name]
+            shared = entry.config is not entry.mixer.Config
+            summary = (entry.config if shared else entry.mixer).__doc__ or ""
+        rows.append(
+            {
+                "arch": name,
+                "params": sum(p.numel() for p in model.parameters()),
+                "mlp_hidden": model.hidden,
+                "state_bytes_per_token": sum(s.bytes_per_token for s in specs),
+                "state_bytes_fixed": sum(s.fixed_bytes for s in specs),
+                "state_bytes_at_16384": model.state_bytes(16384),
+                "summary": summary.splitlines()[0],
+            }
+        )
+    if json_:
+        print(json.dumps(rows, indent=2))
+        return
+    heads = ("state bytes per token", "fixed bytes", "at 16,384 tokens")
+    table = Table("arch", *heads, "", title=f"scale {scale}")
+    for row in rows:
+        sizes = [f"{v:,}" for k, v in row.items() if k.startswith("state_bytes")]
+        table.add_row(str(row["arch"]), *sizes, str(row["summary"]))
+    out.print(table)
+
+
+def predict(
+    arch: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
+    scale: str = "1b",
+    hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
+    batch: Annotated[str, typer.Option(help="1,8 or 1:512")] = "1",
+    context: Annotated[str, typer.Option(help="4k,128k or 1k:1m")] = "1k,16k",
+    dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
+    launch_us: Annotated[float, typer.Option(help="Cost of every operation's launch.")] = 0.0,
+    price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
+    by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
+    out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
+    json_: Json = False,
+) -> None:
+    """Decode cost by roofline, no weights needed."""
+    from archs.registry import REGISTRY
+    from eval.accelerators import prices_of
+    from eval.predict import parse_counts, predict_ops
+    from eval.predict import predict as predict_steps
+
+    parts = hardware.split(",")
+    names = arch or list(REGISTRY)
+    grid = (names, scale, parts, parse_counts(batch), parse_counts(context))
+    if not 0 <= launch_us < math.inf:
+        raise UserError(f"launch_us={launch_us} must be zero or more microseconds")
+    if by_op and (price or picture):
+        raise UserError("--by-op has no price and no picture; leave out --price and --picture")
+    if by_op:
+        rows = predict_ops(*grid, dtype=dtype, launch_us=launch_us)
+    else:
+        prices = prices_of(price, parts)
+        rows = predict_steps(*grid, dtype=dtype, launch_us=launch_us, price_per_hour=prices)
+    if out_file:
+        import pandas as pd
+
+        write_csv(pd.DataFrame(rows), out_file)
+    if picture:
+        from eval.predicted import draw
+
+        draw(rows, picture)
+    show_prediction(rows, json_)
+
+
+def report(run_dir: Path) -> None:
+    """Write a run folder's report.html, leaderboard.csv and plots again from its results."""
+    from eval.report import write_report
+
+    out.print(str(write_report(run_dir)), highlight=False, soft_wrap=True)
+
+
+def leaderboard(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders or results CSV files.")],
+    out_file: Annotated[Path | None, typer.Option("--out", help="Wide CSV to write.")] = None,
+    page: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether CSVs are sound.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Merge runs into one ranked table, a wide CSV and a page."""
+    from eval.leaderboard import merge, rank, to_table, wide
+
+    long = merge(runs)
+    table = rank(wide(long))
+    if check:
+        cells = long["cell"].nunique()
+        out.print(f"sound: {len(long)} figures of {cells} cells, {len(table)} architectures")
+        return
+    if page is not None:
+        from eval.report import write_page
+
+        write_page(long, page)
+    if out_file is not None:
+        write_csv(table, out_file)
+    if json_:
+        print(table.to_json(orient="records", indent=2))
+    else:
+        out.print(to_table(table))
+
+
+def claims(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders or results CSV files.")],
+    json_: Json = False,
+) -> None:
+    """What the results say about the textbook's claims on decode."""
+    from dataclasses import asdict
+
+    from eval.claims import claims as check_claims
+    from eval.leaderboard import merge
+
+    show([asdict(claim) for claim in check_claims(merge(runs))], json_)
+
+
+def doctor(json_: Json = False) -> None:
+    """What this machine can do, and which libraries and baselines are usable."""
+    from eval.doctor import diagnose
+
+    facts = diagnose()
+    if json_:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        out.print(f"{name}: {value}", highlight=False)
+
+
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="Default: sm_90.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All configurations and targets.")] = False,
+    out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
+    json_: Json = False,
+) -> None:
+    """Compile our Triton kernels ahead of time, without a GPU, and show what came out."""
+    import pandas as pd
+
+    from eval.kernel_table import kernel_table
+    from kernels.ahead import TARGETS
+
+    rows = kernel_table(list(TARGETS) if every else target or ["sm_90"], every=every)
+    if out_file is not None:
+        write_csv(pd.DataFrame(rows), out_file)
+    show(rows, json_)
+    if any(row["faults"] for row in rows):
+        raise typer.Exit(1)

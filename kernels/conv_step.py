@@ -1,0 +1,189 @@
+"""Causal convolution of 1 to 8 new tokens with its tail in slots: y_t = Σ_i w_i · x_{t-W+1+i}
+(+ bias), then SiLU; depthwise, as before every recurrent mixer (arXiv 2312.00752, § 3.4).
+
+B sequences, K new tokens, C channels, W taps; the tail is the last W - 1 inputs of a sequence.
+One program serves one sequence and BLOCK_C channels, in float32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.ahead import Variant
+from kernels.linear_step import (
+    POINTERS,
+    require_dims,
+    require_like,
+    require_shape,
+    require_state,
+    row_stride,
+)
+
+#: Tail dtype -> (BLOCK_C, num_warps): 16 bytes per thread.
+CONFIGS: dict[torch.dtype, tuple[int, int]] = {
+    torch.float32: (128, 1),
+    torch.bfloat16: (256, 1),
+}
+
+
+@triton.jit
+def rows_of(x, tail, source, c, inside, x_row, C: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows `source` of the tail followed by the new inputs, float32 [len(source), BLOCK_C]."""
+    at = source[:, None]
+    is_old, is_new = at < W - 1, at >= W - 1
+    old = tl.load(tail + at * C + c[None, :], mask=inside & is_old, other=0.0)
+    fresh = tl.load(x + (at - (W - 1)) * x_row + c[None, :], mask=inside & is_new, other=0.0)
+    return tl.where(is_old, old.to(tl.float32), fresh.to(tl.float32))
+
+
+@triton.jit
+def conv_step_fwd_kernel(  # type: ignore[no-untyped-def]
+    x, weight, bias, tail, slots, new, each, y, x_row, slot_stride,
+    SILU: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of C, B). Rows of x and y are tokens; bias, new and each may be None."""
+    batch = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots + batch).to(tl.int64)
+    count = K
+    if new is not None:
+        count = tl.load(new + batch)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    x += batch * K * x_row
+    held = tail + slot * slot_stride
+    t = tl.arange(0, BLOCK_K)
+    valid = (t < count)[:, None] & in_c[None, :]
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for i in tl.static_range(W):
+        tap = tl.load(weight + c * W + i, mask=in_c, other=0.0).to(tl.float32)
+        acc += tap[None, :] * rows_of(x, held, t + i, c, valid, x_row, C, W)
+    if bias is not None:
+        acc += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        acc = acc * tl.sigmoid(acc)
+    out = tl.where(valid, acc, 0.0).to(y.dtype.element_ty)
+    rows = batch * K + t[:, None]
+    tl.store(y + rows * C + c[None, :], out, mask=(t < K)[:, None] & in_c[None, :])
+
+    r = tl.arange(0, BLOCK_R)
+    inside = (r < W - 1)[:, None] & in_c[None, :]
+    place = r[:, None] * C + c[None, :]
+    if each is not None:
+        for step in range(K):
+            kept = rows_of(x, held, tl.minimum(step + 1, count) + r, c, inside, x_row, C, W)
+            after = each + (batch * K + step) * (W - 1) * C + place
+            tl.store(after, kept.to(each.dtype.element_ty), mask=inside)
+    last = rows_of(x, held, count + r, c, inside, x_row, C, W)
+    # Rows move up in place: all of them are read before any is written.
+    tl.debug_barrier()
+    tl.store(held + place, last.to(tail.dtype.element_ty), mask=inside & (count > 0))
+
+
+def conv_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    slots: Tensor,
+    *,
+    silu: bool = True,
+    new: Tensor | None = None,
+    each: Tensor | None = None,
+) -> Tensor:
+    """Convolve K new tokens of B sequences and advance their tails, in place.
+
+    x: [B, K, C]; weight: [C, W], W >= 2; bias: [C] or None; tail: [slots, W-1, C] in float32 or
+    bfloat16; slots: int32 [B], distinct and in range (not checked: it would wait for the device);
+    new: int32 [B] valid tokens of right-padded rows (None: K); each: [B, K, W-1, C] in the tail's
+    dtype, receives the tail after every token (padded ones repeat the last).
+    Returns y [B, K, C] in x's dtype, 0 at padded tokens.
+    Raises ValueError naming the argument, its value and the rule it breaks.
+    """
+    require_dims("x", x, 3)
+    require_dims("weight", weight, 2)
+    batch, tokens, channels = x.shape
+    width = weight.shape[1]
+    if width < 2:
+        raise ValueError(f"weight has {width} taps; a convolution with a tail needs at least 2")
+    require_shape("weight", weight, (channels, width))
+    inputs = {"x": x, "weight": weight}
+    if bias is not None:
+        require_shape("bias", bias, (channels,))
+        inputs["bias"] = bias
+    sizes = (batch, tokens, width - 1, channels)
+    require_state(conv_step_fwd_kernel, tail, slots, new, each, sizes, name="tail")
+    require_like(tail, **inputs)
+    if not weight.is_contiguous():
+        raise ValueError(f"weight has strides {weight.stride()}; it must be contiguous")
+    y = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
+    block_c, warps = CONFIGS[tail.dtype]
+    conv_step_fwd_kernel[(triton.cdiv(channels, block_c), batch)](
+        x, weight, bias, tail, slots, new, each, y, row_stride("x", x), tail.stride(0),
+        SILU=silu, K=tokens, C=channels, W=width, BLOCK_K=triton.next_power_of_2(tokens),
+        BLOCK_R=triton.next_power_of_2(width - 1), BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def conv_step_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, *, silu: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The oracle: float64; tail [B, W-1, C] already taken from its slots.
+
+    Returns y [B, K, C] and the tail after every token [B, K, W-1, C].
+    """
+    width = weight.shape[1]
+    windows = torch.cat((tail.double(), x.double()), 1).unfold(1, width, 1)
+    y = (windows * weight.double()).sum(-1)
+    y = y if bias is None else y + bias.double()
+    return F.silu(y) if silu else y, windows[..., 1:].transpose(2, 3)
+
+
+def variants() -> list[Variant]:
+    """Every shape and option that the ahead-of-time test compiles."""
+    wide, narrow = torch.float32, torch.bfloat16
+    return [
+        default_variant(),
+        _variant(narrow, 6144, 8, ragged=True, each=True),
+        _variant(narrow, 1000, 4, ragged=True),
+        _variant(wide, 6144, 1),
+        _variant(wide, 6144, 8, ragged=True, each=True),
+    ]
+
+
+def default_variant() -> Variant:
+    """One token, a bfloat16 tail of 3 rows, 6144 channels."""
+    return _variant(torch.bfloat16, 6144, 1)
+
+
+def _variant(
+    dtype: torch.dtype, channels: int, tokens: int, *, ragged: bool = False, each: bool = False
+) -> Variant:
+    pointer = POINTERS[dtype]
+    signature = dict.fromkeys(("x", "weight", "bias", "tail", "y"), pointer)
+    signature |= {"slots": "*i32", "x_row": "i32", "slot_stride": "i32"}
+    block_c, warps = CONFIGS[dtype]
+    constexprs: dict[str, Any] = {
+        "SILU": True, "K": tokens, "C": channels, "W": 4, "BLOCK_K": triton.next_power_of_2(tokens),
+        "BLOCK_R": 4, "BLOCK_C": block_c,
+    }  # fmt: skip
+    for name, used, kind in (("new", ragged, "*i32"), ("each", each, pointer)):
+        if used:
+            signature[name] = kind
+        else:
+            constexprs[name] = None
+    options = f"{'_ragged' if ragged else ''}{'_each' if each else ''}"
+    return Variant(
+        name=f"conv_step_{pointer[1:]}_{channels}_k{tokens}{options}",
+        kernel=conv_step_fwd_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=frozenset(signature),
+        num_warps=warps,
+        wide_loads=4 * block_c * dtype.itemsize // (16 * 64 * warps),
+    )
