@@ -51,7 +51,8 @@ def conv_step_fwd_kernel(  # type: ignore[no-untyped-def]
     slot = tl.load(slots + batch).to(tl.int64)
     count = K
     if new is not None:
-        count = tl.load(new + batch)
+        # Rows outside the tail and the new inputs must not be reached, whatever `new` says.
+        count = tl.minimum(tl.maximum(tl.load(new + batch), 0), K)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     x += batch * K * x_row

@@ -151,8 +151,8 @@ def require_state(
     batch, tokens, *inner = sizes
     if not state.is_cuda and not isinstance(kernel, InterpretedFunction):
         raise ValueError(f"{name} is on {state.device}; the kernel needs a GPU or the interpreter")
-    if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"K={tokens} new tokens; a step takes 1 to {MAX_TOKENS}")
+    if batch < 1 or not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"B={batch}, K={tokens} new tokens; it needs B >= 1, K 1 to {MAX_TOKENS}")
     if state.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{name} has dtype {state.dtype}; it needs float32 or bfloat16")
     require_shape(name, state, (state.shape[0], *inner))

@@ -153,6 +153,13 @@ def test_the_leaderboard_is_the_wide_table(folder: Path) -> None:
 # -- what may be missing --
 
 
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the chart library, whose bundling takes longer than all else here."""
+    monkeypatch.setattr("eval.report.vl_convert.javascript_bundle", lambda *_: "")
+
+
+@pytest.mark.usefixtures("no_library")
 def test_a_single_architecture_with_a_single_figure(tmp_path: Path) -> None:
     page = Page(write_report(record(tmp_path, timed("gqa", 1.25))))
     assert "gqa" in page.texts
@@ -161,12 +168,14 @@ def test_a_single_architecture_with_a_single_figure(tmp_path: Path) -> None:
         assert f"{plan.title}: not measured: it needs {plan.needs}." in page.text
 
 
+@pytest.mark.usefixtures("no_library")
 def test_a_lone_figure_of_quality_has_no_rank(tmp_path: Path) -> None:
     page = Page(write_report(record(tmp_path, scored("gqa", None, None))))
     assert "gqa" in page.texts
     assert pd.read_csv(tmp_path / "leaderboard.csv")["rank"].isna().all()
 
 
+@pytest.mark.usefixtures("no_library")
 def test_nothing_but_failures(tmp_path: Path) -> None:
     failed = [Row(measure=CELL_FAILED, status=Status.ERROR, note="no <luck> & more")]
     cell = Cell(arch="gqa", stage="decode", scale="70m", batch=1)
@@ -175,6 +184,7 @@ def test_nothing_but_failures(tmp_path: Path) -> None:
     assert "luck" not in {tag for tag, _ in page.elements}
 
 
+@pytest.mark.usefixtures("no_library")
 def test_pictures_that_are_no_longer_drawn_go(tmp_path: Path, folder: Path) -> None:
     record(tmp_path, timed("gqa", 1.25))
     shutil.copytree(folder / "plots", tmp_path / "plots")
@@ -183,6 +193,7 @@ def test_pictures_that_are_no_longer_drawn_go(tmp_path: Path, folder: Path) -> N
     assert [p.name for p in (tmp_path / "plots").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.usefixtures("no_library")
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     rows = [Row(measure="tpot_ms", value=1.0 + c / 1e4, context=c) for c in (256, 1024)]
     cell = Cell(arch=HOSTILE, stage="decode", scale="70m", batch=1)
@@ -195,6 +206,16 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert HOSTILE in {row.get("arch") for rows in data for row in rows}
 
 
+def test_the_library_cannot_end_its_own_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = 'const text = "</script><img src=x>";'
+    monkeypatch.setattr("eval.report.vl_convert.javascript_bundle", lambda *_: library)
+    page = Page(write_report(record(tmp_path, timed("gqa", 1.25))))
+    assert "img" not in {tag for tag, _ in page.elements}
+
+
+@pytest.mark.usefixtures("no_library")
 @pytest.mark.parametrize("at", ["leaderboard.csv", "report.html"])
 def test_a_full_disk_keeps_the_earlier_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str

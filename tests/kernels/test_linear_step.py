@@ -41,11 +41,12 @@ class Case:
 
 CASES = [
     Case(k=1),
+    Case(k=1, p=100, h=1),
     Case(k=1, n=128, p=8, inputs=torch.bfloat16),
     Case(k=2, p=20, g=2, h=4, state=torch.bfloat16),
     Case(k=4, n=64, p=12, new=(4, 0, 3)),
     Case(k=3, n=24, p=17, inputs=torch.bfloat16, state=torch.bfloat16, new=(0, 1, 3)),
-    Case(k=8, n=16, p=100, h=1, new=(8, 5, 1)),
+    Case(k=8, n=16, p=12, h=1, new=(8, 5, 1)),
 ]
 
 
@@ -211,6 +212,12 @@ def test_what_does_not_fit_is_refused_before_any_launch(change: str, interpreter
 def test_token_counts_outside_1_to_8_are_refused(tokens: int, interpreter: None) -> None:
     with pytest.raises(ValueError, match=f"K={tokens} new tokens"):
         op.linear_step(**acceptable(tokens))
+
+
+def test_an_empty_batch_is_refused(interpreter: None) -> None:
+    args = acceptable() | {"slots": int32(())}
+    with pytest.raises(ValueError, match="B=0, K=2 new tokens"):
+        op.linear_step(**args | {name: args[name][:0] for name in "qkv"})
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:

@@ -44,11 +44,12 @@ class Case:
 
 CASES = [
     Case(k=1, gate=True),
+    Case(k=1, p=100, h=1),
     Case(k=1, n=128, p=8, inputs=torch.bfloat16),
     Case(k=2, p=20, g=2, h=4, state=torch.bfloat16),
     Case(k=4, n=64, p=12, gate=True, new=(4, 0, 3)),
     Case(k=3, n=24, p=17, inputs=torch.bfloat16, state=torch.bfloat16, new=(0, 1, 3)),
-    Case(k=8, n=16, p=100, h=1, gate=True, new=(8, 5, 1)),
+    Case(k=8, n=16, p=12, h=1, gate=True, new=(8, 5, 1)),
 ]
 
 
