@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from archs.errors import unknown_name
-from kernels import attention_decode, gdn_step, linear_step, selective_step, ssm_step
+from kernels import attention_decode, conv_step, gdn_step, linear_step, selective_step, ssm_step
 from kernels.ahead import TARGETS, compile_ahead
 
 #: Every op with a Triton kernel: a module with `variants()` and `default_variant()`.
 OPS: dict[str, ModuleType] = {
     "attention_decode": attention_decode,
+    "conv_step": conv_step,
     "gdn_step": gdn_step,
     "linear_step": linear_step,
     "selective_step": selective_step,

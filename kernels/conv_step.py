@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import Variant
-from kernels.linear_step import (
+from kernels.step import (
     POINTERS,
     require_dims,
     require_like,

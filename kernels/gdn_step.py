@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import Variant
-from kernels.linear_step import (
+from kernels.step import (
     POINTERS,
     require_dims,
     require_heads,
@@ -24,8 +24,8 @@ from kernels.linear_step import (
     require_shape,
     require_state,
     row_stride,
+    softplus,
 )
-from kernels.ssm_step import softplus
 
 #: State dtype -> (BLOCK_P, num_warps): 16 bytes per thread, whole 32-byte sectors per row.
 CONFIGS: dict[torch.dtype, tuple[int, int]] = {

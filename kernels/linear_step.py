@@ -2,30 +2,29 @@
 y_t = scale · S_tᵀ q_t, with one fixed decay γ per head (retention, arXiv 2307.08621).
 
 B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
-One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. Also holds
-what the recurrent step kernels share: the checks of their arguments.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.ahead import Variant
-
-MAX_TOKENS = 8
+from kernels.step import (
+    require_dims,
+    require_heads,
+    require_like,
+    require_shape,
+    require_state,
+    row_stride,
+)
 
 #: State dtype -> (BLOCK_P, num_warps): 16 bytes per thread, whole 32-byte sectors per row.
 CONFIGS: dict[torch.dtype, tuple[int, int]] = {
     torch.float32: (8, 1),
     torch.bfloat16: (16, 1),
 }
-
-#: Triton's pointer types, by dtype: what `variants` compile for.
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 @triton.jit
@@ -105,85 +104,6 @@ def linear_step(
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps,
     )  # fmt: skip
     return y
-
-
-def require_dims(name: str, tensor: Tensor, dims: int) -> None:
-    """Raise ValueError unless the tensor has that many dimensions."""
-    if tensor.dim() != dims:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs {dims} dimensions")
-
-
-def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the tensor has that shape."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the others need {shape}")
-
-
-def require_heads(name: str, heads: int, groups: int) -> None:
-    """Raise ValueError unless every head belongs to a group."""
-    if groups == 0 or heads % groups:
-        raise ValueError(f"{name} has {heads} heads, not divisible by {groups} groups")
-
-
-def require_like(state: Tensor, **tensors: Tensor) -> None:
-    """Raise ValueError unless the tensors are floating, on the state's device, last dim dense."""
-    for name, tensor in tensors.items():
-        if tensor.device != state.device:
-            raise ValueError(f"{name} is on {tensor.device}, the state on {state.device}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}; it needs float32, bfloat16, float16"
-            )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} has strides {tensor.stride()}; the last must be 1")
-
-
-def require_state(
-    kernel: Any,
-    state: Tensor,
-    slots: Tensor,
-    new: Tensor | None,
-    each: Tensor | None,
-    sizes: tuple[int, ...],
-    name: str = "state",
-) -> None:
-    """Check the state, its slots and what may be None; sizes: (B, K, one sequence's shape)."""
-    batch, tokens, *inner = sizes
-    if not state.is_cuda and not isinstance(kernel, InterpretedFunction):
-        raise ValueError(f"{name} is on {state.device}; the kernel needs a GPU or the interpreter")
-    if batch < 1 or not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"B={batch}, K={tokens} new tokens; it needs B >= 1, K 1 to {MAX_TOKENS}")
-    if state.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{name} has dtype {state.dtype}; it needs float32 or bfloat16")
-    require_shape(name, state, (state.shape[0], *inner))
-    if not state[0].is_contiguous() or state.stride(0) < state[0].numel():
-        raise ValueError(f"{name} has strides {state.stride()}; each slot must be contiguous")
-    for other, tensor, shape, dtype in (
-        ("slots", slots, (batch,), torch.int32),
-        ("new", new, (batch,), torch.int32),
-        ("each", each, (batch, tokens, *inner), state.dtype),
-    ):
-        if tensor is None:
-            continue
-        require_shape(other, tensor, shape)
-        if tensor.dtype != dtype or tensor.device != state.device or not tensor.is_contiguous():
-            raise ValueError(
-                f"{other} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; "
-                f"it must be contiguous {dtype} on {state.device}"
-            )
-
-
-def row_stride(name: str, tensor: Tensor) -> int:
-    """Elements between consecutive tokens of [B, K, ...]; raises ValueError where they vary."""
-    batch, tokens = tensor.shape[:2]
-    row = tensor.stride(0) if tokens == 1 else tensor.stride(1)
-    evenly = batch == 1 or tokens == 1 or tensor.stride(0) == tokens * row
-    if not evenly or not tensor[0, 0].is_contiguous():
-        raise ValueError(
-            f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; tokens must be "
-            "evenly spaced and each token's channels contiguous"
-        )
-    return row
 
 
 def linear_step_ref(

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import Variant
-from kernels.linear_step import (
+from kernels.step import (
     POINTERS,
     require_dims,
     require_like,
     require_shape,
     require_state,
     row_stride,
+    softplus,
 )
-from kernels.ssm_step import softplus
 
 #: State dtype -> (BLOCK_E, num_warps): rows of N follow each other, so a tile is one run of bytes.
 CONFIGS: dict[torch.dtype, tuple[int, int]] = {

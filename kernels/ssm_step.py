@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import Variant
-from kernels.linear_step import (
+from kernels.step import (
     POINTERS,
     require_dims,
     require_heads,
@@ -24,6 +24,7 @@ from kernels.linear_step import (
     require_shape,
     require_state,
     row_stride,
+    softplus,
 )
 
 #: State dtype -> (BLOCK_P, num_warps): 16 bytes per thread, whole 32-byte sectors per row.
@@ -31,16 +32,6 @@ CONFIGS: dict[torch.dtype, tuple[int, int]] = {
     torch.float32: (8, 1),
     torch.bfloat16: (16, 1),
 }
-
-
-@triton.jit
-def softplus(x):  # type: ignore[no-untyped-def]
-    """log(1 + eˣ), as accurate as float32 allows where eˣ is small, too (step sizes are)."""
-    grown = tl.exp(tl.minimum(x, 20.0))
-    one = 1.0 + grown
-    # log(1 + e) loses e's low bits in the sum; what was lost is divided out again.
-    lost = tl.where(one == 1.0, 1.0, one - 1.0)
-    return tl.where(x > 20.0, x, tl.where(one == 1.0, grown, tl.log(one) * (grown / lost)))
 
 
 @triton.jit

@@ -46,7 +46,7 @@ main()
 def test_a_time_budget_stops_cleanly_and_the_next_run_goes_on(
     decodebench: Command, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ("run", "--suite", tmp_path / "micro.toml", "--out", "out", "--device", "cpu")
+    argv = ("run", "--suite", "micro.toml", "--out", "early", "--device", "cpu")
     early = decodebench(*argv, "--time-budget", "0.0001")
     assert early.code == 0
     assert "time budget ended" in early.out
