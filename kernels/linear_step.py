@@ -5,6 +5,8 @@ B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P
 One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from kernels.ahead import Variant
 from kernels.step import (
+    POINTERS,
     require_dims,
     require_heads,
     require_like,
