@@ -93,9 +93,7 @@ def measure_decode(
     """
     contexts = sorted(contexts)
     device = model.embedding.weight.device
-    # One row is never filled: the step that fills the last one is compiled apart, which would be
-    # within the timing.
-    most = contexts[-1] + len(contexts) * (steps + warmup) + 1
+    most = contexts[-1] + len(contexts) * (steps + warmup)
     engine = Engine(model, max_sequences=batch, max_context=most, page_size=64, compiled=compiled)
     store = engine.store
     slots = [store.add() for _ in range(batch)]

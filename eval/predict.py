@@ -43,7 +43,7 @@ def predict(
         tpot_ms = step_ms(cost, part.roofline, launch_us)
         state_bytes = model.state_bytes(step.context)
         room = part.memory_bytes - resident_bytes(model)
-        sequences = max(0, room // state_bytes)
+        sequences = max(0, room // state_bytes) if state_bytes else None
         row: Prediction = {
             "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
             "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
@@ -54,7 +54,7 @@ def predict(
             "output_tok_per_s": 1e3 * step.batch / tpot_ms,
             "output_tok_per_s_per_user": 1e3 / tpot_ms,
             "bound_by": bound_by(cost, part.roofline, launch_us),
-            "max_sequences": sequences, "fits": step.batch <= sequences,
+            "max_sequences": sequences, "fits": room >= step.batch * state_bytes,
         }  # fmt: skip
         if part.key in prices:
             # $ per hour over tokens per hour, for a million of them.

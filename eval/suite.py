@@ -134,6 +134,9 @@ class Suite:
     def __post_init__(self) -> None:
         if not self.archs:
             raise UserError(f"suite {self.name} names no archs; list at least one")
+        twice = [arch for arch in self.archs if self.archs.count(arch) > 1]
+        if twice:
+            raise UserError(f"suite {self.name} names arch '{twice[0]}' twice; name it once")
         for arch in self.archs:
             layer_names(arch, 10**6)
         for name in (*self.overrides, *(self.mqar.overrides if self.mqar else ())):

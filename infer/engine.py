@@ -65,7 +65,8 @@ class Engine:
         self.store = StateStore(
             model.state_specs(),
             max_sequences=max_sequences,
-            max_context=max_context,
+            # Compiled code takes a view of all rows for another shape: keep it out of reach.
+            max_context=max_context + compiled,
             page_size=min(page_size, max_context),
             lookback=lookback,
             device=self.device,

@@ -45,3 +45,10 @@ def test_lookback_is_refused_with_a_remedy() -> None:
     model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build()
     with pytest.raises(UserError, match="lookback=2"):
         Engine(model, lookback=2, compiled=True)
+
+
+def test_filling_the_last_row_compiles_nothing_anew() -> None:
+    model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build(seed=3)
+    engine = Engine(model, max_context=24, page_size=8, compiled=True)
+    times = engine.generate([[1, 2, 3, 4]], 20).step_ms
+    assert max(times[8:]) < 500
