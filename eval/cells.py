@@ -110,6 +110,7 @@ class Workshop:
         about = About(dtype=str(r.dtype).removeprefix("torch."))
         return about, [
             Row(measure="copy_bytes_per_s", value=r.copy_bytes_per_s),
+            Row(measure="product_bytes_per_s", value=r.product_bytes_per_s),
             Row(measure="matrix_flops_per_s", value=r.matrix_flops_per_s),
             Row(measure="ridge_flop_per_byte", value=r.ridge_flop_per_byte),
         ]

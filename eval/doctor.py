@@ -42,9 +42,14 @@ def diagnose() -> dict[str, object]:
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "dtype": str(dtype).removeprefix("torch."),
         "copy_bytes_per_s": roofline.copy_bytes_per_s,
+        "product_bytes_per_s": roofline.product_bytes_per_s,
         "matrix_flops_per_s": roofline.matrix_flops_per_s,
         "ridge_flop_per_byte": roofline.ridge_flop_per_byte,
-        "kernel_backends": {"torch": "usable"},
+        "kernel_backends": {
+            "torch": "usable",
+            "torch-compile": "usable" if shutil.which("c++") else "needs a C++ compiler",
+            "triton": "compiles ahead of time (decodebench kernels); decode does not use it yet",
+        },
         "optional": {name: _version(name) or f"absent ({why})" for name, why in OPTIONAL.items()},
         "packages_from": str(Path(__file__).resolve().parent.parent),
     }

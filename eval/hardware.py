@@ -1,7 +1,9 @@
 """This machine, measured: copy bandwidth and matrix rate, the two lines of its roofline.
 
 Model-bandwidth and model-FLOP utilisation are against these measured figures, never against a
-datasheet. Both are medians over repeats after a warm-up.
+datasheet. A third figure is for predictions: the bandwidth that a product of one row reaches,
+which is what decode is made of and on CPUs well below that of a copy. All are medians over
+repeats after a warm-up.
 """
 
 import statistics
@@ -14,11 +16,12 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Measured ceilings of one device for one dtype."""
+    """Ceilings of one device for one dtype; product_bytes_per_s: None where only a datasheet is."""
 
     copy_bytes_per_s: float
     matrix_flops_per_s: float
     dtype: torch.dtype
+    product_bytes_per_s: float | None = None
 
     @property
     def ridge_flop_per_byte(self) -> float:
@@ -27,14 +30,18 @@ class Roofline:
 
     def time_ms(self, flops: float, moved_bytes: float) -> float:
         """Least time of work that moves and computes at these rates."""
-        seconds = max(flops / self.matrix_flops_per_s, moved_bytes / self.copy_bytes_per_s)
-        return seconds * 1e3
+        return max(flops / self.matrix_flops_per_s, moved_bytes / self.read_bytes_per_s) * 1e3
+
+    @property
+    def read_bytes_per_s(self) -> float:
+        """The bandwidth that operations of a decode step can reach."""
+        return self.product_bytes_per_s or self.copy_bytes_per_s
 
 
 def measure_roofline(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Roofline:
-    """Measure copy bandwidth (read + write) and square matrix multiplication."""
+    """Measure copy bandwidth (read + write), a one-row product and a square one."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     copy_elements = (1 << 30 if cuda else 1 << 27) // dtype.itemsize
@@ -46,10 +53,15 @@ def measure_roofline(
     b = torch.ones(size, size, dtype=dtype, device=device)
     out = torch.empty_like(a)
     matrix_s = _median_s(lambda: torch.mm(a, b, out=out), device)
+    # The weights as decode reads them: column-major where `archs.backbone.lay_out` makes them so.
+    weight = source.view(-1, 4096) if cuda else source.view(4096, -1).t()
+    row = torch.ones(1, weight.shape[1], dtype=dtype, device=device)
+    product_s = _median_s(lambda: torch.nn.functional.linear(row, weight), device)
     return Roofline(
         copy_bytes_per_s=2 * source.nbytes / copy_s,
         matrix_flops_per_s=2 * size**3 / matrix_s,
         dtype=dtype,
+        product_bytes_per_s=weight.nbytes / product_s,
     )
 
 

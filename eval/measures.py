@@ -58,6 +58,7 @@ MEASURES: dict[str, Measure] = {
     "mfu": Measure("", "higher", "step_flops / (tpot · measured matrix rate)"),
     # machine
     "copy_bytes_per_s": Measure("byte/s", "higher", "measured copy bandwidth, read + write"),
+    "product_bytes_per_s": Measure("byte/s", "higher", "measured bandwidth of one-row products"),
     "matrix_flops_per_s": Measure("FLOP/s", "higher", "measured matrix rate"),
     "ridge_flop_per_byte": Measure("FLOP/byte", None, "matrix rate / copy bandwidth"),
 }

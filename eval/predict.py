@@ -131,7 +131,7 @@ def bound_by(cost: Cost, roofline: Roofline, launch_us: float = 0.0) -> str:
     spent = {"weights": 0.0, "state": 0.0, "compute": 0.0}
     for op in cost.ops:
         time_ms = roofline.time_ms(op.flops, op.bytes)
-        memory_ms = op.bytes / roofline.copy_bytes_per_s * 1e3
+        memory_ms = op.bytes / roofline.read_bytes_per_s * 1e3
         if time_ms > memory_ms:
             spent["compute"] += time_ms
         else:
