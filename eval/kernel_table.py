@@ -37,6 +37,7 @@ def kernel_table(targets: Sequence[str], *, every: bool) -> list[dict[str, objec
                     {
                         "op": op, "variant": variant.name, "target": target,
                         "registers": found.registers, "spill_bytes": found.spill_bytes,
+                        "scalar_spills": found.scalar_spills,
                         "shared_bytes": found.shared_bytes,
                         "loads": " ".join(f"{n}x{width}B" for width, n in loads),
                         "matrix_instructions": found.matrix_instructions,

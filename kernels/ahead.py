@@ -57,7 +57,11 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What the compiler made of a variant; `load_bytes` counts global loads by their width."""
+    """What the compiler made of a variant.
+
+    load_bytes counts global loads by their width. scalar_spills (AMD) are scalar registers that
+    were moved to lanes of vector registers, not to memory.
+    """
 
     name: str
     target: str
@@ -66,6 +70,7 @@ class Report:
     shared_bytes: int
     load_bytes: Mapping[int, int] = field(default_factory=dict)
     matrix_instructions: int = 0
+    scalar_spills: int = 0
 
     def faults(self, variant: Variant) -> list[str]:
         """Why this code must not ship: spills, narrow loads, no matrix unit. Empty when sound."""
@@ -139,10 +144,10 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
     for kind in _AMD_LOADS.findall(text):
         width = _AMD_WIDTH.get(kind, 1)
         widths[width] = widths.get(width, 0) + 1
-    spills = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     return {
         "registers": number("vgpr_count"),
-        "spill_bytes": max(spills, number("private_segment_fixed_size")),
+        "spill_bytes": max(4 * number("vgpr_spill_count"), number("private_segment_fixed_size")),
+        "scalar_spills": number("sgpr_spill_count"),
         "load_bytes": widths,
         "matrix_instructions": len(_MATRIX.findall(text)),
     }

@@ -11,7 +11,6 @@ The last split to arrive combines the partial results (flash-decoding, arXiv 230
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -19,20 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import Variant
+from kernels.attention_decode_checks import EIGHT_BIT, check, form, require
 
-MAX_TOKENS = 8
 #: Most splits of one sequence: the program that combines them reads one after another.
 MAX_SPLITS = 64
 #: Fewest rows worth a split of their own.
 SPLIT_ROWS = 256
 #: Multiprocessors assumed where there is no GPU to ask (those of an H200).
 INTERPRETER_SMS = 132
-HEAD_DIMS = (32, 64, 128, 256)
 BLOCKS_M = (16, 32, 64)
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-_EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +231,11 @@ def attention_decode(
     Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
     nor those of `lengths` are checked: they are read on the device only.
     """
-    batch, tokens, heads, dim, kv_heads = _check(
-        q, k_pool, v_pool, page_table, lengths, page_size, window, sinks, k_scale, v_scale, out
-    )
+    compiled = isinstance(attention_decode_fwd_kernel, triton.JITFunction)
+    batch, tokens, heads, dim, kv_heads = check(
+        q, k_pool, v_pool, page_table, lengths, page_size, window, sinks, k_scale, v_scale, out,
+        compiled=compiled,
+    )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if batch == 0:
         return out
@@ -246,7 +245,7 @@ def attention_decode(
     )
     row_blocks = triton.cdiv(group * tokens, block_m)
     parts = kv_heads * row_blocks
-    config = CONFIGS[dim, block_m, k_pool.dtype in _EIGHT_BIT]
+    config = CONFIGS[dim, block_m, k_pool.dtype in EIGHT_BIT]
 
     capacity = page_table.shape[1] * page_size
     if window is not None:
@@ -258,10 +257,10 @@ def attention_decode(
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
     if arrivals is None:
         arrivals = torch.zeros(batch * parts, dtype=torch.int32, device=q.device)
-    _require(
+    require(
         arrivals.dtype == torch.int32 and arrivals.device == q.device and arrivals.is_contiguous()
         and arrivals.numel() >= batch * parts,
-        "arrivals", _form(arrivals), f"must be contiguous int32 [>= {batch * parts}] on {q.device}",
+        "arrivals", form(arrivals), f"must be contiguous int32 [>= {batch * parts}] on {q.device}",
     )  # fmt: skip
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
@@ -296,83 +295,6 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _require(holds: bool, name: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value} {rule}")
-
-
-def _form(t: Tensor) -> str:
-    return f"{str(t.dtype)[6:]}{list(t.shape)} with strides {list(t.stride())} on {t.device}"
-
-
-def _check(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor,
-    page_size: int, window: int | None, sinks: int,
-    k_scale: Tensor | None, v_scale: Tensor | None, out: Tensor | None,
-) -> tuple[int, int, int, int, int]:  # fmt: skip
-    """Every rule of `attention_decode`; returns B, K, H, d, G."""
-    compiled = isinstance(attention_decode_fwd_kernel, triton.JITFunction)
-    _require(q.is_cuda or not compiled, "q", _form(q), f"is on {q.device}, needs cuda")
-    _require(q.dim() == 4, "q", _form(q), "must be [B, K, H, d]")
-    batch, tokens, heads, dim = q.shape
-    dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
-    _require(q.dtype in dtypes, "q", _form(q), "must be bfloat16 or float16")
-    _require(dim in HEAD_DIMS, "head_dim", dim, f"must be one of {HEAD_DIMS}")
-    _require(1 <= tokens <= MAX_TOKENS, "K", tokens, f"new tokens must be 1 to {MAX_TOKENS}")
-    strides = [q.stride(i) for i in range(3) if q.shape[i] > 1]
-    aligned = q.stride(3) == 1 and not any(s % 16 for s in strides) and q.data_ptr() % 16 == 0
-    rule = "must start at 16 bytes and have strides [16i, 16j, 16k, 1]"
-    _require(aligned, "q", _form(q), rule)
-
-    _require(page_size >= 16 and page_size % 16 == 0, "page_size", page_size,
-             "must be a positive multiple of 16")  # fmt: skip
-    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-        form = _form(pool)
-        fits = pool.dim() == 3 and pool.shape[2] == dim and pool.shape[1] % page_size == 0
-        _require(fits, name, form, f"must be [G, pages * {page_size}, {dim}]")
-        _require(pool.shape[0] > 0 and heads % pool.shape[0] == 0, name, form,
-                 f"must have heads that divide the {heads} of q")  # fmt: skip
-        _require(pool.dtype in (q.dtype, *_EIGHT_BIT), name, form,
-                 f"must be {q.dtype}, int8 or float8_e4m3fn")  # fmt: skip
-        aligned = pool.stride()[1:] == (dim, 1) and not pool.stride(0) % 16
-        _require(aligned and pool.data_ptr() % 16 == 0, name, form,
-                 f"must start at 16 bytes and have strides [16i, {dim}, 1]")  # fmt: skip
-    same = v_pool.dtype == k_pool.dtype and v_pool.shape == k_pool.shape
-    _require(same, "v_pool", _form(v_pool), f"must have k_pool's form, {_form(k_pool)}")
-    kv_heads = k_pool.shape[0]
-    eight_bit = k_pool.dtype in _EIGHT_BIT
-    if k_pool.dtype == torch.float8_e4m3fn and q.is_cuda and torch.version.hip is None:
-        able = torch.cuda.get_device_capability(q.device) >= (8, 9)
-        _require(able, "k_pool", _form(k_pool), "needs compute capability 8.9; use int8")
-
-    _require(window is None or window >= 1, "window", window, "must be None or at least 1")
-    _require(sinks >= 0, "sinks", sinks, "must be at least 0")
-    i32, f32 = torch.int32, torch.float32
-    table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.dtype == i32
-    table = table and page_table.shape[1] > 0
-    _require(table and page_table.is_contiguous(), "page_table", _form(page_table),
-             f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
-    vectors = [("lengths", lengths, batch, i32)]
-    for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
-        _require((given is not None) == eight_bit, name, given if given is None else _form(given),
-                 "must be given exactly when K and V hold 8 bits")  # fmt: skip
-        vectors += [(name, given, kv_heads, f32)] if given is not None else []
-    for name, vector, size, dtype in vectors:
-        fits = vector.shape == (size,) and vector.dtype == dtype and vector.is_contiguous()
-        _require(fits, name, _form(vector), f"must be contiguous {dtype} [{size}]")
-    if out is not None:
-        fits = out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
-        _require(fits and out.data_ptr() % 16 == 0, "out", _form(out),
-                 f"must be contiguous {q.dtype} {list(q.shape)}, from 16 bytes on")  # fmt: skip
-    others: list[tuple[str, Any]] = [("k_pool", k_pool), ("v_pool", v_pool), ("out", out)]
-    others += [("page_table", page_table), *((name, vector) for name, vector, *_ in vectors)]
-    for name, tensor in others:
-        here = tensor is None or tensor.device == q.device
-        _require(here, name, tensor.device if tensor is not None else None,
-                 f"must be on the device of q, {q.device}")  # fmt: skip
-    return batch, tokens, heads, dim, kv_heads
-
-
 def attention_decode_ref(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *,
     page_size: int, scale: float | None = None, window: int | None = None, sinks: int = 0,
@@ -403,7 +325,7 @@ def attention_decode_ref(
 def _variant(
     q: torch.dtype, kv: torch.dtype, dim: int, block_m: int, windowed: bool, page_size: int
 ) -> Variant:
-    eight_bit = kv in _EIGHT_BIT
+    eight_bit = kv in EIGHT_BIT
     config = CONFIGS[dim, block_m, eight_bit]
     pointers = {
         "q": q, "k": kv, "v": kv, "page_table": torch.int32, "lengths": torch.int32,
@@ -440,9 +362,9 @@ def variants() -> list[Variant]:
     return [
         _variant(q, kv, dim, block_m, windowed, page_size)
         for q in q_types
-        for kv in (q, *_EIGHT_BIT)
+        for kv in (q, *EIGHT_BIT)
         for (dim, block_m, eight_bit) in CONFIGS
-        if eight_bit == (kv in _EIGHT_BIT)
+        if eight_bit == (kv in EIGHT_BIT)
         for windowed in (False, True)
         for page_size in (64, 16)
         if page_size == 64 or (q == kv == torch.bfloat16 and not windowed)
