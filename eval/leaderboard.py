@@ -114,7 +114,7 @@ def tidy(long: pd.DataFrame) -> pd.DataFrame:
 
 def wide(long: pd.DataFrame) -> pd.DataFrame:
     """The leaderboard of a long table, unranked, architectures in the order of the table."""
-    long = tidy(long)
+    long = compared(tidy(long))
     rows = long[(long["arch"] != "") & ~long["measure"].isin(CURVES)]
     if rows.empty:
         raise UserError("the results hold no architecture yet; run `decodebench run` first")
@@ -125,7 +125,7 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
     table["pattern"] = by_arch["pattern"].agg(_joined)
     table["status"] = by_arch["status"].agg(_outcome)
     figures = _unpredicted(rows[rows["measure"] != CELL_FAILED])
-    figures = _paired(figures.assign(column=_names(figures)), long)
+    figures = figures.assign(column=_names(figures))
     summary = dict(list(over_seeds(figures, ["arch", "column"]).groupby("column")))
     order = {name: place for place, name in enumerate(MEASURES)}
     columns = sorted(dict.fromkeys(figures["column"]), key=lambda c: order[c.partition("@")[0]])
@@ -151,17 +151,20 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame(parts, index=table.index)], axis=1).reset_index()
 
 
-def _paired(figures: pd.DataFrame, long: pd.DataFrame) -> pd.DataFrame:
-    """Bits per byte with the intervals that compare models on the same documents."""
-    figures = figures.copy()
+def compared(long: pd.DataFrame) -> pd.DataFrame:
+    """A tidy table whose bits per byte carry the intervals that compare models with each other."""
+    scores = long[(long["measure"] == "bits_per_byte") & (long["status"] == "ok")]
+    if scores.empty:
+        return long
+    long = long.copy()
     documents = long[long["measure"] == DOCUMENTS]
     keys = keys_of(documents, IDENTITY)
-    for _, same in figures[figures["measure"] == "bits_per_byte"].groupby("column"):
+    for _, same in scores.groupby(_names(scores)):
         found = paired_intervals(documents[keys.isin(set(keys_of(same, IDENTITY)))])
         for row, arch in zip(same.index, same["arch"], strict=True):
             if arch in found:
-                figures.loc[row, ["low", "high"]] = found[arch]
-    return figures
+                long.loc[row, ["low", "high"]] = found[arch]
+    return long
 
 
 def _unpredicted(rows: pd.DataFrame) -> pd.DataFrame:
@@ -283,7 +286,8 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
         found.sort(key=lambda c: c.context or 0, reverse=longest)
         return str(found[0]) if found else None
 
-    short, long = best("tpot_ms"), best("tpot_ms", longest=True)
+    median = "tpot_p50_ms" if best("tpot_p50_ms") else "tpot_ms"
+    short, long = best(median), best(median, longest=True)
     chosen += [
         ("kB/token", best("state_bytes_per_token"), 1e-3, 2),
         ("state MB", best("state_bytes", longest=True), 1e-6, 1),
