@@ -7,6 +7,7 @@ adjacent slots, pages at home) and refuses others. Needs a C++ compiler.
 """
 
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,8 @@ def _step(
 class CompiledStep:
     """`Model.extend_last` for one token per sequence, compiled at its first calls.
 
-    Raises UserError for a store with lookback, and at the call for a batch that is not plain.
+    Raises UserError for a store with lookback, and at the call for a batch that is not plain or
+    a model whose weights have been laid out anew since.
     """
 
     def __init__(self, model: Model, *, lookback: int) -> None:
@@ -130,17 +132,23 @@ class CompiledStep:
                 "open the engine with compiled=False or lookback=0"
             )
         self.model = model
+        self._layout = model.embedding.weight.stride()
         self._tables: dict[Rotary, Tensor] | None = None
         self._held: dict[tuple[int, int], list[Held]] = {}
-        # Code compiled for another model is of no use to this one and counts against torch's limit.
-        torch.compiler.reset()
         options: dict[str, Any] = {"guard_filter_fn": _changing}
         if model.embedding.weight.device.type == "cpu":
             options["cpp_wrapper"] = True
-        self._run: Callable[..., Tensor] = torch.compile(_step, fullgraph=True, options=options)
+        # torch keeps what it compiled by code object, and our guards tell no models apart.
+        own = FunctionType(_step.__code__.replace(), globals(), _step.__name__)
+        self._run: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
 
     def __call__(self, tokens: Tensor, step: StepView) -> Tensor:
         """Logits [B, V] of tokens [B, 1] in an open step."""
+        if self.model.embedding.weight.stride() != self._layout:
+            raise UserError(
+                "another engine laid the model's weights out anew after this step was compiled; "
+                "open a new engine"
+            )
         rows = {key: _rows(step, table) for key, table in step.tables.items()}
         if self._tables is None:
             # The first step runs as written and tells which rotary tables the layers ask for.

@@ -52,3 +52,22 @@ def test_filling_the_last_row_compiles_nothing_anew() -> None:
     engine = Engine(model, max_context=24, page_size=8, compiled=True)
     times = engine.generate([[1, 2, 3, 4]], 20).step_ms
     assert max(times[8:]) < 500
+
+
+def test_weights_laid_out_anew_are_noticed() -> None:
+    model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build(seed=3)
+    compiled = Engine(model, max_context=24, compiled=True)
+    Engine(model, max_sequences=8, max_context=24)
+    with pytest.raises(UserError, match="open a new engine"):
+        compiled.generate([[1, 2, 3]], 4)
+
+
+@pytest.mark.slow
+def test_two_compiled_models_take_turns() -> None:
+    specs = [ModelSpec(arch=arch, scale=CHECK_SCALE) for arch in ("gqa", "mqa", "gqa")]
+    models = [spec.build(seed=seed) for seed, spec in enumerate(specs)]
+    expected = [Engine(model, max_context=24).generate([[1, 2, 3]], 12).tokens for model in models]
+    engines = [Engine(model, max_context=24, compiled=True) for model in models]
+    for _ in range(2):
+        found = [engine.generate([[1, 2, 3]], 12).tokens for engine in engines]
+        assert found == expected
