@@ -136,7 +136,7 @@ def run(
 
 @app.command()
 def train(
-    arch: str,
+    arch: Annotated[str, typer.Option(help="A name, a pattern or a file.")],
     scale: str = "tiny",
     corpus: str = "sotu",
     vocab_size: Annotated[int | None, typer.Option(help="Default: the scale's.")] = None,
@@ -169,7 +169,7 @@ def train(
 
 @app.command()
 def bench(
-    arch: list[str],
+    arch: Annotated[list[str], typer.Option(help="A name, a pattern or a file; repeatable.")],
     scale: str = "70m",
     batch: Annotated[str, typer.Option(help="1,8 or 1:64")] = "1",
     context: Annotated[str, typer.Option(help="256,4k or 1k:16k")] = "256,4k",

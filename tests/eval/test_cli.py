@@ -39,24 +39,33 @@ def rows_of(text: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
-        ("bench gqq", ("'gqq'", "Did you mean 'gqa'?", "mamba2")),
+        ("bench --arch gqq", ("'gqq'", "Did you mean 'gqa'?", "mamba2")),
         ("check gqq", ("'gqq'", "Did you mean 'gqa'?")),
         ("run --arch gqq", ("'gqq'", "Did you mean 'gqa'?")),
-        ("bench ./none.py", ("none.py", "does not exist", "give a registry name")),
+        ("bench --arch ./none.py", ("none.py", "does not exist", "give a registry name")),
         ("predict --arch gdn:gqa=3", ("'gdn:gqa=3'", "one positive count per architecture")),
         ("run --suite tinny", ("suite 'tinny'", "Did you mean 'tiny'?")),
         ("run --suite none.toml", ("'none.toml'", "does not exist", "give a name")),
-        ("train gqa --corpus sotuu", ("corpus 'sotuu'", "Did you mean 'sotu'?", "path:GLOB")),
-        ("train gqa --corpus path:none.txt", ("'path:none.txt'", "matches no file", "check")),
-        ("train gqa --corpus path:empty.txt", ("empty.txt", "is empty", "give it")),
-        ("train gqa --corpus path:binary.txt", ("binary.txt", "NUL byte at 3", "leave it out")),
-        ("bench gqa --scale tinny", ("scale 'tinny'", "Did you mean 'tiny'?")),
+        (
+            "train --arch gqa --corpus sotuu",
+            ("corpus 'sotuu'", "Did you mean 'sotu'?", "path:GLOB"),
+        ),
+        (
+            "train --arch gqa --corpus path:none.txt",
+            ("'path:none.txt'", "matches no file", "check"),
+        ),
+        ("train --arch gqa --corpus path:empty.txt", ("empty.txt", "is empty", "give it")),
+        (
+            "train --arch gqa --corpus path:binary.txt",
+            ("binary.txt", "NUL byte at 3", "leave it out"),
+        ),
+        ("bench --arch gqa --scale tinny", ("scale 'tinny'", "Did you mean 'tiny'?")),
         ("predict --hardware h1000", ("hardware 'h1000'", "Did you mean 'h100'?")),
-        ("bench gqa --device gpu", ("device 'gpu'", "Did you mean 'cpu'?")),
-        ("bench gqa --context 100g", ("'100g'", "not a positive count", "4k")),
-        ("bench gqa --scale tiny --context 100000m", ("GiB", "free", "lower the batch")),
-        ("bench gqa --scale tiny --batch 0", ("'0'", "positive count")),
-        ("bench gqa --scale tiny --steps 0", ("steps=0", "steps >= 1")),
+        ("bench --arch gqa --device gpu", ("device 'gpu'", "Did you mean 'cpu'?")),
+        ("bench --arch gqa --context 100g", ("'100g'", "not a positive count", "4k")),
+        ("bench --arch gqa --scale tiny --context 100000m", ("GiB", "free", "lower the batch")),
+        ("bench --arch gqa --scale tiny --batch 0", ("'0'", "positive count")),
+        ("bench --arch gqa --scale tiny --steps 0", ("steps=0", "steps >= 1")),
         ("predict --context 8:2", ("'8:2'", "low:high")),
         ("quality none.safetensors", ("none.safetensors", "does not exist", "train it first")),
         ("quality folder", ("folder/checkpoint.safetensors", "does not exist")),
@@ -67,7 +76,7 @@ def rows_of(text: str) -> list[dict[str, Any]]:
         ("run --out folder", ("'folder'", "not a run folder", "choose another --out")),
         ("run --time-budget soon", ("'soon'", "positive number", "9m")),
         ("new-arch Bad-Name", ("'Bad-Name'", "lower-case")),
-        ("bench gqa --steps many", ("--steps", "bench --help")),
+        ("bench --arch gqa --steps many", ("--steps", "bench --help")),
         ("bench", ("arch", "bench --help")),
         ("run --nothing", ("--nothing", "run --help")),
         ("benhc", ("'benhc'", "decodebench --help")),
@@ -99,7 +108,9 @@ def test_weights_beyond_memory_are_refused_before_they_are_made(
     decodebench: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("infer.memory.free_bytes", lambda _: 1 << 20)
-    decodebench("bench", "gqa", "--scale", "tiny").refuses("gqa at scale tiny needs", "free")
+    decodebench("bench", "--arch", "gqa", "--scale", "tiny").refuses(
+        "gqa at scale tiny needs", "free"
+    )
 
 
 def test_an_unwritable_leaderboard_names_the_reason(decodebench: Command, tmp_path: Path) -> None:
@@ -111,7 +122,7 @@ def test_an_unwritable_leaderboard_names_the_reason(decodebench: Command, tmp_pa
 def test_quality_on_another_corpus_is_refused(decodebench: Command, tmp_path: Path) -> None:
     write_corpus(tmp_path)
     (tmp_path / "other.txt").write_text("a wholly different text\n" * 200)
-    assert decodebench("train", "gqa", *TRAIN, "--corpus", "path:text.txt").code == 0
+    assert decodebench("train", "--arch", "gqa", *TRAIN, "--corpus", "path:text.txt").code == 0
     outcome = decodebench("quality", "runs/train", "--corpus", "path:other.txt")
     outcome.refuses("path:other.txt", "name the corpus it was trained on")
 
@@ -125,7 +136,16 @@ def test_a_failing_check_fails_the_command(
 
 def test_diverged_training_fails_the_command(decodebench: Command, tmp_path: Path) -> None:
     write_corpus(tmp_path)
-    argv = ("train", "gqa", *TRAIN, "--learning-rate", "1e30", "--corpus", "path:text.txt")
+    argv = (
+        "train",
+        "--arch",
+        "gqa",
+        *TRAIN,
+        "--learning-rate",
+        "1e30",
+        "--corpus",
+        "path:text.txt",
+    )
     outcome = decodebench(*argv, "--json")
     assert outcome.code == 1
     assert rows_of(outcome.out)[0]["status"] == "nan"
@@ -174,7 +194,18 @@ def test_leaderboard_merges_and_writes(decodebench: Command, tmp_path: Path) -> 
 
 
 def test_bench_times_a_tiny_shape(decodebench: Command) -> None:
-    argv = ("gqa", "linear", "--scale", "tiny", "--context", "16,32", "--steps", "2")
+    argv = (
+        "--arch",
+        "gqa",
+        "--arch",
+        "linear",
+        "--scale",
+        "tiny",
+        "--context",
+        "16,32",
+        "--steps",
+        "2",
+    )
     rows = rows_of(decodebench("bench", *argv, "--prompt", "8", "--json").out)
     assert [(row["arch"], row["context"]) for row in rows] == [
         ("gqa", 16), ("gqa", 32), ("linear", 16), ("linear", 32),
@@ -186,7 +217,7 @@ def test_a_checkpoint_is_scored_on_its_corpus(decodebench: Command, tmp_path: Pa
     """The corpus is too small to fill the vocabulary that was asked for."""
     write_corpus(tmp_path)
     argv = [*TRAIN, "--vocab-size", "4000", "--corpus", "path:text.txt", "--json"]
-    trained = rows_of(decodebench("train", "gqa", *argv).out)[0]
+    trained = rows_of(decodebench("train", "--arch", "gqa", *argv).out)[0]
     outcome = decodebench("quality", "runs/train", "--corpus", "path:text.txt", "--json")
     scored = rows_of(outcome.out)
     assert scored[0]["measure"] == "bits_per_byte"
@@ -203,13 +234,13 @@ def test_a_new_architecture_passes_check_trains_and_is_scored(
     assert outcome.code == 0
     assert all(verdict["passed"] for verdict in rows_of(outcome.out))
     text = ("--corpus", "path:text.txt")
-    assert decodebench("train", "my_mixer.py", *TRAIN, *text).code == 0
+    assert decodebench("train", "--arch", "my_mixer.py", *TRAIN, *text).code == 0
     decodebench("quality", "runs/train", *text).refuses("my_mixer.py", "from a file you name")
     assert decodebench("quality", "runs/train", "--arch", "my_mixer.py", *text).code == 0
 
 
 def test_a_process_of_its_own_shows_no_traceback() -> None:
-    command = [sys.executable, "-c", "from eval.cli import main; main()", "bench", "gqq"]
+    command = [sys.executable, "-c", "from eval.cli import main; main()", "bench", "--arch", "gqq"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2

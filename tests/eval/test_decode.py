@@ -91,7 +91,18 @@ def test_the_printed_table_keeps_columns_apart(
 ) -> None:
     """A row without latencies must not put its error under another title."""
     forget(monkeypatch, LinearAttention, single=True)
-    argv = ("linear", "gqa", "--scale", "tiny", "--context", "8", "--steps", "2")
+    argv = (
+        "--arch",
+        "linear",
+        "--arch",
+        "gqa",
+        "--scale",
+        "tiny",
+        "--context",
+        "8",
+        "--steps",
+        "2",
+    )
     lines = decodebench("bench", *argv).out.splitlines()
     titles = [t.strip() for t in next(x for x in lines if "arch" in x).strip("┃\n").split("┃")]
     rows = [
