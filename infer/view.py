@@ -8,29 +8,48 @@ than a window's ring can hold: then the past is gathered first and joined with t
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from archs.spec import LayerState, Seen
+from archs.spec import LayerState, Seen, StateSpec
 from infer.pages import PageTable
 from kernels.rope import rope_table
-
-if TYPE_CHECKING:
-    from infer.store import StateStore
 
 #: The position of a row that no token may see; a power of two, so exact as a float too.
 NEVER = 2**62
 
 
+class Store(Protocol):
+    """What a step needs of the store that it is a view of; `infer.store` says what each is."""
+
+    specs: list[StateSpec]
+    device: torch.device
+    max_context: int
+    lookback: int
+    lengths: list[int]
+    tables: dict[tuple[int | None, int], PageTable]
+    pools: list[dict[str, Tensor]]
+    slots: list[dict[str, Tensor]]
+    history: list[dict[str, Tensor]]
+
+    def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
+        """The home rows of `count` slots."""
+        ...
+
+    def reserve(
+        self, table: PageTable, slot: int, length: int, count: int
+    ) -> list[tuple[int, int]]:
+        """Make rows writable; the pages to copy first."""
+        ...
+
+
 class StepView:
     """An open step of K new tokens for the sequences in `slots`."""
 
-    def __init__(
-        self, store: "StateStore", slots: list[int], new_tokens: int, counts: list[int]
-    ) -> None:
+    def __init__(self, store: Store, slots: list[int], new_tokens: int, counts: list[int]) -> None:
         self.store = store
         self.slots = slots
         self.new_tokens = new_tokens

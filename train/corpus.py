@@ -122,7 +122,10 @@ def _hub(rest: str) -> tuple[Iterable[str], str]:
     except Exception as error:
         # The hub client fails in many ways (network, name, licence); all are the user's to mend.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"corpus 'hf:{rest}' cannot be loaded: {reason}") from error
+        raise UserError(
+            f"corpus 'hf:{rest}' cannot be loaded: {reason}; check its name and "
+            "the connection, or use sotu, stdlib or path:GLOB"
+        ) from error
     documents, size = [], 0
     for row in rows:
         if "text" not in row:
