@@ -137,8 +137,9 @@ class Suite:
         twice = [arch for arch in self.archs if self.archs.count(arch) > 1]
         if twice:
             raise UserError(f"suite {self.name} names arch '{twice[0]}' twice; name it once")
+        depths = [get_scale(scale).n_layers for scale in self.scales] or [10**6]
         for arch in self.archs:
-            layer_names(arch, 10**6)
+            layer_names(arch, min(depths))
         for name in (*self.overrides, *(self.mqar.overrides if self.mqar else ())):
             entry_of(name)
         if not (self.train or self.mqar or self.decode):

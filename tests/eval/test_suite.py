@@ -139,3 +139,10 @@ def test_unknown_suites_and_corpora_name_the_nearest() -> None:
         load_suite("smal")
     with pytest.raises(UserError, match=r"corpus 'stdlibs'. Did you mean 'stdlib'"):
         load_corpus("stdlibs")
+
+
+def test_a_pattern_deeper_than_a_scale_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text('archs = ["mamba2:gqa=7:1"]\n[[decode]]\nscale = "tiny"\n')
+    with pytest.raises(UserError, match=r"mamba2:gqa=7:1.*8 layers.*only 4"):
+        load_suite(str(path))
