@@ -306,7 +306,7 @@ class Workshop:
         spec = self._spec(cell.arch, get_scale(plan.scale))
         model = build_to_serve(spec, self.device, self.serving_dtype)
         about = self._about(cell.arch, model)
-        error = agreement_error(model)
+        error = agreement_error(model, compiled=plan.compiled)
         if not agrees(error, self.serving_dtype):
             note = f"extend differs from forward by {error:.1e} (relative); latencies withheld"
             raise CellFailure(Status.INCORRECT, about, note)

@@ -105,7 +105,7 @@ def bench_archs(
     rows: list[dict[str, object]] = []
     for arch in archs:
         model = build_to_serve(ModelSpec(arch=arch, scale=get_scale(scale)), device, dtype)
-        error = agreement_error(model)
+        error = agreement_error(model, compiled=compiled)
         if not agrees(error, dtype):
             rows.append({"arch": arch, "status": "incorrect", "agreement_error": error})
             continue

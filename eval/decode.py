@@ -55,18 +55,27 @@ def build_to_serve(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
     return spec.build(device=str(device), dtype=dtype).eval()
 
 
-def agreement_error(model: Model, *, tokens: int = 37, seed: int = 0) -> float:
-    """Largest difference of extend (prefill, decode, a short piece) from forward, relative."""
+def agreement_error(
+    model: Model, *, tokens: int = 37, seed: int = 0, compiled: bool = False
+) -> float:
+    """Largest difference of extend (prefill, decode, a short piece) from forward, relative.
+
+    compiled: single tokens go through the compiled step, as they will when it is timed.
+    """
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.vocab_size, (2, tokens), generator=generator).to(device)
     with torch.inference_mode():
         expected = model(ids).float()
-        engine = Engine(model, max_sequences=2, max_context=tokens, page_size=16)
+        engine = Engine(model, max_sequences=2, max_context=tokens, page_size=16, compiled=compiled)
         slots = [engine.store.add(), engine.store.add()]
         pieces, start = [], 0
         for size in (tokens - 9, 1, 1, 5, 1, 1):
-            pieces.append(engine.extend(slots, ids[:, start : start + size]))
+            piece = ids[:, start : start + size]
+            single = size == 1
+            pieces.append(
+                engine.extend_last(slots, piece)[:, None] if single else engine.extend(slots, piece)
+            )
             start += size
         got = torch.cat(pieces, 1).float()
     return ((got - expected).abs().max() / expected.abs().max()).item()

@@ -138,7 +138,7 @@ class CompiledStep:
         options: dict[str, Any] = {"guard_filter_fn": _changing}
         if model.embedding.weight.device.type == "cpu":
             options["cpp_wrapper"] = True
-        # torch keeps what it compiled by code object, and our guards tell no models apart.
+        # torch keeps what it compiled by code object, up to a limit: each engine has its own.
         own = FunctionType(_step.__code__.replace(), globals(), _step.__name__)
         self._run: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
 

@@ -117,8 +117,11 @@ def save_checkpoint(
         "torch_version": str(torch.__version__),
     }
     metadata = {"format": FORMAT, "checkpoint": json.dumps(description)}
-    # `clone` because safetensors takes no views into one storage.
-    content = save({k: v.detach().cpu().clone() for k, v in tensors.items()}, metadata)
+    # Cloned row-major: safetensors takes no views into one storage, and an engine may have laid
+    # the model's matrices out column-major.
+    rows = {k: v.detach().cpu() for k, v in tensors.items()}
+    rows = {k: v.clone(memory_format=torch.contiguous_format) for k, v in rows.items()}
+    content = save(rows, metadata)
     write_atomically(path, content)
 
 

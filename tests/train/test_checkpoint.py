@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from archs.backbone import Model
+from archs.backbone import Model, lay_out
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
@@ -222,3 +222,13 @@ def test_full_disk_leaves_the_earlier_checkpoint(
         save_checkpoint(saved, model, Optimizer(model, RECIPE), IDENTITY, Progress(step=1))
     assert saved.read_bytes() == before
     assert {p.name for p in saved.parent.iterdir()} == {CHECKPOINT_NAME, "metrics.jsonl"}
+
+
+def test_a_model_whose_matrices_are_column_major_is_saved_whole(tmp_path: Path) -> None:
+    model = lay_out(SPEC.build(seed=0), 1)
+    assert not model.embedding.weight.is_contiguous()
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(
+        path, model, Optimizer(model, RECIPE), IDENTITY, Progress(step=3, average=1 / 3)
+    )
+    assert torch.equal(load_model(path).embedding.weight, model.embedding.weight)
