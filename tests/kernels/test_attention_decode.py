@@ -211,6 +211,19 @@ def test_default_variant_compiles_soundly() -> None:
     assert compile_ahead(variant, "sm_90").faults(variant) == []
 
 
+#: What still spills, all with 8-bit caches: to be mended, and to spread no further.
+KNOWN_SPILL_BYTES = {
+    ("fp16 kv i8 d 256 m 32 page 64", "sm_90"): 8,
+    ("fp16 kv fp8e4nv d 256 m 32 page 64", "sm_90"): 16,
+    ("bf16 kv fp8e4nv d 128 m 16 page 64 window", "sm_100"): 8,
+    ("bf16 kv fp8e4nv d 256 m 16 page 64", "sm_100"): 8,
+    ("fp16 kv i8 d 256 m 16 page 64 window", "sm_100"): 16,
+    ("fp16 kv fp8e4nv d 32 m 32 page 64", "sm_100"): 8,
+    ("fp16 kv fp8e4nv d 128 m 64 page 64", "sm_100"): 24,
+    ("fp16 kv fp8e4nv d 256 m 32 page 64 window", "gfx942"): 32,
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "-"))
@@ -219,7 +232,7 @@ def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
         pytest.skip("sm_80 has no fp8e4nv; the wrapper refuses it")
     report = compile_ahead(variant, target)
     faults = report.faults(variant)
-    eight_bit = variant.constexprs["EIGHT_BIT"]
-    if eight_bit and report.spill_bytes <= 32 and [f[:6] for f in faults] == ["spills"]:
-        pytest.xfail(f"{faults[0]} with an 8-bit cache")
+    known = KNOWN_SPILL_BYTES.get((variant.name.removeprefix("attention_decode "), target), 0)
+    if known and faults == [f"spills {known} bytes"]:
+        pytest.xfail(f"{faults[0]}, known")
     assert faults == []
