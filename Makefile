@@ -2,13 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint types contract check bench-cpu clean
+# How long `make gpu` may take before it stops at a cell's end; the same command goes on.
+BUDGET ?= 2h
+GPU_OUT ?=
+
+.PHONY: run test peers lint types contract check bench bench-cpu gpu clean
 
 run: .venv/installed
 	$(BIN)/decodebench run --suite tiny --out runs/tiny
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not peers"
+
+peers: .venv/installed-peers
+	$(BIN)/python -m pytest -m peers tests/peers
 
 check: lint types contract
 
@@ -22,8 +29,15 @@ types: .venv/installed-test
 contract: .venv/installed-test
 	$(BIN)/lint-imports
 
+bench: .venv/installed-test
+	$(BIN)/python -m pytest tests/bench --benchmark-group-by=param:arch
+
 bench-cpu: .venv/installed-test
 	$(BIN)/python -m eval.bench_cpu
+
+# Runs with the Python that has torch for the GPU; nothing is installed.
+gpu:
+	$(PYTHON) -m eval.cli kernels --check --bench --time-budget $(BUDGET) $(if $(GPU_OUT),--out $(GPU_OUT))
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -37,6 +51,16 @@ bench-cpu: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+# Reference code alone is wanted of them: nothing they depend on is installed, no CUDA is built, and
+# the build uses the torch that is here (it would fetch another one for itself otherwise).
+.venv/installed-peers: .venv/installed-test constraints-peers.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-peers.txt setuptools wheel
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/pip install --quiet \
+		--disable-pip-version-check --no-deps --no-build-isolation \
+		-c constraints-peers.txt mamba-ssm fla-core
 	touch $@
 
 clean:

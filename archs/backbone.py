@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from archs.backends import BACKENDS
 from archs.cost import Cost, OpCost, Step
+from archs.errors import unknown_name
 from archs.layers import Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
 from archs.spec import LayerState, StateSpec
+
+#: A residual stream as two summands, or one and None: the norm that reads it adds them.
+Stream = tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):
@@ -28,18 +33,21 @@ class Block(nn.Module):
         self.norm_mlp = RMSNorm(d_model) if hidden else None
         self.mlp = SwiGLU(d_model, hidden) if hidden else None
 
-    def forward(self, x: Tensor, shared: Shared) -> Tensor:
-        """x: [B, T, D] -> [B, T, D]."""
-        return self._mlp(x + self.mixer(self.norm_mixer(x), shared))
+    def forward(self, x: Tensor, residual: Tensor | None, shared: Shared) -> Stream:
+        """x + residual is the stream [B, T, D]; so is what comes back, for the next norm to add."""
+        normed, stream = self.norm_mixer.after(x, residual)
+        return self._mlp(self.mixer(normed, shared), stream)
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
-        """x: [B, K, D] -> [B, K, D]."""
-        return self._mlp(x + self.mixer.extend(self.norm_mixer(x), state))
+    def extend(self, x: Tensor, residual: Tensor | None, state: LayerState) -> Stream:
+        """As `forward`, for K new tokens [B, K, D]."""
+        normed, stream = self.norm_mixer.after(x, residual)
+        return self._mlp(self.mixer.extend(normed, state), stream)
 
-    def _mlp(self, x: Tensor) -> Tensor:
+    def _mlp(self, x: Tensor, residual: Tensor) -> Stream:
         if self.mlp is None or self.norm_mlp is None:
-            return x
-        return x + self.mlp(self.norm_mlp(x))
+            return x, residual
+        normed, stream = self.norm_mlp.after(x, residual)
+        return self.mlp(normed), stream
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
@@ -70,6 +78,20 @@ class Model(nn.Module):
         self.vocab_size = vocab_size
         self.hidden = hidden
 
+    def use(self, backend: str) -> "Model":
+        """Run all operations in their forms for `backend` (`archs.backends`), in place."""
+        if backend not in BACKENDS:
+            raise unknown_name("backend", backend, BACKENDS)
+        for module in self.modules():
+            if isinstance(module, Mixer | RMSNorm | SwiGLU):
+                module.backend = backend
+        return self
+
+    @property
+    def backend(self) -> str:
+        """The backend in use."""
+        return self.norm.backend
+
     @property
     def layers(self) -> list[Block]:
         """The blocks, typed."""
@@ -77,11 +99,11 @@ class Model(nn.Module):
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Final normed hidden states, parallel form. tokens: int64 [B, T] -> [B, T, D]."""
-        x = self.embedding(tokens)
+        x, residual = self.embedding(tokens), None
         shared: Shared = {}
         for block in self.layers:
-            x = block(x, shared)
-        return self.norm(x)
+            x, residual = block(x, residual, shared)
+        return self.norm.after(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] by the tied head."""
@@ -93,10 +115,10 @@ class Model(nn.Module):
 
     def extend_hidden(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
         """Final normed hidden states of K new tokens. tokens: int64 [B, K] -> [B, K, D]."""
-        x = F.embedding(tokens, self.embedding.weight)
+        x, residual = F.embedding(tokens, self.embedding.weight), None
         for block, state in zip(self.layers, states, strict=True):
-            x = block.extend(x, state)
-        return self.norm(x)
+            x, residual = block.extend(x, residual, state)
+        return self.norm.after(x, residual)[0]
 
     def extend(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
         """Logits of K new tokens. tokens: int64 [B, K] -> [B, K, V]."""

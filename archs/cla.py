@@ -13,6 +13,7 @@ from archs.errors import UserError
 from archs.gqa import Attention, AttentionConfig, GroupedConfig
 from archs.layers import Projection
 from archs.mixer import Place, Shared
+from archs.ops.rotary import rotate_new
 from archs.spec import LayerState, StateSpec
 from kernels.rope import rotate
 
@@ -52,7 +53,7 @@ class CrossLayerAttention(Attention):
                     f"layer {self.layer} reads the KV of layer {self.owner}: run that layer "
                     "first, with the same `shared`"
                 )
-            return self._attend(self._queries(x, angles), shared[self.owner])
+            return self._attend(rotate(self._queries(x), angles), shared[self.owner])
         q, kv = self._split(x, angles)
         seen = self._all(kv)
         if shared is not None:
@@ -63,13 +64,12 @@ class CrossLayerAttention(Attention):
         """x: [B, K, D] -> [B, K, D]."""
         if self.owner is None:
             return super().extend(x, state)
-        c = self.config
-        q = self._queries(x, state.rope(c.head_dim, c.rope_theta))
+        q = rotate_new(self._queries(x), state, theta=self.config.rope_theta, backend=self.backend)
         return self._attend(q, state.seen("kv"))
 
-    def _queries(self, x: Tensor, angles: Tensor) -> Tensor:
-        """[B, K, D] -> rotated queries [B, K, H, d] of a layer without its own KV."""
-        return rotate(self.qkv(x).unflatten(-1, (-1, self.config.head_dim)), angles)
+    def _queries(self, x: Tensor) -> Tensor:
+        """[B, K, D] -> queries [B, K, H, d] of a layer without its own KV, not yet rotated."""
+        return self.qkv(x).unflatten(-1, (-1, self.config.head_dim))
 
     def state_spec(self) -> StateSpec:
         """K and V as in `gqa`, owned by the lowest layer of the group."""

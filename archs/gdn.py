@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones, masked
+from archs.ops.conv import convolve
+from archs.ops.gated_delta import gated_delta
+from archs.ops.glue import gated_rms_norm
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.causal_conv import causal_conv, conv_tail, conv_tails
-from kernels.gdn import gdn_chunk, gdn_chunk_matrix_flops, gdn_step, gdn_step_matrix_flops
-from kernels.norm import gated_rms_norm, l2_norm
+from kernels.gdn import gdn_chunk_matrix_flops, gdn_step_matrix_flops
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -82,48 +82,27 @@ class GatedDeltaNet(Mixer):
         mixed, z, b, a = self.q_k_v_z_b_a(x).split((sum(sizes[:3]), *sizes[3:]), -1)
         return mixed, z.unflatten(-1, (-1, self.config.value_dim)), b, a
 
-    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolved channels -> q, k normalised [B, K, G, N] and v [B, K, H, P]; q is scaled."""
+    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
         c = self.config
+        mixed, z, b, a = self._split(x)
+        mixed = convolve(mixed, self.conv_weight, state=state, backend=self.backend)
         keys = c.key_heads * c.key_dim
-        qk, v = mixed.split((2 * keys, mixed.shape[-1] - 2 * keys), -1)
-        q, k = l2_norm(qk.unflatten(-1, (-1, c.key_dim))).chunk(2, 2)
-        return q * c.key_dim**-0.5, k, v.unflatten(-1, (-1, c.value_dim))
-
-    def _gates(self, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay (float32) and strength, [B, K, H] each."""
-        decay = F.softplus(a.float() + self.dt_bias) * -self.A_log.float().exp()
-        return decay, b.sigmoid()
-
-    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
-        y = gated_rms_norm(y, z, self.norm_weight, self.config.eps, gate_first=False)
+        q, k, v = mixed.split((keys, keys, mixed.shape[-1] - 2 * keys), -1)
+        q, k = (t.unflatten(-1, (-1, c.key_dim)) for t in (q, k))
+        y = gated_delta(
+            q, k, v.unflatten(-1, (-1, c.value_dim)), a, b, self.A_log, self.dt_bias,
+            state=state, backend=self.backend,
+        )  # fmt: skip
+        y = gated_rms_norm(y, z, self.norm_weight, c.eps, gate_first=False, backend=self.backend)
         return self.out(y.flatten(2))
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        mixed, z, b, a = self._split(x)
-        decay, beta = self._gates(b, a)
-        y, _ = gdn_chunk(*self._heads(causal_conv(mixed, self.conv_weight)), decay, beta)
-        return self._finish(y, z)
+        return self._mix(x)
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        mixed, z, b, a = self._split(x)
-        tail = state.get("conv")
-        q, k, v = self._heads(causal_conv(mixed, self.conv_weight, tail=tail))
-        tails = conv_tails(mixed, tail, self.config.conv_width) if state.each else None
-        state.put("conv", conv_tail(mixed, tail, self.config.conv_width, new=state.new), tails)
-        decay, beta = self._gates(b, a)
-        if state.valid is not None:
-            decay, beta = masked(decay, state.valid), masked(beta, state.valid)
-        memory = state.get("memory")
-        each = None
-        if x.shape[1] <= RECURRENT_LIMIT:
-            y, each = gdn_step(q, k, v, decay, beta, memory, each=state.each)
-        else:
-            y, memory = gdn_chunk(q, k, v, decay, beta, memory)
-        state.put("memory", memory, each)
-        return self._finish(y, z)
+        return self._mix(x, state)
 
     def state_spec(self) -> StateSpec:
         """One key-by-value matrix per value head, and the convolution's tail."""

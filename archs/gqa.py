@@ -15,8 +15,10 @@ from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible
-from archs.spec import LayerState, Seen, StateSpec, TensorSpec
-from kernels.attention import attention, window_mask
+from archs.ops.attention import attend
+from archs.ops.rotary import append_rotated
+from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
+from kernels.attention import window_mask
 from kernels.rope import rope_table, rotate
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class Attention(Mixer):
         self.out = Projection(heads * dim, place.d_model, residual=True)
 
     def _split(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, K, D] -> rotated queries [B, K, H, d], rotated keys and values [B, K, 2, G, d]."""
+        """[B, T, D] -> rotated queries [B, T, H, d], rotated keys and values [B, T, 2, G, d]."""
         c = self.config
         qkv = self.qkv(x).view(*x.shape[:2], -1, c.head_dim)
         turned = c.n_heads + c.kv_heads
@@ -111,13 +113,15 @@ class Attention(Mixer):
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        q, kv = self._split(x, state.rope(self.config.head_dim, self.config.rope_theta))
-        return self._attend(q, state.append("kv", kv))
+        c = self.config
+        qkv = self.qkv(x).view(*x.shape[:2], -1, c.head_dim)
+        q, seen = append_rotated(
+            qkv, state, "kv", kv_heads=c.kv_heads, theta=c.rope_theta, backend=self.backend
+        )
+        return self._attend(q, seen)
 
-    def _attend(self, q: Tensor, seen: Seen) -> Tensor:
-        k, v = seen.rows.unbind(1)
-        out = attention(q, k, v, mask=seen.mask, causal=seen.causal)
-        return self.out(out.flatten(2))
+    def _attend(self, q: Tensor, seen: Rows) -> Tensor:
+        return self.out(attend(q, seen, backend=self.backend).flatten(2))
 
     def state_spec(self) -> StateSpec:
         """K and V of every token, 2·G·d values, within the window."""

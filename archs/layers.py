@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from archs.cost import Cost, OpCost, Step, linear_cost
-from kernels.norm import rms_norm, swiglu
+from archs.ops import glue
 
 
 class Leaf:
@@ -27,6 +27,8 @@ class Leaf:
 class RMSNorm(Leaf, nn.Module):
     """Root-mean-square norm over the last dimension, statistics in float32 (arXiv 1910.07467)."""
 
+    backend: str = "torch"
+
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
@@ -34,7 +36,13 @@ class RMSNorm(Leaf, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim] -> same shape."""
-        return rms_norm(x, self.weight, self.eps)
+        return glue.rms_norm(x, self.weight, self.eps, backend=self.backend)
+
+    def after(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum; [..., dim] each."""
+        if residual is None:
+            return self(x), x
+        return glue.add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
 
 
 class Projection(Leaf, nn.Linear):
@@ -54,6 +62,8 @@ class Projection(Leaf, nn.Linear):
 class SwiGLU(Leaf, nn.Module):
     """Gated MLP (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
+    backend: str = "torch"
+
     def __init__(self, d_model: int, hidden: int) -> None:
         super().__init__()
         self.hidden = hidden
@@ -62,7 +72,7 @@ class SwiGLU(Leaf, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(glue.swiglu(self.gate_up(x), backend=self.backend))
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

@@ -16,15 +16,12 @@ from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
-from archs.recurrent import RECURRENT_LIMIT, fill_ones, masked
+from archs.ops.decay import retention
+from archs.ops.glue import gated_rms_norm
+from archs.ops.rotary import rotate_new
+from archs.recurrent import RECURRENT_LIMIT, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.decay_scan import (
-    decay_chunk,
-    decay_chunk_matrix_flops,
-    decay_step,
-    decay_step_matrix_flops,
-)
-from kernels.norm import gated_rms_norm
+from kernels.decay_scan import decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.rope import rope_table, rotate
 
 if TYPE_CHECKING:
@@ -87,45 +84,43 @@ class LinearAttention(Mixer):
                 last = max(5.0, math.log2(c.longest) + 1)
                 exponents = torch.linspace(5.0, last, c.n_heads, dtype=torch.float64)
                 decay = torch.log1p(-torch.exp2(-exponents))
-            self._decay = decay.float().to(device)[None, None]
+                self._decay = decay.float().to(device)[None, None]
         return self._decay
 
-    def _split(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, K, D] -> q and k, not yet rotated [B, K, 2·H, N]; v and gate [B, K, H, P]."""
         c = self.config
         qk, v, gate = self.q_k_v_gate(x).split(
             (2 * c.n_heads * c.key_dim, *self.q_k_v_gate.sizes[2:]), -1
         )
-        q, k = rotate(qk.unflatten(-1, (-1, c.key_dim)), angles).chunk(2, 2)
         shape = (c.n_heads, c.value_dim)
-        return q * c.key_dim**-0.5, k, v.unflatten(-1, shape), gate.unflatten(-1, shape)
+        qk = qk.unflatten(-1, (-1, c.key_dim))
+        return qk, v.unflatten(-1, shape), gate.unflatten(-1, shape)
 
-    def _finish(self, y: Tensor, gate: Tensor) -> Tensor:
-        y = gated_rms_norm(y, gate, self.norm_weight, self.config.eps, gate_first=False)
+    def _retain(
+        self, qk: Tensor, v: Tensor, gate: Tensor, state: LayerState | None = None
+    ) -> Tensor:
+        c = self.config
+        q, k = qk.chunk(2, 2)
+        y = retention(
+            q, k, v, self.log_decay(v.device), scale=c.key_dim**-0.5, state=state,
+            backend=self.backend,
+        )  # fmt: skip
+        y = gated_rms_norm(y, gate, self.norm_weight, c.eps, gate_first=False, backend=self.backend)
         return self.out(y.flatten(2))
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
         c, tokens = self.config, x.shape[1]
         angles = rope_table(tokens, c.key_dim, c.rope_theta, x.device)[:tokens]
-        q, k, v, gate = self._split(x, angles)
-        return self._finish(decay_chunk(q, k, v, self.log_decay(x.device))[0], gate)
+        qk, v, gate = self._split(x)
+        return self._retain(rotate(qk, angles), v, gate)
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        c = self.config
-        q, k, v, gate = self._split(x, state.rope(c.key_dim, c.rope_theta))
-        decay = self.log_decay(x.device)
-        if state.valid is not None:
-            k = masked(k, state.valid)
-            decay = masked(decay.expand(*x.shape[:2], -1), state.valid)
-        memory = state.get("memory")
-        each = None
-        if x.shape[1] <= RECURRENT_LIMIT:
-            y, each = decay_step(q, k, v, decay, memory, each=state.each)
-        else:
-            y, memory = decay_chunk(q, k, v, decay, memory)
-        state.put("memory", memory, each)
-        return self._finish(y, gate)
+        qk, v, gate = self._split(x)
+        qk = rotate_new(qk, state, theta=self.config.rope_theta, backend=self.backend)
+        return self._retain(qk, v, gate, state)
 
     def state_spec(self) -> StateSpec:
         """One key-by-value matrix per head."""

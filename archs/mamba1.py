@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_ones, masked
+from archs.ops.conv import convolve
+from archs.ops.selective import selective
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.causal_conv import causal_conv, conv_tail, conv_tails
-from kernels.selective_scan import (
-    selective_scan,
-    selective_scan_matrix_flops,
-    selective_step,
-    selective_step_matrix_flops,
-)
+from kernels.selective_scan import selective_scan_matrix_flops, selective_step_matrix_flops
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -77,37 +72,24 @@ class Mamba1(Mixer):
             "dt.weight": lambda t, g: t.uniform_(-bound, bound, generator=g),
         }
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Convolved x [B, K, E] -> Δ (float32) [B, K, E], A [E, N], B, C [B, K, N]."""
+    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
         c = self.config
+        x, z = self.x_z(x).chunk(2, -1)
+        x = convolve(x, self.conv_weight, self.conv_bias, state=state, backend=self.backend)
         low, b, out = self.dt_b_c(x).split((c.dt_rank, c.state_dim, c.state_dim), -1)
-        dt = F.softplus(self.dt(low).float() + self.dt_bias)
-        return dt, -self.A_log.float().exp(), b, out
+        y = selective(
+            x, z, self.dt(low), b, out, self.A_log, self.D, self.dt_bias, state=state,
+            backend=self.backend,
+        )  # fmt: skip
+        return self.out(y)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        x, z = self.x_z(x).chunk(2, -1)
-        x = causal_conv(x, self.conv_weight, self.conv_bias)
-        y, _ = selective_scan(x, *self._inputs(x), self.D)
-        return self.out(y * F.silu(z))
+        return self._mix(x)
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        raw, z = self.x_z(x).chunk(2, -1)
-        tail = state.get("conv")
-        x = causal_conv(raw, self.conv_weight, self.conv_bias, tail)
-        tails = conv_tails(raw, tail, self.config.conv_width) if state.each else None
-        state.put("conv", conv_tail(raw, tail, self.config.conv_width, new=state.new), tails)
-        dt, a, b, c = self._inputs(x)
-        dt = masked(dt, state.valid)
-        ssm = state.get("ssm")
-        each = None
-        if x.shape[1] <= RECURRENT_LIMIT:
-            y, each = selective_step(x, dt, a, b, c, self.D, ssm, each=state.each)
-        else:
-            y, ssm = selective_scan(x, dt, a, b, c, self.D, ssm)
-        state.put("ssm", ssm, each)
-        return self.out(y.mul_(F.silu(z)))
+        return self._mix(x, state)
 
     def state_spec(self) -> StateSpec:
         """N states per channel, and the convolution's tail."""

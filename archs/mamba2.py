@@ -10,21 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones, masked
+from archs.ops.conv import convolve
+from archs.ops.decay import ssd
+from archs.ops.glue import gated_rms_norm
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.causal_conv import causal_conv, conv_tail, conv_tails
-from kernels.decay_scan import (
-    decay_chunk,
-    decay_chunk_matrix_flops,
-    decay_step,
-    decay_step_matrix_flops,
-)
-from kernels.norm import gated_rms_norm
+from kernels.decay_scan import decay_chunk_matrix_flops, decay_step_matrix_flops
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -88,49 +83,30 @@ class Mamba2(Mixer):
             (self.inner, self.conv_weight.shape[0], self.config.n_heads), -1
         )
 
-    def _scan_inputs(
-        self, mixed: Tensor, dt: Tensor, valid: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Convolved channels and raw Δ -> x [B, K, H, P] and (C, B, Δ x, Δ A)."""
+    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
         c = self.config
+        z, mixed, dt = self._split(x)
+        mixed = convolve(mixed, self.conv_weight, self.conv_bias, state=state, backend=self.backend)
         shared = c.groups * c.state_dim
         x, b, out = mixed.split((self.inner, shared, shared), -1)
-        dt = masked(F.softplus(dt.float() + self.dt_bias), valid)
-        x = x.unflatten(-1, (-1, c.head_dim))
         b, out = (t.unflatten(-1, (c.groups, -1)) for t in (b, out))
-        return x, (out, b, x * dt[..., None].to(x.dtype), dt * -self.A_log.float().exp())
-
-    def _finish(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        y = torch.addcmul(y, x, self.D[:, None].to(x.dtype)).flatten(2)
-        group = self.inner // self.config.groups
-        eps = self.config.eps
-        y = gated_rms_norm(y, z, self.norm_weight, eps, gate_first=True, group=group)
+        y = ssd(
+            x.unflatten(-1, (-1, c.head_dim)), dt, b, out, self.A_log, self.D, self.dt_bias,
+            state=state, backend=self.backend,
+        )  # fmt: skip
+        y = gated_rms_norm(
+            y.flatten(2), z, self.norm_weight, c.eps, gate_first=True,
+            group=self.inner // c.groups, backend=self.backend,
+        )  # fmt: skip
         return self.out(y)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        z, mixed, dt = self._split(x)
-        values, scan = self._scan_inputs(
-            causal_conv(mixed, self.conv_weight, self.conv_bias), dt, None
-        )
-        return self._finish(decay_chunk(*scan)[0], values, z)
+        return self._mix(x)
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        z, mixed, dt = self._split(x)
-        tail = state.get("conv")
-        convolved = causal_conv(mixed, self.conv_weight, self.conv_bias, tail)
-        tails = conv_tails(mixed, tail, self.config.conv_width) if state.each else None
-        state.put("conv", conv_tail(mixed, tail, self.config.conv_width, new=state.new), tails)
-        values, scan = self._scan_inputs(convolved, dt, state.valid)
-        ssm = state.get("ssm")
-        each = None
-        if x.shape[1] <= RECURRENT_LIMIT:
-            y, each = decay_step(*scan, ssm, each=state.each)
-        else:
-            y, ssm = decay_chunk(*scan, ssm)
-        state.put("ssm", ssm, each)
-        return self._finish(y, values, z)
+        return self._mix(x, state)
 
     def state_spec(self) -> StateSpec:
         """One state-by-channel matrix per head, and the convolution's tail."""

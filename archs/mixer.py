@@ -62,6 +62,8 @@ class Mixer(nn.Module):
     Config: ClassVar[type[MixerConfig]]
     #: Own parameters that stay in float32 and that weight decay must not touch (decays, steps).
     delicate: ClassVar[frozenset[str]] = frozenset()
+    #: Which forms of its operations run (`archs.backends`); `Model.use` sets it.
+    backend: str = "torch"
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """The parallel, causal form. x: [B, T, D] -> [B, T, D].

@@ -21,8 +21,9 @@ from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer, MixerConfig, Place, Shared
-from archs.spec import LayerState, Seen, StateSpec, TensorSpec
-from kernels.attention import attention, latent_attention
+from archs.ops.attention import attend_expanded, attend_latent
+from archs.ops.rotary import rotate_new
+from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
 from kernels.rope import rope_table, rotate
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ class LatentAttention(Mixer):
         self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim)
         self.out = Projection(heads * c.v_dim, place.d_model, residual=True)
 
-    def _down(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, K, D] -> queries [B, K, H, nope] and, rotated, [B, K, H, rope]; state rows
-        [B, K, rank + rope].
+    def _down(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, K, D] -> queries [B, K, H, nope]; what positions turn, the rotary queries and, as
+        one more head, the rotary key [B, K, H + 1, rope]; the normed latent [B, K, rank].
         """
         c = self.config
         down = self.down(x)
@@ -131,45 +132,52 @@ class LatentAttention(Mixer):
             q_latent, k_rope, latent = down.split(self.down.sizes, -1)
             q_nope, q_rope = self.q_up(self.q_norm(q_latent)).split(self.q_up.sizes, -1)
             to_turn = torch.cat((q_rope, k_rope), -1)
-        turned = rotate(to_turn.unflatten(-1, (-1, c.rope_dim)), angles)
-        rows = torch.cat((self.kv_norm(latent), turned[..., c.n_heads, :]), -1)
-        return q_nope.unflatten(-1, (c.n_heads, -1)), turned[..., : c.n_heads, :], rows
+        to_turn = to_turn.unflatten(-1, (-1, c.rope_dim))
+        return q_nope.unflatten(-1, (c.n_heads, -1)), to_turn, self.kv_norm(latent)
+
+    def _rows(self, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries [B, K, H, rope] and state rows [B, K, rank + rope]."""
+        heads = self.config.n_heads
+        return turned[..., :heads, :], torch.cat((latent, turned[..., heads, :]), -1)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D], expanded."""
         c, tokens = self.config, x.shape[1]
         angles = rope_table(tokens, c.rope_dim, c.rope_theta, x.device)[:tokens]
-        q_nope, q_rope, rows = self._down(x, angles)
+        q_nope, to_turn, latent = self._down(x)
+        q_rope, rows = self._rows(latent, rotate(to_turn, angles))
         return self._expanded(q_nope, q_rope, Seen(rows, None, True))
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         c = self.config
-        q_nope, q_rope, rows = self._down(x, state.rope(c.rope_dim, c.rope_theta))
+        q_nope, to_turn, latent = self._down(x)
+        turned = rotate_new(to_turn, state, theta=c.rope_theta, backend=self.backend)
+        q_rope, rows = self._rows(latent, turned)
         seen = state.append("latent", rows)
-        absorbs = c.absorbs(x.shape[1], seen.rows.shape[1])
+        absorbs = c.absorbs(x.shape[1], seen.length)
         return (self._absorbed if absorbs else self._expanded)(q_nope, q_rope, seen)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, seen: Seen) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, seen: Rows) -> Tensor:
         c = self.config
         latent, k_rope = seen.rows.split((c.rank, c.rope_dim), -1)
         k_nope, v = self.kv_up(latent).split(self.kv_up.sizes, -1)
         k_nope, v = (t.unflatten(-1, (c.n_heads, -1)) for t in (k_nope, v))
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, c.n_heads, -1)), -1)
         q = torch.cat((q_nope, q_rope), -1)
-        out = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask=seen.mask, causal=seen.causal)
+        out = attend_expanded(q, k.transpose(1, 2), v.transpose(1, 2), seen, backend=self.backend)
         return self.out(out.flatten(2))
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, seen: Seen) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, seen: Rows) -> Tensor:
         c = self.config
         batch, new = q_nope.shape[:2]
         up_k, up_v = self.kv_up.weight.split(self.kv_up.sizes)
         # One matrix product per head, all tokens of the batch as its rows.
         q_latent = q_nope.flatten(0, 1).transpose(0, 1) @ up_k.unflatten(0, (c.n_heads, -1))
         q_latent = q_latent.transpose(0, 1).unflatten(0, (batch, new))
-        out = latent_attention(
-            torch.cat((q_latent, q_rope), -1), seen.rows[:, None], v_dim=c.rank,
-            scale=c.qk_dim**-0.5, mask=seen.mask, causal=seen.causal,
+        out = attend_latent(
+            torch.cat((q_latent, q_rope), -1), seen, v_dim=c.rank, scale=c.qk_dim**-0.5,
+            backend=self.backend,
         )  # fmt: skip
         values = out.flatten(0, 1).transpose(0, 1) @ up_v.unflatten(0, (c.n_heads, -1)).mT
         return self.out(values.transpose(0, 1).reshape(batch, new, -1))

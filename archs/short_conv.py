@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step
 from archs.mixer import Mixer, Shared
+from archs.ops.conv import convolve
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.causal_conv import causal_conv, conv_tail, conv_tails
 
 
 class ShortConv(Mixer):
@@ -26,15 +26,14 @@ class ShortConv(Mixer):
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        return self.mixer(x + causal_conv(x, self.weight, silu=False), shared)
+        return self.mixer(x + convolve(x, self.weight, silu=False, backend=self.backend), shared)
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        tail = state.get("pre_conv")
-        y = x + causal_conv(x, self.weight, tail=tail, silu=False)
-        each = conv_tails(x, tail, self.width) if state.each else None
-        state.put("pre_conv", conv_tail(x, tail, self.width, new=state.new), each)
-        return self.mixer.extend(y, state)
+        convolved = convolve(
+            x, self.weight, state=state, name="pre_conv", silu=False, backend=self.backend
+        )
+        return self.mixer.extend(x + convolved, state)
 
     def state_spec(self) -> StateSpec:
         """The wrapped mixer's state and W - 1 input rows."""

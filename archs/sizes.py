@@ -1,6 +1,6 @@
 """Scales: the shapes at which architectures are compared, and the equal-parameter rule.
 
-Trained scales (tiny, small, base) carry real losses; deployment scales (70m to 8b) carry random
+Trained scales (micro to base) carry real losses; deployment scales (70m to 8b) carry random
 weights and real latencies. Every architecture gets the MLP width that brings its non-embedding
 parameters to those of `mha` at the same scale.
 """
@@ -70,7 +70,15 @@ SCALES: dict[str, Scale] = {
     s.name: s
     for s in (
         Scale(
+            name="micro", d_model=64, n_layers=4, head_dim=32, vocab_size=4096, seq_len=128,
+            mlp_multiple=4, window=32,
+        ),
+        Scale(
             name="tiny", d_model=128, n_layers=4, head_dim=32, vocab_size=4096, seq_len=128,
+            window=32,
+        ),
+        Scale(
+            name="mini", d_model=192, n_layers=6, head_dim=32, vocab_size=4096, seq_len=128,
             window=32,
         ),
         Scale(name="small", d_model=256, n_layers=8, head_dim=32, vocab_size=8192, seq_len=256),

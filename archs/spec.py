@@ -8,6 +8,7 @@ position.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, prod
 from typing import Protocol
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
+
+#: The position of a row that no token may see; a power of two, so exact as a float too.
+NEVER = 2**62
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +116,7 @@ class StateSpec:
 class Seen:
     """Rows of a per-token tensor as the new tokens of this step may see them.
 
-    rows:   [B, S, *shape], new rows included.
+    rows:   [B, *planes, S, row], new rows included.
     mask:   bool [1 or B, 1, K, S], True where the token may look; None when `causal` says all.
     causal: True when rows are exactly the new tokens and token i sees rows 0..i.
     """
@@ -120,6 +124,112 @@ class Seen:
     rows: Tensor
     mask: Tensor | None
     causal: bool
+
+    @property
+    def length(self) -> int:
+        """S, rows that a token may see at most."""
+        return self.rows.shape[-2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pages:
+    """A per-token tensor as a kernel reads and writes it: in pages behind a block table.
+
+    pool:     [*planes, pages * page_size, row].
+    table:    int32 [B, max_pages], the pool page of each page of a sequence.
+    past:     int32 [B], rows before this step; total: int32 [B], with its K tokens.
+    new:      int32 [B] valid new tokens of a right-padded batch (None: all K).
+    arrivals: int32 zeros that split kernels count in and leave at zero.
+    """
+
+    pool: Tensor
+    table: Tensor
+    past: Tensor
+    total: Tensor
+    new: Tensor | None
+    arrivals: Tensor
+    page_size: int
+    window: int | None
+    sinks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slots:
+    """A fixed tensor as a kernel updates it: in place, one slot per sequence.
+
+    pool:  [slots, *shape]; slots: int32 [B].
+    new:   int32 [B] valid new tokens of a right-padded batch (None: all K).
+    each:  [B, K, *shape], takes the value after every token; None where nothing rolls back.
+    """
+
+    pool: Tensor
+    slots: Tensor
+    new: Tensor | None
+    each: Tensor | None
+
+
+class PagedSeen:
+    """As `Seen`, over pages that kernels read where they lie; rows are gathered if asked for.
+
+    bound: most rows that a sequence of this step holds, K new ones included.
+    """
+
+    causal = False
+
+    def __init__(self, pages: Pages, new_tokens: int, bound: int) -> None:
+        self.pages = pages
+        self.new_tokens = new_tokens
+        self.length = bound
+
+    @property
+    def gathered(self) -> bool:
+        """Whether rows or their mask have been asked for."""
+        return "_rows_at" in self.__dict__
+
+    @cached_property
+    def _rows_at(self) -> tuple[Tensor, Tensor]:
+        """Pool rows to gather and their positions, int64 [B, S] each; S whole pages."""
+        p, size = self.pages, self.pages.page_size
+        device, most = p.table.device, p.table.shape[1]
+        pages = torch.arange(min(-(-self.length // size), most), device=device)[None]
+        again = torch.zeros_like(pages, dtype=torch.bool)
+        sink_pages = -(-p.sinks // size)
+        if p.window is not None:
+            count = -(-(p.window + self.new_tokens) // size) + 1
+            if sink_pages + count < pages.shape[1]:
+                oldest = (p.past.long() - p.window + 1).clamp(min=0) // size
+                near = oldest[:, None] + torch.arange(count, device=device)
+                sunk = torch.arange(sink_pages, device=device).expand(near.shape[0], -1)
+                # A page among the sinks must not be seen a second time within the window.
+                again = torch.cat((torch.zeros_like(sunk, dtype=torch.bool), near < sink_pages), 1)
+                again |= torch.cat((sunk, near), 1) >= most
+                pages = torch.cat((sunk, near), 1).clamp(max=most - 1)
+        pages = pages.expand(p.table.shape[0], -1)
+        offsets = torch.arange(size, device=device)
+        rows = p.table.long().gather(1, pages)[..., None] * size + offsets
+        positions = pages[..., None] * size + offsets
+        positions = positions.masked_fill(again.expand_as(pages)[..., None], NEVER)
+        return rows.flatten(1), positions.flatten(1)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[B, *planes, S, row]: a copy of the pages, rows that nobody may see included."""
+        return self.pages.pool[..., self._rows_at[0], :].movedim(-3, 0)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B, 1, K, S]."""
+        p, row = self.pages, self._rows_at[1][:, None, :]
+        at = p.past.long()[:, None, None] + torch.arange(
+            self.new_tokens, device=row.device
+        ).unsqueeze(-1)
+        mask = row <= at
+        if p.window is not None:
+            mask &= (row > at - p.window) | (row < p.sinks)
+        return mask.unsqueeze(1)
+
+
+Rows = Seen | PagedSeen
 
 
 class LayerState(Protocol):
@@ -143,11 +253,11 @@ class LayerState(Protocol):
         """Rotary angles of the new tokens, complex64 [1 or B, K, 1, dim/2]."""
         ...
 
-    def append(self, name: str, rows: Tensor) -> Seen:
+    def append(self, name: str, rows: Tensor) -> Rows:
         """Store the new rows [B, K, *shape] and return all rows the new tokens may see."""
         ...
 
-    def seen(self, name: str) -> Seen:
+    def seen(self, name: str) -> Rows:
         """What the owner's `append` returned in this step (layers that share its rows)."""
         ...
 
@@ -157,4 +267,33 @@ class LayerState(Protocol):
 
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         """The fixed tensor after the new tokens [B, *shape]; `each` [B, K, *shape]."""
+        ...
+
+
+class KernelState(LayerState, Protocol):
+    """A `LayerState` that lets kernels write into the store themselves."""
+
+    def rotary(self, dim: int, theta: float) -> Tensor:
+        """Cosines and sines of all positions, float32 [positions, dim/2, 2]."""
+        ...
+
+    @property
+    def past(self) -> Tensor:
+        """Tokens of each sequence before this step, int32 [B]."""
+        ...
+
+    def pages(self, name: str) -> Pages | None:
+        """Where a kernel may write new rows; None where they must go through `append`."""
+        ...
+
+    def written(self, name: str) -> Rows:
+        """What `append` would return, after a kernel has written the new rows into `pages`."""
+        ...
+
+    def slots(self, name: str) -> Slots:
+        """Where a kernel updates a fixed tensor; call `settle` afterwards."""
+        ...
+
+    def settle(self, name: str, slots: Slots) -> None:
+        """Keep what a rollback may need of `slots.each`."""
         ...

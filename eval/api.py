@@ -68,12 +68,13 @@ def bench(
     steps: int = 16,
     prompt: int = 0,
     device: str = "cpu",
+    backend: str = "auto",
     compiled: bool = False,
 ) -> pd.DataFrame:
     """Decode timings with random weights; an architecture that is incorrect gets no latency."""
     rows = bench_archs(
         list(archs), scale=scale, batches=batches, contexts=contexts, steps=steps, prompt=prompt,
-        device=torch.device(device), compiled=compiled,
+        device=torch.device(device), backend=backend, compiled=compiled,
     )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from archs.backbone import Model
+from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec, layer_names
 from archs.sizes import Scale, get_scale
@@ -146,20 +147,21 @@ class Workshop:
         plan = self.suite.train
         assert plan is not None
         tokens = self.tokens
-        scale = replace(get_scale(plan.scale), seq_len=plan.seq_len, vocab_size=tokens.vocab_size)
+        scale = replace(get_scale(cell.scale), seq_len=plan.seq_len, vocab_size=tokens.vocab_size)
         spec = self._spec(cell.arch, scale)
-        model = spec.build(seed=cell.seed, device=str(self.device))
+        model = self._to_train(spec, cell.seed)
         about = self._about(
             cell.arch, model, corpus=self.suite.corpus.spec,
-            tokens=plan.steps * plan.batch * plan.seq_len,
+            tokens=plan.steps * plan.batch * plan.seq_len, kernel_backend=model.backend,
         )  # fmt: skip
         data = Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=cell.seed)
         rows: list[Row] = []
-        rate = plan.learning_rates[0]
-        if len(plan.learning_rates) > 1:
-            rate = self._best_rate(cell.arch, spec, plan, watch, about, rows)
+        rates = plan.rates_at(cell.scale)
+        rate = rates[0]
+        if len(rates) > 1:
+            rate = self._best_rate(cell, spec, plan, watch, about, rows)
         result = train(
-            model, data, self._recipe(plan, rate, cell.seed), self._folder(cell),
+            model, data, self._recipe(plan, rate, rates, cell.seed), self._folder(cell),
             spec=spec, data_fingerprint=tokens.name, deadline=self.deadline,
             progress=_reporter(watch),
         )  # fmt: skip
@@ -176,28 +178,33 @@ class Workshop:
         ]
         return about, rows + self._quality(model.eval(), plan)
 
-    def _recipe(self, plan: TrainPlan, rate: float, seed: int) -> Recipe:
+    def _to_train(self, spec: ModelSpec, seed: int) -> Model:
+        model = spec.build(seed=seed, device=str(self.device))
+        return model.use(resolve_backend(AUTO, self.device))
+
+    def _recipe(self, plan: TrainPlan, rate: float, rates: tuple[float, ...], seed: int) -> Recipe:
         return Recipe.from_dict(
             {
                 "steps": plan.steps, "batch": plan.batch, "seq_len": plan.seq_len,
                 "optimizer": plan.optimizer, "schedule": plan.schedule,
                 "grad_accum": plan.grad_accum, "autocast": plan.autocast,
                 "checkpoint_every": plan.checkpoint_every, "learning_rate": rate,
-                "learning_rates": list(plan.learning_rates), "seed": seed,
+                "learning_rates": list(rates), "seed": seed,
             }
         )  # fmt: skip
 
     def _best_rate(
-        self, arch: str, spec: ModelSpec, plan: TrainPlan, watch: Watch, about: About,
+        self, cell: Cell, spec: ModelSpec, plan: TrainPlan, watch: Watch, about: About,
         rows: list[Row],
     ) -> float:  # fmt: skip
         """The sweep's best rate on development documents, with its curve as rows."""
-        seed = plan.seeds[0]
+        seed, rates = plan.seeds[0], plan.rates_at(cell.scale)
         data = Batches(self.tokens, batch=plan.batch, seq_len=plan.seq_len, seed=seed)
         found = sweep(
-            lambda: spec.build(seed=seed, device=str(self.device)),
-            data, self._recipe(plan, plan.learning_rates[0], seed),
-            lambda model: self._dev_score(model, plan), self._folder_of(arch, "sweep"),
+            lambda: self._to_train(spec, seed),
+            data, self._recipe(plan, rates[0], rates, seed),
+            lambda model: self._dev_score(model, plan),
+            self._folder_of(cell.arch, f"sweep-{cell.scale}"),
             spec=spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
             progress=_reporter(watch), deadline=self.deadline,
         )  # fmt: skip
@@ -248,9 +255,12 @@ class Workshop:
         task = MqarSpec(vocab=plan.vocab, seq_len=plan.seq_len, pairs=plan.pairs)
         data = MqarBatches(task, plan.batch, cell.seed)
         best: tuple[Estimate, int, float] | None = None
-        about = self._about(cell.arch, spec.outline(), corpus="mqar")
+        about = self._about(
+            cell.arch, spec.outline(), corpus="mqar",
+            kernel_backend=resolve_backend(AUTO, self.device),
+        )  # fmt: skip
         for rate in plan.learning_rates:
-            model = spec.build(seed=cell.seed, device=str(self.device))
+            model = self._to_train(spec, cell.seed)
             recipe = Recipe(
                 steps=plan.steps, batch=plan.batch, seq_len=plan.seq_len, learning_rate=rate,
                 weight_decay=0.1, eval_every=plan.eval_every, checkpoint_every=0, seed=cell.seed,
@@ -305,33 +315,40 @@ class Workshop:
         plan = self.suite.decode[cell.section]
         spec = self._spec(cell.arch, get_scale(plan.scale))
         model = build_to_serve(spec, self.device, self.serving_dtype)
-        about = self._about(cell.arch, model)
-        error = agreement_error(model, compiled=plan.compiled)
+        backend = resolve_backend(plan.backend, self.device)
+        label = "torch-compile" if plan.compiled else backend
+        about = self._about(cell.arch, model, kernel_backend=label)
+        try:
+            error = agreement_error(model, backend=backend, compiled=plan.compiled)
+        except (NoFormError, ValueError) as why:
+            # A kernel refuses a shape by a ValueError that names it and the rule.
+            raise CellFailure(Status.UNSUPPORTED, about, str(why)) from None
         if not agrees(error, self.serving_dtype):
             note = f"extend differs from forward by {error:.1e} (relative); latencies withheld"
             raise CellFailure(Status.INCORRECT, about, note)
         watch.at(0.1, "correct")
         rows = [Row(measure="agreement_error", value=error)]
         timings = measure_decode(
-            model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps,
+            model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
             compiled=plan.compiled,
         )  # fmt: skip
-        if plan.compiled:
-            about = replace(about, kernel_backend="torch-compile")
+        if label != "torch":
             rows.append(Row(measure="compile_s", value=timings[0].warmup_ms / 1e3,
                             batch=cell.batch, context=timings[0].context))  # fmt: skip
         for timing in timings:
             rows += self._timing_rows(model, timing)
         watch.at(0.7, f"{1e3 * cell.batch / timings[0].tpot_ms:.0f} tok/s")
         if plan.prompt:
-            warmup_ms, times = measure_ttft_ms(model, batch=cell.batch, prompt=plan.prompt)
+            warmup_ms, times = measure_ttft_ms(
+                model, batch=cell.batch, prompt=plan.prompt, backend=backend
+            )
             rows += [
                 _median("ttft_ms", times, batch=cell.batch, context=plan.prompt),
                 Row(measure="compile_s", value=warmup_ms / 1e3, batch=cell.batch,
                     context=plan.prompt),
             ]  # fmt: skip
         if plan.no_cache:
-            rows += self._baseline_rows(model, plan, cell.batch)
+            rows += self._baseline_rows(model, plan, cell.batch, backend)
         return about, rows
 
     def _timing_rows(self, model: Model, timing: DecodeTiming) -> list[Row]:
@@ -358,12 +375,14 @@ class Workshop:
             Row(measure="peak_state_bytes", value=timing.peak_state_bytes, **at),
         ]
 
-    def _baseline_rows(self, model: Model, plan: DecodePlan, batch: int) -> list[Row]:
+    def _baseline_rows(self, model: Model, plan: DecodePlan, batch: int, backend: str) -> list[Row]:
         """The same tokens with and without state, from a prompt of plan.prompt or 64 tokens."""
         length = plan.prompt or 64
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(model.vocab_size, (batch, length), generator=generator).tolist()
-        engine = Engine(model, max_sequences=batch, max_context=length + plan.no_cache)
+        engine = Engine(
+            model, max_sequences=batch, max_context=length + plan.no_cache, backend=backend
+        )
         kept = engine.generate(ids, plan.no_cache)
         bare = engine.generate_without_state(ids, plan.no_cache)
         at: dict[str, Any] = {"batch": batch, "context": length}

@@ -9,8 +9,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from archs.backends import BACKENDS
 from archs.errors import UserError
-from eval import cli_read
+from eval import cli_kernels, cli_read
 from eval.show import Json, out, show
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ INTERRUPTED = 130
 UsageError: Any = typer.BadParameter.__base__
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Backend = Annotated[str, typer.Option(help="auto, " + ", ".join(BACKENDS) + ".")]
 
 
 def resolve_device(name: str) -> Any:
@@ -148,6 +150,7 @@ def train(
     seed: int = 0,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.")] = None,
     device: Device = "auto",
+    backend: Backend = "auto",
     resume: Annotated[bool, typer.Option("--resume/--fresh")] = True,
     time_budget: str | None = None,
     json_: Json = False,
@@ -160,6 +163,7 @@ def train(
         recipe={"steps": steps, "batch": batch, "learning_rate": learning_rate,
                 "optimizer": optimizer, "seed": seed},
         out=out_dir or Path("runs") / "train", device=resolve_device(device), resume=resume,
+        backend=backend,
         time_budget_s=parse_duration_s(time_budget), console=err,
     )  # fmt: skip
     show([row], json_)
@@ -175,6 +179,7 @@ def bench(
     context: Annotated[str, typer.Option(help="256,4k or 1k:16k")] = "256,4k",
     steps: int = 16,
     prompt: Annotated[int, typer.Option(help="Prompt tokens for TTFT; 0: skip.")] = 0,
+    backend: Backend = "auto",
     compiled: Annotated[bool, typer.Option(help="Compile the decode step first.")] = False,
     device: Device = "auto",
     json_: Json = False,
@@ -186,7 +191,8 @@ def bench(
     show(
         bench_archs(
             arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
-            steps=steps, prompt=prompt, device=resolve_device(device), compiled=compiled,
+            steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
+            compiled=compiled,
         ),
         json_,
     )  # fmt: skip
@@ -209,8 +215,9 @@ def quality(
 
 
 for command in (
-    cli_read.archs, cli_read.predict, cli_read.report, cli_read.leaderboard, cli_read.claims,
-    cli_read.kernels, cli_read.doctor,
+    cli_read.archs, cli_read.predict, cli_read.crossover,
+    cli_read.isoquality, cli_read.report, cli_read.leaderboard,
+    cli_read.claims, cli_kernels.kernels, cli_read.doctor,
 ):  # fmt: skip
     app.command()(command)
 
@@ -256,3 +263,7 @@ def _require_own_packages() -> None:
                 f"package '{name}' is taken from {origin}, not from {home}; uninstall the other "
                 "one or use a virtual environment of its own (make run does)"
             )
+
+
+if __name__ == "__main__":
+    main()

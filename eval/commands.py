@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from archs.backends import NoFormError, resolve_backend
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
@@ -47,6 +48,7 @@ def train_one(
     recipe: Mapping[str, Any],
     out: Path,
     device: torch.device,
+    backend: str = "auto",
     resume: bool,
     time_budget_s: float | None,
     console: Console,
@@ -57,6 +59,7 @@ def train_one(
     shape = replace(shape, vocab_size=tokens.vocab_size, seq_len=seq_len or shape.seq_len)
     spec = ModelSpec(arch=arch, scale=shape)
     model = spec.build(seed=recipe["seed"], device=str(device))
+    model.use(resolve_backend(backend, device))
     plan = Recipe.from_dict({**recipe, "seq_len": shape.seq_len})
 
     def show(report: StepReport) -> None:
@@ -75,6 +78,7 @@ def train_one(
     )  # fmt: skip
     row: dict[str, object] = {
         "arch": arch, "status": result.status, "steps": result.steps,
+        "kernel_backend": model.backend,
         "train_loss": result.train_loss_nats, "train_tok_per_s": result.tok_per_s,
         "checkpoint": str(out / "checkpoint.safetensors"),
     }  # fmt: skip
@@ -93,33 +97,48 @@ def bench_archs(
     steps: int,
     prompt: int,
     device: torch.device,
+    backend: str = "auto",
     compiled: bool = False,
 ) -> list[dict[str, object]]:
     """Decode timings; an architecture whose extend is wrong gets no latency.
 
-    Raises UserError on counts that time nothing and where weights or state do not fit in memory.
+    backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
+    Raises UserError on counts that time nothing, on a backend that this device cannot run, and
+    where weights or state do not fit in memory.
     """
+    backend = resolve_backend(backend, device)
     if steps < 1 or prompt < 0:
         raise UserError(f"steps={steps}, prompt={prompt}: take steps >= 1 and prompt >= 0")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
     for arch in archs:
         model = build_to_serve(ModelSpec(arch=arch, scale=get_scale(scale)), device, dtype)
-        error = agreement_error(model, compiled=compiled)
+        about: dict[str, object] = {
+            "arch": arch, "kernel_backend": "torch-compile" if compiled else backend
+        }  # fmt: skip
+        try:
+            error = agreement_error(model, backend=backend, compiled=compiled)
+        except (NoFormError, ValueError) as why:
+            # A kernel refuses a shape by a ValueError that names it and the rule.
+            rows.append({**about, "status": "unsupported", "note": str(why)})
+            continue
         if not agrees(error, dtype):
-            rows.append({"arch": arch, "status": "incorrect", "agreement_error": error})
+            rows.append({**about, "status": "incorrect", "agreement_error": error})
             continue
         for batch in batches:
-            ttft = measure_ttft_ms(model, batch=batch, prompt=prompt)[1] if prompt else []
+            ttft: list[float] = []
+            if prompt:
+                _, ttft = measure_ttft_ms(model, batch=batch, prompt=prompt, backend=backend)
             for t in measure_decode(
-                model, batch=batch, contexts=contexts, steps=steps, compiled=compiled
-            ):
+                model, batch=batch, contexts=contexts, steps=steps, backend=backend,
+                compiled=compiled,
+            ):  # fmt: skip
                 p50 = t.percentile_ms(50)
                 row: dict[str, object] = {
-                    "arch": arch, "scale": scale, "batch": batch, "context": t.context,
+                    **about, "scale": scale, "batch": batch, "context": t.context,
                     "tpot_ms": t.tpot_ms, "tpot_p50_ms": p50, "tpot_p99_ms": t.percentile_ms(99),
                     "output_tok_per_s": 1e3 * batch / p50, "state_bytes": t.state_bytes,
-                    "kernel_backend": "torch-compile" if compiled else "torch", "status": "ok",
+                    "status": "ok",
                 }  # fmt: skip
                 if ttft:
                     row["ttft_ms"] = sorted(ttft)[len(ttft) // 2]

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from archs.backbone import Model, cast
+from archs.backends import resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec
 from archs.sizes import Scale, get_scale
-from infer.engine import Engine
+from eval.decode import agreement_error, agrees
+from infer.engine import PAGE_MULTIPLE, Engine
 from kernels.attention import FLOP_FORMULAS
 
 #: Largest allowed difference relative to the largest reference value, by dtype. Never softened.
@@ -41,23 +43,38 @@ class Check:
 class Subject:
     """A model under test and the tools that all checks share."""
 
-    def __init__(self, arch: str, scale: Scale = CHECK_SCALE, seed: int = 0) -> None:
+    def __init__(
+        self, arch: str, scale: Scale = CHECK_SCALE, seed: int = 0, backend: str = "torch",
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.spec = ModelSpec(arch=arch, scale=scale)
-        self.model = self.spec.build(seed=seed)
+        self.model = self.spec.build(seed=seed, device=device)
         self.seed = seed
+        self.backend = backend
+        self.device = device
+
+    @torch.inference_mode()
+    def expected(self, tokens: Tensor) -> Tensor:
+        """The reference: the torch form of `forward`."""
+        logits: Tensor = self.model.use("torch")(tokens)
+        self.model.use(self.backend)
+        return logits
 
     def tokens(self, batch: int, length: int, seed: int = 1) -> Tensor:
         """Random token ids, int64 [batch, length]."""
         generator = torch.Generator().manual_seed(self.seed * 1000 + seed)
-        return torch.randint(self.spec.scale.vocab_size, (batch, length), generator=generator)
+        vocab = self.spec.scale.vocab_size
+        return torch.randint(vocab, (batch, length), generator=generator).to(self.device)
 
     def engine(
         self, sequences: int, context: int, *, page_size: int = 5, lookback: int = 0
     ) -> Engine:
         """An engine with awkward page sizes, to meet every boundary."""
+        if self.backend != "torch":
+            page_size = -(-page_size // PAGE_MULTIPLE) * PAGE_MULTIPLE
         return Engine(
             self.model, max_sequences=sequences, max_context=context, page_size=page_size,
-            lookback=lookback,
+            lookback=lookback, backend=self.backend,
         )  # fmt: skip
 
     def run(self, engine: Engine, slots: list[int], tokens: Tensor, sizes: list[int]) -> Tensor:
@@ -101,8 +118,7 @@ def check_split_law(subject: Subject) -> Check:
     worst = 0.0
     for seed, (batch, length) in enumerate([(1, 1), (2, 31), (1, 67), (3, 48)]):
         tokens = subject.tokens(batch, length, seed)
-        with torch.inference_mode():
-            expected = subject.model(tokens)
+        expected = subject.expected(tokens)
         whole = subject.engine(batch, length)
         slots = [whole.store.add() for _ in range(batch)]
         worst = max(worst, error_of(whole.extend(slots, tokens), expected))
@@ -180,8 +196,7 @@ def check_fork(subject: Subject) -> Check:
         (torch.cat((prefix, right), 1), left[:, :5], got_both[:1]),
         (torch.cat((prefix, right), 1), right[:, :5], got_both[1:]),
     ):
-        with torch.inference_mode():
-            expected = subject.model(torch.cat((past, tokens), 1))[:, past.shape[1] :]
+        expected = subject.expected(torch.cat((past, tokens), 1))[:, past.shape[1] :]
         worst = max(worst, error_of(got, expected))
     for slot in (parent, child, grandchild):
         engine.store.release(slot)
@@ -207,8 +222,7 @@ def check_rollback(subject: Subject) -> Check:
             engine.store.rollback(slot, back)
         got = subject.run(engine, slots, rest, [1, 2, 18])
         kept = torch.cat((prefix, drafts[:, : taken - back], rest), 1)
-        with torch.inference_mode():
-            expected = subject.model(kept)[:, -rest.shape[1] :]
+        expected = subject.expected(kept)[:, -rest.shape[1] :]
         worst = max(worst, error_of(got, expected))
     return _within("rollback", worst)
 
@@ -305,6 +319,16 @@ def _within(name: str, worst: float) -> Check:
     return Check(name, worst <= limit, f"largest relative error {worst:.1e} (limit {limit:.0e})")
 
 
+def check_kernels(subject: Subject) -> Check:
+    """On a GPU our kernels, prefill and graphs included, give what the torch forms give."""
+    if not torch.cuda.is_available():
+        return Check("triton equals torch", True, "not measured: this machine has no CUDA device")
+    model = subject.spec.build(seed=subject.seed, device="cuda", dtype=torch.bfloat16)
+    error = agreement_error(model, backend=resolve_backend("triton", torch.device("cuda")))
+    detail = f"largest relative error {error:.1e} in bfloat16"
+    return Check("triton equals torch", agrees(error, torch.bfloat16), detail)
+
+
 CHECKS: dict[str, Callable[[Subject], Check]] = {
     "split-law": check_split_law,
     "causality": check_causality,
@@ -315,6 +339,7 @@ CHECKS: dict[str, Callable[[Subject], Check]] = {
     "flops": check_flops,
     "gradients": check_gradients,
     "bfloat16": check_bfloat16,
+    "kernels": check_kernels,
 }
 
 

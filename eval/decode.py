@@ -16,17 +16,23 @@ from archs.backbone import Model
 from archs.cost import Cost, Step
 from archs.registry import ModelSpec
 from eval.hardware import now_s
+from infer.clock import StepClock
 from infer.engine import Engine
 from infer.memory import require_memory
+from infer.sampling import Sampler, Sampling
 
 #: How far extend may be from forward before its latency is withheld, relative to the logits'
 #: largest value. The recurrent and chunked forms sum in different orders.
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
+#: After the prompt: single steps (as written, captured and replayed, with graphs) and a draft.
+SHORT_PIECES = (1, 1, 5, 1, 1, 1)
+LEAST_ON_GPU = 1200
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiming:
-    """Decode at one batch and context; times of single steps, warm-up apart."""
+    """Decode at one batch and context; times of single steps, warm-up and compilation apart."""
 
     batch: int
     context: int
@@ -56,29 +62,54 @@ def build_to_serve(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
 
 
 def agreement_error(
-    model: Model, *, tokens: int = 37, seed: int = 0, compiled: bool = False
+    model: Model,
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    backend: str = "torch",
+    compiled: bool = False,
 ) -> float:
-    """Largest difference of extend (prefill, decode, a short piece) from forward, relative.
+    """Largest difference of extend (prefill, decode, a short piece) from the torch form of
+    forward, relative.
 
-    compiled: single tokens go through the compiled step, as they will when it is timed.
+    tokens: length of the sequences (None: enough to reach every path that is timed).
+    backend, compiled: single tokens go through the step that will be timed, graphs included.
     """
     device = model.embedding.weight.device
+    tokens = tokens or _telling_length(model)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.vocab_size, (2, tokens), generator=generator).to(device)
+    first = tokens - sum(SHORT_PIECES)
     with torch.inference_mode():
-        expected = model(ids).float()
-        engine = Engine(model, max_sequences=2, max_context=tokens, page_size=16, compiled=compiled)
+        hidden = model.use("torch").hidden_states(ids)[:, first - 1 :]
+        expected = model.logits(hidden).float()
+        del hidden
+        engine = Engine(
+            model, max_sequences=2, max_context=tokens, backend=backend, compiled=compiled
+        )
         slots = [engine.store.add(), engine.store.add()]
-        pieces, start = [], 0
-        for size in (tokens - 9, 1, 1, 5, 1, 1):
-            piece = ids[:, start : start + size]
-            single = size == 1
+        pieces = [engine.prefill(slots, ids[:, :first].tolist())[:, None]]
+        for size in SHORT_PIECES:
+            piece = ids[:, first : first + size]
+            # Cloned: the next replay of a graph writes to the same logits.
             pieces.append(
-                engine.extend_last(slots, piece)[:, None] if single else engine.extend(slots, piece)
+                engine.extend_last(slots, piece)[:, None].clone()
+                if size == 1
+                else engine.extend(slots, piece)
             )
-            start += size
+            first += size
         got = torch.cat(pieces, 1).float()
     return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def _telling_length(model: Model) -> int:
+    """Tokens after which what is timed has been at work. On a GPU: several splits of a context,
+    their combination, and windows that have wrapped; elsewhere there is one path for all lengths.
+    """
+    if model.embedding.weight.device.type != "cuda":
+        return 37
+    windows = [spec.window or 0 for spec in model.state_specs()]
+    return max(LEAST_ON_GPU, *windows) + 64
 
 
 def agrees(error: float, dtype: torch.dtype) -> bool:
@@ -93,17 +124,23 @@ def measure_decode(
     contexts: Sequence[int],
     steps: int,
     warmup: int = 3,
+    backend: str = "torch",
     compiled: bool = False,
 ) -> list[DecodeTiming]:
     """Time decode steps of `batch` sequences at each context, in ascending order.
 
-    compiled: through `infer.compiled`; the compile time is then in the first warm-up.
+    Greedy, each step fed by the one before; on a GPU nothing waits between steps. Compilation and
+    the capture of a graph are in the warm-up of the first context.
     Raises UserError where the state does not fit in memory.
     """
     contexts = sorted(contexts)
     device = model.embedding.weight.device
     most = contexts[-1] + len(contexts) * (steps + warmup)
-    engine = Engine(model, max_sequences=batch, max_context=most, page_size=64, compiled=compiled)
+    engine = Engine(
+        model, max_sequences=batch, max_context=most, page_size=64, backend=backend,
+        compiled=compiled,
+    )  # fmt: skip
+    sampler = Sampler(Sampling(), device, backend=backend)
     store = engine.store
     slots = [store.add() for _ in range(batch)]
     tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
@@ -112,11 +149,12 @@ def measure_decode(
         store.fill(slots, max(0, context - store.lengths[slots[0]]))
         at = store.lengths[slots[0]]
         held = store.allocated_bytes // batch
-        times = []
+        clock = StepClock(device)
+        clock.mark()
         for _ in range(warmup + steps):
-            began = now_s(device)
-            tokens = engine.extend_last(slots, tokens).argmax(-1, keepdim=True)
-            times.append((now_s(device) - began) * 1e3)
+            tokens = sampler(engine.extend_last(slots, tokens))[:, None]
+            clock.mark()
+        times = clock.spans_ms()
         timings.append(
             DecodeTiming(
                 batch=batch, context=at, step_ms=tuple(times[warmup:]),
@@ -128,7 +166,7 @@ def measure_decode(
 
 
 def measure_ttft_ms(
-    model: Model, *, batch: int, prompt: int, repeats: int = 3
+    model: Model, *, batch: int, prompt: int, repeats: int = 3, backend: str = "torch"
 ) -> tuple[float, list[float]]:
     """Time to the first token of `batch` prompts: (warm-up ms, ms of each repeat)."""
     device = model.embedding.weight.device
@@ -136,7 +174,7 @@ def measure_ttft_ms(
     ids = torch.randint(model.vocab_size, (batch, prompt), generator=generator).tolist()
     times = []
     for _ in range(repeats + 1):
-        engine = Engine(model, max_sequences=batch, max_context=prompt + 1)
+        engine = Engine(model, max_sequences=batch, max_context=prompt + 1, backend=backend)
         slots = [engine.store.add() for _ in range(batch)]
         began = now_s(device)
         engine.prefill(slots, ids).argmax(-1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from archs.backends import why_unusable
 from eval.hardware import measure_roofline
 from eval.results import hardware_name
 from infer.memory import free_bytes
@@ -45,14 +46,42 @@ def diagnose() -> dict[str, object]:
         "product_bytes_per_s": roofline.product_bytes_per_s,
         "matrix_flops_per_s": roofline.matrix_flops_per_s,
         "ridge_flop_per_byte": roofline.ridge_flop_per_byte,
-        "kernel_backends": {
-            "torch": "usable",
-            "torch-compile": "usable" if shutil.which("c++") else "needs a C++ compiler",
-            "triton": "compiles ahead of time (decodebench kernels); decode does not use it yet",
-        },
+        "kernel_backends": _backends(device),
         "optional": {name: _version(name) or f"absent ({why})" for name, why in OPTIONAL.items()},
         "packages_from": str(Path(__file__).resolve().parent.parent),
     }
+
+
+#: The library behind each baseline backend.
+LIBRARY = {"sdpa": "torch", "flash-attn": "flash_attn", "mamba-ssm": "mamba_ssm", "fla": "fla"}
+
+
+def _backends(device: torch.device) -> dict[str, str]:
+    """Each backend: usable, or why not."""
+    compiler = "usable" if shutil.which("c++") else "needs a C++ compiler"
+    found = {"torch": "usable", "torch-compile": compiler, "triton": _triton(device)}
+    for name, library in LIBRARY.items():
+        here = importlib.util.find_spec(library) is not None
+        found[name] = found["triton"] if here else f"{library} is not installed"
+    return found
+
+
+def _triton(device: torch.device) -> str:
+    """Whether a kernel of ours runs here, tried."""
+    if device.type != "cuda":
+        return "needs a CUDA device; kernels compile ahead of time (decodebench kernels)"
+    reason = why_unusable(device)
+    if reason is not None:
+        return reason
+    try:
+        from kernels.norm_triton import rms_norm
+
+        ones = torch.ones(2, 64, device=device, dtype=torch.bfloat16)
+        right = bool((rms_norm(ones, ones[0], 0.0) == 1).all())
+    except Exception as error:
+        # A Triton that cannot compile or launch may fail in any way; that is the finding.
+        return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "usable" if right else "gives wrong results on this device"
 
 
 def _version(name: str) -> str:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import tomli_w
@@ -100,9 +101,9 @@ def plan(workshop: Workshop) -> list[Planned]:
             cell = Cell(arch=arch, stage="cost", scale=scale)
             cells.append(Planned(cell, 0.3, _bind(workshop.cost, cell)))
     if train is not None:
-        for seed in train.seeds:
+        for seed, scale in product(train.seeds, train.scales):
             for arch in suite.archs:
-                cell = Cell(arch=arch, stage="train", scale=train.scale, seed=seed)
+                cell = Cell(arch=arch, stage="train", scale=scale, seed=seed)
                 steps = train.steps + len(train.learning_rates) * train.sweep_steps * (
                     seed == train.seeds[0]
                 )

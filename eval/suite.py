@@ -13,6 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from archs.backends import AUTO, BACKENDS
 from archs.errors import UserError, unknown_name
 from archs.registry import entry_of, layer_names
 from archs.sizes import get_scale
@@ -34,6 +35,8 @@ class TrainPlan:
     """The trained scale and its recipe; the same tokens in the same order for every arch.
 
     learning_rates: more than one is a sweep of `sweep_steps` each; the best one trains.
+    ladder: further scales, trained on the same tokens with rates fitted to their width: what
+      `decodebench isoquality` needs.
     """
 
     scale: str
@@ -48,13 +51,25 @@ class TrainPlan:
     grad_accum: int = 1
     autocast: str = "none"
     checkpoint_every: int = 0
+    ladder: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        get_scale(self.scale)
+        for scale in self.scales:
+            get_scale(scale)
         if not self.learning_rates or not self.seeds:
             raise UserError("train.learning_rates and train.seeds need at least one entry")
         if len(self.learning_rates) > 1 and self.sweep_steps < 1:
             raise UserError("several train.learning_rates need train.sweep_steps >= 1")
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """Every scale that is trained, the suite's own first."""
+        return tuple(dict.fromkeys((self.scale, *self.ladder)))
+
+    def rates_at(self, scale: str) -> tuple[float, ...]:
+        """Learning rates to try at a scale: those of `self.scale`, times (d / d')^0.5."""
+        factor = (get_scale(self.scale).d_model / get_scale(scale).d_model) ** 0.5
+        return tuple(rate * factor for rate in self.learning_rates)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +115,7 @@ class DecodePlan:
     prompt: tokens of the prompts that time to first token is measured on (0: not measured).
     no_cache: new tokens generated without any state as the baseline (0: none).
     compiled: compile the decode step; takes a while per architecture, and pays at small sizes.
+    backend: one of `archs.backends`, or auto.
     """
 
     scale: str
@@ -109,9 +125,12 @@ class DecodePlan:
     prompt: int = 0
     no_cache: int = 0
     compiled: bool = False
+    backend: str = AUTO
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
+        if self.backend not in (AUTO, *BACKENDS):
+            raise unknown_name("backend", self.backend, (AUTO, *BACKENDS))
         if min(self.batches, default=0) < 1 or min(self.contexts, default=0) < 1:
             raise UserError("decode.batches and decode.contexts need entries, all of them >= 1")
         if self.steps < 2 or self.prompt < 0 or self.no_cache == 1 or self.no_cache < 0:
@@ -149,12 +168,12 @@ class Suite:
     def scales(self) -> list[str]:
         """Every scale that the suite names, in order."""
         named = [d.scale for d in self.decode]
-        return list(dict.fromkeys([*([self.train.scale] if self.train else []), *named]))
+        return list(dict.fromkeys([*self.trained_scales, *named]))
 
     @property
     def trained_scales(self) -> list[str]:
         """Scales with real losses."""
-        return [self.train.scale] if self.train else []
+        return list(self.train.scales) if self.train else []
 
     def as_toml(self) -> dict[str, Any]:
         """The suite as plain values, absent sections left out."""

@@ -1,10 +1,10 @@
 """One decode engine for all architectures: prefill and decode are both `extend`.
 
 The engine owns the loop (lengths, sampling, timing); the model sees only layer states. Every
-token's time is taken, so percentiles are over steps. Timing synchronises the device.
+token's time is taken, so percentiles are over steps. On a GPU tokens stay there: unless somebody
+looks at each one (`stop`, `on_token`), the host does not wait between decode steps.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,9 +13,18 @@ from torch import Tensor
 
 from archs.backbone import Model, lay_out
 from archs.errors import UserError
+from archs.spec import LayerState
+from infer import device
+from infer.clock import StepClock
 from infer.compiled import CompiledStep
+from infer.graphs import GraphedStep
 from infer.sampling import Sampler, Sampling
 from infer.store import StateStore
+from infer.view import StepView
+
+#: Rows of a page that kernels can read come in multiples of this; some libraries want more.
+PAGE_MULTIPLE = 16
+PAGE_MULTIPLES = {"flash-attn": 256}
 
 
 @dataclass(slots=True)
@@ -44,8 +53,14 @@ class Generation:
 class Engine:
     """A model and the store that its sequences live in; lays the model's matrices out for it.
 
-    compiled: compile the decode step at its first calls (`infer.compiled`; plain batches only).
+    page_size: tokens of a page (None: what suits the backend).
+    backend: which forms of the operations run (`archs.backends`), for this model from now on
+      (None: those that it is set to).
+    compiled: compile the decode step at its first calls (`infer.compiled`; plain batches only,
+      backend torch only).
+    graphs: replay the decode step as a CUDA graph (None: on CUDA, but for backend torch).
     prefill_chunk: longest piece of a prompt processed at once (None: the whole prompt).
+    Raises UserError on options that exclude each other and on pages that kernels cannot read.
     """
 
     def __init__(
@@ -54,30 +69,74 @@ class Engine:
         *,
         max_sequences: int = 1,
         max_context: int = 2048,
-        page_size: int = 64,
+        page_size: int | None = None,
         lookback: int = 0,
         prefill_chunk: int | None = 2048,
+        backend: str | None = None,
         compiled: bool = False,
+        graphs: bool | None = None,
     ) -> None:
-        self.model = lay_out(model.eval(), max_sequences)
+        backend = backend or model.backend
         self.device = model.embedding.weight.device
         self.prefill_chunk = prefill_chunk
+        self.backend = backend
+        plain = backend == "torch"
+        multiple = PAGE_MULTIPLES.get(backend, PAGE_MULTIPLE)
+        if compiled and not plain:
+            raise UserError(
+                f"compiled=True compiles the torch forms, backend={backend} has its own kernels; "
+                "take one of them"
+            )
+        if graphs and plain:
+            raise UserError("graphs=True needs states on the device; take backend=triton")
+        page_size = page_size or max(64, 1 if plain else multiple)
+        if not plain and page_size % multiple:
+            raise UserError(
+                f"page_size={page_size} must be a multiple of {multiple} for backend {backend}; "
+                f"take {max(64, multiple)}"
+            )
+        self.model = lay_out(model.eval(), max_sequences).use(backend)
+        longest = max_context if plain else -(-max_context // multiple) * multiple
+        page_size = min(page_size, longest)
         self.store = StateStore(
             model.state_specs(),
             max_sequences=max_sequences,
             # Compiled code takes a view of all rows for another shape: keep it out of reach.
             max_context=max_context + compiled,
-            page_size=min(page_size, max_context),
+            page_size=page_size,
             lookback=lookback,
             device=self.device,
         )
         self.compiled = CompiledStep(self.model, lookback=lookback) if compiled else None
+        self._on_device = None if plain else device.DeviceState(self.store)
+        self.graphed: GraphedStep | None = None
+        wanted = self.device.type == "cuda" if graphs is None else graphs
+        if wanted and self._on_device is not None:
+            self.graphed = GraphedStep(self.model, self._on_device)
+
+    @property
+    def kernel_backend(self) -> str:
+        """What runs the decode step, as it stands in results."""
+        return self.backend if self.compiled is None else "torch-compile"
+
+    def _layers(self, step: StepView) -> list[LayerState]:
+        self._require_backend()
+        if self._on_device is None:
+            return step.layers
+        return device.view(self._on_device, step).layers
+
+    def _require_backend(self) -> None:
+        if self.model.backend != self.backend:
+            raise UserError(
+                f"the model was put on backend {self.model.backend} after this engine was opened "
+                f"on {self.backend}; open a new engine"
+            )
 
     @torch.inference_mode()
     def extend(self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of K new tokens [B, K] per sequence (`new` [B] of them valid)."""
         step = self.store.begin(slots, tokens.shape[1], new)
-        logits = self.model.extend(tokens, step.layers)
+        logits = self.model.extend(tokens, self._layers(step))
         self.store.commit(step)
         return logits
 
@@ -85,12 +144,19 @@ class Engine:
     def extend_last(
         self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, V] of each sequence's last valid token."""
+        """Logits [B, V] of each sequence's last valid token.
+
+        Those of a replayed graph are valid until the next step.
+        """
         step = self.store.begin(slots, tokens.shape[1], new)
+        single = tokens.shape[1] == 1 and new is None
         if self.compiled is not None and tokens.shape[1] == 1:
             logits = self.compiled(tokens, step)
+        elif self.graphed is not None and single:
+            self._require_backend()
+            logits = self.graphed(tokens, step)
         else:
-            logits = self.model.extend_last(tokens, step.layers)
+            logits = self.model.extend_last(tokens, self._layers(step))
         self.store.commit(step)
         return logits
 
@@ -107,11 +173,11 @@ class Engine:
         for start in range(0, max(lengths), chunk):
             pieces = [list(p[start : start + chunk]) for p in prompts]
             width = max(len(p) for p in pieces)
-            counts = torch.tensor([len(p) for p in pieces], device=self.device)
+            counts = torch.tensor([len(p) for p in pieces])
             tokens = torch.tensor([p + [0] * (width - len(p)) for p in pieces], device=self.device)
             new = None if all(len(p) == width for p in pieces) else counts
             fresh = self.extend_last(slots, tokens, new)
-            ends = counts > 0
+            ends = (counts > 0).to(self.device)
             logits = fresh if logits is None else torch.where(ends[:, None], fresh, logits)
         assert logits is not None
         return logits
@@ -132,21 +198,27 @@ class Engine:
         """
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        sampler = Sampler(sampling or Sampling(), self.device)
+        sampler = Sampler(sampling or Sampling(), self.device, backend=self.backend)
+        watched = stop is not None or on_token is not None
         slots = [self.store.add() for _ in prompts]
         out: list[list[int]] = [[] for _ in prompts]
         live = list(range(len(prompts)))
+        unseen: list[Tensor] = []
+        clock = StepClock(self.device)
         try:
-            began = self._now()
+            clock.mark()
             chosen = sampler(self.prefill(slots, prompts))
-            tokens = chosen.tolist()
-            result = Generation(out, ttft_ms=(self._now() - began) * 1e3)
-            while True:
-                for i, token in zip(live, tokens, strict=True):
-                    out[i].append(token)
-                    if on_token is not None:
-                        on_token(token)
-                if len(out[live[0]]) == max_new_tokens:
+            for made in range(1, max_new_tokens + 1):
+                if watched:
+                    tokens = chosen.tolist()
+                    for i, token in zip(live, tokens, strict=True):
+                        out[i].append(token)
+                        if on_token is not None:
+                            on_token(token)
+                else:
+                    unseen.append(chosen)
+                clock.mark()
+                if made == max_new_tokens:
                     break
                 if stop is not None:
                     ended = [n for n, token in enumerate(tokens) if token == stop]
@@ -158,15 +230,14 @@ class Engine:
                         chosen = chosen[kept]
                     if not live:
                         break
-                began = self._now()
                 chosen = sampler(self.extend_last([slots[i] for i in live], chosen[:, None]))
-                tokens = chosen.tolist()
-                result.step_ms.append((self._now() - began) * 1e3)
         finally:
             for i in live:
                 self.store.release(slots[i])
-        result.peak_state_bytes = self.store.peak_bytes
-        return result
+        if unseen:
+            out = torch.stack(unseen, 1).tolist()
+        ttft_ms, *step_ms = clock.spans_ms()
+        return Generation(out, ttft_ms, step_ms, self.store.peak_bytes)
 
     @torch.inference_mode()
     def generate_without_state(
@@ -178,16 +249,12 @@ class Engine:
         if len({len(p) for p in prompts}) != 1:
             raise UserError("generation without state needs prompts of one length")
         tokens = torch.tensor([list(p) for p in prompts], device=self.device)
-        times = []
+        clock = StepClock(self.device)
+        clock.mark()
         for _ in range(max_new_tokens):
-            began = self._now()
             hidden = self.model.hidden_states(tokens)[:, -1]
             tokens = torch.cat((tokens, self.model.logits(hidden).argmax(-1)[:, None]), 1)
-            times.append((self._now() - began) * 1e3)
+            clock.mark()
         new = tokens[:, len(prompts[0]) :].tolist()
-        return Generation(new, ttft_ms=times[0], step_ms=times[1:])
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        ttft_ms, *step_ms = clock.spans_ms()
+        return Generation(new, ttft_ms, step_ms)

@@ -48,6 +48,8 @@ class PageTable:
         self.used = 0
         self.tables: list[dict[int, int]] = [{} for _ in range(slots)]
         self.at_home = [True] * slots
+        #: Slots whose table gained or swapped a page since somebody last emptied this set.
+        self.changed: set[int] = set()
         self._spare = 0
 
     @property
@@ -103,7 +105,9 @@ class PageTable:
             held = table.get(page)
             if held is None:
                 table[page] = self._take(slot, page)
+                self.changed.add(slot)
             elif self.refs[held] > 1:
+                self.changed.add(slot)
                 fresh = self._take(slot, page)
                 copies.append((held, fresh))
                 self._drop(held)
@@ -127,6 +131,7 @@ class PageTable:
         for held in table.values():
             self.refs[held] += 1
         self.tables[target] = dict(table)
+        self.changed.add(target)
         self.at_home[target] = not table
 
     def release(self, slot: int) -> None:
@@ -135,6 +140,13 @@ class PageTable:
             self._drop(held)
         self.tables[slot] = {}
         self.at_home[slot] = True
+
+    def row_of(self, slot: int, pages: int) -> Tensor:
+        """A slot's table as int32 [pages]; pages that are not held map to page 0."""
+        row, table = torch.zeros(pages, dtype=torch.int32), self.tables[slot]
+        if table:
+            row[list(table)] = torch.tensor(list(table.values()), dtype=torch.int32)
+        return row
 
     def rows(self, slot: int, positions: Tensor) -> Tensor:
         """Pool rows of absolute positions (int64, any shape); rows not held map to row 0."""

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from archs.spec import LayerState, Seen, StateSpec
+from archs.recurrent import RECURRENT_LIMIT
+from archs.spec import NEVER, LayerState, Seen, StateSpec
 from infer.pages import PageTable
 from kernels.rope import rope_table
-
-#: The position of a row that no token may see; a power of two, so exact as a float too.
-NEVER = 2**62
 
 
 class Store(Protocol):
@@ -46,6 +44,14 @@ class Store(Protocol):
         ...
 
 
+def keeps_each(lookback: int, new_tokens: int) -> bool:
+    """Whether a step must give its fixed state after every token, so that it can be rolled back.
+
+    Steps beyond the recurrent form have no states between: what they end in is kept alone.
+    """
+    return lookback > 0 and new_tokens <= min(lookback + 1, RECURRENT_LIMIT)
+
+
 class StepView:
     """An open step of K new tokens for the sequences in `slots`."""
 
@@ -66,7 +72,7 @@ class StepView:
         self.valid = None
         if self.new is not None:
             self.valid = torch.arange(new_tokens, device=device) < self.new[:, None]
-        self.each = store.lookback > 0 and new_tokens <= store.lookback + 1
+        self.each = keeps_each(store.lookback, new_tokens)
         self.tables = {key: TableStep(self, table) for key, table in store.tables.items()}
 
     @cached_property
@@ -140,10 +146,8 @@ class TableStep:
 
     def write(self, pool: Tensor, home: Tensor | None, rows: Tensor) -> None:
         """Write new rows [B, K, *planes, row] into a pool [*planes, rows, row]."""
-        step, size = self.step, self.table.page_size
-        for source, target in self._copies:
-            copied = pool[..., source * size : (source + 1) * size, :]
-            pool[..., target * size : (target + 1) * size, :] = copied
+        step = self.step
+        self.copy_shared(pool)
         if self.row is not None and home is not None:
             home.narrow(-2, self.row, step.new_tokens).copy_(rows_last(rows))
             return
@@ -152,6 +156,18 @@ class TableStep:
         if not isinstance(chosen, slice):
             flat = flat[chosen]
         pool.index_copy_(pool.dim() - 2, at, flat.movedim(0, -2))
+
+    @property
+    def shares(self) -> bool:
+        """Whether pages that are shared must be copied before they are written to."""
+        return bool(self._copies)
+
+    def copy_shared(self, pool: Tensor) -> None:
+        """Give the sequences of this step copies of the shared pages that they will write to."""
+        size = self.table.page_size
+        for source, target in self._copies:
+            copied = pool[..., source * size : (source + 1) * size, :]
+            pool[..., target * size : (target + 1) * size, :] = copied
 
     def _targets(self) -> tuple[Tensor, Tensor | slice]:
         """Pool rows to write, and which of the flattened [B*K] new rows go there."""
@@ -250,15 +266,23 @@ class TableStep:
         )
 
     def _past_rows(self) -> tuple[Tensor, Tensor]:
-        assert self.table.window is not None
-        lengths = self.step.lengths
-        return self._span([max(0, n - self.table.window + 1) for n in lengths], lengths)
+        return self._span(self._oldest(), self.step.lengths)
+
+    def _oldest(self) -> list[int]:
+        """The oldest position within the window of each sequence's first new token."""
+        window = self.table.window
+        return [0 if window is None else max(0, n - window + 1) for n in self.step.lengths]
+
+    def past_to_join(self) -> tuple[Tensor | None, list[int]]:
+        """Pool rows [B, S] of the past that a joining step sees, and how many each sequence has."""
+        if self._past is None:
+            return None, [0] * len(self.step.slots)
+        pairs = zip(self._oldest(), self.step.lengths, strict=True)
+        return self._past[0], [min(self.table.sinks, first) + n - first for first, n in pairs]
 
     def _gather_rows(self) -> tuple[Tensor, Tensor]:
-        step, window = self.step, self.table.window
-        ends = [n + c for n, c in zip(step.lengths, step.counts, strict=True)]
-        oldest = [0 if window is None else max(0, n - window + 1) for n in step.lengths]
-        return self._span(oldest, ends)
+        ends = [n + c for n, c in zip(self.step.lengths, self.step.counts, strict=True)]
+        return self._span(self._oldest(), ends)
 
     def _mask_of(self, rows_at: Tensor) -> Tensor | None:
         """bool [1 or B, 1, K, S]: rows at positions [1 or B, S] against the new tokens'."""

@@ -42,6 +42,7 @@ class Variant:
     divisible:  arguments divisible by 16: pointers that torch aligned, strides, sizes.
     wide_loads: how many global loads of 16 bytes there must be at least (0: none is expected).
     matrix:     whether matrix instructions must appear.
+    targets:    those of `TARGETS` on which the wrapper picks it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Variant:
     num_stages: int = 3
     wide_loads: int = 1
     matrix: bool = False
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,7 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
 
 
 @triton.jit
-def _rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED):  # type: ignore[no-untyped-def]
+def rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED):  # type: ignore[no-untyped-def]
     """The positions of the i-th tile to visit, and which to load: hidden ones repeat another."""
     if WINDOWED:
         sink = i < sink_tiles
@@ -72,13 +72,13 @@ def _rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED):  # type: ignore
 
 
 @triton.jit
-def _page_of(table, i, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED):  # type: ignore[no-untyped-def]
+def page_of(table, i, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED):  # type: ignore[no-untyped-def]
     """The pool pages of the i-th tile to visit: a single one where a page holds whole tiles."""
     if PAGE % TILE == 0:
         tile = tl.where(i < sink_tiles, i, i - sink_tiles + oldest // TILE)
         return tl.load(table + tile * TILE // PAGE)
     else:
-        _, held = _rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
+        _, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
         return tl.load(table + held // PAGE)
 
 
@@ -130,13 +130,13 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, D], tl.float32)
-    page = _page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+    page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
     for i in tl.range(start, end):
-        row, held = _rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
+        row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
         at = (page.to(tl.int64) * PAGE + held % PAGE)[:, None] * D + dims[None, :]
         # The next page is looked up here: a load that feeds loads would cost pipeline stages.
         after = tl.minimum(i + 1, end - 1)
-        page = _page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+        page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
         keys = tl.load(k + at)
         logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
         age = position[:, None] - row[None, :]
@@ -250,7 +250,7 @@ def attention_decode(
     capacity = page_table.shape[1] * page_size
     if window is not None:
         capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
-    splits = triton.cdiv(2 * _multiprocessors(q.device), batch * parts)
+    splits = triton.cdiv(2 * multiprocessors(q.device), batch * parts)
     splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partials = floats((batch, parts, splits, block_m, dim) if splits > 1 else (16,))
@@ -289,7 +289,7 @@ def _constants(
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETER_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

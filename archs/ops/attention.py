@@ -1,0 +1,127 @@
+"""Softmax attention of the new tokens over what they may see, by backend.
+
+Training is torch's fused attention under every backend: it picks FlashAttention or cuDNN, whose
+published forward and backward rates on Hopper are above those of Triton kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archs.backends import choose
+from archs.ops import libraries
+from archs.spec import PagedSeen, Rows
+from kernels.attention import attention, latent_attention
+
+#: Longest step that the split decode kernels take; longer ones are prefill.
+DECODE_LIMIT = 8
+MLA_DECODE_LIMIT = 4
+
+
+def attend(q: Tensor, seen: Rows, *, backend: str) -> Tensor:
+    """softmax(d^-0.5 · q kᵀ) v over the rows [2, G, ·, d] that hold K and V.
+
+    q: [B, K, H, d] -> [B, K, H, d]. Raises UserError where the backend has no attention.
+    """
+    return choose("attention", backend, _ATTEND)(q, seen)
+
+
+def attend_latent(q: Tensor, seen: Rows, *, v_dim: int, scale: float, backend: str) -> Tensor:
+    """Absorbed latent attention: keys are rows, values their first `v_dim` columns.
+
+    q: [B, K, H, row] -> [B, K, H, v_dim].
+    """
+    return choose("latent attention", backend, _ATTEND_LATENT)(q, seen, v_dim, scale)
+
+
+def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str) -> Tensor:
+    """Attention over keys and values that were made from the rows of `seen`, in their order.
+
+    q: [B, K, H, d]; k: [B, H, S, d]; v: [B, H, S, dv]; returns [B, K, H, dv].
+    """
+    return choose("attention", backend, _ATTEND_EXPANDED)(q, k, v, seen)
+
+
+def _torch(q: Tensor, seen: Rows) -> Tensor:
+    k, v = seen.rows.unbind(1)
+    return attention(q, k, v, mask=seen.mask, causal=seen.causal)
+
+
+def _triton(q: Tensor, seen: Rows) -> Tensor:
+    if not isinstance(seen, PagedSeen):
+        return _torch(q, seen)
+    p = seen.pages
+    k, v = p.pool.unbind(0)
+    at: dict[str, Any] = {"page_size": p.page_size, "window": p.window, "sinks": p.sinks}
+    if q.shape[1] <= DECODE_LIMIT:
+        from kernels.attention_decode import attention_decode
+
+        return attention_decode(q, k, v, p.table, p.total, arrivals=p.arrivals, **at)
+    from kernels.attention_prefill import attention_prefill
+
+    return attention_prefill(q, k, v, p.table, p.total, new=p.new, **at)
+
+
+def _flash_attn(q: Tensor, seen: Rows) -> Tensor:
+    return libraries.flash_attention(q, seen) if isinstance(seen, PagedSeen) else _torch(q, seen)
+
+
+def _latent_torch(q: Tensor, seen: Rows, v_dim: int, scale: float) -> Tensor:
+    rows = seen.rows[:, None]
+    return latent_attention(q, rows, v_dim=v_dim, scale=scale, mask=seen.mask, causal=seen.causal)
+
+
+def _latent_triton(q: Tensor, seen: Rows, v_dim: int, scale: float) -> Tensor:
+    if not isinstance(seen, PagedSeen):
+        return _latent_torch(q, seen, v_dim, scale)
+    from kernels.mla_decode import mla_decode
+
+    p, new = seen.pages, q.shape[1]
+    pieces = []
+    for start in range(0, new, MLA_DECODE_LIMIT):
+        piece = q[:, start : start + MLA_DECODE_LIMIT]
+        later = new - start - piece.shape[1]
+        pieces.append(
+            mla_decode(
+                piece, p.pool, p.table, p.total - later if later else p.total, v_dim=v_dim,
+                scale=scale, page_size=p.page_size, arrivals=p.arrivals,
+            )
+        )  # fmt: skip
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _expanded_torch(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
+    return attention(q, k, v, mask=seen.mask, causal=seen.causal)
+
+
+def _expanded_triton(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
+    if not isinstance(seen, PagedSeen):
+        return _expanded_torch(q, k, v, seen)
+    from kernels.attention_prefill import attention_prefill
+
+    p = seen.pages
+    batch, heads, rows = k.shape[:3]
+    # Each sequence's rows of a head are a run of pages of its own.
+    pages = rows // p.page_size
+    table = torch.arange(pages, dtype=torch.int32, device=k.device)
+    firsts = torch.arange(batch, dtype=torch.int32, device=k.device) * (heads * pages)
+    return attention_prefill(
+        q, _as_pool(k), _as_pool(v), firsts[:, None] + table, p.total, page_size=p.page_size,
+        new=p.new,
+    )  # fmt: skip
+
+
+def _as_pool(t: Tensor) -> Tensor:
+    """Dense [B, G, S, d] as the pool [G, ·, d] whose pages run through all sequences."""
+    batch, heads, rows, dim = t.shape
+    t = t.contiguous()
+    size = (heads, ((batch - 1) * heads + 1) * rows, dim)
+    return t.as_strided(size, (rows * dim, dim, 1))
+
+
+_ATTEND = {
+    "torch": _torch, "triton": _triton, "sdpa": _torch, "flash-attn": _flash_attn,
+}  # fmt: skip
+_ATTEND_LATENT = {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
+_ATTEND_EXPANDED = {"torch": _expanded_torch, "triton": _expanded_triton, "sdpa": _expanded_torch}

@@ -1,0 +1,104 @@
+"""The gated delta rule from raw gates, by backend (arXiv 2412.06464, eq. 10)."""
+
+from typing import cast
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from archs.backends import choose
+from archs.ops import libraries
+from archs.recurrent import RECURRENT_LIMIT, masked
+from archs.spec import KernelState, LayerState
+from kernels.gdn import gdn_chunk, gdn_step
+from kernels.norm import l2_norm
+
+
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    state: LayerState | None = None,
+    name: str = "memory",
+    backend: str,
+) -> Tensor:
+    """q, k are normalised and q scaled by N^-0.5; g = -e^{a_log} softplus(a + dt_bias),
+    β = sigmoid(b).
+
+    q, k: [B, K, G, N]; v: [B, K, H, P]; a, b: [B, K, H]; a_log, dt_bias: [H].
+    Returns [B, K, H, P] and advances the state [H, N, P] called `name`; without one it starts at
+    zero and is not kept (training).
+    """
+    form = choose("gated delta rule", backend, _FORMS)
+    return form(q, k, v, a, b, a_log, dt_bias, state, name)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor
+) -> Inputs:
+    """Normalised q and k, v, log decay (float32) and strength."""
+    decay = F.softplus(a.float() + dt_bias) * -a_log.float().exp()
+    return l2_norm(q) * q.shape[-1] ** -0.5, l2_norm(k), v, decay, b.sigmoid()
+
+
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+    state: LayerState | None, name: str,
+) -> Tensor:  # fmt: skip
+    q, k, v, decay, beta = _prepared(q, k, v, a, b, a_log, dt_bias)
+    if state is None:
+        return gdn_chunk(q, k, v, decay, beta)[0]
+    if state.valid is not None:
+        decay, beta = masked(decay, state.valid), masked(beta, state.valid)
+    memory, each = state.get(name), None
+    if v.shape[1] <= RECURRENT_LIMIT:
+        y, each = gdn_step(q, k, v, decay, beta, memory, each=state.each)
+    else:
+        y, memory = gdn_chunk(q, k, v, decay, beta, memory)
+    state.put(name, memory, each)
+    return y
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+    state: LayerState | None, name: str,
+) -> Tensor:  # fmt: skip
+    from kernels import gdn_chunk as chunk
+    from kernels import gdn_step as step
+
+    if state is None:
+        return chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))[0]
+    state = cast(KernelState, state)
+    at = state.slots(name)
+    if v.shape[1] <= RECURRENT_LIMIT:
+        y = step.gdn_step(
+            q, k, v, a, b, a_log, dt_bias, at.pool, at.slots, new=at.new, each=at.each
+        )
+        state.settle(name, at)
+        return y
+    inputs = _prepared(q, k, v, a, b, a_log, dt_bias)
+    y, memory = chunk.gdn_chunk(*inputs, state.get(name), new=at.new)
+    state.put(name, memory)
+    return y
+
+
+def _fla(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+    state: LayerState | None, name: str,
+) -> Tensor:  # fmt: skip
+    at = libraries.single(v, state, name, "fla")
+    if at is None:
+        return _triton(q, k, v, a, b, a_log, dt_bias, state, name)
+    decay = F.softplus(a.float() + dt_bias) * -a_log.float().exp()
+    q, k = (libraries.repeat_heads(t, v.shape[2]) for t in (q, k))
+    return libraries.gated_delta_update(q, k, v, decay, b.sigmoid(), at)
+
+
+_FORMS = {"torch": _torch, "triton": _triton, "fla": _fla}

@@ -1,0 +1,366 @@
+"""Absorbed latent attention of 1 to 4 new tokens per sequence over a paged latent cache.
+
+Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) keeps one row c = [latent | rotary key]
+per position. With the up-projections absorbed into query and output, a head computes
+softmax(scale · (q_latent · c_latent + q_rotary · c_rotary)) c_latent: keys are whole rows, values
+their first R columns, so a row is loaded once. Several latent heads make it grouped-latent
+attention (arXiv 2505.21487).
+
+Legend: B batch, K new tokens, H query heads, G latent heads, R latent width, r rotary width,
+M rows of one matrix product: the H/G query heads of a latent head times K tokens. Splits, the
+fixed grid and the combination by the last arrival are those of `kernels.attention_decode`.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ahead import Variant
+from kernels.attention_decode import (
+    MAX_SPLITS,
+    SPLIT_ROWS,
+    multiprocessors,
+    page_of,
+    rows_of,
+)
+from kernels.attention_decode_checks import form, require
+from kernels.mla_decode_checks import ROTARIES, check
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Cache rows per tile, warps per program, stages of the load pipeline."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+#: By family of GPUs, then by latent width and M: the largest M takes what is more. 64 rows of 512
+#: columns fit the registers only where the matrix unit reads queries and cache rows from shared
+#: memory (Hopper's wgmma). AMD programs have 64 KiB of shared memory, so one tile of 512 columns
+#: at a time, and with 4 warps twice the registers of those with 8.
+CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
+    "hopper": {
+        (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
+        (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
+        (256, 16): Config(32, 4, 3), (256, 64): Config(32, 8, 3),
+        (512, 16): Config(32, 8, 3), (512, 64): Config(32, 8, 3),
+    },
+    "nvidia": {
+        (64, 16): Config(64, 4, 3), (64, 64): Config(32, 4, 3),
+        (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
+        (256, 16): Config(16, 4, 3), (256, 32): Config(32, 8, 3),
+        (512, 16): Config(32, 8, 3), (512, 32): Config(32, 8, 3),
+    },
+    "amd": {
+        (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
+        (128, 16): Config(64, 4, 3), (128, 64): Config(32, 4, 3),
+        (256, 16): Config(32, 4, 3), (256, 32): Config(32, 4, 2),
+        (512, 16): Config(32, 4, 2), (512, 32): Config(16, 4, 2),
+    },
+}  # fmt: skip
+_FAMILIES = {"sm_80": "nvidia", "sm_90": "hopper", "sm_100": "nvidia", "gfx942": "amd"}
+
+
+@triton.jit
+def _combined(pieces, lses, real, used, BLOCK_M: tl.constexpr, LATENT, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some columns of the result, from the splits' partial results and log2-sum-exps."""
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    for s in tl.range(0, used, loop_unroll_factor=4):
+        lse = tl.load(lses + s * BLOCK_M, cache_modifier=".cg")
+        piece = pieces + s * BLOCK_M * LATENT
+        piece = tl.load(piece, mask=real, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, lse)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, weight = tl.exp2(top - safe), tl.exp2(lse - safe)
+        total = total * shrink + weight
+        sums = sums * shrink[:, None] + weight[:, None] * piece
+        top = new_top
+    return sums / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
+def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
+    q, pool, page_table, lengths, out, partials, partial_lse, arrivals,
+    scale_log2, q_stride_b, q_stride_t, q_stride_h, pool_stride_g,
+    max_pages, group, tokens, row_blocks, window, sinks,
+    LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = part // row_blocks
+    splits = tl.num_programs(0)
+    length = tl.load(lengths + b)
+
+    # The tiles to visit: those of the sinks older than the windows, then `oldest` to the end.
+    last = tl.maximum(length - 1, 0)
+    oldest = 0
+    sunk = 0
+    if WINDOWED:
+        oldest = tl.maximum(length - tokens + 1 - window, 0)
+        sunk = tl.minimum(sinks, oldest)
+    sink_tiles = tl.cdiv(sunk, TILE)
+    tiles = tl.cdiv(length, TILE) - oldest // TILE + sink_tiles
+    per_split = tl.maximum(tl.cdiv(tiles, splits), SPLIT_TILES)
+    used = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    if split >= used:
+        return
+    start = split * per_split
+    end = tl.minimum(start + per_split, tiles)
+
+    # Row m of the product is head m % group of token m // group.
+    m = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    latent = tl.arange(0, LATENT)
+    rotary = LATENT + tl.arange(0, ROTARY)
+    token = m // group
+    head = g * group + m % group
+    real = (m < group * tokens)[:, None]
+    position = length - tokens + token
+    q_rows = (q + b.to(tl.int64) * q_stride_b + token * q_stride_t + head * q_stride_h)[:, None]
+    q_latent = tl.load(q_rows + latent[None, :], mask=real, other=0.0)
+    q_rotary = tl.load(q_rows + rotary[None, :], mask=real, other=0.0)
+    pool += g.to(tl.int64) * pool_stride_g
+    page_table += b.to(tl.int64) * max_pages
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, LATENT], tl.float32)
+    page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+    for i in tl.range(start, end):
+        row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
+        at = pool + page.to(tl.int64) * (PAGE * (LATENT + ROTARY))
+        at = (at + held % PAGE * (LATENT + ROTARY))[:, None]
+        # The next page is looked up here: a load that feeds loads would cost pipeline stages.
+        after = tl.minimum(i + 1, end - 1)
+        page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+        c = tl.load(at + latent[None, :])
+        k_rotary = tl.load(at + rotary[None, :])
+        logits = tl.dot(q_rotary, tl.trans(k_rotary), input_precision="ieee")
+        logits = tl.dot(q_latent, tl.trans(c), logits, input_precision="ieee")
+        age = position[:, None] - row[None, :]
+        if WINDOWED:
+            # One comparison for all: as an unsigned number an age below 0 is huge.
+            limit = tl.where(row == held, tl.where(row < sinks, 0x7FFFFFFF, window), 0)
+            visible = age.to(tl.uint32, bitcast=True) < limit.to(tl.uint32)[None, :]
+        else:
+            visible = age >= 0
+        logits = tl.where(visible, logits * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen nothing yet has top -inf; 0 in its place gives weights of 0, not NaN.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logits - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(c.dtype), c, sums * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    # Derived anew: kept through the loop, what tells the rows apart would cost it registers.
+    token = position + tokens - tl.load(lengths + b, volatile=True)
+    head = g * group + (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M) - token * group
+    real = (token < tokens)[:, None]
+    result = sums * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    heads = group * (tl.num_programs(1) // row_blocks)
+    out_rows = out + ((b.to(tl.int64) * tokens + token) * heads + head)[:, None] * LATENT
+    if used == 1:
+        tl.store(out_rows + latent[None, :], result.to(out.dtype.element_ty), mask=real)
+        return
+
+    counter = b.to(tl.int64) * tl.num_programs(1) + part
+    first = counter * splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = partials + first[:, None] * LATENT
+    tl.store(rows + split * BLOCK_M * LATENT + latent[None, :], result, mask=real)
+    tl.store(partial_lse + split * BLOCK_M + first, top + tl.log2(total))
+    # All threads' stores precede the count, which releases them and acquires the other splits'.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals + counter, 1, sem="acq_rel", scope="gpu")
+    if arrived != used - 1:
+        return
+    # A few columns at a time: with all of them, this would ask for more registers than the loop.
+    for column in tl.range(0, LATENT, COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)[None, :]
+        pieces = rows + columns
+        values = _combined(pieces, partial_lse + first, real, used, BLOCK_M, LATENT, COLUMNS)
+        tl.store(out_rows + columns, values.to(out.dtype.element_ty), mask=real)
+    tl.store(arrivals + counter, 0)
+
+
+def mla_decode(
+    q: Tensor,
+    pool: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    v_dim: int,
+    scale: float,
+    page_size: int,
+    window: int | None = None,
+    sinks: int = 0,
+    out: Tensor | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · q cᵀ) c[:, :R] over the rows c that each new token may see: [B, K, H, R].
+
+    q: [B, K, H, R + r], the latent part first, R = v_dim in 64, 128, 256, 512, r in 16, 32, 64,
+      K <= 4, bf16 or fp16; strides multiples of 16, so views of a packed projection will do.
+    pool: [pages * page_size, R + r], or [G, pages * page_size, R + r] with a latent head for each
+      H / G query heads; q's dtype.
+    page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
+    lengths: int32 [B]; rows in the cache, the K new ones included. Token i sits at position
+      length - K + i and sees rows up to itself; a token at a negative position returns zeros.
+    window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
+      first `sinks`; pages that no new token sees may be anything.
+    out: contiguous [B, K, H, R], written and returned.
+    arrivals: int32 zeros, at least B * G * ceil(K * H / G / 32); left at zero. Pass the same one
+      on each call of a stream to save the launch that clears a fresh one.
+    Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
+    nor those of `lengths` are checked: they are read on the device only.
+    """
+    compiled = isinstance(mla_decode_fwd_kernel, triton.JITFunction)
+    batch, tokens, heads, rotary, groups = check(
+        q, pool, page_table, lengths, v_dim, page_size, window, sinks, out, compiled=compiled
+    )
+    if out is None:
+        out = torch.empty((batch, tokens, heads, v_dim), dtype=q.dtype, device=q.device)
+    if batch == 0:
+        return out
+    group = heads // groups
+    configs = CONFIGS[_family(q.device)]
+    blocks = [m for latent, m in configs if latent == v_dim]
+    block_m = min((m for m in blocks if m >= group * tokens), default=max(blocks))
+    config = configs[v_dim, block_m]
+    row_blocks = triton.cdiv(group * tokens, block_m)
+    parts = groups * row_blocks
+
+    capacity = page_table.shape[1] * page_size
+    if window is not None:
+        capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
+    splits = triton.cdiv(2 * multiprocessors(q.device), batch * parts)
+    splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    partials = floats((batch, parts, splits, block_m, v_dim) if splits > 1 else (16,))
+    partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
+    if arrivals is None:
+        arrivals = torch.zeros(batch * parts, dtype=torch.int32, device=q.device)
+    require(
+        arrivals.dtype == torch.int32 and arrivals.device == q.device and arrivals.is_contiguous()
+        and arrivals.numel() >= batch * parts,
+        "arrivals", form(arrivals), f"must be contiguous int32 [>= {batch * parts}] on {q.device}",
+    )  # fmt: skip
+    # The stride of a single element is arbitrary, and never used.
+    stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
+    mla_decode_fwd_kernel[(splits, parts, batch)](
+        q, pool, page_table, lengths, out, partials, partial_lse, arrivals,
+        scale * math.log2(math.e),
+        stride_b, stride_t, stride_h, pool.stride(0) if groups > 1 else 0,
+        page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
+        **_constants(v_dim, rotary, block_m, config, page_size, window is not None),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+def _constants(
+    latent: int, rotary: int, block_m: int, config: Config, page_size: int, windowed: bool
+) -> dict[str, int | bool]:
+    return {
+        "LATENT": latent, "ROTARY": rotary, "PAGE": page_size, "BLOCK_M": block_m,
+        "TILE": config.tile, "SPLIT_TILES": SPLIT_ROWS // config.tile, "COLUMNS": 64,
+        "WINDOWED": windowed,
+    }  # fmt: skip
+
+
+@functools.cache
+def _family(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "hopper"
+    if torch.version.hip is not None:
+        return "amd"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "nvidia"
+
+
+def mla_decode_ref(
+    q: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *,
+    v_dim: int, scale: float, page_size: int, window: int | None = None, sinks: int = 0,
+) -> Tensor:  # fmt: skip
+    """The oracle: float64, one new token of one head at a time. Arguments as `mla_decode`."""
+    batch, tokens, heads, _ = q.shape
+    pool = pool if pool.dim() == 3 else pool[None]
+    out = torch.zeros((batch, tokens, heads, v_dim), dtype=torch.float64)
+    for b in range(batch):
+        for i in range(tokens):
+            position = int(lengths[b]) - tokens + i
+            rows = torch.arange(max(position + 1, 0))
+            if window is not None:
+                rows = rows[(rows > position - window) | (rows < sinks)]
+            if len(rows) == 0:
+                continue
+            at = page_table[b, rows // page_size].long() * page_size + rows % page_size
+            for h in range(heads):
+                c = pool[h // (heads // len(pool)), at].double()
+                logits = c @ q[b, i, h].double() * scale
+                out[b, i, h] = logits.softmax(0) @ c[:, :v_dim]
+    return out
+
+
+def _variant(
+    dtype: torch.dtype, latent: int, rotary: int, block_m: int, config: Config,
+    windowed: bool, page_size: int, targets: tuple[str, ...],
+) -> Variant:  # fmt: skip
+    kind = _TYPES[dtype]
+    signature = dict.fromkeys(("q", "pool", "out"), "*" + kind)
+    signature |= dict.fromkeys(("page_table", "lengths", "arrivals"), "*i32")
+    signature |= dict.fromkeys(("partials", "partial_lse"), "*fp32") | {"scale_log2": "fp32"}
+    strides = ("q_stride_b", "q_stride_t", "q_stride_h", "pool_stride_g")
+    aligned = frozenset([*(n for n, t in signature.items() if t.startswith("*")), *strides])
+    counts = ("max_pages", "group", "tokens", "row_blocks", "window", "sinks")
+    return Variant(
+        name=f"mla_decode {kind} latent {latent}+{rotary} m {block_m} tile {config.tile}"
+        f" stages {config.stages} page {page_size}" + (" window" if windowed else ""),
+        kernel=mla_decode_fwd_kernel,
+        signature=signature | dict.fromkeys((*strides, *counts), "i32"),
+        constexprs=_constants(latent, rotary, block_m, config, page_size, windowed),
+        divisible=aligned,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        wide_loads=2,
+        matrix=True,
+        targets=targets,
+    )
+
+
+def default_variant() -> Variant:
+    """One new token, 16 query heads, latent 512 + 64, bf16, pages of 64, on Hopper."""
+    config = CONFIGS["hopper"][512, 16]
+    return _variant(torch.bfloat16, 512, 64, 16, config, False, 64, ("sm_90",))
+
+
+def variants() -> list[Variant]:
+    """Every configuration that the wrapper can pick, each for the targets it is picked on.
+
+    Pages below a tile on bf16 alone; they and fp16 with the rotary width that goes with the
+    latent one.
+    """
+    cells: dict[tuple[tuple[int, int], Config], tuple[str, ...]] = {}
+    for target, family in _FAMILIES.items():
+        for cell in CONFIGS[family].items():
+            cells[cell] = (*cells.get(cell, ()), target)
+    return [
+        _variant(dtype, latent, rotary, block_m, config, windowed, page_size, targets)
+        for ((latent, block_m), config), targets in cells.items()
+        for dtype in _TYPES
+        for rotary in ROTARIES
+        for windowed in (False, True)
+        for page_size in (64, 16)
+        if page_size == 64 or dtype == torch.bfloat16
+        if rotary == max(16, latent // 8) or (page_size == 64 and dtype == torch.bfloat16)
+    ]

@@ -1,0 +1,188 @@
+"""The engine on our kernels, in Triton's interpreter: the conformance kit, graphs, backends.
+
+Everything an architecture must obey holds on the device's store too, against the torch forms.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from archs.errors import UserError
+from archs.registry import HYBRIDS, REGISTRY
+from eval.conformance import (
+    CHECK_SCALE,
+    Subject,
+    check_bytes,
+    check_fork,
+    check_padding,
+    check_rollback,
+    error_of,
+)
+from infer.engine import Engine
+from infer.graphs import GraphedStep
+from infer.sampling import Sampling
+from tests.kernels.interpreter import interpreted
+
+TOLERANCE = 1e-4
+#: Two wide heads instead of four: the interpreter takes its time by programs.
+SCALE = replace(CHECK_SCALE, head_dim=64)
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
+    with interpreted(*(importlib.import_module(f"kernels.{name}") for name in names)):
+        yield
+
+
+@pytest.mark.parametrize("arch", ["linear", "mqa"])
+def test_training_under_autocast_keeps_a_wide_stream(arch: str) -> None:
+    model = Subject(arch, SCALE).spec.build().use("triton")
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden_states(torch.arange(9)[None])
+    hidden.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+class Again:
+    """Work that is recorded by keeping it: a replay calls it and writes to the same output."""
+
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        self._work = work
+        self.output = torch.empty(0)
+
+    def replay(self) -> None:
+        fresh = self._work()
+        if self.output.shape != fresh.shape:
+            self.output = torch.empty_like(fresh)
+        self.output.copy_(fresh)
+
+
+def subject_of(arch: str) -> Subject:
+    return Subject(arch, SCALE, backend="triton")
+
+
+def quick(*names: str) -> list[object]:
+    """Every architecture, those that are not named marked slow."""
+    slow = pytest.mark.slow
+    return [a if a in names else pytest.param(a, marks=slow) for a in (*REGISTRY, *HYBRIDS)]
+
+
+@pytest.mark.parametrize("arch", quick("mqa", "swa", "mla", "cla", "linear", "gdn", "mamba2"))
+def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
+    subject = subject_of(arch)
+    tokens = subject.tokens(2, 33)
+    expected = subject.expected(tokens)
+    engine = subject.engine(2, 48)
+    slots = [engine.store.add(), engine.store.add()]
+    got = subject.run(engine, slots, tokens, [15, 1, 3, 13, 1])
+    assert error_of(got, expected) <= TOLERANCE
+    assert engine.kernel_backend == "triton"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [check_padding, check_fork, check_rollback, check_bytes])
+@pytest.mark.parametrize("arch", (*REGISTRY, *HYBRIDS))
+def test_the_conformance_kit_holds(arch: str, check: Callable[[Subject], object]) -> None:
+    verdict = check(subject_of(arch))
+    assert verdict.passed, verdict.detail  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("arch", ["mqa", "swa"])
+def test_ragged_padded_batches(arch: str) -> None:
+    verdict = check_padding(subject_of(arch))
+    assert verdict.passed, verdict.detail
+
+
+def test_rejected_tokens_leave_no_trace_in_slots() -> None:
+    subject = subject_of("linear")
+    tokens = subject.tokens(2, 11)
+    engine = subject.engine(2, 32, lookback=3)
+    slots = [engine.store.add(), engine.store.add()]
+    engine.extend(slots, tokens[:, :4])
+    engine.extend(slots, tokens.flip(1)[:, :3])
+    for slot, back in zip(slots, (3, 3), strict=True):
+        engine.store.rollback(slot, back)
+    got = subject.run(engine, slots, tokens[:, 4:], [1, 2, 4])
+    assert error_of(got, subject.expected(tokens)[:, 4:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("arch", quick("mqa", "linear"))
+def test_training_form_and_its_gradients(arch: str) -> None:
+    subject = subject_of(arch)
+    tokens = subject.tokens(1, 19)
+    found = {}
+    for backend in ("torch", "triton"):
+        model = subject.spec.build().use(backend)
+        loss = model(tokens).float().square().mean()
+        loss.backward()
+        found[backend] = {name: p.grad for name, p in model.named_parameters()}
+    for name, expected in found["torch"].items():
+        got = found["triton"][name]
+        assert expected is not None and got is not None, name
+        assert error_of(got, expected) <= 1e-3, name
+
+
+def graphed(subject: Subject, sequences: int, context: int) -> Engine:
+    engine = subject.engine(sequences, context)
+    state = engine._on_device
+    assert state is not None
+    engine.graphed = GraphedStep(engine.model, state, recorder=Again)
+    return engine
+
+
+@pytest.mark.parametrize("arch", quick("swa"))
+def test_replayed_steps_serve_ragged_lengths_and_changing_batches(arch: str) -> None:
+    subject = subject_of(arch)
+    tokens = subject.tokens(3, 60)
+    expected = subject.expected(tokens)
+    engine = graphed(subject, 3, 64)
+    slots = [engine.store.add() for _ in range(3)]
+    at = [14, 3, 30]
+    for b, slot in enumerate(slots):
+        engine.extend([slot], tokens[b : b + 1, : at[b]])
+    for order in ([0, 1, 2], [2, 0, 1], [0, 1, 2], [0, 2, 1], [1, 2], [2, 1], [1, 2], [1, 2]):
+        fed = torch.stack([tokens[b, at[b]] for b in order])[:, None]
+        logits = engine.extend_last([slots[b] for b in order], fed)
+        for row, b in zip(logits, order, strict=True):
+            assert error_of(row, expected[b, at[b]]) <= TOLERANCE
+            at[b] += 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9)], ids=str)
+def test_generation_is_the_same_watched_and_unwatched(sampling: Sampling) -> None:
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+    subject = subject_of("mqa")
+    seen: list[int] = []
+    watched = subject.engine(2, 32).generate(prompts, 5, sampling, on_token=seen.append)
+    unwatched = graphed(subject, 2, 32).generate(prompts, 5, sampling)
+    assert watched.tokens == unwatched.tokens and len(seen) == 10
+    assert len(unwatched.step_ms) == 4
+    if sampling.temperature == 0:
+        plain = Subject("mqa", SCALE).engine(2, 32).generate(prompts, 5)
+        assert plain.tokens == unwatched.tokens
+
+
+def test_options_that_exclude_each_other_are_refused() -> None:
+    model = Subject("gqa").model
+    with pytest.raises(UserError, match="compiled=True"):
+        Engine(model, backend="triton", compiled=True)
+    with pytest.raises(UserError, match="graphs=True"):
+        Engine(model, graphs=True)
+    with pytest.raises(UserError, match="page_size=24 must be a multiple of 16"):
+        Engine(model, backend="triton", page_size=24)
+    with pytest.raises(UserError, match=r"Unknown backend 'tritn'.*'triton'"):
+        Engine(model, backend="tritn")
+
+
+def test_a_library_that_lacks_an_operation_says_so() -> None:
+    engine = Subject("gdn", backend="flash-attn").engine(1, 32)
+    slot = engine.store.add()
+    with pytest.raises(UserError, match=r"gated delta rule has no form for backend 'flash-attn'"):
+        engine.extend([slot], torch.zeros(1, 1, dtype=torch.int64))

@@ -1,0 +1,308 @@
+"""The chunked gated delta rule: oracle, torch form, gradients, raggedness, splits, refusals,
+compilation.
+
+`torch.empty` is NaN here and so is every padded input: reading or leaving either shows.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import gdn_chunk as op
+from kernels import gdn_chunk_bwd, gdn_chunk_passes
+from kernels.ahead import TARGETS, Variant, compile_ahead
+from kernels.gdn import gdn_chunk as torch_chunk
+from kernels.gdn import gdn_ref
+from tests.kernels.interpreter import interpreted
+
+NAMES = ("q", "k", "v", "log_decay", "beta", "state")
+#: Largest error, as a share of the largest value of the tensor.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """T tokens, G and H heads, N by P states; valid tokens; whether a first state is given."""
+
+    t: int
+    n: int = 16
+    p: int = 16
+    g: int = 1
+    h: int = 1
+    dtype: torch.dtype = torch.float32
+    new: tuple[int, ...] | None = None
+    given: bool = True
+    batch: int = 1
+
+    def __str__(self) -> str:
+        kind = str(self.dtype)[6:].replace("bfloat", "bf")
+        first = "" if self.given else "-zeros"
+        return f"t{self.t}-{self.n}x{self.p}-g{self.g}h{self.h}-{kind}{first}-new{self.new}"
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+CASES = [
+    Case(t=1),
+    Case(t=16, h=2, given=False),
+    Case(t=63, dtype=FP16),
+    Case(t=65, h=2, dtype=BF16, given=False),
+    Case(t=100, n=48, p=80, dtype=BF16),
+    Case(t=40, n=128, p=48, dtype=BF16),
+    Case(t=20, n=48, p=32),
+    Case(t=34, g=2, h=4, dtype=BF16),
+    Case(t=70, dtype=FP16, batch=4, new=(70, 0, 33, 64)),
+    Case(t=18, h=2, batch=3, new=(17, 18, 0), given=False),
+]
+
+
+@pytest.fixture
+def interpreter() -> Iterator[None]:
+    with interpreted(gdn_chunk_passes, gdn_chunk_bwd):
+        yield
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """q, k, v are columns of one tensor, as projections leave them; keys resemble each other.
+
+    beta is float32 where no first state is given.
+    """
+    c = case
+    q, k, v = torch.randn(c.batch, c.t, 2 * c.g * c.n + c.h * c.p).split(
+        (c.g * c.n, c.g * c.n, c.h * c.p), -1
+    )
+    q = F.normalize(q.unflatten(-1, (c.g, c.n)), dim=-1) * c.n**-0.5
+    k = F.normalize(k.unflatten(-1, (c.g, c.n)) + 0.5, dim=-1)
+    packed = torch.cat((q.flatten(2), k.flatten(2), v), -1).to(c.dtype)
+    q, k, v = packed.split((c.g * c.n, c.g * c.n, c.h * c.p), -1)
+    return {
+        "q": q.unflatten(-1, (c.g, c.n)),
+        "k": k.unflatten(-1, (c.g, c.n)),
+        "v": v.unflatten(-1, (c.h, c.p)),
+        "log_decay": -(torch.rand(c.batch, c.t, c.h) ** 3),
+        "beta": torch.rand(c.batch, c.t, 2 * c.h).to(c.dtype if c.given else torch.float32)[
+            ..., : c.h
+        ],
+        "state": torch.randn(c.batch, c.h, c.n, c.p) if c.given else None,
+        "new": None if c.new is None else torch.tensor(c.new, dtype=torch.int32),
+    }
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+def spoil(args: dict[str, Any], case: Case) -> None:
+    """Padded inputs become NaN."""
+    for row, count in enumerate(case.new or ()):
+        for name in NAMES[:5]:
+            args[name][row, count:] = torch.nan
+
+
+def zeros(case: Case) -> Tensor:
+    return torch.zeros(case.batch, case.h, case.n, case.p)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_oracle_and_the_torch_form(case: Case, interpreter: None) -> None:
+    args = arguments(case)
+    first = zeros(case) if args["state"] is None else args["state"]
+    held, expected = first.clone(), []
+    for row, count in enumerate(case.new or (case.t,) * case.batch):
+        one = [args[n][row : row + 1, :count].clone() for n in NAMES[:5]]
+        before = held[row : row + 1]
+        y, last = gdn_ref(*one, before) if count else (one[2].double(), before.double())
+        expected.append((y, last, *(torch_chunk(*one, before) if count else (y, last))))
+    spoil(args, case)
+    y, last = op.gdn_chunk(**args)
+    assert y.dtype == case.dtype and last.dtype == torch.float32
+    assert y.shape == args["v"].shape and last.shape == first.shape
+    assert args["state"] is None or torch.equal(args["state"], held)
+    tolerance = TOLERANCE[case.dtype]
+    for row, (right, state, torch_y, torch_state) in enumerate(expected):
+        count = right.shape[1]
+        close(y[row : row + 1, :count], right, tolerance)
+        close(last[row : row + 1], state, tolerance)
+        close(y[row : row + 1, :count], torch_y, 2 * tolerance)
+        close(last[row : row + 1], torch_state, 2 * tolerance)
+        assert (y[row, count:] == 0).all()
+        if not count:
+            assert torch.equal(last[row], held[row])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_equal_those_of_the_oracle(case: Case, interpreter: None) -> None:
+    args = arguments(case)
+    grad_y = torch.randn(args["v"].shape).to(case.dtype)
+    grad_last = torch.randn(zeros(case).shape)
+    inputs = {n: args[n] for n in NAMES if args[n] is not None}
+    expected = {n: torch.zeros(x.shape, dtype=torch.float64) for n, x in inputs.items()}
+    for row, count in enumerate(case.new or (case.t,) * case.batch):
+        one = {
+            n: (x[row : row + 1, :count] if n != "state" else x[row : row + 1])
+            .detach().double().requires_grad_()
+            for n, x in inputs.items()
+        }  # fmt: skip
+        if not count:
+            if case.given:
+                expected["state"][row] = grad_last[row]
+            continue
+        state = one.get("state", torch.zeros(1, case.h, case.n, case.p))
+        outputs = gdn_ref(*(one[n] for n in NAMES[:5]), state)
+        given = (grad_y[row : row + 1, :count].double(), grad_last[row : row + 1].double())
+        grads = torch.autograd.grad(outputs, list(one.values()), given)
+        for name, grad in zip(one, grads, strict=True):
+            target = expected[name][row]
+            (target if name == "state" else target[:count]).copy_(grad[0])
+    spoil(args, case)
+    for row, count in enumerate(case.new or ()):
+        grad_y[row, count:] = torch.nan
+    for x in inputs.values():
+        x.requires_grad_()
+    grads = torch.autograd.grad(op.gdn_chunk(**args), list(inputs.values()), (grad_y, grad_last))
+    for (name, x), grad in zip(inputs.items(), grads, strict=True):
+        assert grad.dtype == x.dtype and grad.shape == x.shape
+        close(grad, expected[name], TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["y", "last"])
+def test_gradients_of_one_output_alone(which: int, interpreter: None) -> None:
+    args = arguments(Case(t=20, h=2))
+    inputs = [args[n].detach().requires_grad_() for n in NAMES]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    out, right = op.gdn_chunk(*inputs)[which], gdn_ref(*wide)[which]
+    # The last state knows nothing of q; the oracle has no gradient then.
+    expected = torch.autograd.grad(right.square().sum(), wide, allow_unused=True)
+    for grad, exact in zip(torch.autograd.grad(out.square().sum(), inputs), expected, strict=True):
+        close(grad, torch.zeros(()).expand_as(grad) if exact is None else exact, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_solve_holds_where_all_keys_are_equal(dtype: torch.dtype, interpreter: None) -> None:
+    """The worst case of powers of A, which would grow as binomials: no decay, full strength."""
+    keys = F.normalize(torch.randn(16), dim=0).to(dtype).expand(1, 64, 1, 16).contiguous()
+    decay, beta = torch.zeros(1, 64, 1), torch.ones(1, 64, 1)
+    sizes = gdn_chunk_passes.Sizes.of(keys, keys, gdn_chunk_passes.FORWARD)
+    _, inverse = gdn_chunk_passes.solve(sizes, keys, decay, beta, None)
+    chunk = keys[0, : sizes.config.chunk, 0].double()
+    a = (chunk @ chunk.T).tril(-1)
+    expected = torch.linalg.inv(torch.eye(len(a)).double() + a).expand_as(inverse)
+    close(inverse, expected, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("decay", [-1e-6, -30.0, -1e4])
+def test_decays_of_any_size(decay: float, interpreter: None) -> None:
+    args = arguments(Case(t=35))
+    args["log_decay"] = torch.full((1, 35, 1), decay)
+    inputs = [args[n].detach().requires_grad_() for n in NAMES]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    outputs, right = op.gdn_chunk(*inputs), gdn_ref(*wide)
+    grads = torch.autograd.grad(sum(o.sum() for o in outputs), inputs)
+    exact = torch.autograd.grad(sum(o.sum() for o in right), wide)
+    for got, expected in zip((*outputs, *grads), (*right, *exact), strict=True):
+        close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("at", [1, 16, 30, 39])
+def test_any_split_equals_one_call(at: int, interpreter: None) -> None:
+    args = arguments(Case(t=40, h=2))
+    y, last = op.gdn_chunk(*(args[n] for n in NAMES))
+    first, state = op.gdn_chunk(*(args[n][:, :at] for n in NAMES[:5]), args["state"])
+    second, state = op.gdn_chunk(*(args[n][:, at:] for n in NAMES[:5]), state)
+    close(torch.cat((first, second), 1), y, 1e-6)
+    close(state, last, 1e-6)
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "q dims": (lambda x: x.update(q=x["q"][0]), r"q=.*must be \[B, T, G, N\]"),
+    "v dims": (lambda x: x.update(v=x["v"][0]), r"v=.*must be \[B, T, H, P\]"),
+    "no tokens": (
+        lambda x: x.update({n: x[n][:, :0] for n in NAMES[:5]}),
+        "q=.*must have B >= 1 and T >= 1",
+    ),
+    "k shape": (lambda x: x.update(k=x["k"][..., :16]), "k=.*must have q's shape"),
+    "v batch": (lambda x: x.update(v=x["v"][1:]), "v=.*must be"),
+    "heads": (
+        lambda x: x.update(v=torch.zeros(2, 3, 3, 32)),
+        "v=.*heads divisible by the 2 groups",
+    ),
+    "N": (lambda x: x.update(q=x["q"][..., :24], k=x["k"][..., :24]), "N=24 must be a multiple"),
+    "N large": (
+        lambda x: x.update(q=torch.zeros(2, 3, 2, 144), k=torch.zeros(2, 3, 2, 144)),
+        "N=144 must be .* up to 128",
+    ),
+    "P large": (lambda x: x.update(v=torch.zeros(2, 3, 4, 272)), "P=272 must be .* up to 256"),
+    "q dtype": (lambda x: x.update(q=x["q"].double()), "q=.*must be float32, bfloat16 or"),
+    "k dtype": (lambda x: x.update(k=x["k"].half()), "k=.*must have q's dtype"),
+    "v dtype": (lambda x: x.update(v=x["v"].half()), "v=.*must have q's dtype"),
+    "log_decay shape": (lambda x: x.update(log_decay=torch.zeros(2, 3, 2)), "log_decay=.*must be"),
+    "log_decay dtype": (
+        lambda x: x.update(log_decay=x["log_decay"].half()),
+        "log_decay=.*must be of .*float32",
+    ),
+    "beta shape": (lambda x: x.update(beta=torch.zeros(2, 4)), "beta=.*must be"),
+    "beta dtype": (lambda x: x.update(beta=x["beta"].double()), "beta=.*must be of"),
+    "state shape": (lambda x: x.update(state=x["state"][..., 1:]), "state=.*must be contiguous"),
+    "state dtype": (lambda x: x.update(state=x["state"].half()), "state=.*must be contiguous"),
+    "state strides": (
+        lambda x: x.update(state=x["state"].mT.contiguous().mT),
+        "state=.*must be contiguous",
+    ),
+    "new shape": (lambda x: x.update(new=torch.ones(3, dtype=torch.int32)), "new=.*must be cont"),
+    "new dtype": (lambda x: x.update(new=torch.ones(2)), "new=.*must be contiguous torch.int32"),
+    "k device": (lambda x: x.update(k=x["k"].to("meta")), "k=.*must be on the device of q"),
+    "new device": (
+        lambda x: x.update(new=torch.ones(2, dtype=torch.int32, device="meta")),
+        "new=.*must be on the device of q",
+    ),
+    "v strides": (
+        lambda x: x.update(v=x["v"].mT.contiguous().mT),
+        "v has strides .*channels contiguous",
+    ),
+    "q spacing": (
+        lambda x: x.update(q=torch.zeros(2, 5, 2, 32)[:, :3]),
+        "q has strides .*evenly spaced",
+    ),
+    "beta spacing": (
+        lambda x: x.update(beta=torch.zeros(2, 4, 3).mT),
+        "beta has strides .*channels contiguous",
+    ),
+}
+
+
+def acceptable() -> dict[str, Any]:
+    return arguments(Case(t=3, n=32, p=32, g=2, h=4, batch=2))
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_what_does_not_fit_is_refused_before_any_launch(
+    change: str, interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = acceptable()
+    spoil_one, message = WRONG[change]
+    spoil_one(args)
+    monkeypatch.setattr(gdn_chunk_passes, "solve", None)
+    with pytest.raises(ValueError, match=message):
+        op.gdn_chunk(**args)
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    with pytest.raises(ValueError, match=r"q=.*is on cpu, needs cuda"):
+        op.gdn_chunk(**acceptable())
+
+
+def test_default_variant_compiles_clean_for_hopper() -> None:
+    variant = op.default_variant()
+    assert compile_ahead(variant, "sm_90").faults(variant) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
+def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
+    assert compile_ahead(variant, target).faults(variant) == []

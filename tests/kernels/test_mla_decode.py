@@ -1,0 +1,237 @@
+"""Latent decode attention against its float64 oracle in the interpreter, and compiled ahead."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels.mla_decode as module
+from kernels.ahead import Variant, compile_ahead
+from kernels.mla_decode import CONFIGS, default_variant, mla_decode_ref, variants
+from tests.kernels.interpreter import interpreted
+
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 8e-3},
+}
+#: Shared memory that one program can have.
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+
+def operands(
+    lengths: list[int],
+    *,
+    new: int = 1,
+    heads: tuple[int, int] = (4, 1),
+    widths: tuple[int, int] = (64, 16),
+    page_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """A pool of shuffled pages with spare ones; rows that nobody may read are NaN."""
+    h, g = heads
+    batch, most = len(lengths), max(1, -(-max(lengths) // page_size))
+    pages = batch * most + 3
+    pool = torch.randn(g, pages * page_size, sum(widths)).to(dtype)
+    table = torch.randperm(pages)[: batch * most].view(batch, most).int()
+    readable = torch.zeros(pages * page_size, dtype=torch.bool)
+    for b, length in enumerate(lengths):
+        rows = torch.arange(length)
+        if options.get("window") is not None:
+            first = length - new - options["window"]
+            rows = rows[(rows > first) | (rows < options.get("sinks", 0))]
+        readable[table[b, rows // page_size].long() * page_size + rows % page_size] = True
+        gone = torch.ones(most, dtype=torch.bool)
+        gone[torch.unique(rows // page_size)] = False
+        table[b, gone] = -(10**6)
+    pool[:, ~readable] = torch.nan
+    options = {"page_size": page_size, "v_dim": widths[0], "scale": 0.15, **options}
+    q = torch.randn(batch, new, h, sum(widths)).to(dtype)
+    tensors = [q, pool if g > 1 else pool[0], table, torch.tensor(lengths, dtype=torch.int32)]
+    return tensors, options
+
+
+def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
+    tensors, options = operands(lengths, **how)
+    with interpreted(module):
+        got = module.mla_decode(*tensors, **options)
+    expected = mla_decode_ref(*tensors, **options)
+    assert got.dtype == tensors[0].dtype
+    torch.testing.assert_close(got.double(), expected, **TOLERANCES[got.dtype])
+
+
+@pytest.mark.parametrize("lengths", [[1], [63], [65], [1000], [0, 130, 5]], ids=str)
+@pytest.mark.parametrize("page_size", [16, 48, 64, 128])
+def test_lengths_and_shuffled_pages(lengths: list[int], page_size: int) -> None:
+    assert_equals_the_oracle(lengths, page_size=page_size)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 4])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (24, 1), (40, 2), (4, 4)], ids=str)
+def test_new_tokens_are_causal_whatever_the_heads(new: int, heads: tuple[int, int]) -> None:
+    # The shortest sequence has rows for one token only: the others return zeros.
+    assert_equals_the_oracle([300, new, 1], new=new, heads=heads)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (70, 0), (100, 4), (64, 70), (2000, 3)])
+@pytest.mark.parametrize(("new", "page_size"), [(1, 64), (3, 16)])
+def test_window_and_sinks(window: int, sinks: int, new: int, page_size: int) -> None:
+    assert_equals_the_oracle([700, 90, 3], window=window, sinks=sinks, new=new, page_size=page_size)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("widths", "heads"),
+    [((64, 64), 3), ((128, 16), 17), ((256, 32), 16), ((256, 16), 17), ((256, 64), 33),
+     ((512, 64), 16), ((512, 32), 17), ((512, 64), 33)],
+)  # fmt: skip
+def test_every_tile(
+    widths: tuple[int, int], heads: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_family", lambda device: family)
+    assert_equals_the_oracle([290], widths=widths, heads=(heads, 1))
+
+
+@pytest.mark.parametrize("widths", [(64, 16), (128, 32), (256, 32), (512, 64)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_widths_and_dtypes(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_equals_the_oracle([270, 70], widths=widths, dtype=dtype, new=2)
+
+
+def test_equals_torch() -> None:
+    tensors, options = operands([192, 192], heads=(8, 2))
+    q, pool, table, _ = tensors
+    rows = (table.long()[:, :, None] * 64 + torch.arange(64)).flatten(1)
+    c = pool[:, rows].transpose(0, 1)
+    expected = F.scaled_dot_product_attention(
+        q.transpose(1, 2), c, c[..., :64], enable_gqa=True, scale=options["scale"]
+    )
+    with interpreted(module):
+        got = module.mla_decode(*tensors, **options)
+    torch.testing.assert_close(got, expected.transpose(1, 2), **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("length", [100, 1000], ids=["one split", "four splits"])
+def test_caller_buffers_are_used_and_arrivals_left_clear(length: int) -> None:
+    tensors, options = operands([length, 0, length // 2], new=2, heads=(8, 2))
+    wide_q, wide_pool = (
+        torch.full((3, 2, 24, 80), torch.nan),
+        torch.full((5, *tensors[1][0].shape), torch.nan),
+    )
+    for wide, part, at in (
+        (wide_q, 0, (..., slice(8, 16), slice(None))),
+        (wide_pool, 1, slice(1, 4, 2)),
+    ):
+        wide[at] = tensors[part]
+        tensors[part] = wide[at]
+    expected = mla_decode_ref(*tensors, **options)
+    out, arrivals = torch.full((3, 2, 8, 64), torch.nan), torch.zeros(9, dtype=torch.int32)
+    for _ in range(2):
+        with interpreted(module):
+            got = module.mla_decode(*tensors, **options, out=out, arrivals=arrivals)
+        assert got is out and not arrivals.any()
+        torch.testing.assert_close(out.double(), expected, **TOLERANCES[torch.float32])
+        out.fill_(torch.nan)
+
+
+def test_logits_of_any_size_stay_finite() -> None:
+    tensors, options = operands([600, 70], scale=300.0)
+    with interpreted(module):
+        got = module.mla_decode(*tensors, **options)
+    expected = mla_decode_ref(*tensors, **options)
+    # fp32 logits of some thousands are off by some 1e-4 themselves.
+    torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    (q, pool, table, lengths), options = operands([5])
+    with interpreted(module):
+        got = module.mla_decode(q[:0], pool, table[:0], lengths[:0], **options)
+    assert got.shape == (0, 1, 4, 64)
+
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+REFUSALS: dict[str, tuple[str, Change]] = {
+    "q rank": (r"q=.*\[B, K, H, R \+ r\]", lambda a: {"q": a["q"][0]}),
+    "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
+    "q strides": ("q=.*strides", lambda a: {"q": torch.randn(1, 1, 4, 88)[..., :80]}),
+    "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(321)[1:].view(1, 1, 4, 80)}),
+    "q width": ("q=.*v_dim=64 plus one of", lambda a: {"q": torch.randn(1, 1, 4, 112)}),
+    "no heads": ("q=.*at least one head", lambda a: {"q": a["q"][:, :, :0]}),
+    "v_dim": ("v_dim=48 must be one of", lambda a: {"v_dim": 48}),
+    "K": ("K=5 new tokens", lambda a: {"q": torch.randn(1, 5, 4, 80)}),
+    "no K": ("K=0 new tokens", lambda a: {"q": a["q"][:, :0]}),
+    "page_size": ("page_size=24 .*multiple of 16", lambda a: {"page_size": 24}),
+    "pool rank": (r"pool=.*\[G, pages \* 64, 80\]", lambda a: {"pool": a["pool"][None, None]}),
+    "pool rows": (r"pool=.*pages \* 128", lambda a: {"page_size": 128}),
+    "pool width": (r"pool=.*, 80\]", lambda a: {"pool": a["pool"][:, :64]}),
+    "pool heads": ("pool=.*divide the 4", lambda a: {"pool": torch.randn(3, 256, 80)}),
+    "pool dtype": ("pool=.*float32, as q is", lambda a: {"pool": a["pool"].half()}),
+    "pool strides": ("pool=.*strides", lambda a: {"pool": a["pool"].repeat(1, 2)[:, :80]}),
+    "head strides": (
+        "pool=.*strides",
+        lambda a: {"pool": torch.randn(2 * 10248).as_strided((2, 128, 80), (10248, 80, 1))},
+    ),
+    "table dtype": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].long()}),
+    "table batch": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].repeat(2, 1)}),
+    "table empty": ("page_table=.*int32", lambda a: {"page_table": a["page_table"][:, :0]}),
+    "lengths": ("lengths=.*int32", lambda a: {"lengths": a["lengths"].long()}),
+    "window": ("window=0 must", lambda a: {"window": 0}),
+    "sinks": ("sinks=-1 must", lambda a: {"sinks": -1}),
+    "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 4, 80)[..., :64]}),
+    "out shape": (r"out=.*\[1, 1, 4, 64\]", lambda a: {"out": torch.empty(1, 1, 4, 80)}),
+    "device": ("lengths=meta must be on", lambda a: {"lengths": a["lengths"].to("meta")}),
+    "arrivals": ("arrivals=.*int32", lambda a: {"arrivals": torch.zeros(1)}),
+    "few arrivals": (
+        r"arrivals=.*>= 1\]",
+        lambda a: {"arrivals": torch.zeros(0, dtype=torch.int32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_arguments_are_refused_before_any_launch(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, options = operands([100])
+    given = dict(zip(("q", "pool", "page_table", "lengths"), tensors, strict=True)) | options
+    message, change = REFUSALS[case]
+    with interpreted(module):
+        monkeypatch.setattr(type(module.mla_decode_fwd_kernel), "run", _no_launch)
+        with pytest.raises(ValueError, match=message):
+            module.mla_decode(**(given | change(given)))
+
+
+def _no_launch(*_: Any, **__: Any) -> None:
+    raise AssertionError("launched")
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    tensors, options = operands([100])
+    with pytest.raises(ValueError, match="is on cpu, needs cuda"):
+        module.mla_decode(*tensors, **options)
+
+
+def faults(variant: Variant, target: str) -> list[str]:
+    report = compile_ahead(variant, target)
+    found = report.faults(variant)
+    if report.shared_bytes > SHARED_BYTES[target]:
+        found.append(f"{report.shared_bytes} bytes of shared memory")
+    return found
+
+
+def test_default_variant_compiles_soundly() -> None:
+    assert faults(default_variant(), "sm_90") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "target"),
+    [pytest.param(v, t, id=f"{v.name}-{t}") for v in variants() for t in v.targets],
+)
+def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
+    assert faults(variant, target) == []
