@@ -1,0 +1,34 @@
+"""The plugin's fixture in a suite of somebody else's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+SUITE = """
+import pytest
+
+@pytest.mark.parametrize("arch", ["gqa", "linear"])
+def test_decode(decode_bench, arch):
+    decode_bench(arch=arch, batch=2, context=40, scale="tiny", rounds=3)
+
+def test_unknown(decode_bench):
+    decode_bench(arch="gqq", scale="tiny")
+"""
+
+
+def test_a_users_suite_gets_figures_by_our_names(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(SUITE)
+    result = pytester.runpytest_inprocess("--benchmark-json=found.json")
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["*Unknown arch 'gqq'. Did you mean 'gqa'?*"])
+    records = json.loads(Path(pytester.path / "found.json").read_text())["benchmarks"]
+    assert [r["params"] for r in records] == [{"arch": "gqa"}, {"arch": "linear"}]
+    for record in records:
+        info, median_s = record["extra_info"], record["stats"]["median"]
+        assert info["kernel_backend"] == "torch" and record["stats"]["rounds"] == 3
+        assert info["tpot_p50_ms"] == pytest.approx(1e3 * median_s)
+        assert info["output_tok_per_s"] == pytest.approx(2 / median_s)
+        assert info["step_bytes"] > info["state_bytes"] > 0
