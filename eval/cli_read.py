@@ -92,6 +92,58 @@ def predict(
     show_prediction(rows, json_)
 
 
+def crossover(
+    first: Annotated[str, typer.Argument(help="An architecture...")],
+    second: Annotated[str, typer.Argument(help="...and the one it is held against.")],
+    scale: str = "8b",
+    hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
+    batch: Annotated[str, typer.Option(help="1,8 or 1:512")] = "1,64",
+    dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
+    results: Annotated[list[Path] | None, typer.Option(help="Runs: measured instead.")] = None,
+    json_: Json = False,
+) -> None:
+    """From which context on FIRST decodes faster than SECOND: predicted, or from results."""
+    from eval.crossover import crossovers, measured_crossovers
+    from eval.leaderboard import merge
+    from eval.predict import parse_counts
+
+    if results:
+        rows = measured_crossovers(merge(results), first, second)
+    else:
+        parts, batches = hardware.split(","), parse_counts(batch)
+        rows = crossovers(first, second, scale, parts, batches, dtype=dtype)
+    show(rows, json_)
+
+
+def isoquality(
+    runs: Annotated[list[Path], typer.Argument(help="Runs of the suite `ladder`.")],
+    reference: Annotated[str, typer.Option(help="Whose loss all others reach.")] = "gqa",
+    scale: str = "1b",
+    hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
+    batch: Annotated[str, typer.Option(help="1,8 or 1:512")] = "64",
+    context: Annotated[str, typer.Option(help="4k,128k or 1k:1m")] = "16k",
+    price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
+    out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
+    json_: Json = False,
+) -> None:
+    """At equal loss, what a million tokens cost: a ladder's fit, carried to a deployment shape."""
+    import pandas as pd
+
+    from eval.accelerators import prices_of
+    from eval.isoquality import iso_quality_cost
+    from eval.leaderboard import merge
+    from eval.predict import parse_counts
+
+    parts = hardware.split(",")
+    rows = iso_quality_cost(
+        merge(runs), reference, scale=scale, hardware=parts, batches=parse_counts(batch),
+        contexts=parse_counts(context), price_per_hour=prices_of(price, parts),
+    )  # fmt: skip
+    if out_file:
+        write_csv(pd.DataFrame(rows), out_file)
+    show(rows, json_)
+
+
 def report(run_dir: Path) -> None:
     """Write a run folder's report.html, leaderboard.csv and plots again from its results."""
     from eval.report import write_report
@@ -152,23 +204,3 @@ def doctor(json_: Json = False) -> None:
         return
     for name, value in facts.items():
         out.print(f"{name}: {value}", highlight=False)
-
-
-def kernels(
-    target: Annotated[list[str] | None, typer.Option(help="Default: sm_90.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All configurations and targets.")] = False,
-    out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
-    json_: Json = False,
-) -> None:
-    """Compile our Triton kernels ahead of time, without a GPU, and show what came out."""
-    import pandas as pd
-
-    from eval.kernel_table import kernel_table
-    from kernels.ahead import TARGETS
-
-    rows = kernel_table(list(TARGETS) if every else target or ["sm_90"], every=every)
-    if out_file is not None:
-        write_csv(pd.DataFrame(rows), out_file)
-    show(rows, json_)
-    if any(row["faults"] for row in rows):
-        raise typer.Exit(1)

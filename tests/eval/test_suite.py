@@ -45,7 +45,7 @@ def test_shipped_suites_compare_everything(name: str) -> None:
 
 
 def test_every_shipped_suite_is_known() -> None:
-    assert set(available_suites()) == {"tiny", "small", "base"}
+    assert set(available_suites()) == {"tiny", "small", "base", "ladder"}
 
 
 def test_a_suite_survives_being_written(tmp_path: Path) -> None:

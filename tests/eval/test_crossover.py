@@ -1,0 +1,63 @@
+"""Where two architectures cross: predicted against brute force, measured by interpolation."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from archs.errors import UserError
+from eval.crossover import crossovers, measured_crossovers
+from eval.leaderboard import merge
+from eval.predict import predict
+
+COMMITTED = Path(__file__).parents[2] / "leaderboards" / "cpu-2-threads" / "2026-11-23"
+
+
+def predicted_ms(arch: str, batch: int, context: int) -> float:
+    [row] = predict([arch], "70m", ["h100"], [batch], [context])
+    assert isinstance(row["tpot_ms"], float)
+    return row["tpot_ms"]
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_the_predicted_crossover_is_where_the_order_turns(batch: int) -> None:
+    [row] = crossovers("gdn", "gqa", "70m", ["h100"], [batch])
+    assert row["verdict"] == "from"
+    context = row["context"]
+    assert isinstance(context, int) and 1 < context < 1 << 20
+    assert predicted_ms("gdn", batch, context) < predicted_ms("gqa", batch, context)
+    assert predicted_ms("gdn", batch, context - 1) >= predicted_ms("gqa", batch, context - 1)
+    [turned] = crossovers("gqa", "gdn", "70m", ["h100"], [batch])
+    assert turned["verdict"] == "until" and abs(int(str(turned["context"])) - context) <= 1
+
+
+def test_an_architecture_that_is_always_ahead() -> None:
+    assert [r["verdict"] for r in crossovers("mqa", "mha", "8b", ["h200"], [64])] == ["always"]
+    assert [r["verdict"] for r in crossovers("mha", "mqa", "8b", ["h200"], [64])] == ["never"]
+
+
+def timed(arch: str, pairs: list[tuple[int, float]]) -> pd.DataFrame:
+    rows = [
+        {
+            "arch": arch, "measure": "tpot_p50_ms", "value": ms, "context": context, "batch": 1,
+            "scale": "70m", "hardware": "x", "kernel_backend": "torch",
+        }
+        for context, ms in pairs
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_measured_crossover_is_interpolated() -> None:
+    flat, rising = timed("gdn", [(100, 5.0), (200, 5.0)]), timed("gqa", [(100, 4.0), (200, 8.0)])
+    [row] = measured_crossovers(pd.concat([flat, rising]), "gdn", "gqa")
+    assert (row["verdict"], row["context"], row["timed_to"]) == ("from", 125, 200)
+
+
+def test_committed_results_hold_a_crossover() -> None:
+    rows = measured_crossovers(merge([COMMITTED]), "gdn", "mha")
+    assert rows and all(row["timed_from"] < row["timed_to"] for row in rows)
+
+
+def test_results_without_both_are_refused() -> None:
+    with pytest.raises(UserError, match="both 'gdn' and 'gqa'"):
+        measured_crossovers(timed("gdn", [(100, 5.0), (200, 5.0)]), "gdn", "gqa")
