@@ -4,33 +4,59 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from archs.errors import unknown_name
-from kernels import attention_decode, conv_step, gdn_step, linear_step, selective_step, ssm_step
+from kernels import (
+    attention_decode,
+    attention_prefill,
+    conv_chunk,
+    conv_step,
+    decay_chunk,
+    gdn_chunk,
+    gdn_step,
+    linear_step,
+    mla_decode,
+    norm_triton,
+    page_write,
+    rope_append,
+    rope_rotate,
+    sample,
+    selective_chunk,
+    selective_step,
+    ssm_step,
+)
 from kernels.ahead import TARGETS, compile_ahead
 
 #: Every op with a Triton kernel: a module with `variants()` and `default_variant()`.
 OPS: dict[str, ModuleType] = {
-    "attention_decode": attention_decode,
-    "conv_step": conv_step,
-    "gdn_step": gdn_step,
-    "linear_step": linear_step,
-    "selective_step": selective_step,
-    "ssm_step": ssm_step,
-}
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, gdn_chunk,
+        gdn_step, linear_step, mla_decode, norm_triton, page_write, rope_append,
+        rope_rotate, sample,
+        selective_chunk, selective_step, ssm_step,
+    )
+}  # fmt: skip
 
 
-def kernel_table(targets: Sequence[str], *, every: bool) -> list[dict[str, object]]:
+def kernel_table(
+    targets: Sequence[str], *, every: bool, ops: Sequence[str] = ()
+) -> list[dict[str, object]]:
     """One row per op, configuration and target: registers, spills, loads, matrix instructions.
 
     every: all configurations that the wrappers can pick, not the default ones alone.
-    Raises UserError on an unknown target.
+    ops: only these. Raises UserError on an unknown target or op.
     """
     for target in targets:
         if target not in TARGETS:
             raise unknown_name("target", target, TARGETS)
+    for op in ops:
+        if op not in OPS:
+            raise unknown_name("operation", op, OPS)
     rows: list[dict[str, object]] = []
     for op, module in OPS.items():
+        if ops and op not in ops:
+            continue
         for variant in module.variants() if every else [module.default_variant()]:
-            for target in targets:
+            for target in [t for t in targets if t in variant.targets]:
                 found = compile_ahead(variant, target)
                 loads = sorted(found.load_bytes.items(), reverse=True)
                 rows.append(

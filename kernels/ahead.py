@@ -25,7 +25,7 @@ TARGETS: dict[str, GPUTarget] = {
 }
 
 #: Width in bytes of global loads and asynchronous copies, by their SASS or AMD suffix.
-_NVIDIA_LOADS = re.compile(r"\b(?:LDG|LDGSTS)(\.[A-Z0-9.]+)?")
+_NVIDIA_LOADS = re.compile(r"\b(?:LDGSTS|LDG)(\.[A-Z0-9.]+)?")
 _AMD_LOADS = re.compile(
     r"\b(?:global|buffer)_load_(dwordx4|dwordx3|dwordx2|dword|ushort|ubyte|s\w+)"
 )

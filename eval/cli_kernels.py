@@ -1,0 +1,179 @@
+"""`decodebench kernels`: what the compiler makes of our kernels, and their proof on a GPU."""
+
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from archs.errors import UserError
+from eval.show import Json, out, show, write_csv
+
+if TYPE_CHECKING:
+    from eval.gpu.proof import Proof
+
+#: What the table calls the decode grid.
+STEP = "decode step"
+#: Statuses of ours that are no defect.
+FINE = ("ok", "unsupported", "oom")
+BUDGET = "Stop cleanly after, e.g. 9m; the same command goes on."
+
+
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="Default: sm_90.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All configurations and targets.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="On a GPU: against oracles.")] = False,
+    bench: Annotated[bool, typer.Option("--bench", help="On a GPU: time, baselines too.")] = False,
+    op: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
+    suite: Annotated[str, typer.Option(help="Run after --bench; none: no suite.")] = "base",
+    plan: Annotated[bool, typer.Option("--plan", help="List what --bench would time.")] = False,
+    time_budget: Annotated[str | None, typer.Option(help=BUDGET)] = None,
+    out_path: Annotated[
+        Path | None,
+        typer.Option("--out", help="CSV; of a proof DIR, default leaderboards/GPU/DATE."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compile our Triton kernels ahead of time, or check and time them on a GPU."""
+    if plan:
+        rows = planned(op or [])
+    elif check or bench:
+        rows = _prove(bench, op or [], suite, time_budget, out_path, json_)
+        show(rows, json_)
+        if any(row["status"] not in FINE for row in rows if row["backend"] in ("", "triton")):
+            raise typer.Exit(1)
+        return
+    else:
+        from eval.kernel_table import kernel_table
+        from kernels.ahead import TARGETS
+
+        targets = list(TARGETS) if every else target or ["sm_90"]
+        rows = kernel_table(targets, every=every, ops=op or [])
+    if out_path is not None:
+        import pandas as pd
+
+        write_csv(pd.DataFrame(rows), out_path)
+    show(rows, json_)
+    if any(row.get("faults") for row in rows):
+        raise typer.Exit(1)
+
+
+def planned(names: list[str]) -> list[dict[str, object]]:
+    """Every cell that the proof would time, not measured."""
+    from eval.gpu.decode_grid import points
+    from eval.gpu.ops import OPS
+    from eval.gpu.proof import OURS, chosen
+
+    ops = list(chosen(OPS, names))
+    pairs = sorted(((o, c) for o in ops for c in o.cases), key=lambda pair: pair[1].order)
+    cells = [(o.name, case.name, OURS) for o, case in pairs]
+    if not names:
+        cells += [(STEP, _step_name(p._asdict()), p.backend) for p in points()]
+    return [
+        {"op": o, "case": case, "backend": backend, "status": "not measured"}
+        for o, case, backend in cells
+    ]
+
+
+def _step_name(cell: Mapping[str, object]) -> str:
+    return "{arch} {scale} batch {batch} context {context}".format(**cell)
+
+
+def _prove(
+    bench: bool, names: list[str], suite: str, time_budget: str | None, out_path: Path | None,
+    quiet: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run the proof; returns the rows of what was checked or timed, recorded ones included."""
+    import torch
+
+    from eval.cli import err, parse_duration_s, resolve_device
+    from eval.gpu import workers
+    from eval.gpu.ops import OPS
+    from eval.gpu.proof import Proof, chosen
+    from eval.progress import Progress
+
+    ops = list(chosen(OPS, names))
+    budget_s = parse_duration_s(time_budget)
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--check and --bench need a CUDA device, and this machine has none; without these "
+            "options the kernels are compiled ahead of time, and --plan lists what would be timed"
+        )
+    folder = out_path or _default_folder()
+    proof = Proof(
+        ops, folder, resolve_device("cuda"), budget_s=budget_s,
+        progress=Progress(err, quiet=quiet), workers=workers.count(),
+    )  # fmt: skip
+    # A kernel that was not checked is not timed, so --bench checks too.
+    proof.check()
+    if bench:
+        # What is worth most first, so that a short budget leaves a small table of everything.
+        proof.bench(most_order=1)
+        if not names:
+            proof.decode_grid(first=1)
+        proof.bench()
+        if not names:
+            proof.decode_grid()
+            _run_suite(proof.left_s, suite, folder, proof.device, proof.progress)
+    if proof.over and not quiet:
+        out.print("the time budget ended; run the same command again to go on")
+    return summary(proof, bench)
+
+
+def summary(proof: "Proof", bench: bool) -> list[dict[str, Any]]:
+    """What a proof's folder holds, in rows of one form: checks, or those that failed and times.
+
+    error: of a check, relative; fractions: of this device's copy bandwidth and matrix rate.
+    """
+    rows: list[dict[str, Any]] = [
+        {"op": r["op"], "case": f"check {r['check']}", "backend": "", "status": r["status"],
+         "error": _number(r["error"]), "note": r["note"]}
+        for r in proof.checks.rows
+        if not bench or r["status"] != "ok"
+    ]  # fmt: skip
+    if not bench:
+        return rows
+    rows += [
+        {"op": r["op"], "case": r["case"], "backend": r["backend"], "status": r["status"],
+         "time_us": _number(r["time_us"]), "copy_fraction": _number(r["copy_fraction"]),
+         "matrix_fraction": _number(r["matrix_fraction"]), "note": r["note"]}
+        for r in proof.timings.rows
+    ]  # fmt: skip
+    for r in proof.decode.rows:
+        ms = _number(r["tpot_p50_ms"])
+        rows.append(
+            {"op": STEP, "case": _step_name(r), "backend": r["kernel_backend"],
+             "status": r["status"], "time_us": None if ms is None else ms * 1e3,
+             "copy_fraction": _number(r["mbu"]), "matrix_fraction": _number(r["mfu"]),
+             "note": r["note"]}
+        )  # fmt: skip
+    return rows
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def _default_folder() -> Path:
+    """leaderboards/<gpu>/<date>: a proof of the same day goes on there."""
+    import torch
+
+    name = "-".join(torch.cuda.get_device_name().lower().split())
+    return Path("leaderboards") / name / date.today().isoformat()
+
+
+def _run_suite(left_s: float | None, suite: str, folder: Path, device: Any, progress: Any) -> None:
+    from eval.report import write_report
+    from eval.run import has_architecture, run_suite
+    from eval.suite import load_suite
+
+    if suite == "none" or (left_s is not None and left_s <= 0):
+        return
+    chosen_suite = load_suite(suite)
+    where = folder / chosen_suite.name
+    run_suite(
+        chosen_suite, where, device=device, fresh=False, time_budget_s=left_s, progress=progress
+    )
+    if has_architecture(where):
+        write_report(where)

@@ -1,0 +1,5 @@
+"""Every operation that the proof checks and times."""
+
+from eval.gpu.ops import attention, chunk, glue, recurrent
+
+OPS = (*attention.OPS, *recurrent.OPS, *chunk.OPS, *glue.OPS)
