@@ -169,6 +169,37 @@ def test_generation_is_the_same_watched_and_unwatched(sampling: Sampling) -> Non
         assert plain.tokens == unwatched.tokens
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_long_step_keeps_no_states_between_its_tokens(backend: str) -> None:
+    subject = Subject("linear", SCALE, backend=backend)
+    engine = subject.engine(1, 32, lookback=12)
+    slot = engine.store.add()
+    engine.extend([slot], subject.tokens(1, 10))
+    with pytest.raises(UserError, match="rollback of 5 tokens"):
+        engine.store.rollback(slot, 5)
+
+
+def test_padding_may_reach_past_the_last_page() -> None:
+    subject = subject_of("mqa")
+    tokens = subject.tokens(2, 22)
+    engine = subject.engine(2, 16)
+    slots = [engine.store.add(), engine.store.add()]
+    engine.extend(slots, tokens[:, :14])
+    got = engine.extend(slots, tokens[:, 14:20], torch.tensor([2, 1]))
+    expected = subject.expected(tokens[:, :16])
+    assert error_of(got[0, :2], expected[0, 14:]) <= TOLERANCE
+    assert error_of(got[1, :1], expected[1, 14:15]) <= TOLERANCE
+
+
+def test_an_engine_whose_model_went_elsewhere_says_so() -> None:
+    subject = subject_of("mqa")
+    engine = subject.engine(1, 32)
+    slot = engine.store.add()
+    subject.model.use("torch")
+    with pytest.raises(UserError, match="was put on backend torch after"):
+        engine.extend([slot], torch.zeros(1, 1, dtype=torch.int64))
+
+
 def test_options_that_exclude_each_other_are_refused() -> None:
     model = Subject("gqa").model
     with pytest.raises(UserError, match="compiled=True"):
@@ -182,7 +213,7 @@ def test_options_that_exclude_each_other_are_refused() -> None:
 
 
 def test_a_library_that_lacks_an_operation_says_so() -> None:
-    engine = Subject("gdn", backend="flash-attn").engine(1, 32)
+    engine = Engine(Subject("gdn").model, max_context=32, backend="flash-attn")
     slot = engine.store.add()
     with pytest.raises(UserError, match=r"gated delta rule has no form for backend 'flash-attn'"):
         engine.extend([slot], torch.zeros(1, 1, dtype=torch.int64))
