@@ -54,12 +54,13 @@ gpu:
 	touch $@
 
 # Reference code alone is wanted of them: nothing they depend on is installed, no CUDA is built, and
-# the build uses the torch that is here (it would fetch another one for itself otherwise).
+# the build uses the torch that is here (it would fetch another one for itself otherwise). They lie
+# apart, for these tests alone: transformers would take their GPU kernels wherever it finds them.
 .venv/installed-peers: .venv/installed-test constraints-peers.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check \
 		-c constraints.txt -c constraints-peers.txt setuptools wheel
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/pip install --quiet \
-		--disable-pip-version-check --no-deps --no-build-isolation \
+		--disable-pip-version-check --no-deps --no-build-isolation --upgrade --target .venv/peers \
 		-c constraints-peers.txt mamba-ssm fla-core
 	touch $@
 

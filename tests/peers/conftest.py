@@ -1,4 +1,4 @@
-"""Other people's reference code, installed by `make peers`: what it needs before it imports.
+"""Other people's reference code, installed by `make peers`: where it is and what it needs.
 
 mamba-ssm's package asks for its compiled CUDA module on import, and is built without it here. Its
 `*_ref` functions are plain torch and never call into it: an empty module satisfies the import.
@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+#: Where `make peers` installs; nothing else looks there.
+sys.path.append(str(Path(sys.prefix) / "peers"))
 PACKAGES = {"mamba_ssm": "mamba-ssm", "fla": "fla-core"}
 COMPILED = "selective_scan_cuda"
 
