@@ -1,6 +1,6 @@
 """The cells of a suite: one method trains, asks or times one architecture and returns its rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec, layer_names
 from archs.sizes import Scale, get_scale
+from eval.cell_rows import estimate_row, median_row, reporter
 from eval.decode import (
     DecodeTiming,
     agreement_error,
@@ -38,7 +39,7 @@ from eval.results import About, Cell, Row, Status
 from eval.suite import DecodePlan, MqarPlan, Suite, TrainPlan
 from infer.engine import Engine
 from train.corpus import load_corpus
-from train.loop import StepReport, train
+from train.loop import train
 from train.mqar import MqarBatches, MqarSpec
 from train.recipe import Recipe
 from train.sweep import sweep
@@ -163,7 +164,7 @@ class Workshop:
         result = train(
             model, data, self._recipe(plan, rate, rates, cell.seed), self._folder(cell),
             spec=spec, data_fingerprint=tokens.name, deadline=self.deadline,
-            progress=_reporter(watch),
+            progress=reporter(watch),
         )  # fmt: skip
         if result.status != "ok":
             raise CellFailure(
@@ -206,7 +207,7 @@ class Workshop:
             lambda model: self._dev_score(model, plan),
             self._folder_of(cell.arch, f"sweep-{cell.scale}"),
             spec=spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
-            progress=_reporter(watch), deadline=self.deadline,
+            progress=reporter(watch), deadline=self.deadline,
         )  # fmt: skip
         if not found.complete:
             raise CellFailure(Status.ERROR, about, "stopped in the sweep", stopped=True)
@@ -233,7 +234,7 @@ class Workshop:
         scores = document_scores(
             model, self.tokens, part="test", seq_len=plan.seq_len, max_tokens=quality.max_tokens
         )
-        rows = [_estimate("bits_per_byte", over_documents(scores), context=plan.seq_len)]
+        rows = [estimate_row("bits_per_byte", over_documents(scores), context=plan.seq_len)]
         rows += [
             Row(measure=DOCUMENTS, value=s.bits / s.size_bytes, n=round(s.size_bytes),
                 context=plan.seq_len, position=s.document + 1)
@@ -244,7 +245,7 @@ class Workshop:
             model, self.tokens, part="test", reach=reach, max_tokens=quality.max_tokens
         )
         for position, loss in curve.items():
-            rows.append(_estimate("loss_at_position", loss, position=position))
+            rows.append(estimate_row("loss_at_position", loss, position=position))
         return rows
 
     def mqar(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
@@ -268,7 +269,7 @@ class Workshop:
             )  # fmt: skip
             result = train(
                 model, data, recipe, self._folder(cell) / f"lr_{rate:g}", spec=spec,
-                data_fingerprint=str(task), deadline=self.deadline, progress=_reporter(watch),
+                data_fingerprint=str(task), deadline=self.deadline, progress=reporter(watch),
                 eval_fn=lambda m: {
                     "accuracy": mqar_accuracy(m, task, sequences=128, seed=cell.seed + 1).value
                 },
@@ -290,7 +291,7 @@ class Workshop:
         accuracy, steps, rate = best
         about = replace(about, tokens=steps * plan.batch * plan.seq_len)
         rows = [
-            _estimate("mqar_accuracy", accuracy, context=plan.seq_len),
+            estimate_row("mqar_accuracy", accuracy, context=plan.seq_len),
             Row(measure="learning_rate", value=rate),
         ]
         if accuracy.value >= SOLVED:
@@ -343,7 +344,7 @@ class Workshop:
                 model, batch=cell.batch, prompt=plan.prompt, backend=backend
             )
             rows += [
-                _median("ttft_ms", times, batch=cell.batch, context=plan.prompt),
+                median_row("ttft_ms", times, batch=cell.batch, context=plan.prompt),
                 Row(measure="compile_s", value=warmup_ms / 1e3, batch=cell.batch,
                     context=plan.prompt),
             ]  # fmt: skip
@@ -387,8 +388,8 @@ class Workshop:
         bare = engine.generate_without_state(ids, plan.no_cache)
         at: dict[str, Any] = {"batch": batch, "context": length}
         return [
-            _median("cached_tpot_ms", kept.step_ms, **at),
-            _median("nocache_tpot_ms", bare.step_ms, **at),
+            median_row("cached_tpot_ms", kept.step_ms, **at),
+            median_row("nocache_tpot_ms", bare.step_ms, **at),
         ]
 
     def _folder(self, cell: Cell) -> Path:
@@ -397,23 +398,3 @@ class Workshop:
     def _folder_of(self, arch: str, name: str) -> Path:
         plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
         return self.out / "cells" / plain / name
-
-
-def _reporter(watch: Watch) -> Callable[[StepReport], None]:
-    def show(report: StepReport) -> None:
-        rate = f"{report.tok_per_s:,.0f} tok/s, loss {report.train_loss_nats:.2f}"
-        watch.at(report.step / report.steps, rate)
-
-    return show
-
-
-def _estimate(measure: str, found: Estimate, **at: Any) -> Row:
-    return Row(measure=measure, value=found.value, low=found.low, high=found.high, n=found.n, **at)
-
-
-def _median(measure: str, times: list[float], **at: Any) -> Row:
-    ordered = sorted(times)
-    return Row(
-        measure=measure, value=ordered[len(ordered) // 2], low=ordered[0], high=ordered[-1],
-        n=len(ordered), **at,
-    )  # fmt: skip

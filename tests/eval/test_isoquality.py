@@ -1,5 +1,9 @@
 """Iso-quality cost: the fit finds the law that made the points, and cost follows the ratio."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,6 +11,9 @@ import pytest
 from archs.errors import UserError
 from eval.isoquality import fit_ladder, iso_quality_cost, ladder_points, size_ratios
 from eval.predict import predict
+from eval.suite import load_suite
+from tests.eval.conftest import Command
+from tests.eval.micro import run, write_suite
 
 SCALES = {"gqa": 40.0, "gdn": 34.0, "swa": 52.0}
 FLOOR, EXPONENT = 1.1, 0.28
@@ -74,3 +81,18 @@ def test_short_ladders_and_unknown_references_are_refused() -> None:
         ladder_points(table[table["scale"].isin(["micro", "tiny"])])
     with pytest.raises(UserError, match="reference 'mha' is not in the ladder"):
         size_ratios(ladder_points(table), "mha")
+
+
+@pytest.mark.usefixtures("stub_roofline", "no_report")
+def test_a_ladder_runs_and_answers(decodebench: Command, tmp_path: Path) -> None:
+    suite = load_suite(str(write_suite(tmp_path, ("gqa", "linear"))))
+    assert suite.train is not None
+    train = replace(suite.train, ladder=("micro", "mini"))
+    ladder_suite = replace(suite, train=train, mqar=None, decode=())
+    assert run(ladder_suite, tmp_path / "out")
+    found = decodebench("isoquality", "out", "--reference", "gqa", "--scale", "70m", "--json")
+    assert found.code == 0, found.err
+    rows = {row["arch"]: row for row in json.loads(found.out)}
+    assert set(rows) == {"gqa", "linear"}
+    assert rows["gqa"]["size_ratio"] == 1 and rows["linear"]["size_ratio"] > 0
+    assert rows["gqa"]["size_ratio_low"] is None

@@ -44,6 +44,21 @@ def test_shipped_suites_compare_everything(name: str) -> None:
     assert suite.trained_scales == [suite.train.scale]
 
 
+def test_the_ladder_trains_four_sizes_with_rates_for_their_width() -> None:
+    train = load_suite("ladder").train
+    assert train and train.scales == ("tiny", "micro", "mini", "small")
+    assert load_suite("ladder").trained_scales == list(train.scales)
+    assert train.rates_at("tiny") == train.learning_rates
+    halved = [r / 2**0.5 for r in train.learning_rates]
+    assert train.rates_at("small") == pytest.approx(halved)
+
+
+def test_an_unknown_backend_is_named(tmp_path: Path) -> None:
+    text = 'archs = ["gqa"]\n[[decode]]\nscale = "tiny"\nbackend = "tritn"\n'
+    with pytest.raises(UserError, match=r"Unknown backend 'tritn'.*'triton'"):
+        load_suite(write(tmp_path, text))
+
+
 def test_every_shipped_suite_is_known() -> None:
     assert set(available_suites()) == {"tiny", "small", "base", "ladder"}
 
