@@ -87,10 +87,10 @@ def _prove(
     """Run the proof; returns the rows of what was checked or timed, recorded ones included."""
     import torch
 
-    from eval.cli import err, parse_duration_s, resolve_device
     from eval.gpu import workers
     from eval.gpu.ops import OPS
     from eval.gpu.proof import Proof, chosen
+    from eval.options import err, parse_duration_s, resolve_device
     from eval.progress import Progress
 
     ops = list(chosen(OPS, names))

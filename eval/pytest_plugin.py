@@ -45,7 +45,7 @@ def decode_bench(benchmark: Any) -> DecodeBench:
         device: str = "auto", backend: str = "auto", compiled: bool = False, rounds: int = 16,
     ) -> dict[str, Any]:  # fmt: skip
         from archs.backends import NoFormError, resolve_backend
-        from eval.cli import resolve_device
+        from eval.options import resolve_device
 
         where = resolve_device(device)
         chosen = resolve_backend(backend, where)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from archs.gqa import Attention
-from eval.cli import parse_duration_s
 from eval.hardware import Roofline
+from eval.options import parse_duration_s
 from tests.eval.conftest import Command
 from tests.eval.micro import write_corpus, write_suite
 from tests.eval.synthetic import write_run

@@ -54,7 +54,7 @@ def on_gpu(
     def run(ops: Sequence[Op], *arguments: str) -> Outcome:
         monkeypatch.setattr("eval.gpu.ops.OPS", tuple(ops))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr("eval.cli.resolve_device", lambda _: CPU)
+        monkeypatch.setattr("eval.options.resolve_device", lambda _: CPU)
         monkeypatch.setattr(workers, "count", lambda: 0)
         monkeypatch.setattr(Server, "measure", lambda self, p: {**p.key, "status": "ok",
                                                                 "tpot_p50_ms": 2.0})  # fmt: skip
