@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import Variant
+from kernels.ahead import TARGETS, Variant
 from kernels.attention_decode_checks import EIGHT_BIT, check, form, require
 
 #: Most splits of one sequence: the program that combines them reads one after another.
@@ -348,6 +348,8 @@ def _variant(
         # 8-bit tiles of d 32 have too few bytes for 16 on each of AMD's 256 threads.
         wide_loads=0 if dim == 32 and eight_bit else 2,
         matrix=True,
+        # sm_80 has no fp8e4nv; the wrapper refuses it.
+        targets=tuple(t for t in TARGETS if t != "sm_80" or kv != torch.float8_e4m3fn),
     )
 
 

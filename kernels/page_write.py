@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import Variant
+from kernels.ahead import TARGETS, Variant
 from kernels.attention_decode_checks import EIGHT_BIT, form, require
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -265,6 +265,8 @@ def _variant(
         divisible=aligned,
         num_warps=warps,
         wide_loads=1 if width % 16 == 0 else 0,
+        # sm_80 has no fp8e4nv; the wrapper refuses it.
+        targets=tuple(t for t in TARGETS if t != "sm_80" or held != torch.float8_e4m3fn),
     )
 
 

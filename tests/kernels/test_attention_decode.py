@@ -228,8 +228,8 @@ KNOWN_SPILL_BYTES = {
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "-"))
 def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    if target == "sm_80" and variant.signature["k"] == "*fp8e4nv":
-        pytest.skip("sm_80 has no fp8e4nv; the wrapper refuses it")
+    if target not in variant.targets:
+        pytest.skip(f"the wrapper never picks it on {target}")
     report = compile_ahead(variant, target)
     faults = report.faults(variant)
     known = KNOWN_SPILL_BYTES.get((variant.name.removeprefix("attention_decode "), target), 0)

@@ -239,6 +239,6 @@ def test_default_variant_compiles_soundly() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "-"))
 def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    if target == "sm_80" and variant.signature["pool"] == "*fp8e4nv":
-        pytest.skip("sm_80 has no fp8e4nv; the wrapper refuses it")
+    if target not in variant.targets:
+        pytest.skip(f"the wrapper never picks it on {target}")
     assert compile_ahead(variant, target).faults(variant) == []
