@@ -86,6 +86,7 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("check", [check_padding, check_fork, check_rollback])
 @pytest.mark.parametrize("arch", ["swa:gqa=3:1", "gdn:gqa=3:1", "mla", "mamba1", "mamba2"])
 def test_the_conformance_kit_holds(arch: str, check: Callable[[Subject], object]) -> None:
