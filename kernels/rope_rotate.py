@@ -100,6 +100,7 @@ def rope_rotate_ref(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
 
 def _variant(dtype: torch.dtype, heads: int, dim: int) -> Variant:
     constants, warps = _constants(heads, dim, dtype)
+    full = constants["BLOCK_H"] * constants["BLOCK_D"] == CONFIGS[dtype.itemsize][0]
     pointers = {"x": "*" + TYPES[dtype], "cos_sin": "*fp32", "lengths": "*i32"}
     strides = ("stride_b", "stride_t")
     return Variant(
@@ -109,7 +110,8 @@ def _variant(dtype: torch.dtype, heads: int, dim: int) -> Variant:
         constexprs=constants,
         divisible=frozenset([*pointers, *strides]),
         num_warps=warps,
-        wide_loads=2,
+        # A tile of few narrow heads has too few bytes for 16 on each thread.
+        wide_loads=2 if full else 0,
     )
 
 
