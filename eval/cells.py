@@ -321,8 +321,7 @@ class Workshop:
         about = self._about(cell.arch, model, kernel_backend=label)
         try:
             error = agreement_error(model, backend=backend, compiled=plan.compiled)
-        except (NoFormError, ValueError) as why:
-            # A kernel refuses a shape by a ValueError that names it and the rule.
+        except NoFormError as why:
             raise CellFailure(Status.UNSUPPORTED, about, str(why)) from None
         if not agrees(error, self.serving_dtype):
             note = f"extend differs from forward by {error:.1e} (relative); latencies withheld"

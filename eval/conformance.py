@@ -33,10 +33,13 @@ CHECK_SCALE = replace(
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One verdict: the rule's name, whether it held, and the figure that says so."""
+    """One verdict: the rule's name, whether it held, and the figure that says so.
+
+    passed: None where this machine cannot tell.
+    """
 
     name: str
-    passed: bool
+    passed: bool | None
     detail: str
 
 
@@ -204,7 +207,7 @@ def check_fork(subject: Subject) -> Check:
     verdict = _within("fork, then diverge", worst)
     return replace(
         verdict,
-        passed=verdict.passed and leaked == 0,
+        passed=bool(verdict.passed) and leaked == 0,
         detail=f"{verdict.detail}, {leaked} bytes left after release",
     )
 
@@ -322,7 +325,7 @@ def _within(name: str, worst: float) -> Check:
 def check_kernels(subject: Subject) -> Check:
     """On a GPU our kernels, prefill and graphs included, give what the torch forms give."""
     if not torch.cuda.is_available():
-        return Check("triton equals torch", True, "not measured: this machine has no CUDA device")
+        return Check("triton equals torch", None, "not measured: this machine has no CUDA device")
     model = subject.spec.build(seed=subject.seed, device="cuda", dtype=torch.bfloat16)
     error = agreement_error(model, backend=resolve_backend("triton", torch.device("cuda")))
     detail = f"largest relative error {error:.1e} in bfloat16"

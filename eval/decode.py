@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from archs.backbone import Model
+from archs.backends import NoFormError
 from archs.cost import Cost, Step
 from archs.registry import ModelSpec
 from eval.hardware import now_s
@@ -74,7 +75,20 @@ def agreement_error(
 
     tokens: length of the sequences (None: enough to reach every path that is timed).
     backend, compiled: single tokens go through the step that will be timed, graphs included.
+    Raises NoFormError where the backend has no form for the model, or its kernels refuse the shape.
     """
+    try:
+        return _agreement_error(model, tokens, seed, backend, compiled)
+    except ValueError as why:
+        # Kernels refuse a shape before any launch, naming it and the rule; torch forms do not.
+        if backend == "torch":
+            raise
+        raise NoFormError(f"backend '{backend}' refuses the shape: {why}") from why
+
+
+def _agreement_error(
+    model: Model, tokens: int | None, seed: int, backend: str, compiled: bool
+) -> float:
     device = model.embedding.weight.device
     tokens = tokens or _telling_length(model)
     generator = torch.Generator().manual_seed(seed)

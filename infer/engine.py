@@ -120,22 +120,22 @@ class Engine:
         return self.backend if self.compiled is None else "torch-compile"
 
     def _layers(self, step: StepView) -> list[LayerState]:
-        self._require_backend()
         if self._on_device is None:
             return step.layers
         return device.view(self._on_device, step).layers
 
-    def _require_backend(self) -> None:
+    def _begin(self, slots: Sequence[int], new_tokens: int, new: Tensor | None) -> StepView:
         if self.model.backend != self.backend:
             raise UserError(
                 f"the model was put on backend {self.model.backend} after this engine was opened "
                 f"on {self.backend}; open a new engine"
             )
+        return self.store.begin(slots, new_tokens, new)
 
     @torch.inference_mode()
     def extend(self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of K new tokens [B, K] per sequence (`new` [B] of them valid)."""
-        step = self.store.begin(slots, tokens.shape[1], new)
+        step = self._begin(slots, tokens.shape[1], new)
         logits = self.model.extend(tokens, self._layers(step))
         self.store.commit(step)
         return logits
@@ -148,12 +148,11 @@ class Engine:
 
         Those of a replayed graph are valid until the next step.
         """
-        step = self.store.begin(slots, tokens.shape[1], new)
+        step = self._begin(slots, tokens.shape[1], new)
         single = tokens.shape[1] == 1 and new is None
         if self.compiled is not None and tokens.shape[1] == 1:
             logits = self.compiled(tokens, step)
         elif self.graphed is not None and single:
-            self._require_backend()
             logits = self.graphed(tokens, step)
         else:
             logits = self.model.extend_last(tokens, self._layers(step))

@@ -19,14 +19,12 @@ from archs.backends import resolve_backend
 from archs.errors import UserError, unknown_name
 from eval.gpu import workers
 from eval.gpu.case import (
-    LIBRARIES,
     Case,
     Check,
     Op,
     Run,
     difference,
     guarded,
-    installed,
     lost,
     verdict,
 )
@@ -295,8 +293,3 @@ def chosen(ops: Iterable[Op], names: Iterable[str]) -> Iterator[Op]:
             raise unknown_name("operation", name, known)
     wanted = set(names)
     yield from (op for name, op in known.items() if not wanted or name in wanted)
-
-
-def baselines() -> dict[str, bool]:
-    """Every baseline and whether its library is here."""
-    return {name: installed(name) for name in LIBRARIES}

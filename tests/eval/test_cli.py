@@ -232,7 +232,8 @@ def test_a_new_architecture_passes_check_trains_and_is_scored(
     decodebench("new-arch", "my_mixer").refuses("my_mixer.py", "exists already", "--force")
     outcome = decodebench("check", "my_mixer.py", "--json")
     assert outcome.code == 0
-    assert all(verdict["passed"] for verdict in rows_of(outcome.out))
+    unproven = [v["check"] for v in rows_of(outcome.out) if v["passed"] is not True]
+    assert unproven == ([] if torch.cuda.is_available() else ["triton equals torch"])
     text = ("--corpus", "path:text.txt")
     assert decodebench("train", "--arch", "my_mixer.py", *TRAIN, *text).code == 0
     decodebench("quality", "runs/train", *text).refuses("my_mixer.py", "from a file you name")

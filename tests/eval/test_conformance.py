@@ -20,10 +20,32 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return Subject(request.param)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+#: What a machine without a GPU can tell.
+ANYWHERE = [name for name in CHECKS if name != "kernels"]
+
+
+@pytest.mark.parametrize("check", ANYWHERE)
 def test_conformance(subject: Subject, check: str) -> None:
     verdict = CHECKS[check](subject)
     assert verdict.passed, f"{verdict.name}: {verdict.detail}"
+
+
+def test_kernels_are_not_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    verdict = CHECKS["kernels"](Subject("gqa"))
+    assert verdict.passed is None and "not measured" in verdict.detail
+
+
+@pytest.mark.parametrize(("error", "passed"), [(1e-2, True), (0.5, False), (float("nan"), False)])
+def test_kernels_are_held_to_the_torch_form(
+    monkeypatch: pytest.MonkeyPatch, error: float, passed: bool
+) -> None:
+    subject = Subject("gqa")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("eval.conformance.resolve_backend", lambda name, device: name)
+    monkeypatch.setattr("eval.conformance.agreement_error", lambda *_, **__: error)
+    monkeypatch.setattr(type(subject.spec), "build", lambda *_, **__: subject.model)
+    assert CHECKS["kernels"](subject).passed is passed
 
 
 def _broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +59,7 @@ def _broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mixer_that_decodes_differently_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     _broken(monkeypatch)
-    failed = {c.name for c in run_checks("gqa") if not c.passed}
+    failed = {c.name for c in run_checks("gqa") if c.passed is False}
     assert "split law" in failed
     assert "rollback" in failed
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from archs.backbone import Model
+from archs.backends import NoFormError
 from archs.gqa import Attention
 from archs.linear import LinearAttention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
@@ -29,6 +30,7 @@ from eval.progress import Watch
 from eval.results import Cell, Status
 from eval.suite import Suite
 from infer.compiled import CompiledStep
+from infer.engine import Engine
 from infer.memory import DoesNotFitError
 from tests.eval.conftest import Command
 
@@ -220,3 +222,19 @@ def test_what_cannot_fit_is_refused_before_it_is_made(
         build_to_serve(spec, CPU, torch.float32)
     monkeypatch.setattr("infer.memory.free_bytes", lambda _: 2 * weight_bytes)
     assert build_to_serve(spec, CPU, torch.float32).vocab_size == TINY.vocab_size
+
+
+def test_a_shape_that_kernels_refuse_has_no_form(model: Model) -> None:
+    with pytest.raises(NoFormError, match=r"backend 'triton' refuses the shape: .*needs"):
+        agreement_error(model, backend="triton")
+
+
+def test_an_error_of_the_torch_forms_is_not_taken_for_a_refusal(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(Engine, "prefill", fails)
+    with pytest.raises(ValueError, match=r"^a mistake$"):
+        agreement_error(model)
