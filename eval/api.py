@@ -23,8 +23,8 @@ from eval.claims import claims as check_claims
 from eval.commands import bench_archs
 from eval.leaderboard import merge, rank, wide
 from eval.progress import Progress
-from eval.results import load_long
 from eval.run import run_suite
+from eval.schema import load_long
 from eval.suite import load_suite
 
 __all__ = ["bench", "claims", "compare", "leaderboard", "load_results", "predict", "predict_ops"]

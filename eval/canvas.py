@@ -136,13 +136,19 @@ class Axis:
 
 
 class Label(NamedTuple):
-    """A label's text and where its left edge and middle are, in data units."""
+    """An architecture's name and an addition, where left edge and middle are in data units."""
 
-    text: str
+    arch: str
     x: float
     y: float
     from_x: float
     from_y: float
+    more: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is drawn."""
+        return f"{self.arch} {self.more}" if self.more else self.arch
 
 
 LINE = 14

@@ -347,7 +347,7 @@ class Workshop:
                 Row(measure="compile_s", value=warmup_ms / 1e3, batch=cell.batch,
                     context=plan.prompt),
             ]  # fmt: skip
-        if plan.no_cache:
+        if plan.no_cache and cell.batch == min(plan.batches):
             rows += self._baseline_rows(model, plan, cell.batch, backend)
         return about, rows
 
@@ -376,20 +376,22 @@ class Workshop:
         ]
 
     def _baseline_rows(self, model: Model, plan: DecodePlan, batch: int, backend: str) -> list[Row]:
-        """The same tokens with and without state, from a prompt of plan.prompt or 64 tokens."""
-        length = plan.prompt or 64
+        """The next plan.no_cache tokens after each context, with and without the state."""
         generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(model.vocab_size, (batch, length), generator=generator).tolist()
-        engine = Engine(
-            model, max_sequences=batch, max_context=length + plan.no_cache, backend=backend
-        )
-        kept = engine.generate(ids, plan.no_cache)
-        bare = engine.generate_without_state(ids, plan.no_cache)
-        at: dict[str, Any] = {"batch": batch, "context": length}
-        return [
-            median_row("cached_tpot_ms", kept.step_ms, **at),
-            median_row("nocache_tpot_ms", bare.step_ms, **at),
-        ]
+        rows = []
+        for context in plan.contexts:
+            ids = torch.randint(model.vocab_size, (batch, context), generator=generator).tolist()
+            engine = Engine(
+                model, max_sequences=batch, max_context=context + plan.no_cache, backend=backend
+            )
+            kept = engine.generate(ids, plan.no_cache)
+            bare = engine.generate_without_state(ids, plan.no_cache)
+            at: dict[str, Any] = {"batch": batch, "context": context}
+            rows += [
+                median_row("cached_tpot_ms", kept.step_ms, **at),
+                median_row("nocache_tpot_ms", bare.step_ms, **at),
+            ]
+        return rows
 
     def _folder(self, cell: Cell) -> Path:
         return self._folder_of(cell.arch, f"{cell.stage}-{cell.scale}-seed{cell.seed}")

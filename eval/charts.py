@@ -4,23 +4,20 @@ Every chart says in its title at which scale, batch and context and on which har
 taken, and labels what it can beside the marks.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise, zip_longest
-from typing import Any
 
 import altair as alt
 import pandas as pd
 
-from eval.canvas import CHAR, FAINT, INK, Axis, Label, Palette, end_labels, point_labels, themed
+from eval.canvas import FAINT, INK, Axis, point_labels, themed
 from eval.figures import Figures, Setting
-
-Chart = alt.LayerChart
+from eval.marks import Chart, along_x, along_y, curves, named, si, stands, tips
 
 
 def quality_against_state(f: Figures, setting: Setting) -> Chart | None:
     """Bits per byte over the bytes that a sequence must keep, with the Pareto front."""
     scale, quality = f.quality("bits_per_byte")
-    state = f.state_bytes(setting.scale)
+    state = f.declared(setting.scale, "state_bytes")
     if quality.empty or state.empty:
         return None
     counts = state.groupby("context")["arch"].nunique()
@@ -37,8 +34,8 @@ def quality_against_state(f: Figures, setting: Setting) -> Chart | None:
     x = Axis.around(list(data["state_bytes"]))
     ends = [*data["value"], *data["low"].dropna(), *data["high"].dropna()]
     y = Axis.around(ends, log=False, vertical=True)
-    horizontal = _x("state_bytes", x, "state of one sequence, bytes", number="~s")
-    vertical = _y("value", y, "bits per byte, held-out text")
+    horizontal = along_x("state_bytes", x, "state of one sequence, bytes", number="~s")
+    vertical = along_y("value", y, "bits per byte, held-out text")
     base = alt.Chart(data)
     front = base.transform_filter("datum.front").mark_line(
         interpolate="step-after", color=FAINT, strokeWidth=2, strokeDash=[5, 4]
@@ -50,7 +47,7 @@ def quality_against_state(f: Figures, setting: Setting) -> Chart | None:
         horizontal, vertical, f.palette.colour(), f.palette.shape(),
         stroke=alt.condition("datum.front", alt.value(INK), alt.value("white")),
         strokeWidth=alt.condition("datum.front", alt.value(2), alt.value(0.5)),
-        tooltip=_tips("arch", "value", "low", "high", "state_bytes"),
+        tooltip=tips("arch", "value", "low", "high", "state_bytes"),
     )  # fmt: skip
     best = data[data["front"]].sort_values("state_bytes")
     steps = list(zip(best["state_bytes"], best["value"], strict=True))
@@ -58,8 +55,8 @@ def quality_against_state(f: Figures, setting: Setting) -> Chart | None:
     bars = data.dropna(subset=["low"])[["state_bytes", "low", "high"]].itertuples(index=False)
     walls = [[(at, low), (at, high)] for at, low, high in bars]
     walls.append([p for pair in zip_longest(steps, corners) for p in pair if p])
-    places = _places(data, "state_bytes", "value")
-    labels = _labels(point_labels(places, x, y, walls), x, y, f.palette)
+    places = stands(data, "state_bytes", "value")
+    labels = named(point_labels(places, x, y, walls), x, y, f.palette)
     return themed(
         front.encode(horizontal, vertical) + spread + points + labels,
         f"Quality against state at {context:,} tokens of context",
@@ -75,7 +72,7 @@ def latency_against_context(f: Figures, setting: Setting) -> Chart | None:
         return None
     batch = min(contexts[contexts == contexts.max()].index.astype(int))
     data = data[data["batch"] == batch]
-    return _curves(
+    return curves(
         f, data, ("context", "context, tokens", "d"), ("tpot_ms", "time per output token", "ms"),
         "Latency against context", f"batch {batch} · {setting}",
     )  # fmt: skip
@@ -92,21 +89,21 @@ def throughput_against_latency(f: Figures, setting: Setting) -> Chart | None:
     x = Axis.around(list(data["tpot_ms"]), pad=0.12)
     y = Axis.around(list(data["output_tok_per_s"]), vertical=True)
     base = alt.Chart(data).encode(
-        _x("tpot_ms", x, "time per output token", unit="ms"),
-        _y("output_tok_per_s", y, "output of the whole batch", number="~s", unit="token/s"),
+        along_x("tpot_ms", x, "time per output token", unit="ms"),
+        along_y("output_tok_per_s", y, "output of the whole batch", number="~s", unit="token/s"),
         f.palette.colour(),
-        tooltip=_tips("arch", "batch", "context", "tpot_ms", "output_tok_per_s"),
+        tooltip=tips("arch", "batch", "context", "tpot_ms", "output_tok_per_s"),
     )
     lines = base.mark_line(strokeWidth=1.8).encode(order="batch:Q", detail="arch:N")
     points = base.mark_point(filled=True, size=55, opacity=1).encode(f.palette.shape())
-    places = _places(data.groupby("arch").tail(1), "tpot_ms", "output_tok_per_s")
+    places = stands(data.groupby("arch").tail(1), "tpot_ms", "output_tok_per_s")
     paths = [
         list(zip(curve["tpot_ms"], curve["output_tok_per_s"], strict=True))
         for _, curve in data.groupby("arch")
     ]
     batches_seen = ", ".join(str(b) for b in sorted(data["batch"].unique()))
     return themed(
-        lines + points + _labels(point_labels(places, x, y, paths), x, y, f.palette),
+        lines + points + named(point_labels(places, x, y, paths), x, y, f.palette),
         "Throughput against latency",
         f"batches {batches_seen} along each curve · context {context:,}",
         str(setting),
@@ -130,12 +127,12 @@ def roofline(f: Figures, setting: Setting) -> Chart | None:
     y = Axis.around([*data["flops_per_s"], rate], vertical=True)
     roof = pd.DataFrame({"intensity": [x.low, ridge, x.high]})
     roof["flops_per_s"] = (roof["intensity"] * bandwidth).clip(upper=rate)
-    horizontal = _x("intensity", x, "arithmetic intensity", unit="FLOP/byte")
-    vertical = _y("flops_per_s", y, "rate", number="~s", unit="FLOP/s")
+    horizontal = along_x("intensity", x, "arithmetic intensity", unit="FLOP/byte")
+    vertical = along_y("flops_per_s", y, "rate", number="~s", unit="FLOP/s")
     line = alt.Chart(roof).mark_line(color=INK, strokeWidth=2, clip=True)
     knee = alt.Chart(roof.iloc[[2]]).mark_text(
         dy=-10, dx=-6, align="right", color=INK, fontSize=11,
-        text=f"ridge {ridge:.3g} FLOP/byte: {_si(bandwidth)}B/s copied, {_si(rate)}FLOP/s",
+        text=f"ridge {ridge:.3g} FLOP/byte: {si(bandwidth)}B/s copied, {si(rate)}FLOP/s",
     )  # fmt: skip
     pick = alt.selection_point(fields=["arch"], bind="legend")
     points = alt.Chart(data).mark_point(size=70, strokeWidth=1.5).encode(
@@ -143,7 +140,7 @@ def roofline(f: Figures, setting: Setting) -> Chart | None:
         f.palette.fill(),
         fillOpacity=alt.condition("datum.phase == 'decode'", alt.value(0.8), alt.value(0)),
         opacity=alt.condition(pick, alt.value(1), alt.value(0.08)),
-        tooltip=_tips("arch", "phase", "batch", "context", "intensity", "flops_per_s"),
+        tooltip=tips("arch", "phase", "batch", "context", "intensity", "flops_per_s"),
     ).add_params(pick)  # fmt: skip
     phases = " and prefill (hollow)" if len(prefill) else ""
     return themed(
@@ -162,7 +159,7 @@ def loss_by_position(f: Figures, setting: Setting | None) -> Chart | None:
     _, trained = f.quality("bits_per_byte", "context")
     lengths = sorted({int(c) for c in trained.get("context", []) if c is not None})
     reached = f", trained on {lengths[-1]:,} tokens (dashed)" if lengths else ""
-    return _curves(
+    return curves(
         f, data, ("position", "position up to, tokens", "d"), ("loss", "loss", "nat/token"),
         "Loss by position", f"trained scale {scale}, held-out text{reached}",
         log_y=False, marks=lengths[-1:],
@@ -185,7 +182,7 @@ def recall(f: Figures, setting: Setting | None) -> Chart | None:
     ticks = alt.Axis(values=[0, 20, 40, 60, 80, 100], domain=False)
     bars = base.mark_bar(height=17, cornerRadiusEnd=2).encode(
         alt.X("percent:Q", title="queries answered, %", scale=across, axis=ticks),
-        f.palette.colour(), tooltip=_tips("arch", "percent", "low", "high"),
+        f.palette.colour(), tooltip=tips("arch", "percent", "low", "high"),
     )  # fmt: skip
     spread = base.mark_rule(color=INK, strokeWidth=1.2).encode(
         alt.X("low:Q", scale=across), x2="high:Q"
@@ -222,11 +219,11 @@ def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:
     )  # fmt: skip
     pick = alt.selection_point(fields=["arch"], bind="legend")
     points = alt.Chart(data).mark_point(filled=True, size=65).encode(
-        _x("tpot_pred_ms", both, "predicted time per output token", unit="ms"),
-        _y("tpot_ms", y, "measured time per output token", unit="ms"),
+        along_x("tpot_pred_ms", both, "predicted time per output token", unit="ms"),
+        along_y("tpot_ms", y, "measured time per output token", unit="ms"),
         f.palette.colour(legend=True), f.palette.shape(legend=True),
         opacity=alt.condition(pick, alt.value(0.9), alt.value(0.06)),
-        tooltip=_tips("arch", "batch", "context", "tpot_pred_ms", "tpot_ms", "ratio"),
+        tooltip=tips("arch", "batch", "context", "tpot_pred_ms", "tpot_ms", "ratio"),
     ).add_params(pick)  # fmt: skip
     return themed(
         band + equal + points,
@@ -234,98 +231,3 @@ def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:
         f"median error {100 * off:.0f} % over {len(data)} cells · prediction: {how}",
         str(setting),
     )
-
-
-def _curves(
-    f: Figures, data: pd.DataFrame, x_of: tuple[str, str, str], y_of: tuple[str, str, str],
-    title: str, subtitle: str, *, log_y: bool = True, marks: Sequence[int] = (),
-) -> Chart:  # fmt: skip
-    """One curve an architecture over a log axis, labelled at its end; dashed lines at `marks`."""
-    (over, over_title, over_format), (name, name_title, unit) = x_of, y_of
-    data = data.sort_values(["arch", over])
-    values = sorted(data[over].unique())
-    x = Axis.around(values, pad=0.03)
-    y = Axis.around(list(data[name]), log=log_y, vertical=True)
-    base = alt.Chart(data).encode(
-        _x(over, x, over_title, number=over_format, values=values),
-        _y(name, y, name_title, unit=unit),
-        f.palette.colour(),
-        tooltip=_tips("arch", over, name),
-    )
-    ends = _places(data.groupby("arch").tail(1), over, name)
-    dashed = alt.Chart(pd.DataFrame({over: list(marks)})).mark_rule(
-        color="#98a1ae", strokeDash=[5, 4]
-    )
-    return themed(
-        dashed.encode(alt.X(f"{over}:Q", scale=x.scale))
-        + base.mark_line(strokeWidth=1.8)
-        + base.mark_point(filled=True, size=50, opacity=1).encode(f.palette.shape())
-        + _labels(end_labels(ends, x, y), x, y, f.palette),
-        title,
-        subtitle,
-    )
-
-
-def _places(data: pd.DataFrame, x: str, y: str) -> dict[str, tuple[float, float]]:
-    """Where each architecture stands."""
-    rows = data[["arch", x, y]].itertuples(index=False, name=None)
-    return {arch: (across, up) for arch, across, up in rows}
-
-
-def _labels(labels: Sequence[Label], x: Axis, y: Axis, palette: Palette) -> alt.LayerChart:
-    """Text in its architecture's colour, with a thin line to what it names."""
-    rows = []
-    for label in labels:
-        left, at = x.pixel(label.x), x.pixel(label.from_x)
-        right = left + CHAR * len(label.text)
-        touch = left - 3 if at < left else min(at, right + 3)
-        far = abs(touch - at) + abs(y.pixel(label.y) - y.pixel(label.from_y))
-        row = {"arch": label.text, **label._asdict(), "touch": x.value(touch), "far": far}
-        rows.append(row)
-    base = alt.Chart(pd.DataFrame(rows))
-    across, up = alt.X("x:Q", scale=x.scale), alt.Y("y:Q", scale=y.scale)
-    text = base.mark_text(align="left", baseline="middle", fontSize=11, fontWeight=500)
-    leader = base.transform_filter("datum.far > 22").mark_rule(strokeWidth=0.7, opacity=0.6)
-    halo = base.mark_text(
-        align="left", baseline="middle", fontSize=11, fontWeight=500, stroke="white",
-        strokeWidth=3, opacity=0.85,
-    ).encode(across, up, text="text:N")  # fmt: skip
-    leader = leader.encode(
-        alt.X("from_x:Q", scale=x.scale), alt.Y("from_y:Q", scale=y.scale),
-        x2="touch:Q", y2="y:Q", color=palette.colour(),
-    )  # fmt: skip
-    return leader + halo + text.encode(across, up, palette.colour(), text="text:N")
-
-
-def _x(name: str, axis: Axis, title: str, **look: Any) -> alt.X:
-    return alt.X(f"{name}:Q", scale=axis.scale, **_axis(axis, title, **look))
-
-
-def _y(name: str, axis: Axis, title: str, **look: Any) -> alt.Y:
-    return alt.Y(f"{name}:Q", scale=axis.scale, **_axis(axis, title, **look))
-
-
-def _axis(
-    axis: Axis, title: str, *, unit: str = "", number: str = "~g", values: Sequence[float] = ()
-) -> dict[str, Any]:
-    ticks = [float(value) for value in values] or axis.ticks()
-    look: dict[str, Any] = {"values": ticks} if ticks else {"tickCount": 7}
-    return {
-        "title": f"{title}, {unit}" if unit else title,
-        "axis": alt.Axis(format="," + number if number == "d" else number, **look),
-    }
-
-
-def _tips(*names: str) -> list[alt.Tooltip]:
-    texts = {"arch", "phase"}
-    return [
-        alt.Tooltip(f"{n}:N") if n in texts else alt.Tooltip(f"{n}:Q", format=",.4~g")
-        for n in names
-    ]
-
-
-def _si(value: float) -> str:
-    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3g} {prefix}"
-    return f"{value:.3g} "

@@ -75,8 +75,8 @@ def run(
     from eval.leaderboard import rank, to_table, wide
     from eval.progress import Progress
     from eval.report import write_report
-    from eval.results import load_long
     from eval.run import has_architecture, plan, run_suite
+    from eval.schema import load_long
     from eval.suite import load_suite
 
     chosen = load_suite(suite)

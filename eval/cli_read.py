@@ -152,23 +152,32 @@ def report(run_dir: Path) -> None:
 
 
 def leaderboard(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders or results CSV files.")],
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders or results CSV files.")
+    ] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Wide CSV to write.")] = None,
     page: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Column to rank by; default bits per byte.")
+    ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only say whether CSVs are sound.")
+        bool, typer.Option("--check", help="Only say which rows of the CSVs are unsound.")
     ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the CSV's schema.")] = False,
     json_: Json = False,
 ) -> None:
     """Merge runs into one ranked table, a wide CSV and a page."""
     from eval.leaderboard import merge, rank, to_table, wide
+    from eval.schema import document
 
-    long = merge(runs)
-    table = rank(wide(long))
-    if check:
-        cells = long["cell"].nunique()
-        out.print(f"sound: {len(long)} figures of {cells} cells, {len(table)} architectures")
+    if schema:
+        print(document(), end="")
         return
+    if check:
+        _check(runs or [], json_)
+        return
+    long = merge(runs or [])
+    table = rank(wide(long), by)
     if page is not None:
         from eval.report import write_page
 
@@ -179,6 +188,33 @@ def leaderboard(
         print(table.to_json(orient="records", indent=2))
     else:
         out.print(to_table(table))
+
+
+def _check(runs: list[Path], json_: bool) -> None:
+    """Say what is wrong with which row; exit code 1 where something is."""
+    from eval.leaderboard import merge
+    from eval.schema import check_long
+
+    files = [run / "results.csv" if run.is_dir() else run for run in runs]
+    faults = [
+        {"file": str(file), "row": fault.line, "fault": fault.what}
+        for file in files
+        for fault in check_long(file)
+    ]
+    if json_:
+        print(json.dumps(faults, indent=2))
+    else:
+        for fault in faults:
+            out.print(
+                f"{fault['file']} row {fault['row']}: {fault['fault']}",
+                highlight=False, soft_wrap=True, markup=False,
+            )  # fmt: skip
+    if faults:
+        raise typer.Exit(1)
+    long = merge(files)
+    if not json_:
+        cells, archs = long["cell"].nunique(), long["arch"].replace("", None).nunique()
+        out.print(f"sound: {len(long)} figures of {cells} cells, {archs} architectures")
 
 
 def claims(

@@ -112,7 +112,7 @@ def measured_crossovers(results: pd.DataFrame, first: str, second: str) -> list[
             continue
         contexts = [int(c) for c in table.index]
         gaps = (table[first] - table[second]).tolist()
-        verdict, context = _between(contexts, gaps)
+        verdict, context = between(contexts, gaps)
         named = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
         rows.append(
             {
@@ -128,7 +128,8 @@ def measured_crossovers(results: pd.DataFrame, first: str, second: str) -> list[
     return rows
 
 
-def _between(contexts: Sequence[int], gaps: Sequence[float]) -> tuple[str, int | None]:
+def between(contexts: Sequence[int], gaps: Sequence[float]) -> tuple[str, int | None]:
+    """Verdict and interpolated context, from the first's time less the second's by context."""
     ahead = [gap < 0 for gap in gaps]
     if all(ahead) or not any(ahead):
         return (ALWAYS if ahead[0] else NEVER), None

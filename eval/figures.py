@@ -48,12 +48,14 @@ class Figures:
             rows = rows[rows[name] == value]
         return self._pivot(rows, ["arch", "batch", "context"], measures)
 
-    def state_bytes(self, scale: str) -> pd.DataFrame:
-        """Rows of arch, context, state_bytes, from whichever stage recorded them."""
-        rows = self._good[self._good["scale"] == scale].drop_duplicates(
-            ["arch", "context", "measure"], keep="last"
-        )
-        return self._pivot(rows, ["arch", "context"], ["state_bytes"])
+    def declared(self, scale: str, *measures: str) -> pd.DataFrame:
+        """What the declarations say of a scale: rows of arch, context (where the measures have
+        one) and a column for each measure, from whichever stage recorded them.
+        """
+        rows = self._good[(self._good["scale"] == scale) & self._good["measure"].isin(measures)]
+        rows = rows.drop_duplicates(["arch", "context", "measure"], keep="last")
+        keys = ["arch", "context"] if rows["context"].notna().any() else ["arch"]
+        return self._pivot(rows, keys, measures)
 
     def quality(self, measure: str, *keys: str) -> tuple[str, pd.DataFrame]:
         """The scale most seen, and its rows of arch, keys, value, low, high."""

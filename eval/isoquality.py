@@ -52,20 +52,27 @@ class Fit:
         return float((self.scale[arch] / self.scale[reference]) ** (1 / self.exponent))
 
 
-def ladder_points(results: pd.DataFrame) -> pd.DataFrame:
-    """Columns arch, scale, seed, parameters, loss (bits per byte) of a ladder's trained models.
-
-    Raises UserError where an architecture has fewer than three sizes.
-    """
+def trained_sizes(results: pd.DataFrame) -> pd.DataFrame:
+    """Columns arch, scale, seed, parameters, loss (bits per byte) of the trained models."""
     rows = results[(results["measure"] == "bits_per_byte") & (results["stage"] == "train")]
-    points = pd.DataFrame(
+    return pd.DataFrame(
         {
             "arch": rows["arch"], "scale": rows["scale"], "seed": rows["seed"],
             "parameters": rows["params"].astype(float), "loss": rows["value"].astype(float),
         }
     ).dropna()  # fmt: skip
+
+
+def long_enough(points: pd.DataFrame) -> list[str]:
+    """The architectures with enough sizes to fit."""
     sizes = points.groupby("arch")["parameters"].nunique()
-    short = [str(arch) for arch, count in sizes.items() if count < LEAST_SIZES]
+    return [str(arch) for arch, count in sizes.items() if count >= LEAST_SIZES]
+
+
+def ladder_points(results: pd.DataFrame) -> pd.DataFrame:
+    """`trained_sizes` of a ladder. Raises UserError where an architecture has too few sizes."""
+    points = trained_sizes(results)
+    short = sorted({str(a) for a in points["arch"]} - set(long_enough(points)))
     if points.empty or short:
         who = ", ".join(short) or "no architecture"
         raise UserError(

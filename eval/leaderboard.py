@@ -22,7 +22,8 @@ from archs.errors import UserError
 from eval.families import families_of
 from eval.measures import MEASURES
 from eval.paired import DOCUMENTS, paired_intervals
-from eval.results import CELL_FAILED, load_long
+from eval.results import CELL_FAILED
+from eval.schema import load_long
 from eval.seeds import keys_of, over_seeds
 
 #: What else can tell two figures of one measure and scale apart, in the order of the name.

@@ -30,6 +30,36 @@ def roofline(results: pd.DataFrame) -> alt.LayerChart:
     return _picture(results, "roofline")
 
 
+def slope_against_state(results: pd.DataFrame) -> alt.LayerChart:
+    """Time that a token of context adds to a step, over the bytes that it adds to the state."""
+    return _picture(results, "slope-state")
+
+
+def crossings(results: pd.DataFrame) -> alt.LayerChart:
+    """For every pair of architectures, from which context on one is the faster."""
+    return _picture(results, "crossings")
+
+
+def sequences_against_context(results: pd.DataFrame) -> alt.LayerChart:
+    """How many sequences fit beside the weights, over the context."""
+    return _picture(results, "sequences")
+
+
+def without_state(results: pd.DataFrame) -> alt.LayerChart:
+    """Time of the next token with and without the state, with fitted exponents."""
+    return _picture(results, "no-cache")
+
+
+def intensity_against_context(results: pd.DataFrame) -> alt.LayerChart:
+    """Arithmetic intensity of prefill and decode, over the context."""
+    return _picture(results, "intensity")
+
+
+def loss_against_size(results: pd.DataFrame) -> alt.LayerChart:
+    """Loss over parameters with the ladder's fit."""
+    return _picture(results, "ladder")
+
+
 def loss_by_position(results: pd.DataFrame) -> alt.LayerChart:
     """Held-out loss over the position, up to beyond the trained length."""
     return _picture(results, "loss-position")

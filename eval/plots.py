@@ -15,6 +15,7 @@ import altair as alt
 import pandas as pd
 
 from eval import charts
+from eval import charts_tradeoffs as tradeoffs
 from eval.figures import Figures
 
 
@@ -50,10 +51,41 @@ PLANS: dict[str, Plan] = {
         "A flat curve is a state that does not grow; a rising one reads more state for every "
         "token. Where curves cross, the better choice changes.",
     ),
+    "slope-state": Plan(
+        "What a token of context costs", tradeoffs.slope_against_state,
+        "tpot_ms at two contexts, state_bytes_per_token and the copy bandwidth",
+        "On the line a step's time grows by exactly the time to read what a token adds to the "
+        "state. Above it the reading is slower than a copy; at the left end nothing grows.",
+    ),
+    "crossings": Plan(
+        "Crossovers", tradeoffs.crossings, "tpot_ms and a prediction at two contexts",
+        "A row's architecture is faster than a column's from the context shown on (≥), only below "
+        "it (<), always, or, in an empty cell, never, within the contexts that were timed. Small: "
+        "what the roofline predicts for the same cells.",
+    ),
     "throughput-latency": Plan(
         "Throughput against latency", charts.throughput_against_latency, "tpot_ms at two batches",
         "Each curve runs from the smallest batch to the largest. Up is more tokens from the "
         "machine, left is a shorter wait for each user.",
+    ),
+    "sequences": Plan(
+        "How many sequences fit", tradeoffs.sequences_against_context,
+        "state_bytes and weight_bytes at two contexts",
+        "How many requests of that context can be served at once before memory is full. A flat "
+        "curve is a state that does not grow.",
+    ),
+    "no-cache": Plan(
+        "What the state saves", tradeoffs.without_state,
+        "cached_tpot_ms and nocache_tpot_ms at two contexts",
+        "Without its state a model computes the whole prefix again for every token (dashed). The "
+        "exponent is that of generating n tokens so, at the steepest part of the curve: 2 where "
+        "products with weights dominate, towards 3 where attention does.",
+    ),
+    "intensity": Plan(
+        "Prefill against decode intensity", tradeoffs.intensity_against_context,
+        "arith_intensity_pred and prefill_intensity_pred at two contexts",
+        "Above the line an accelerator waits for its arithmetic, below for its memory: prefill "
+        "(dashed) and decode (solid) of the same model lie on opposite sides.",
     ),
     "roofline": Plan(
         "Roofline", charts.roofline, "step_flops, step_bytes and the machine's measured rates",
@@ -65,6 +97,13 @@ PLANS: dict[str, Plan] = {
         "Loss by position", charts.loss_by_position, "loss_at_position",
         "Each point is the mean loss of tokens up to that position, from the point before. A curve "
         "that keeps falling uses its context; one that rises past the trained length breaks.",
+        by_setting=False,
+    ),
+    "ladder": Plan(
+        "Loss against size", tradeoffs.loss_against_size,
+        "three trained sizes of two architectures",
+        "How far a curve lies below another, sideways, is how many parameters it saves at equal "
+        "loss: what `isoquality` turns into cost.",
         by_setting=False,
     ),
     "mqar": Plan(

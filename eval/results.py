@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 
 from archs.errors import UserError, unknown_name
@@ -99,11 +97,11 @@ COLUMNS = [
     "cell", "row", "arch", "stage", "scale", "seed", "batch", "context", "position", "measure",
     "value", "low", "high", "n", "status", "note",
     *(f.name for f in fields(About)),
-    *(f.name for f in fields(Provenance)),
+    *(f.name for f in fields(Provenance)), "schema",
 ]  # fmt: skip
 NUMBERS = ("value", "low", "high")
-INTEGERS = ("seed", "batch", "context", "n", "params", "tokens")
-OURS = "name a run folder or its results.csv"
+#: Of the table that is written here (`eval.schema`).
+SCHEMA = 2
 #: The measure under which a cell that produced nothing is recorded.
 CELL_FAILED = "cell"
 
@@ -140,7 +138,7 @@ class Results:
             raise unknown_name("measure", row.measure, MEASURES)
         record: dict[str, object] = {
             "cell": cell.key, "arch": cell.arch, "stage": cell.stage, "scale": cell.scale,
-            "seed": cell.seed, "batch": cell.batch, "context": 0,
+            "seed": cell.seed, "batch": cell.batch, "context": 0, "schema": SCHEMA,
             **_values(about), **_values(self.provenance),
         }  # fmt: skip
         record.update({k: v for k, v in _values(row).items() if v is not None and k not in NUMBERS})
@@ -196,55 +194,25 @@ class Results:
     def _load_done(self) -> None:
         if self.path.stat().st_size == 0:
             return
-        table = load_long(self.path)
+        with self.path.open(newline="", encoding="utf-8", errors="replace") as file:
+            lines = csv.DictReader(file)
+            if lines.fieldnames != COLUMNS:
+                raise UserError(
+                    f"'{self.path}' was written with other columns than schema {SCHEMA} has; "
+                    "choose another --out, or --fresh to replace it"
+                )
+            held = list(lines)
         mine = self.provenance.config_hash
-        for other in set(table["config_hash"]) - {mine}:
+        for other in {line["config_hash"] for line in held} - {mine}:
             raise UserError(
                 f"'{self.path.parent}' holds results of another configuration ({other}, this is "
                 f"{mine}); choose another --out, or --fresh to replace it"
             )
-        self._done = set(table["cell"])
+        self._done = {line["cell"] for line in held}
 
 
 def _values(item: object) -> dict[str, object]:
     return {f.name: getattr(item, f.name) for f in fields(item)}  # type: ignore[arg-type]
-
-
-def load_long(path: Path) -> pd.DataFrame:
-    """A long table, typed. Raises UserError naming the file, the row and the column at fault."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise UserError(f"'{path}' does not exist; run a suite first") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"'{path}' is not a results table: {reason}; {OURS}") from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}; {OURS}") from None
-    missing = [c for c in COLUMNS if c not in table.columns]
-    if missing:
-        raise UserError(f"'{path}' is not a results table: it lacks the columns {missing}; {OURS}")
-    for column in (*NUMBERS, *INTEGERS, "position"):
-        converted = pd.to_numeric(table[column].replace("", None), errors="coerce")
-        bad = ~np.isfinite(converted) & (table[column] != "")
-        if bad.any():
-            row = int(bad.to_numpy().argmax())
-            value = table[column].iloc[row]
-            raise UserError(f"'{path}' row {row + 2}: {column}='{value}' is not a number")
-        if column in INTEGERS:
-            empty = converted.isna()
-            if empty.any():
-                row = int(empty.to_numpy().argmax())
-                raise UserError(f"'{path}' row {row + 2}: {column} is empty; it needs an integer")
-            converted = converted.astype(int)
-        table[column] = converted
-    known = set(MEASURES) | {CELL_FAILED}
-    for column, allowed in (("measure", known), ("status", {s.value for s in Status})):
-        foreign = ~table[column].isin(allowed)
-        if foreign.any():
-            row = int(foreign.to_numpy().argmax())
-            raise UserError(f"'{path}' row {row + 2}: unknown {column} '{table[column].iloc[row]}'")
-    return table
 
 
 def provenance(config_hash: str, device: torch.device) -> Provenance:

@@ -29,9 +29,9 @@ from eval.results import (
     Results,
     Row,
     Status,
-    load_long,
     provenance,
 )
+from eval.schema import load_long
 from eval.suite import Suite
 from infer.memory import DoesNotFitError
 from infer.pages import StoreFullError

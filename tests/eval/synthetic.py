@@ -38,7 +38,9 @@ STATE = dict(zip(ARCHS, (
     (0, 1.049e6, 0), (0, 1.245e6, 0), (0, 1.245e6, 0), (0, 8.634e6, 0), (4096, 0.934e6, 0),
     (4096, 0, 49152), (4096, 6.476e6, 0),
 ), strict=True))  # fmt: skip
-PARAMS = {"tiny": 1.05e6, "70m": 67.1e6}
+PARAMS = {"tiny": 1.05e6, "70m": 67.1e6, "micro": 0.45e6, "mini": 2.4e6}
+#: Trained at two more sizes.
+LADDER = ("gqa", "gdn", "mamba2")
 
 
 def write_run(
@@ -59,6 +61,11 @@ def write_run(
         for seed in range(seeds):
             cell = Cell(arch=arch, stage="train", scale="tiny", seed=seed)
             results.append(cell, *_train(arch, noise))
+            for scale in ("micro", "mini") if arch in LADDER else ():
+                cell = Cell(arch=arch, stage="train", scale=scale, seed=seed)
+                bits = QUALITY[arch] * (PARAMS["tiny"] / PARAMS[scale]) ** 0.05
+                row = Row(measure="bits_per_byte", value=bits + noise.normal() * 0.004, context=128)
+                results.append(cell, _about(arch, scale), [row])
             cell = Cell(arch=arch, stage="mqar", scale="mqar", seed=seed)
             recall = min(1.0, RECALL[arch] + noise.normal() * 0.01)
             row = Row(measure="mqar_accuracy", value=recall, low=recall - 0.02,
@@ -109,6 +116,9 @@ def _cost(arch: str, scale: str) -> tuple[About, list[Row]]:
             Row(measure="state_bytes", value=state_bytes(arch, scale, context), **at),
             Row(measure="step_bytes", value=moved, **at),
             Row(measure="step_flops", value=flops, **at),
+            Row(measure="weight_bytes", value=4 * PARAMS[scale], **at),
+            Row(measure="arith_intensity_pred", value=flops / moved, **at),
+            Row(measure="prefill_intensity_pred", value=flops / moved * context / 2, **at),
         ]
     return _about(arch, scale), rows
 
@@ -150,5 +160,9 @@ def _decode(arch: str, batch: int, noise: np.random.Generator) -> tuple[About, l
             Row(measure="step_flops", value=flops, **at),
             Row(measure="arith_intensity_pred", value=flops / moved, **at),
         ]
+        if batch == 1:
+            again = tpot + context * 0.02 + context**2 * 1e-6
+            rows.append(Row(measure="cached_tpot_ms", value=tpot, **at))
+            rows.append(Row(measure="nocache_tpot_ms", value=again, **at))
     rows.append(Row(measure="ttft_ms", value=90 + noise.normal(), batch=batch, context=512))
     return _about(arch, "70m"), rows

@@ -11,7 +11,8 @@ import pytest
 
 from archs.errors import UserError
 from eval.leaderboard import Column, headlines, merge, rank, to_table, wide
-from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status, load_long
+from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status
+from eval.schema import load_long
 from eval.seeds import student_t_interval, student_t_quantile
 from tests.eval.synthetic import ARCHS, HERE, write_run
 

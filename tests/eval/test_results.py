@@ -18,9 +18,9 @@ from eval.results import (
     Row,
     Status,
     hardware_name,
-    load_long,
     provenance,
 )
+from eval.schema import load_long
 from tests.eval.synthetic import HERE
 
 CELL = Cell(arch="gqa", stage="decode", scale="70m", batch=8)

@@ -11,8 +11,8 @@ import torch
 from archs.errors import UserError
 from archs.gqa import Attention
 from archs.linear import LinearAttention
-from eval.results import load_long
 from eval.run import OWN_NAMES, prepare_folder
+from eval.schema import load_long
 from eval.suite import Suite, load_suite
 from tests.eval.conftest import Command
 from tests.eval.micro import cells_of, run, write_suite
