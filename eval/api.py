@@ -21,13 +21,18 @@ from rich.console import Console
 from eval import predict as prediction
 from eval.claims import claims as check_claims
 from eval.commands import bench_archs
+from eval.crossover import crossovers, measured_crossovers
+from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
 from eval.progress import Progress
 from eval.run import run_suite
 from eval.schema import load_long
 from eval.suite import load_suite
 
-__all__ = ["bench", "claims", "compare", "leaderboard", "load_results", "predict", "predict_ops"]
+__all__ = [
+    "bench", "claims", "compare", "crossover", "isoquality", "leaderboard", "load_results",
+    "predict", "predict_ops",
+]  # fmt: skip
 
 
 def compare(
@@ -109,6 +114,47 @@ def predict_ops(
 ) -> pd.DataFrame:
     """The same by operation, with the batch from which each is bound by compute."""
     rows = prediction.predict_ops(archs, scale, hardware, batches, contexts, dtype=dtype)
+    return pd.DataFrame(rows)
+
+
+def crossover(
+    first: str,
+    second: str,
+    *,
+    results: pd.DataFrame | None = None,
+    scale: str = "8b",
+    hardware: Sequence[str] = ("h100",),
+    batches: Sequence[int] = (1, 64),
+    dtype: str = "bfloat16",
+) -> pd.DataFrame:
+    """From which context on `first` decodes faster than `second`.
+
+    With `results` from the steps timed there, by scale, hardware, batch and backend; without, by
+    the roofline of `scale` on `hardware`.
+    """
+    if results is not None:
+        return pd.DataFrame(measured_crossovers(results, first, second))
+    return pd.DataFrame(crossovers(first, second, scale, hardware, batches, dtype=dtype))
+
+
+def isoquality(
+    results: pd.DataFrame,
+    *,
+    reference: str = "gqa",
+    scale: str = "1b",
+    hardware: Sequence[str] = ("h100",),
+    batches: Sequence[int] = (64,),
+    contexts: Sequence[int] = (16384,),
+    price_per_hour: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    """What decoding costs at the loss that `reference` has: a ladder's fit, an architecture a row.
+
+    results: a run of the suite `ladder`, or any with three trained sizes of each architecture.
+    """
+    rows = iso_quality_cost(
+        results, reference, scale=scale, hardware=hardware, batches=batches, contexts=contexts,
+        price_per_hour=price_per_hour,
+    )  # fmt: skip
     return pd.DataFrame(rows)
 
 

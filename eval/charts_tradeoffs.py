@@ -1,7 +1,5 @@
 """Charts of what one gives for what: state for time, context for sequences, size for loss."""
 
-from collections.abc import Sequence
-from itertools import pairwise
 from math import exp, log
 
 import altair as alt
@@ -11,7 +9,7 @@ import pandas as pd
 from eval.accelerators import ACCELERATORS
 from eval.canvas import FAINT, INK, Axis, end_labels, point_labels, themed
 from eval.crossover import between
-from eval.figures import Figures, Setting
+from eval.figures import Figures, Setting, exponent
 from eval.isoquality import fit_ladder, long_enough, trained_sizes
 from eval.leaderboard import short_count
 from eval.marks import Chart, along_x, along_y, curves, named, stands, tips
@@ -162,16 +160,6 @@ def without_state(f: Figures, setting: Setting) -> Chart | None:
         "n tokens that way",
         str(setting),
     )  # fmt: skip
-
-
-def exponent(contexts: Sequence[float], per_token_ms: Sequence[float]) -> float:
-    """a of O(n^a) for generating n tokens, from the time of one: the steepest part's slope + 1.
-
-    The steepest, because constant costs hide the growth at short contexts.
-    """
-    points = sorted(zip(contexts, per_token_ms, strict=True))
-    slopes = [log(b[1] / a[1]) / log(b[0] / a[0]) for a, b in pairwise(points)]
-    return 1 + max(slopes)
 
 
 def crossings(f: Figures, setting: Setting) -> alt.LayerChart | None:

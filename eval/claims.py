@@ -19,7 +19,7 @@ from archs.mla import LatentConfig
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.accelerators import hardware_of
-from eval.figures import Figures
+from eval.figures import Figures, exponent
 from eval.predict import predict_ops
 
 Verdict = Literal["supported", "conditional", "refuted", "not measured"]
@@ -130,11 +130,7 @@ def _without_cache(found: Evidence) -> Found:
         for n in (1024, 2**22)
         for cached in (False, True)
     }
-    long = found.figures.long
-    bare, kept = (
-        long[long["measure"] == f"{kind}_tpot_ms"]["value"].mean() for kind in ("nocache", "cached")
-    )
-    measured = f"; measured, {bare / kept:.1f} times slower without" if kept > 0 else ""
+    measured = _measured_exponents(found.figures)
     ok = abs(slopes[2**22, False] - 3) < 0.1 and abs(slopes[2**22, True] - 2) < 0.1
     return (
         "conditional" if ok else "refuted",
@@ -142,6 +138,26 @@ def _without_cache(found: Evidence) -> Found:
         f"{slopes[2**22, True]:.2f} at n = 4M, but {slopes[1024, False]:.2f} and "
         f"{slopes[1024, True]:.2f} at n = 1,024, where products with weights dominate{measured}",
     )
+
+
+def _measured_exponents(figures: Figures) -> str:
+    """What full attention's clock says: exponents without and with the state, and their ratio."""
+    for setting in figures.settings:
+        rows = figures.at(setting, "cached_tpot_ms", "nocache_tpot_ms")
+        rows = rows[rows["arch"] == "mha"].sort_values("context")
+        if rows["context"].nunique() < 2:
+            continue
+        contexts = list(rows["context"])
+        bare, kept = (
+            exponent(contexts, list(rows[f"{kind}_tpot_ms"])) for kind in ("nocache", "cached")
+        )
+        last = rows.iloc[-1]
+        ratio = last["nocache_tpot_ms"] / last["cached_tpot_ms"]
+        return (
+            f"; measured, {contexts[0]:,} to {contexts[-1]:,} tokens ({setting}): {bare:.2f} and "
+            f"{kept:.2f}, at the end {ratio:,.0f} times slower without"
+        )
+    return ""
 
 
 def _cache_grows(_: Evidence) -> Found:

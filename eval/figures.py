@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
+from math import log
 from typing import NamedTuple
 
 import pandas as pd
@@ -77,6 +79,16 @@ class Figures:
         table = table.pivot(index=keys, columns="measure", values="value")
         table = table.reindex(columns=list(measures)).dropna().reset_index()
         return table.astype({key: int for key in keys if key != "arch"})
+
+
+def exponent(contexts: Sequence[float], per_token_ms: Sequence[float]) -> float:
+    """a of O(n^a) for generating n tokens, from the time of one: the steepest part's slope + 1.
+
+    The steepest, because constant costs hide the growth at short contexts.
+    """
+    points = sorted(zip(contexts, per_token_ms, strict=True))
+    slopes = [log(b[1] / a[1]) / log(b[0] / a[0]) for a, b in pairwise(points)]
+    return 1 + max(slopes)
 
 
 def _typical(long: pd.DataFrame) -> pd.DataFrame:

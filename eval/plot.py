@@ -9,6 +9,22 @@ import pandas as pd
 from archs.errors import UserError
 from eval.plots import pictures
 
+__all__ = [
+    "crossings",
+    "intensity_against_context",
+    "latency_against_context",
+    "loss_against_size",
+    "loss_by_position",
+    "predicted_against_measured",
+    "quality_against_state",
+    "recall",
+    "roofline",
+    "sequences_against_context",
+    "slope_against_state",
+    "throughput_against_latency",
+    "without_state",
+]
+
 
 def quality_against_state(results: pd.DataFrame) -> alt.LayerChart:
     """Bits per byte over the bytes that one sequence keeps, Pareto front marked."""
@@ -76,7 +92,7 @@ def predicted_against_measured(results: pd.DataFrame) -> alt.LayerChart:
 
 
 def _picture(results: pd.DataFrame, name: str) -> alt.LayerChart:
-    picture = next(p for p in pictures(results) if p.name == name)
+    picture = pictures(results, [name])[0]
     if picture.chart is None:
         raise UserError(f"{picture.title}: {picture.missing}")
     return picture.chart

@@ -7,7 +7,7 @@ measured.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,12 +120,12 @@ PLANS: dict[str, Plan] = {
 }  # fmt: skip
 
 
-def pictures(long: pd.DataFrame) -> list[Picture]:
-    """Every picture of a long table, in the report's order; one a machine for latencies."""
+def pictures(long: pd.DataFrame, names: Iterable[str] = tuple(PLANS)) -> list[Picture]:
+    """The named pictures of a long table, by default all; one a machine for latencies."""
     figures = Figures(long)
     machines = list(dict.fromkeys(s.hardware for s in figures.settings))
     drawn = []
-    for name, plan in PLANS.items():
+    for name, plan in ((name, PLANS[name]) for name in names):
         found = []
         for machine in machines if plan.by_setting else [""]:
             settings = [s for s in figures.settings if s.hardware == machine]

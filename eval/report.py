@@ -20,6 +20,7 @@ from archs.errors import UserError
 from eval.canvas import Palette
 from eval.claims import claims as check_claims
 from eval.families import families_of
+from eval.isoquality import iso_quality_cost, long_enough, trained_sizes
 from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wide
 from eval.measures import MEASURES
 from eval.plots import Picture, pictures
@@ -100,6 +101,7 @@ def _page(name: str, long: pd.DataFrame, table: pd.DataFrame, drawn: Drawn, conf
         "leaderboard": ("Leaderboard", _leaderboard(long, table)),
         "pictures": ("Pictures", _pictures(drawn)),
         "claims": ("What the textbook claims", _claims(long)),
+        "isoquality": ("What equal loss costs", _isoquality(long)),
         "not-measured": ("Not measured", _missing(drawn)),
         "failures": ("Failed cells", _failures(long)),
         "provenance": ("Where the figures come from", _provenance(long, config)),
@@ -192,6 +194,37 @@ def _claims(long: pd.DataFrame) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = [_head("no.")] + [_head(n, kind="text") for n in ("claim", "verdict", "evidence")]
     return _table(heads, rows)
+
+
+def _isoquality(long: pd.DataFrame) -> str:
+    """The ladder's answer at one deployment; empty without three sizes of two architectures."""
+    points = trained_sizes(long)
+    points = points[points["arch"].isin(long_enough(points))]
+    archs = list(dict.fromkeys(points["arch"]))
+    if len(archs) < 2:
+        return ""
+    reference = next((a for a in ("gqa", "mha") if a in archs), archs[0])
+    rows = []
+    for row in iso_quality_cost(long[long["arch"].isin(archs)], reference):
+        ratio = f"{row['size_ratio']:.2f}"
+        if row["size_ratio_low"] is not None:
+            ratio += f" ({row['size_ratio_low']:.2f}–{row['size_ratio_high']:.2f})"
+        arch = str(row["arch"])
+        cells = [_cell(escape(arch), arch, "text"), _cell(ratio, repr(row["size_ratio"]))]
+        for name, digits in (("tpot_ms", 2), ("output_tok_per_s", 0), ("state_bytes", 0)):
+            value = float(str(row[name]))
+            cells.append(_cell(f"{value:,.{digits}f}", repr(value)))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    note = (
+        f"How many times {escape(reference)}'s parameters each needs for {escape(reference)}'s "
+        "loss, by one fit to all sizes (95 % interval over seeds), and what a decode step then "
+        f"takes by the roofline: {row['scale']} shapes of that depth, {row['hardware']}, batch "
+        f"{row['batch']}, {row['context']:,} tokens. The shape has {row['extrapolation']:,.0f} "
+        "times the parameters of the largest model trained here: read it as a direction."
+    )
+    heads = [_head("architecture", kind="text"), _head("parameters needed", "ratio")]
+    heads += [_head("TPOT ms"), _head("token/s"), _head("state bytes", "a sequence")]
+    return f'<p class="soft">{note}</p>\n{_table(heads, rows)}'
 
 
 def _missing(drawn: Drawn) -> str:

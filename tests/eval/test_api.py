@@ -1,13 +1,23 @@
 """The Python API: the same figures as the command, as tables."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 
 from archs.errors import UserError
 from eval import api, plot
+from eval.plots import PLANS
 from tests.eval.micro import write_suite
-from tests.eval.synthetic import ARCHS, write_run
+from tests.eval.synthetic import ARCHS, LADDER, write_run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """A full run's long table."""
+    return api.load_results(write_run(tmp_path_factory.mktemp("api") / "a"))
 
 
 def test_results_become_a_ranked_leaderboard_and_claims(tmp_path: Path) -> None:
@@ -19,17 +29,17 @@ def test_results_become_a_ranked_leaderboard_and_claims(tmp_path: Path) -> None:
     assert set(api.claims(results)["verdict"]) >= {"supported", "conditional"}
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        plot.quality_against_state, plot.latency_against_context, plot.roofline, plot.recall,
-        plot.throughput_against_latency, plot.loss_by_position, plot.predicted_against_measured,
-    ],
-    ids=lambda draw: draw.__name__,
-)  # fmt: skip
-def test_every_picture_draws_a_full_run(tmp_path: Path, draw: object) -> None:
-    results = api.load_results(write_run(tmp_path / "a"))
-    assert callable(draw)
+DRAWN = [getattr(plot, name) for name in vars(plot) if name in plot.__all__]
+
+
+def test_every_picture_of_the_report_is_in_the_api() -> None:
+    assert len(DRAWN) == len(PLANS)
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
+def test_every_picture_draws_a_full_run(
+    results: pd.DataFrame, draw: Callable[[pd.DataFrame], Any]
+) -> None:
     assert draw(results).to_dict()["layer"]
 
 
@@ -63,3 +73,20 @@ def test_bench_gives_one_row_per_cell() -> None:
     found = api.bench(["gqa"], scale="tiny", batches=[1, 2], contexts=[16], steps=2)
     assert list(found["batch"]) == [1, 2]
     assert (found["tpot_ms"] > 0).all()
+
+
+def test_crossovers_come_from_the_roofline_or_from_results(results: pd.DataFrame) -> None:
+    predicted = api.crossover("gdn", "mha", scale="1b", batches=[1])
+    assert predicted["verdict"].tolist() == ["from"]
+    measured = api.crossover("gdn", "mha", results=results)
+    assert set(measured["batch"]) == {1, 8}
+    assert (measured["timed_to"] == 16384).all()
+
+
+def test_equal_loss_has_a_cost_for_every_architecture_of_a_ladder(results: pd.DataFrame) -> None:
+    ladder = results[results["arch"].isin(LADDER)]
+    found = api.isoquality(ladder, price_per_hour={"h100": 2.5}).set_index("arch")
+    assert set(found.index) == set(LADDER)
+    assert found["size_ratio"]["gqa"] == pytest.approx(1)
+    assert found["size_ratio_high"]["gdn"] < 1
+    assert (found["usd_per_million_tok"] > 0).all()

@@ -41,6 +41,8 @@ def test_exponents_without_a_cache_depend_on_length(long: pd.DataFrame) -> None:
     claim = verdicts(long)[3]
     assert claim.verdict == "conditional"
     assert "3.00 and 1.99" in claim.evidence
+    assert "measured, 256 to 16,384 tokens (70m shapes" in claim.evidence
+    assert ": 2.19 and 1.69, at the end 8 times slower" in claim.evidence
 
 
 def test_recall_beyond_the_window_decides_the_windows_claim(long: pd.DataFrame) -> None:

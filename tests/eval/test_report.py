@@ -111,6 +111,11 @@ def test_the_page_says_where_its_figures_come_from(page: Page) -> None:
         assert fact in page.text, fact
 
 
+def test_equal_loss_is_answered_for_a_ladder(page: Page) -> None:
+    assert "What equal loss costs" in page.text
+    assert "1b shapes of that depth, h100, batch 64, 16,384 tokens" in page.text
+
+
 # -- the pictures --
 
 
