@@ -1,8 +1,14 @@
 """Rows of a cell from what was measured, and its progress while it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from archs.cost import Cost
+from eval.counted import Work
+from eval.counters import Figure
+from eval.decode import DecodeTiming
+from eval.hardware import Roofline
+from eval.predict import step_ms
 from eval.progress import Watch
 from eval.quality import Estimate
 from eval.results import Row
@@ -31,3 +37,39 @@ def median_row(measure: str, times: list[float], **at: Any) -> Row:
         measure=measure, value=ordered[len(ordered) // 2], low=ordered[0], high=ordered[-1],
         n=len(ordered), **at,
     )  # fmt: skip
+
+
+def timing_rows(timing: DecodeTiming, cost: Cost, roofline: Roofline) -> list[Row]:
+    """Decode at one batch and context, with what was predicted of a step beside it."""
+    at: dict[str, Any] = {"batch": timing.batch, "context": timing.context}
+    n = len(timing.step_ms)
+    tpot = timing.percentile_ms(50)
+    moved_per_s = cost.bytes / (tpot / 1e3)
+    done_per_s = cost.flops / (tpot / 1e3)
+    half = [timing.percentile_ms(q) for q in (2.5, 97.5)]
+    per_user = 1e3 / tpot
+    return [
+        Row(measure="tpot_ms", value=timing.tpot_ms, low=half[0], high=half[1], n=n, **at),
+        Row(measure="tpot_p50_ms", value=tpot, n=n, **at),
+        Row(measure="tpot_p99_ms", value=timing.percentile_ms(99), n=n, **at),
+        Row(measure="output_tok_per_s", value=timing.batch * per_user, n=n, **at),
+        Row(measure="output_tok_per_s_per_user", value=per_user, n=n, **at),
+        Row(measure="tpot_pred_ms", value=step_ms(cost, roofline), **at),
+        Row(measure="mbu", value=moved_per_s / roofline.copy_bytes_per_s, **at),
+        Row(measure="mfu", value=done_per_s / roofline.matrix_flops_per_s, **at),
+        Row(measure="step_bytes", value=cost.bytes, **at),
+        Row(measure="step_flops", value=cost.flops, **at),
+        Row(measure="arith_intensity_pred", value=cost.intensity_flop_per_byte, **at),
+        Row(measure="peak_state_bytes", value=timing.peak_state_bytes, **at),
+    ]
+
+
+def counted_rows(found: Mapping[str, Figure], work: Work) -> list[Row]:
+    """What counters say of a step; a figure that is missing is a row with its status and why."""
+    return [
+        Row(
+            measure=measure, value=figure.value, status=figure.status, note=figure.note,
+            batch=work.batch, context=work.context,
+        )
+        for measure, figure in found.items()
+    ]  # fmt: skip

@@ -13,9 +13,10 @@ from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec, layer_names
 from archs.sizes import Scale, get_scale
-from eval.cell_rows import estimate_row, median_row, reporter
+from eval.cell_rows import counted_rows, estimate_row, median_row, reporter, timing_rows
+from eval.counted import Work
+from eval.counters import Counters
 from eval.decode import (
-    DecodeTiming,
     agreement_error,
     agrees,
     build_to_serve,
@@ -25,7 +26,6 @@ from eval.decode import (
 )
 from eval.hardware import Roofline, measure_roofline
 from eval.paired import DOCUMENTS
-from eval.predict import step_ms
 from eval.progress import Watch
 from eval.quality import (
     Estimate,
@@ -88,6 +88,11 @@ class Workshop:
     def roofline(self) -> Roofline:
         """Copy bandwidth and matrix rate of this machine, measured once per run."""
         return measure_roofline(self.device, self.serving_dtype)
+
+    @cached_property
+    def counters(self) -> Counters:
+        """The device's counters, calibrated once per run."""
+        return Counters(self.device)
 
     def _about(self, arch: str, model: Model, **more: Any) -> About:
         names = layer_names(arch, len(model.blocks))
@@ -336,7 +341,8 @@ class Workshop:
             rows.append(Row(measure="compile_s", value=timings[0].warmup_ms / 1e3,
                             batch=cell.batch, context=timings[0].context))  # fmt: skip
         for timing in timings:
-            rows += self._timing_rows(model, timing)
+            cost = decode_cost(model, timing.batch, timing.context)
+            rows += timing_rows(timing, cost, self.roofline)
         watch.at(0.7, f"{1e3 * cell.batch / timings[0].tpot_ms:.0f} tok/s")
         if plan.prompt:
             warmup_ms, times = measure_ttft_ms(
@@ -349,31 +355,16 @@ class Workshop:
             ]  # fmt: skip
         if plan.no_cache and cell.batch == min(plan.batches):
             rows += self._baseline_rows(model, plan, cell.batch, backend)
+        if plan.counters:
+            del model
+            watch.at(0.9, "counters")
+            for timing in timings:
+                work = Work(
+                    spec=spec, dtype=self.serving_dtype, backend=backend, compiled=plan.compiled,
+                    batch=timing.batch, context=timing.context,
+                )  # fmt: skip
+                rows += counted_rows(self.counters.count(work), work)
         return about, rows
-
-    def _timing_rows(self, model: Model, timing: DecodeTiming) -> list[Row]:
-        at: dict[str, Any] = {"batch": timing.batch, "context": timing.context}
-        cost = decode_cost(model, timing.batch, timing.context)
-        n = len(timing.step_ms)
-        tpot = timing.percentile_ms(50)
-        moved_per_s = cost.bytes / (tpot / 1e3)
-        done_per_s = cost.flops / (tpot / 1e3)
-        half = [timing.percentile_ms(q) for q in (2.5, 97.5)]
-        per_user = 1e3 / tpot
-        return [
-            Row(measure="tpot_ms", value=timing.tpot_ms, low=half[0], high=half[1], n=n, **at),
-            Row(measure="tpot_p50_ms", value=tpot, n=n, **at),
-            Row(measure="tpot_p99_ms", value=timing.percentile_ms(99), n=n, **at),
-            Row(measure="output_tok_per_s", value=timing.batch * per_user, n=n, **at),
-            Row(measure="output_tok_per_s_per_user", value=per_user, n=n, **at),
-            Row(measure="tpot_pred_ms", value=step_ms(cost, self.roofline), **at),
-            Row(measure="mbu", value=moved_per_s / self.roofline.copy_bytes_per_s, **at),
-            Row(measure="mfu", value=done_per_s / self.roofline.matrix_flops_per_s, **at),
-            Row(measure="step_bytes", value=cost.bytes, **at),
-            Row(measure="step_flops", value=cost.flops, **at),
-            Row(measure="arith_intensity_pred", value=cost.intensity_flop_per_byte, **at),
-            Row(measure="peak_state_bytes", value=timing.peak_state_bytes, **at),
-        ]
 
     def _baseline_rows(self, model: Model, plan: DecodePlan, batch: int, backend: str) -> list[Row]:
         """The next plan.no_cache tokens after each context, with and without the state."""

@@ -22,6 +22,11 @@ app = typer.Typer(
 
 #: How a verdict is shown; None: not measured.
 MARKS = {True: "[green]ok[/]  ", False: "[red]FAIL[/]", None: "[yellow]--[/]  "}
+#: What `bench --counters` adds, too much for one table: predicted, then measured.
+COUNTED = (
+    "step_bytes", "step_flops", "arith_intensity_pred",
+    "step_bytes_meas", "step_flops_meas", "arith_intensity_meas",
+)  # fmt: skip
 #: The shell's exit code for a process that Ctrl-C ended.
 INTERRUPTED = 130
 #: click's, or that of the copy which newer versions of typer carry.
@@ -151,6 +156,9 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Prompt tokens for TTFT; 0: skip.")] = 0,
     backend: Backend = "auto",
     compiled: Annotated[bool, typer.Option(help="Compile the decode step first.")] = False,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="Bytes and FLOPs by the GPU's counters, too.")
+    ] = False,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
@@ -158,14 +166,22 @@ def bench(
     from eval.commands import bench_archs
     from eval.predict import parse_counts
 
-    show(
-        bench_archs(
-            arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
-            steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
-            compiled=compiled,
-        ),
-        json_,
+    rows = bench_archs(
+        arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
+        steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
+        compiled=compiled, counters=counters,
     )  # fmt: skip
+    if json_:
+        show(rows, json_)
+        return
+    notes = dict.fromkeys(row.pop("counters_note", "") for row in rows)
+    place = ("arch", "batch", "context")
+    counted = [{k: row[k] for k in (*place, *COUNTED)} for row in rows if COUNTED[0] in row]
+    show([{k: v for k, v in row.items() if k not in COUNTED} for row in rows], json_)
+    if counted:
+        show(counted, json_)
+    for note in filter(None, notes):
+        out.print(f"not counted: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

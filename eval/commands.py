@@ -11,13 +11,17 @@ import torch
 from rich.console import Console
 
 from archs.backends import NoFormError, resolve_backend
+from archs.cost import Cost
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from eval.counted import Work
+from eval.counters import Counters, Figure
 from eval.decode import (
     agreement_error,
     agrees,
     build_to_serve,
+    decode_cost,
     measure_decode,
     measure_ttft_ms,
 )
@@ -99,9 +103,12 @@ def bench_archs(
     device: torch.device,
     backend: str = "auto",
     compiled: bool = False,
+    counters: bool = False,
 ) -> list[dict[str, object]]:
     """Decode timings; an architecture whose extend is wrong gets no latency.
 
+    counters: also bytes and FLOPs of a step, predicted and by the GPU's counters (None where they
+      are missing, with `counters_note` saying why).
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
     Raises UserError on counts that time nothing, on a backend that this device cannot run, and
     where weights or state do not fit in memory.
@@ -111,8 +118,10 @@ def bench_archs(
         raise UserError(f"steps={steps}, prompt={prompt}: take steps >= 1 and prompt >= 0")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
+    counts = Counters(device) if counters else None
     for arch in archs:
-        model = build_to_serve(ModelSpec(arch=arch, scale=get_scale(scale)), device, dtype)
+        spec = ModelSpec(arch=arch, scale=get_scale(scale))
+        model = build_to_serve(spec, device, dtype)
         about: dict[str, object] = {
             "arch": arch, "kernel_backend": "torch-compile" if compiled else backend
         }  # fmt: skip
@@ -124,6 +133,7 @@ def bench_archs(
         if not agrees(error, dtype):
             rows.append({**about, "status": "incorrect", "agreement_error": error})
             continue
+        timed: list[tuple[Work, dict[str, object]]] = []
         for batch in batches:
             ttft: list[float] = []
             if prompt:
@@ -141,8 +151,33 @@ def bench_archs(
                 }  # fmt: skip
                 if ttft:
                     row["ttft_ms"] = sorted(ttft)[len(ttft) // 2]
-                rows.append(row)
+                if counts is not None:
+                    row |= _predicted(decode_cost(model, batch, t.context))
+                work = Work(
+                    spec=spec, dtype=dtype, backend=backend, compiled=compiled, batch=batch,
+                    context=t.context,
+                )  # fmt: skip
+                timed.append((work, row))
+        if counts is not None:
+            # The process that is counted holds the same model again.
+            del model
+            for work, row in timed:
+                row |= _measured(counts.count(work))
+        rows += [row for _, row in timed]
     return rows
+
+
+def _predicted(cost: Cost) -> dict[str, object]:
+    return {
+        "step_bytes": cost.bytes, "step_flops": cost.flops,
+        "arith_intensity_pred": cost.intensity_flop_per_byte,
+    }  # fmt: skip
+
+
+def _measured(found: Mapping[str, Figure]) -> dict[str, object]:
+    values: dict[str, object] = {measure: figure.value for measure, figure in found.items()}
+    notes = dict.fromkeys(figure.note for figure in found.values() if figure.note)
+    return {**values, "counters_note": "; ".join(notes)} if notes else values
 
 
 def score_checkpoint(

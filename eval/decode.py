@@ -131,6 +131,36 @@ def agrees(error: float, dtype: torch.dtype) -> bool:
     return error <= AGREEMENT[dtype]
 
 
+class Decoding:
+    """Greedy decode of `batch` sequences on synthetic state, each step fed by the one before.
+
+    graphs: as the engine's; whoever counts kernels wants them launched one by one.
+    Raises UserError where the state does not fit in memory.
+    """
+
+    def __init__(
+        self, model: Model, *, batch: int, max_context: int, backend: str, compiled: bool,
+        graphs: bool | None = None,
+    ) -> None:  # fmt: skip
+        self.engine = Engine(
+            model, max_sequences=batch, max_context=max_context, page_size=64, backend=backend,
+            compiled=compiled, graphs=graphs,
+        )  # fmt: skip
+        self._sampler = Sampler(Sampling(), self.engine.device, backend=backend)
+        self._slots = [self.engine.store.add() for _ in range(batch)]
+        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.engine.device)
+
+    def hold(self, context: int) -> int:
+        """Fill the state up to a context; the context held now, longer where that was reached."""
+        store = self.engine.store
+        store.fill(self._slots, max(0, context - store.lengths[self._slots[0]]))
+        return store.lengths[self._slots[0]]
+
+    def step(self) -> None:
+        """One new token for each sequence."""
+        self._tokens = self._sampler(self.engine.extend_last(self._slots, self._tokens))[:, None]
+
+
 def measure_decode(
     model: Model,
     *,
@@ -148,25 +178,17 @@ def measure_decode(
     Raises UserError where the state does not fit in memory.
     """
     contexts = sorted(contexts)
-    device = model.embedding.weight.device
     most = contexts[-1] + len(contexts) * (steps + warmup)
-    engine = Engine(
-        model, max_sequences=batch, max_context=most, page_size=64, backend=backend,
-        compiled=compiled,
-    )  # fmt: skip
-    sampler = Sampler(Sampling(), device, backend=backend)
-    store = engine.store
-    slots = [store.add() for _ in range(batch)]
-    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    decode = Decoding(model, batch=batch, max_context=most, backend=backend, compiled=compiled)
+    store = decode.engine.store
     timings = []
     for context in contexts:
-        store.fill(slots, max(0, context - store.lengths[slots[0]]))
-        at = store.lengths[slots[0]]
+        at = decode.hold(context)
         held = store.allocated_bytes // batch
-        clock = StepClock(device)
+        clock = StepClock(decode.engine.device)
         clock.mark()
         for _ in range(warmup + steps):
-            tokens = sampler(engine.extend_last(slots, tokens))[:, None]
+            decode.step()
             clock.mark()
         times = clock.spans_ms()
         timings.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from archs.backends import why_unusable
+from eval.counters import Counters
 from eval.hardware import measure_roofline
 from eval.results import hardware_name
 from infer.memory import free_bytes
@@ -47,6 +48,7 @@ def diagnose() -> dict[str, object]:
         "matrix_flops_per_s": roofline.matrix_flops_per_s,
         "ridge_flop_per_byte": roofline.ridge_flop_per_byte,
         "kernel_backends": _backends(device),
+        "counters": Counters(device).usable(),
         "optional": {name: _version(name) or f"absent ({why})" for name, why in OPTIONAL.items()},
         "packages_from": str(Path(__file__).resolve().parent.parent),
     }

@@ -116,6 +116,7 @@ class DecodePlan:
     no_cache: new tokens generated without any state as the baseline (0: none).
     compiled: compile the decode step; takes a while per architecture, and pays at small sizes.
     backend: one of `archs.backends`, or auto.
+    counters: also measure bytes and FLOPs of a step by the GPU's counters (`eval.counters`).
     """
 
     scale: str
@@ -126,6 +127,7 @@ class DecodePlan:
     no_cache: int = 0
     compiled: bool = False
     backend: str = AUTO
+    counters: bool = False
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
