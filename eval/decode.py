@@ -143,7 +143,7 @@ class Decoding:
         graphs: bool | None = None,
     ) -> None:  # fmt: skip
         self.engine = Engine(
-            model, max_sequences=batch, max_context=max_context, page_size=64, backend=backend,
+            model, max_sequences=batch, max_context=max_context, backend=backend,
             compiled=compiled, graphs=graphs,
         )  # fmt: skip
         self._sampler = Sampler(Sampling(), self.engine.device, backend=backend)

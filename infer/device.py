@@ -50,21 +50,13 @@ class DeviceState:
                 row = table.row_of(slot, self.max_pages)
                 self.tables[key][slot].copy_(row, non_blocking=True)
             table.changed.clear()
-        self._copy_shared_pages(step)
+        # Copy-on-write, before any layer runs; steps that join rows do it as they write.
+        step.copy_shared(joined=False)
         batch = len(step.slots)
         # Rows start at 16 bytes whatever the batch: kernels are compiled for that.
         books = torch.zeros(3, -(-batch // 4) * 4, dtype=torch.int32)
         books[:, :batch] = torch.tensor([step.slots, step.lengths, step.counts])
         return books.to(step.device, non_blocking=True)
-
-    def _copy_shared_pages(self, step: StepView) -> None:
-        """Copy-on-write, before any layer runs; steps that join rows do it as they write."""
-        for spec, pools in zip(self.store.specs, self.store.pools, strict=True):
-            if spec.owner is None and spec.per_token:
-                table = step.tables[spec.window, spec.sinks]
-                if table.shares and not joins(table):
-                    for pool in pools.values():
-                        table.copy_shared(pool)
 
     def rotary(self, dim: int, theta: float) -> Tensor:
         """Cosines and sines of all positions, float32 [>= max_context, dim/2, 2]."""

@@ -79,14 +79,15 @@ class PageTable:
         page, offset = divmod(position, self.page_size)
         return self.home(0, page) * self.page_size + offset
 
-    def reserve(self, slot: int, length: int, new: int) -> list[tuple[int, int]]:
+    def reserve(self, slot: int, length: int, new: int, copies: list[tuple[int, int]]) -> None:
         """Make the rows of positions length..length+new writable.
 
-        Pages that no new token can see are freed first. Returns the (source, destination) pool
-        pages to copy because the source is shared. Raises StoreFullError.
+        Pages that no new token can see are freed first. Appends the (source, destination) pool
+        pages to copy because the source is shared. Raises StoreFullError; what was appended by
+        then must still be copied.
         """
         if new == 0:
-            return []
+            return
         table = self.tables[slot]
         end = length + new
         oldest = length
@@ -96,7 +97,6 @@ class PageTable:
                 visible = self.first_kept(end)
                 oldest = max(length, visible)
             self._drop_below(slot, max(0, visible) // self.page_size)
-        copies = []
         wanted = set(range(oldest // self.page_size, (end - 1) // self.page_size + 1))
         wanted |= set(
             range(length // self.page_size, min(self.sink_pages, ceil(end / self.page_size)))
@@ -112,7 +112,6 @@ class PageTable:
                 copies.append((held, fresh))
                 self._drop(held)
                 table[page] = fresh
-        return copies
 
     def settle(self, slot: int, length: int) -> None:
         """Free what a sequence of `length` tokens no longer keeps."""

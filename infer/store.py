@@ -175,7 +175,7 @@ class StateStore:
         for slot in slots:
             self._require_open(slot)
             for table in self.tables.values():
-                table.reserve(slot, self.lengths[slot], length)
+                table.reserve(slot, self.lengths[slot], length, [])
                 table.settle(slot, self.lengths[slot] + length)
             self.lengths[slot] += length
             self.oldest[slot] = self.lengths[slot]
@@ -251,14 +251,13 @@ class StateStore:
         return found
 
     def reserve(
-        self, table: PageTable, slot: int, length: int, count: int
-    ) -> list[tuple[int, int]]:
-        """Make rows writable; returns the (source, target) pages that every layer must copy."""
+        self, table: PageTable, slot: int, length: int, count: int, copies: list[tuple[int, int]]
+    ) -> None:
+        """Make rows writable; appends the (source, target) pages that every layer must copy."""
         used = table.used
-        copies = table.reserve(slot, length, count)
+        table.reserve(slot, length, count, copies)
         if table.used > used:
             self._note_peak()
-        return copies
 
     def _pools(self, spec: StateSpec) -> dict[str, Tensor]:
         if spec.owner is not None or not spec.per_token:

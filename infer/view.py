@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from archs.recurrent import RECURRENT_LIMIT
 from archs.spec import NEVER, LayerState, Seen, StateSpec
-from infer.pages import PageTable
+from infer.pages import PageTable, StoreFullError
 from kernels.rope import rope_table
 
 
@@ -38,9 +38,9 @@ class Store(Protocol):
         ...
 
     def reserve(
-        self, table: PageTable, slot: int, length: int, count: int
-    ) -> list[tuple[int, int]]:
-        """Make rows writable; the pages to copy first."""
+        self, table: PageTable, slot: int, length: int, count: int, copies: list[tuple[int, int]]
+    ) -> None:
+        """Make rows writable; appends the pages to copy first."""
         ...
 
 
@@ -74,6 +74,22 @@ class StepView:
             self.valid = torch.arange(new_tokens, device=device) < self.new[:, None]
         self.each = keeps_each(store.lookback, new_tokens)
         self.tables = {key: TableStep(self, table) for key, table in store.tables.items()}
+        try:
+            for table in self.tables.values():
+                table.reserve()
+        except StoreFullError:
+            # Sequences that have their own pages by now must have what was in the shared ones.
+            self.copy_shared()
+            raise
+
+    def copy_shared(self, *, joined: bool = True) -> None:
+        """Copy what is shared and will be written to; joined: in steps that join rows, too."""
+        for spec, pools in zip(self.store.specs, self.store.pools, strict=True):
+            if spec.owner is None and spec.per_token:
+                table = self.tables[spec.window, spec.sinks]
+                if table.shares and (joined or table.table.fits_ring(self.new_tokens)):
+                    for pool in pools.values():
+                        table.copy_shared(pool)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -120,14 +136,22 @@ class TableStep:
     def __init__(self, step: StepView, table: PageTable) -> None:
         self.step = step
         self.table = table
-        store, new = step.store, step.new_tokens
+        new = step.new_tokens
         self.from_empty = step.uniform and step.start == 0
         self.joins = not table.fits_ring(new) and not self.from_empty
         self._past: tuple[Tensor, Tensor] | None = self._past_rows() if self.joins else None
         # Copies of shared pages wait for `write`: a page freed here may still hold somebody's past.
         self._copies: list[tuple[int, int]] = []
+        self._target: tuple[Tensor, Tensor | slice] | None = None
+        self._gather: tuple[Tensor, Tensor] | None = None
+        self._mask: Tensor | None = None
+        self._masked = False
+
+    def reserve(self) -> None:
+        """Make the new rows writable, and see what lies where. Raises StoreFullError."""
+        step, table, new = self.step, self.table, self.step.new_tokens
         for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
-            self._copies += store.reserve(table, slot, length, count)
+            step.store.reserve(table, slot, length, count, self._copies)
         self.identity = (
             step.adjacent and table.has_homes and all(table.at_home[s] for s in step.slots)
         )
@@ -137,10 +161,6 @@ class TableStep:
         self.row: int | None = None
         if self.identity and step.uniform and step.full and (new == 1 or not self.wrapped):
             self.row = table.home_row(step.start) if table.fits_ring(new) else None
-        self._target: tuple[Tensor, Tensor | slice] | None = None
-        self._gather: tuple[Tensor, Tensor] | None = None
-        self._mask: Tensor | None = None
-        self._masked = False
 
     # -- writing -----------------------------------------------------------------------------
 

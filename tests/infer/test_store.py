@@ -157,6 +157,20 @@ def test_a_small_pool_fills_and_says_so() -> None:
     assert held(store, a) == [1] * 8 + [2]
 
 
+def test_a_step_that_finds_the_pool_full_loses_nothing() -> None:
+    store = store_of(StateSpec(per_token=(ROW,)), pages=3)
+    a = store.add()
+    feed(store, [a], [1, 2, 3, 4, 5, 6])
+    b = store.fork(a)
+    with pytest.raises(StoreFullError, match="all 3 pages"):
+        # The shared page is made a's own before the pool is full.
+        store.begin([a, b], 3)
+    assert held(store, a) == held(store, b) == [1, 2, 3, 4, 5, 6]
+    store.release(b)
+    feed(store, [a], [7])
+    assert held(store, a) == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_slots_run_out_with_a_remedy() -> None:
     store = store_of(StateSpec(fixed=(CELL,)), max_sequences=1)
     store.add()
