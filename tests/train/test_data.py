@@ -72,6 +72,20 @@ def test_path_reads_plain_gz_xz_and_separated_documents(tmp_path: Path) -> None:
         assert kept.endswith("\n") and held.startswith("the quick")
 
 
+def test_a_corpus_that_is_split_already_stays_so(tmp_path: Path) -> None:
+    (tmp_path / "train.txt.xz").write_bytes(lzma.compress(b"a1\n<|endoftext|>\na2"))
+    (tmp_path / "valid-x.txt").write_text("x1\n<|endoftext|>\nx2\n<|endoftext|>\nx3")
+    (tmp_path / "valid-y.txt").write_text("y1")
+    (tmp_path / "README.md").write_text("not of it")
+    corpus = load_corpus(f"split:{tmp_path}")
+    assert corpus.train == ("a1", "a2")
+    assert corpus.held_out == ("x1", "y1", "x2", "x3")
+    (tmp_path / "valid-x.txt").unlink()
+    (tmp_path / "valid-y.txt").unlink()
+    with pytest.raises(UserError, match=r"no text in '.*/valid\*.txt'"):
+        load_corpus(f"split:{tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -96,6 +110,8 @@ def test_what_is_not_text_is_refused(
         ("sottu", "Did you mean 'sotu'"),
         ("path:/no/such/*.txt", "matches no file"),
         ("path:", "names no source"),
+        ("split:", "names no source"),
+        ("split:/no/such", r"no text in '/no/such/train\*.txt'"),
         ("hf:", "names no source"),
     ],
 )
