@@ -75,11 +75,15 @@ def bench(
     device: str = "cpu",
     backend: str = "auto",
     compiled: bool = False,
+    counters: bool = False,
 ) -> pd.DataFrame:
-    """Decode timings with random weights; an architecture that is incorrect gets no latency."""
+    """Decode timings with random weights; an architecture that is incorrect gets no latency.
+
+    counters: also bytes and FLOPs of a step by an NVIDIA GPU's counters.
+    """
     rows = bench_archs(
         list(archs), scale=scale, batches=batches, contexts=contexts, steps=steps, prompt=prompt,
-        device=torch.device(device), backend=backend, compiled=compiled,
+        device=torch.device(device), backend=backend, compiled=compiled, counters=counters,
     )  # fmt: skip
     return pd.DataFrame(rows)
 

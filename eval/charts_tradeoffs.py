@@ -44,7 +44,9 @@ def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
     horizontal = along_x(
         "state_bytes_per_token", x, "state that a token of context adds", number="~s", unit="bytes"
     )
-    vertical = along_y("ns_per_token", y, "measured time that it adds to every step", unit="ns")
+    vertical = along_y(
+        "ns_per_token", y, "measured time that it adds to every step", number="d", unit="ns"
+    )
     line = alt.Chart(ideal).mark_line(color=INK, strokeWidth=1.5, clip=True)
     points = alt.Chart(data).mark_point(filled=True, size=90, opacity=1)
     corners = list(zip(ideal["state_bytes_per_token"], ideal["ns_per_token"], strict=True))
@@ -109,7 +111,7 @@ def intensity_against_context(f: Figures, setting: Setting) -> Chart | None:
     )  # fmt: skip
     mark = alt.Chart(knee.tail(1)).mark_text(
         align="right", dx=-6, dy=-8, color=INK, fontSize=11,
-        text=f"{PART.upper()} turns compute-bound at {ridge:.0f}",
+        text=f"{PART.upper()}, bfloat16, turns compute-bound at {ridge:.0f}",
     ).encode(alt.X("context:Q", scale=x.scale), alt.Y("intensity:Q", scale=y.scale))  # fmt: skip
     ends = stands(data.sort_values("context").groupby("arch").tail(1), "context", "decode")
     return themed(

@@ -51,10 +51,11 @@ class Figures:
         return self._pivot(rows, ["arch", "batch", "context"], measures)
 
     def declared(self, scale: str, *measures: str) -> pd.DataFrame:
-        """What the declarations say of a scale: rows of arch, context (where the measures have
-        one) and a column for each measure, from whichever stage recorded them.
+        """What the declarations say of one sequence at a scale: rows of arch, context (where the
+        measures have one) and a column for each measure, from whichever stage recorded them.
         """
         rows = self._good[(self._good["scale"] == scale) & self._good["measure"].isin(measures)]
+        rows = rows[rows["batch"].isna() | (rows["batch"] == 1)]
         rows = rows.drop_duplicates(["arch", "context", "measure"], keep="last")
         keys = ["arch", "context"] if rows["context"].notna().any() else ["arch"]
         return self._pivot(rows, keys, measures)
