@@ -16,10 +16,10 @@ from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.conv import convolve
 from archs.ops.gated_delta import gated_delta
-from archs.ops.glue import gated_rms_norm
 from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.gdn import gdn_chunk_matrix_flops, gdn_step_matrix_flops
+from kernels.norm import OutputNorm
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -91,10 +91,10 @@ class GatedDeltaNet(Mixer):
         q, k = (t.unflatten(-1, (-1, c.key_dim)) for t in (q, k))
         y = gated_delta(
             q, k, v.unflatten(-1, (-1, c.value_dim)), a, b, self.A_log, self.dt_bias,
+            OutputNorm(gate=z, weight=self.norm_weight, eps=c.eps, gate_first=False),
             state=state, backend=self.backend,
         )  # fmt: skip
-        y = gated_rms_norm(y, z, self.norm_weight, c.eps, gate_first=False, backend=self.backend)
-        return self.out(y.flatten(2))
+        return self.out(y)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""

@@ -17,12 +17,10 @@ from archs.errors import UserError
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.decay import retention
-from archs.ops.glue import gated_rms_norm
-from archs.ops.rotary import rotate_new
 from archs.recurrent import RECURRENT_LIMIT, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.decay_scan import decay_chunk_matrix_flops, decay_step_matrix_flops
-from kernels.rope import rope_table, rotate
+from kernels.norm import OutputNorm
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -87,40 +85,26 @@ class LinearAttention(Mixer):
                 self._decay = decay.float().to(device)[None, None]
         return self._decay
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, K, D] -> q and k, not yet rotated [B, K, 2·H, N]; v and gate [B, K, H, P]."""
+    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
         c = self.config
         qk, v, gate = self.q_k_v_gate(x).split(
             (2 * c.n_heads * c.key_dim, *self.q_k_v_gate.sizes[2:]), -1
         )
-        shape = (c.n_heads, c.value_dim)
-        qk = qk.unflatten(-1, (-1, c.key_dim))
-        return qk, v.unflatten(-1, shape), gate.unflatten(-1, shape)
-
-    def _retain(
-        self, qk: Tensor, v: Tensor, gate: Tensor, state: LayerState | None = None
-    ) -> Tensor:
-        c = self.config
-        q, k = qk.chunk(2, 2)
+        v, gate = (t.unflatten(-1, (c.n_heads, c.value_dim)) for t in (v, gate))
         y = retention(
-            q, k, v, self.log_decay(v.device), scale=c.key_dim**-0.5, state=state,
-            backend=self.backend,
+            qk.unflatten(-1, (-1, c.key_dim)), v, self.log_decay(v.device),
+            OutputNorm(gate=gate, weight=self.norm_weight, eps=c.eps, gate_first=False),
+            scale=c.key_dim**-0.5, theta=c.rope_theta, state=state, backend=self.backend,
         )  # fmt: skip
-        y = gated_rms_norm(y, gate, self.norm_weight, c.eps, gate_first=False, backend=self.backend)
-        return self.out(y.flatten(2))
+        return self.out(y)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        c, tokens = self.config, x.shape[1]
-        angles = rope_table(tokens, c.key_dim, c.rope_theta, x.device)[:tokens]
-        qk, v, gate = self._split(x)
-        return self._retain(rotate(qk, angles), v, gate)
+        return self._mix(x)
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        qk, v, gate = self._split(x)
-        qk = rotate_new(qk, state, theta=self.config.rope_theta, backend=self.backend)
-        return self._retain(qk, v, gate, state)
+        return self._mix(x, state)
 
     def state_spec(self) -> StateSpec:
         """One key-by-value matrix per head."""

@@ -16,10 +16,10 @@ from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.conv import convolve
 from archs.ops.decay import ssd
-from archs.ops.glue import gated_rms_norm
 from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.decay_scan import decay_chunk_matrix_flops, decay_step_matrix_flops
+from kernels.norm import OutputNorm
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -90,13 +90,13 @@ class Mamba2(Mixer):
         shared = c.groups * c.state_dim
         x, b, out = mixed.split((self.inner, shared, shared), -1)
         b, out = (t.unflatten(-1, (c.groups, -1)) for t in (b, out))
-        y = ssd(
-            x.unflatten(-1, (-1, c.head_dim)), dt, b, out, self.A_log, self.D, self.dt_bias,
-            state=state, backend=self.backend,
+        norm = OutputNorm(
+            gate=z, weight=self.norm_weight, eps=c.eps, gate_first=True,
+            group=self.inner // c.groups,
         )  # fmt: skip
-        y = gated_rms_norm(
-            y.flatten(2), z, self.norm_weight, c.eps, gate_first=True,
-            group=self.inner // c.groups, backend=self.backend,
+        y = ssd(
+            x.unflatten(-1, (-1, c.head_dim)), dt, b, out, self.A_log, self.D, self.dt_bias, norm,
+            state=state, backend=self.backend,
         )  # fmt: skip
         return self.out(y)
 

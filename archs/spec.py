@@ -160,12 +160,14 @@ class Slots:
     pool:  [slots, *shape]; slots: int32 [B].
     new:   int32 [B] valid new tokens of a right-padded batch (None: all K).
     each:  [B, K, *shape], takes the value after every token; None where nothing rolls back.
+    arrivals: int32 zeros that the programs of one norm count in and leave at zero.
     """
 
     pool: Tensor
     slots: Tensor
     new: Tensor | None
     each: Tensor | None
+    arrivals: Tensor
 
 
 class PagedSeen:

@@ -19,7 +19,7 @@ from infer.store import StateStore, TableKey
 from infer.view import StepView, TableStep, keeps_each
 from kernels.rope import rope_table
 
-#: Counters per sequence for kernels whose splits count arrivals: heads and row blocks of a step.
+#: Counters per sequence for kernels whose programs count arrivals: heads and row blocks of a step.
 ARRIVALS_PER_SEQUENCE = 1024
 #: Page of rows that are joined for one step only.
 JOINED_PAGE = 64
@@ -297,7 +297,9 @@ class _DeviceLayer:
         if step.each:
             batch = step.slots32.shape[0]
             each = pool.new_empty(batch, step.new_tokens, *pool.shape[1:])
-        return Slots(pool=pool, slots=step.slots32, new=step.new32, each=each)
+        return Slots(
+            pool=pool, slots=step.slots32, new=step.new32, each=each, arrivals=step.state.arrivals
+        )
 
     def settle(self, name: str, slots: Slots) -> None:
         if slots.each is not None:

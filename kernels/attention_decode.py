@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import TARGETS, Variant
-from kernels.attention_decode_checks import EIGHT_BIT, check, form, require
+from kernels.attention_decode_checks import EIGHT_BIT, check, counters
 
 #: Most splits of one sequence: the program that combines them reads one after another.
 MAX_SPLITS = 64
@@ -255,13 +255,7 @@ def attention_decode(
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partials = floats((batch, parts, splits, block_m, dim) if splits > 1 else (16,))
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
-    if arrivals is None:
-        arrivals = torch.zeros(batch * parts, dtype=torch.int32, device=q.device)
-    require(
-        arrivals.dtype == torch.int32 and arrivals.device == q.device and arrivals.is_contiguous()
-        and arrivals.numel() >= batch * parts,
-        "arrivals", form(arrivals), f"must be contiguous int32 [>= {batch * parts}] on {q.device}",
-    )  # fmt: skip
+    arrivals = counters(arrivals, batch * parts, q.device)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))

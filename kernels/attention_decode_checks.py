@@ -21,6 +21,19 @@ def form(t: Tensor) -> str:
     return f"{str(t.dtype)[6:]}{list(t.shape)} with strides {list(t.stride())} on {t.device}"
 
 
+def counters(arrivals: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """`arrivals`, or fresh zeros: in each of `count` int32 the programs of one result arrive.
+
+    The last to arrive clears its counter, so one buffer serves every launch of a stream.
+    """
+    if arrivals is None:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    fits = arrivals.dtype == torch.int32 and arrivals.device == device
+    require(fits and arrivals.is_contiguous() and arrivals.numel() >= count, "arrivals",
+            form(arrivals), f"must be contiguous int32 [>= {count}] on {device}")  # fmt: skip
+    return arrivals
+
+
 def check(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor,
     page_size: int, window: int | None, sinks: int,

@@ -4,7 +4,7 @@ g = -e^{A_log} softplus(a + dt_bias), β = sigmoid(b) and normalised q and k com
 
 B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
 One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The output
-norm spans a head's P channels, several tiles, and stays outside.
+norm spans a head's P channels, several tiles: the last of their programs does it.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import Variant
+from kernels.norm import OutputNorm
 from kernels.step import (
     POINTERS,
     require_dims,
@@ -26,6 +27,7 @@ from kernels.step import (
     row_stride,
     softplus,
 )
+from kernels.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
 
 #: State dtype -> (BLOCK_P, num_warps): 16 bytes per thread, whole 32-byte sectors per row.
 CONFIGS: dict[torch.dtype, tuple[int, int]] = {
@@ -40,11 +42,15 @@ NORM_EPS = 1e-6
 @triton.jit
 def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     q, k, v, a, b, a_log, dt_bias, state, slots, new, each, y,
-    q_row, k_row, v_row, a_row, b_row, slot_stride,
+    q_row, k_row, v_row, a_row, b_row, slot_stride, gate, weight, arrivals, gate_row,
     EPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of P, H, B). Rows of q, k, v, a, b, y are tokens; new and each may be None."""
+    """Grid (tiles of P, H, B). Rows of q, k, v, a, b, y, gate are tokens; new, each may be None,
+    and so may all that serves the output norm.
+    """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (H // G)
@@ -81,6 +87,11 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
             after = each + (row * H + head) * N * P + tile
             tl.store(after, s.to(each.dtype.element_ty), mask=inside)
     tl.store(held, s.to(state.dtype.element_ty), mask=inside & (count > 0))
+    if gate is not None:
+        norm_last(
+            y, gate, weight, arrivals, gate_row, count, K, H, P,
+            NORM_EPS, GATE_FIRST, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
 
 
 def gdn_step(
@@ -96,6 +107,8 @@ def gdn_step(
     *,
     new: Tensor | None = None,
     each: Tensor | None = None,
+    norm: OutputNorm | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Advance the states of B sequences by K tokens, in place.
 
@@ -103,7 +116,9 @@ def gdn_step(
     gates; a_log, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; slots: int32 [B],
     distinct and in range (not checked: it would wait for the device); new: int32 [B] valid tokens
     of right-padded rows (None: K); each: [B, K, H, N, P] in the state's dtype, receives the state
-    after every token (padded ones repeat the last).
+    after every token (padded ones repeat the last); norm: of y, head by head (None: y as it is);
+    arrivals: int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each call
+    of a stream to save the launch that clears a fresh one.
     Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -122,12 +137,13 @@ def gdn_step(
     require_state(gdn_step_fwd_kernel, state, slots, new, each, (batch, tokens, heads, n, p))
     require_like(state, **inputs)
     y = torch.empty(batch, tokens, heads, p, dtype=v.dtype, device=v.device)
+    normed = norm_arguments(norm, arrivals, y, state)
     block_p, warps = CONFIGS[state.dtype]
     gdn_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
         q, k, v, a, b, a_log, dt_bias, state, slots, new, each, y,
         *(row_stride(name, inputs[name]) for name in "qkvab"), state.stride(0),
         EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, G=groups, H=heads, N=n, P=p,
-        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps,
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
     )  # fmt: skip
     return y
 
@@ -141,6 +157,8 @@ def gdn_step_ref(
     a_log: Tensor,
     dt_bias: Tensor,
     state: Tensor,
+    *,
+    norm: OutputNorm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
 
@@ -158,7 +176,7 @@ def gdn_step_ref(
         s = s + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
         rows.append((q[:, t, :, :, None] * s).sum(-2) * q.shape[-1] ** -0.5)
         states.append(s)
-    return torch.stack(rows, 1), torch.stack(states, 1)
+    return output_norm_ref(torch.stack(rows, 1), norm), torch.stack(states, 1)
 
 
 def variants() -> list[Variant]:
@@ -166,21 +184,26 @@ def variants() -> list[Variant]:
     wide, narrow = torch.float32, torch.bfloat16
     return [
         default_variant(),
+        _variant(wide, 128, 128, 1),
         _variant(wide, 128, 128, 8, ragged=True, each=True),
+        _variant(wide, 128, 128, 8, ragged=True, each=True, norm=True),
         _variant(wide, 64, 100, 4, ragged=True),
+        _variant(wide, 64, 100, 3, ragged=True, norm=True),
         _variant(narrow, 128, 128, 1),
+        _variant(narrow, 128, 128, 1, norm=True),
         _variant(narrow, 128, 128, 8, ragged=True, each=True),
     ]
 
 
 def default_variant() -> Variant:
-    """One token, float32 state, heads of 128 by 128 (the published sizes)."""
-    return _variant(torch.float32, 128, 128, 1)
+    """One token, float32 state, heads of 128 by 128 (the published sizes), output norm."""
+    return _variant(torch.float32, 128, 128, 1, norm=True)
 
 
 def _variant(
-    dtype: torch.dtype, n: int, p: int, tokens: int, *, ragged: bool = False, each: bool = False
-) -> Variant:
+    dtype: torch.dtype, n: int, p: int, tokens: int, *, ragged: bool = False, each: bool = False,
+    norm: bool = False,
+) -> Variant:  # fmt: skip
     pointer = POINTERS[dtype]
     signature = dict.fromkeys(("q", "k", "v", "a", "b", "y"), "*bf16")
     signature |= dict.fromkeys(("a_log", "dt_bias"), "*fp32")
@@ -197,13 +220,15 @@ def _variant(
             signature[name] = kind
         else:
             constexprs[name] = None
-    options = f"{'_ragged' if ragged else ''}{'_each' if each else ''}"
+    types, constants, norm_loads = norm_variant((p, p, False) if norm else None, tokens)
+    chosen = (("ragged", ragged), ("each", each), ("norm", norm))
+    options = "".join(f"_{option}" for option, used in chosen if used)
     return Variant(
         name=f"gdn_step_{pointer[1:]}_{n}x{p}_k{tokens}{options}",
         kernel=gdn_step_fwd_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        divisible=frozenset(signature),
+        signature=signature | types,
+        constexprs=constexprs | constants,
+        divisible=frozenset([*signature, *types]),
         num_warps=warps,
-        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps),
+        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
     )

@@ -28,7 +28,7 @@ from kernels.attention_decode import (
     page_of,
     rows_of,
 )
-from kernels.attention_decode_checks import form, require
+from kernels.attention_decode_checks import counters
 from kernels.mla_decode_checks import ROTARIES, check
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -249,13 +249,7 @@ def mla_decode(
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partials = floats((batch, parts, splits, block_m, v_dim) if splits > 1 else (16,))
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
-    if arrivals is None:
-        arrivals = torch.zeros(batch * parts, dtype=torch.int32, device=q.device)
-    require(
-        arrivals.dtype == torch.int32 and arrivals.device == q.device and arrivals.is_contiguous()
-        and arrivals.numel() >= batch * parts,
-        "arrivals", form(arrivals), f"must be contiguous int32 [>= {batch * parts}] on {q.device}",
-    )  # fmt: skip
+    arrivals = counters(arrivals, batch * parts, q.device)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     mla_decode_fwd_kernel[(splits, parts, batch)](

@@ -4,6 +4,7 @@ Statistics are float32 (float64 stays), results keep the input's dtype. Where gr
 wanted, hand-written backward passes keep only what they must.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -86,6 +87,20 @@ def gated_rms_norm(
         ones = weight.new_ones(group)
         y = rms_norm(x.unflatten(-1, (-1, group)), ones, eps).flatten(-2) * weight
     return y if gate_first else y * F.silu(gate)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputNorm:
+    """`gated_rms_norm` of a recurrent mixer's output, to be applied by it or within its kernel.
+
+    gate: [B, K, H, P], where every head is a row, or [B, K, H·P]; the rest as there.
+    """
+
+    gate: Tensor
+    weight: Tensor
+    eps: float
+    gate_first: bool
+    group: int | None = None
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

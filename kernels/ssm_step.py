@@ -1,10 +1,10 @@
 """Mamba-2's recurrent update for 1 to 8 new tokens on states in slots (arXiv 2405.21060):
-S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t, times silu(z_t) when z is given,
-with Δ = softplus(dt + dt_bias) and A = -e^{A_log} computed here.
+S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t, with Δ = softplus(dt + dt_bias)
+and A = -e^{A_log} computed here.
 
 B sequences, K new tokens, H heads, G groups of b and c, N states, P channels per head.
 One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The gated
-norm spans all heads and stays outside.
+norm spans the heads of a group: the last of their programs does it.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import Variant
+from kernels.norm import OutputNorm
 from kernels.step import (
     POINTERS,
     require_dims,
@@ -26,6 +27,7 @@ from kernels.step import (
     row_stride,
     softplus,
 )
+from kernels.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
 
 #: State dtype -> (BLOCK_P, num_warps): 16 bytes per thread, whole 32-byte sectors per row.
 CONFIGS: dict[torch.dtype, tuple[int, int]] = {
@@ -36,12 +38,16 @@ CONFIGS: dict[torch.dtype, tuple[int, int]] = {
 
 @triton.jit
 def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
-    x, dt, b, c, z, a_log, d, dt_bias, state, slots, new, each, y,
-    x_row, dt_row, b_row, c_row, z_row, slot_stride,
+    x, dt, b, c, a_log, d, dt_bias, state, slots, new, each, y,
+    x_row, dt_row, b_row, c_row, slot_stride, gate, weight, arrivals, gate_row,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of P, H, B). Rows of x, dt, b, c, z, y are tokens; z, new, each may be None."""
+    """Grid (tiles of P, H, B). Rows of x, dt, b, c, y, gate are tokens; new, each may be None,
+    and so may all that serves the output norm.
+    """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (H // G)
@@ -69,15 +75,16 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
         step = tl.where(valid, softplus(raw + bias), 0.0)
         s = s * tl.exp(step * rate) + bt[:, None] * (step * xt)[None, :]
         yt = tl.sum(ct[:, None] * s, 0) + skip * xt
-        if z is not None:
-            zt = tl.load(z + row * z_row + head * P + p, mask=in_p & valid, other=0.0)
-            zt = zt.to(tl.float32)
-            yt = yt * zt * tl.sigmoid(zt)
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
         if each is not None:
             after = each + (row * H + head) * N * P + tile
             tl.store(after, s.to(each.dtype.element_ty), mask=inside)
     tl.store(held, s.to(state.dtype.element_ty), mask=inside & (count > 0))
+    if gate is not None:
+        norm_last(
+            y, gate, weight, arrivals, gate_row, count, K, H, P,
+            NORM_EPS, GATE_FIRST, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
 
 
 def ssm_step(
@@ -91,17 +98,20 @@ def ssm_step(
     state: Tensor,
     slots: Tensor,
     *,
-    z: Tensor | None = None,
     new: Tensor | None = None,
     each: Tensor | None = None,
+    norm: OutputNorm | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Advance the states of B sequences by K tokens, in place.
 
-    x, z: [B, K, H, P]; dt: [B, K, H] before bias and softplus; b, c: [B, K, G, N];
+    x: [B, K, H, P]; dt: [B, K, H] before bias and softplus; b, c: [B, K, G, N];
     a_log, d, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; slots: int32 [B],
     distinct and in range (not checked: it would wait for the device); new: int32 [B] valid tokens
     of right-padded rows (None: K); each: [B, K, H, N, P] in the state's dtype, receives the state
-    after every token (padded ones repeat the last).
+    after every token (padded ones repeat the last); norm: of y, its groups whole heads (None: y as
+    it is); arrivals: int32 zeros, at least B * groups of the norm, left at zero, for a norm: pass
+    the same one on each call of a stream to save the launch that clears a fresh one.
     Returns y [B, K, H, P] in x's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -116,19 +126,17 @@ def ssm_step(
     inputs = {"x": x, "dt": dt, "b": b, "c": c, "a_log": a_log, "d": d, "dt_bias": dt_bias}
     for name in ("a_log", "d", "dt_bias"):
         require_shape(name, inputs[name], (heads,))
-    if z is not None:
-        require_shape("z", z, (batch, tokens, heads, p))
-        inputs["z"] = z
     require_state(ssm_step_fwd_kernel, state, slots, new, each, (batch, tokens, heads, n, p))
     require_like(state, **inputs)
     y = torch.empty(batch, tokens, heads, p, dtype=x.dtype, device=x.device)
+    normed = norm_arguments(norm, arrivals, y, state)
     block_p, warps = CONFIGS[state.dtype]
     ssm_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
-        x, dt, b, c, z, a_log, d, dt_bias, state, slots, new, each, y,
+        x, dt, b, c, a_log, d, dt_bias, state, slots, new, each, y,
         row_stride("x", x), row_stride("dt", dt), row_stride("b", b), row_stride("c", c),
-        None if z is None else row_stride("z", z), state.stride(0),
+        state.stride(0),
         K=tokens, G=groups, H=heads, N=n, P=p,
-        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps,
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
     )  # fmt: skip
     return y
 
@@ -143,7 +151,7 @@ def ssm_step_ref(
     dt_bias: Tensor,
     state: Tensor,
     *,
-    z: Tensor | None = None,
+    norm: OutputNorm | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
 
@@ -159,8 +167,7 @@ def ssm_step_ref(
         s = decay[:, t] * s + b[:, t, :, :, None] * fed[:, t, :, None]
         rows.append((c[:, t, :, :, None] * s).sum(-2) + d.double()[:, None] * x[:, t])
         states.append(s)
-    y = torch.stack(rows, 1)
-    return y if z is None else y * F.silu(z.double()), torch.stack(states, 1)
+    return output_norm_ref(torch.stack(rows, 1), norm), torch.stack(states, 1)
 
 
 def variants() -> list[Variant]:
@@ -168,17 +175,22 @@ def variants() -> list[Variant]:
     wide, narrow = torch.float32, torch.bfloat16
     return [
         default_variant(),
-        _variant(wide, 128, 64, 8, gate=True, ragged=True, each=True),
+        _variant(wide, 128, 64, 1),
+        _variant(wide, 128, 64, 8, ragged=True, each=True, groups=1),
         _variant(wide, 128, 100, 2, ragged=True),
-        _variant(wide, 64, 64, 4, gate=True),
+        _variant(wide, 128, 100, 3, ragged=True, groups=8),
+        _variant(wide, 64, 64, 4),
         _variant(narrow, 128, 64, 1),
-        _variant(narrow, 128, 64, 8, gate=True, ragged=True, each=True),
+        _variant(narrow, 128, 64, 1, groups=1),
+        _variant(narrow, 128, 64, 8, ragged=True, each=True, groups=8),
     ]
 
 
 def default_variant() -> Variant:
-    """One token, float32 state, heads of 64 channels and 128 states (the published sizes)."""
-    return _variant(torch.float32, 128, 64, 1)
+    """One token, float32 state, 64 heads of 64 channels and 128 states (the published sizes), one
+    output norm over all of them.
+    """
+    return _variant(torch.float32, 128, 64, 1, groups=1)
 
 
 def _variant(
@@ -187,10 +199,11 @@ def _variant(
     p: int,
     tokens: int,
     *,
-    gate: bool = False,
     ragged: bool = False,
     each: bool = False,
+    groups: int | None = None,
 ) -> Variant:
+    """groups: of the output norm (None: no norm)."""
     pointer = POINTERS[dtype]
     signature = dict.fromkeys(("x", "dt", "b", "c", "y"), "*bf16")
     signature |= dict.fromkeys(("a_log", "d", "dt_bias"), "*fp32")
@@ -201,23 +214,22 @@ def _variant(
     constexprs: dict[str, Any] = {
         "K": tokens, "G": 1, "H": 64, "N": n, "P": p, "BLOCK_N": block_n, "BLOCK_P": block_p,
     }  # fmt: skip
-    optional = {
-        "z": (gate, "*bf16"), "z_row": (gate, "i32"),
-        "new": (ragged, "*i32"), "each": (each, pointer),
-    }  # fmt: skip
-    signature |= {name: kind for name, (used, kind) in optional.items() if used}
-    constexprs |= {name: None for name, (used, _) in optional.items() if not used}
-    options = "".join(
-        f"_{option}"
-        for option, used in (("gate", gate), ("ragged", ragged), ("each", each))
-        if used
-    )
+    for name, used, kind in (("new", ragged, "*i32"), ("each", each, pointer)):
+        if used:
+            signature[name] = kind
+        else:
+            constexprs[name] = None
+    inner = 64 * p
+    norm = None if groups is None else (inner // groups, inner, True)
+    types, constants, norm_loads = norm_variant(norm, tokens)
+    chosen = (("ragged", ragged), ("each", each), (f"norm{groups}", groups))
+    options = "".join(f"_{option}" for option, used in chosen if used)
     return Variant(
         name=f"ssm_step_{pointer[1:]}_{n}x{p}_k{tokens}{options}",
         kernel=ssm_step_fwd_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        divisible=frozenset(signature),
+        signature=signature | types,
+        constexprs=constexprs | constants,
+        divisible=frozenset([*signature, *types]),
         num_warps=warps,
-        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps),
+        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
     )

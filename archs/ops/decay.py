@@ -1,4 +1,7 @@
-"""Linear recurrences with one decay per head, by backend: Mamba-2's SSD and retention."""
+"""Linear recurrences with one decay per head, by backend: Mamba-2's SSD and retention.
+
+Both hand their outputs out normed: the step kernels norm within their own launch.
+"""
 
 from typing import cast
 
@@ -8,9 +11,13 @@ from torch.nn import functional as F
 
 from archs.backends import choose
 from archs.ops import libraries
+from archs.ops.glue import output_norm
+from archs.ops.rotary import rotate_new
 from archs.recurrent import RECURRENT_LIMIT, masked
 from archs.spec import KernelState, LayerState
 from kernels.decay_scan import decay_chunk, decay_step
+from kernels.norm import OutputNorm
+from kernels.rope import rope_table, rotate
 
 
 def ssd(
@@ -21,6 +28,7 @@ def ssd(
     a_log: Tensor,
     d: Tensor,
     dt_bias: Tensor,
+    norm: OutputNorm,
     *,
     state: LayerState | None = None,
     name: str = "ssm",
@@ -29,29 +37,35 @@ def ssd(
     """State-space duality (arXiv 2405.21060): S_t = e^{ΔA} S_{t-1} + B (Δ x)ᵀ, y = Sᵀ C + D x.
 
     x: [B, K, H, P]; dt: [B, K, H], raw (Δ = softplus(dt + dt_bias)); b, c: [B, K, G, N];
-    a_log, d, dt_bias: [H] (A = -e^{a_log}). Returns [B, K, H, P] and advances the state
-    [H, N, P] called `name`; without one it starts at zero and is not kept (training).
+    a_log, d, dt_bias: [H] (A = -e^{a_log}). Returns [B, K, H·P], normed and gated by `norm`, and
+    advances the state [H, N, P] called `name`; without one it starts at zero and is not kept
+    (training).
     """
-    return choose("state-space duality", backend, _SSD)(x, dt, b, c, a_log, d, dt_bias, state, name)
+    form = choose("state-space duality", backend, _SSD)
+    return form(x, dt, b, c, a_log, d, dt_bias, norm, state, name)
 
 
 def retention(
-    q: Tensor,
-    k: Tensor,
+    qk: Tensor,
     v: Tensor,
     log_decay: Tensor,
+    norm: OutputNorm,
     *,
     scale: float,
+    theta: float,
     state: LayerState | None = None,
     name: str = "memory",
     backend: str,
 ) -> Tensor:
     """Retention (arXiv 2307.08621): S_t = γ S_{t-1} + k_t v_tᵀ, y_t = scale · S_tᵀ q_t.
 
-    q, k: [B, K, H, N]; v: [B, K, H, P]; log_decay: float32 [1, 1, H]. Returns [B, K, H, P] and
-    advances the state [H, N, P] called `name`; without one it starts at zero (training).
+    qk: [B, K, 2·H, N], queries and keys, which are turned by their positions with the base theta,
+    in place where no gradient needs them; v: [B, K, H, P]; log_decay: float32 [1, 1, H].
+    Returns [B, K, H·P], normed and gated by `norm`, and advances the state [H, N, P] called
+    `name`; without one it starts at zero (training).
     """
-    return choose("retention", backend, _RETENTION)(q, k, v, log_decay, scale, state, name)
+    form = choose("retention", backend, _RETENTION)
+    return form(qk, v, log_decay, norm, scale, theta, state, name)
 
 
 def _scan_inputs(
@@ -68,10 +82,11 @@ def _skip(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
 
 def _ssd_torch(
     x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
-    state: LayerState | None, name: str,
+    norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     if state is None:
-        return _skip(decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))[0], x, d)
+        y, _ = decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))
+        return output_norm(_skip(y, x, d), norm, backend="torch")
     scan = (c, b, *_scan_inputs(x, dt, a_log, dt_bias, state.valid))
     ssm, each = state.get(name), None
     if x.shape[1] <= RECURRENT_LIMIT:
@@ -79,50 +94,66 @@ def _ssd_torch(
     else:
         y, ssm = decay_chunk(*scan, ssm)
     state.put(name, ssm, each)
-    return _skip(y, x, d)
+    return output_norm(_skip(y, x, d), norm, backend="torch")
 
 
 def _ssd_triton(
     x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
-    state: LayerState | None, name: str,
+    norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     from kernels import decay_chunk as chunk
     from kernels import ssm_step as step
 
     if state is None:
-        scan = _scan_inputs(x, dt, a_log, dt_bias, None)
-        return _skip(chunk.decay_chunk(c, b, *scan)[0], x, d)
+        y, _ = chunk.decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))
+        return output_norm(_skip(y, x, d), norm, backend="triton")
     state = cast(KernelState, state)
     at = state.slots(name)
     if x.shape[1] <= RECURRENT_LIMIT:
         y = step.ssm_step(
-            x, dt, b, c, a_log, d, dt_bias, at.pool, at.slots, new=at.new, each=at.each
-        )
+            x, dt, b, c, a_log, d, dt_bias, at.pool, at.slots, new=at.new, each=at.each, norm=norm,
+            arrivals=at.arrivals,
+        )  # fmt: skip
         state.settle(name, at)
-        return y
+        return y.flatten(2)
     scan = _scan_inputs(x, dt, a_log, dt_bias, None)
     y, ssm = chunk.decay_chunk(c, b, *scan, state.get(name), new=at.new)
     state.put(name, ssm)
-    return _skip(y, x, d)
+    return output_norm(_skip(y, x, d), norm, backend="triton")
 
 
 def _ssd_mamba_ssm(
     x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
-    state: LayerState | None, name: str,
+    norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     at = libraries.single(x, state, name, "mamba-ssm")
     if at is None:
-        return _ssd_triton(x, dt, b, c, a_log, d, dt_bias, state, name)
-    return libraries.mamba2_update(x, dt, b, c, a_log, d, dt_bias, at)
+        return _ssd_triton(x, dt, b, c, a_log, d, dt_bias, norm, state, name)
+    y = libraries.mamba2_update(x, dt, b, c, a_log, d, dt_bias, at)
+    return output_norm(y, norm, backend="mamba-ssm")
+
+
+def _turned(
+    qk: Tensor, theta: float, state: LayerState | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """q and k [B, K, H, N] turned by their positions; those of training start at 0."""
+    if state is None:
+        tokens, dim = qk.shape[1], qk.shape[3]
+        qk = rotate(qk, rope_table(tokens, dim, theta, qk.device)[:tokens])
+    else:
+        qk = rotate_new(qk, state, theta=theta, backend=backend)
+    q, k = qk.chunk(2, 2)
+    return q, k
 
 
 def _retention_torch(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float,
+    qk: Tensor, v: Tensor, log_decay: Tensor, norm: OutputNorm, scale: float, theta: float,
     state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
+    q, k = _turned(qk, theta, state, "torch")
     q = q * scale
     if state is None:
-        return decay_chunk(q, k, v, log_decay)[0]
+        return output_norm(decay_chunk(q, k, v, log_decay)[0], norm, backend="torch")
     if state.valid is not None:
         k = masked(k, state.valid)
         log_decay = masked(log_decay.expand(*k.shape[:2], -1), state.valid)
@@ -132,39 +163,47 @@ def _retention_torch(
     else:
         y, memory = decay_chunk(q, k, v, log_decay, memory)
     state.put(name, memory, each)
-    return y
+    return output_norm(y, norm, backend="torch")
 
 
 def _retention_triton(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float,
+    qk: Tensor, v: Tensor, log_decay: Tensor, norm: OutputNorm, scale: float, theta: float,
     state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     from kernels import decay_chunk as chunk
     from kernels import linear_step as step
 
     if state is None:
-        return chunk.decay_chunk(q * scale, k, v, log_decay)[0]
+        q, k = _turned(qk, theta, state, "triton")
+        y, _ = chunk.decay_chunk(q * scale, k, v, log_decay)
+        return output_norm(y, norm, backend="triton")
     state = cast(KernelState, state)
     at = state.slots(name)
     if v.shape[1] <= RECURRENT_LIMIT:
+        q, k = qk.chunk(2, 2)
         y = step.linear_step(
-            q, k, v, log_decay.flatten(), at.pool, at.slots, scale=scale, new=at.new, each=at.each
-        )
+            q, k, v, log_decay.flatten(), at.pool, at.slots, scale=scale, new=at.new, each=at.each,
+            cos_sin=state.rotary(qk.shape[-1], theta), past=state.past, norm=norm,
+            arrivals=at.arrivals,
+        )  # fmt: skip
         state.settle(name, at)
-        return y
+        return y.flatten(2)
+    q, k = _turned(qk, theta, state, "triton")
     y, memory = chunk.decay_chunk(q * scale, k, v, log_decay, state.get(name), new=at.new)
     state.put(name, memory)
-    return y
+    return output_norm(y, norm, backend="triton")
 
 
 def _retention_fla(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float,
+    qk: Tensor, v: Tensor, log_decay: Tensor, norm: OutputNorm, scale: float, theta: float,
     state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     at = libraries.single(v, state, name, "fla")
     if at is None:
-        return _retention_triton(q, k, v, log_decay, scale, state, name)
-    return libraries.decay_update(q, k, v, log_decay, scale, at)
+        return _retention_triton(qk, v, log_decay, norm, scale, theta, state, name)
+    q, k = _turned(qk, theta, state, "fla")
+    y = libraries.decay_update(q, k, v, log_decay, scale, at)
+    return output_norm(y, norm, backend="fla")
 
 
 _SSD = {"torch": _ssd_torch, "triton": _ssd_triton, "mamba-ssm": _ssd_mamba_ssm}

@@ -1,4 +1,4 @@
-"""The gated delta rule from raw gates, by backend (arXiv 2412.06464, eq. 10)."""
+"""The gated delta rule from raw gates to normed outputs, by backend (arXiv 2412.06464, eq. 10)."""
 
 from typing import cast
 
@@ -7,10 +7,11 @@ from torch.nn import functional as F
 
 from archs.backends import choose
 from archs.ops import libraries
+from archs.ops.glue import output_norm
 from archs.recurrent import RECURRENT_LIMIT, masked
 from archs.spec import KernelState, LayerState
 from kernels.gdn import gdn_chunk, gdn_step
-from kernels.norm import l2_norm
+from kernels.norm import OutputNorm, l2_norm
 
 
 def gated_delta(
@@ -21,6 +22,7 @@ def gated_delta(
     b: Tensor,
     a_log: Tensor,
     dt_bias: Tensor,
+    norm: OutputNorm,
     *,
     state: LayerState | None = None,
     name: str = "memory",
@@ -30,11 +32,11 @@ def gated_delta(
     β = sigmoid(b).
 
     q, k: [B, K, G, N]; v: [B, K, H, P]; a, b: [B, K, H]; a_log, dt_bias: [H].
-    Returns [B, K, H, P] and advances the state [H, N, P] called `name`; without one it starts at
-    zero and is not kept (training).
+    Returns [B, K, H·P], normed and gated by `norm`, and advances the state [H, N, P] called
+    `name`; without one it starts at zero and is not kept (training).
     """
     form = choose("gated delta rule", backend, _FORMS)
-    return form(q, k, v, a, b, a_log, dt_bias, state, name)
+    return form(q, k, v, a, b, a_log, dt_bias, norm, state, name)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -50,11 +52,11 @@ def _prepared(
 
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    state: LayerState | None, name: str,
+    norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     q, k, v, decay, beta = _prepared(q, k, v, a, b, a_log, dt_bias)
     if state is None:
-        return gdn_chunk(q, k, v, decay, beta)[0]
+        return output_norm(gdn_chunk(q, k, v, decay, beta)[0], norm, backend="torch")
     if state.valid is not None:
         decay, beta = masked(decay, state.valid), masked(beta, state.valid)
     memory, each = state.get(name), None
@@ -63,42 +65,45 @@ def _torch(
     else:
         y, memory = gdn_chunk(q, k, v, decay, beta, memory)
     state.put(name, memory, each)
-    return y
+    return output_norm(y, norm, backend="torch")
 
 
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    state: LayerState | None, name: str,
+    norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     from kernels import gdn_chunk as chunk
     from kernels import gdn_step as step
 
     if state is None:
-        return chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))[0]
+        y, _ = chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
+        return output_norm(y, norm, backend="triton")
     state = cast(KernelState, state)
     at = state.slots(name)
     if v.shape[1] <= RECURRENT_LIMIT:
         y = step.gdn_step(
-            q, k, v, a, b, a_log, dt_bias, at.pool, at.slots, new=at.new, each=at.each
-        )
+            q, k, v, a, b, a_log, dt_bias, at.pool, at.slots, new=at.new, each=at.each, norm=norm,
+            arrivals=at.arrivals,
+        )  # fmt: skip
         state.settle(name, at)
-        return y
+        return y.flatten(2)
     inputs = _prepared(q, k, v, a, b, a_log, dt_bias)
     y, memory = chunk.gdn_chunk(*inputs, state.get(name), new=at.new)
     state.put(name, memory)
-    return y
+    return output_norm(y, norm, backend="triton")
 
 
 def _fla(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    state: LayerState | None, name: str,
+    norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     at = libraries.single(v, state, name, "fla")
     if at is None:
-        return _triton(q, k, v, a, b, a_log, dt_bias, state, name)
+        return _triton(q, k, v, a, b, a_log, dt_bias, norm, state, name)
     decay = F.softplus(a.float() + dt_bias) * -a_log.float().exp()
     q, k = (libraries.repeat_heads(t, v.shape[2]) for t in (q, k))
-    return libraries.gated_delta_update(q, k, v, decay, b.sigmoid(), at)
+    y = libraries.gated_delta_update(q, k, v, decay, b.sigmoid(), at)
+    return output_norm(y, norm, backend="fla")
 
 
 _FORMS = {"torch": _torch, "triton": _triton, "fla": _fla}

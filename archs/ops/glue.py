@@ -1,9 +1,12 @@
 """Norms and gates, by backend."""
 
+from typing import Any
+
 from torch import Tensor
 
 from archs.backends import choose, everywhere
 from kernels import norm
+from kernels.norm import OutputNorm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:
@@ -18,19 +21,13 @@ def add_rms_norm(
     return choose("RMSNorm", backend, _ADD_RMS_NORM)(x, residual, weight, eps)
 
 
-def gated_rms_norm(
-    x: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    gate_first: bool,
-    group: int | None = None,
-    backend: str,
-) -> Tensor:
-    """As `kernels.norm.gated_rms_norm`."""
+def output_norm(y: Tensor, how: OutputNorm, *, backend: str) -> Tensor:
+    """Norm and gate a mixer's output y [B, K, H, P] in a launch of its own. -> [B, K, H·P]."""
     form = choose("gated RMSNorm", backend, _GATED_RMS_NORM)
-    return form(x, gate, weight, eps, gate_first, group)
+    return form(
+        y.reshape(how.gate.shape), how.gate, how.weight, how.eps, gate_first=how.gate_first,
+        group=how.group,
+    ).flatten(2)  # fmt: skip
 
 
 def swiglu(gate_up: Tensor, *, backend: str) -> Tensor:
@@ -41,12 +38,6 @@ def swiglu(gate_up: Tensor, *, backend: str) -> Tensor:
 def _add_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     total = x + residual
     return norm.rms_norm(total, weight, eps), total
-
-
-def _gated_torch(
-    x: Tensor, gate: Tensor, weight: Tensor, eps: float, gate_first: bool, group: int | None
-) -> Tensor:
-    return norm.gated_rms_norm(x, gate, weight, eps, gate_first=gate_first, group=group)
 
 
 def _norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -62,12 +53,10 @@ def _add_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tupl
     return norm_triton.add_rms_norm(x.to(residual.dtype), residual, weight, eps)
 
 
-def _gated_triton(
-    x: Tensor, gate: Tensor, weight: Tensor, eps: float, gate_first: bool, group: int | None
-) -> Tensor:
+def _gated_triton(x: Tensor, gate: Tensor, weight: Tensor, eps: float, **options: Any) -> Tensor:
     from kernels import norm_triton
 
-    return norm_triton.gated_rms_norm(x, gate, weight, eps, gate_first=gate_first, group=group)
+    return norm_triton.gated_rms_norm(x, gate, weight, eps, **options)
 
 
 def _swiglu_triton(gate_up: Tensor) -> Tensor:
@@ -78,5 +67,5 @@ def _swiglu_triton(gate_up: Tensor) -> Tensor:
 
 _RMS_NORM = everywhere(norm.rms_norm, _norm_triton)
 _ADD_RMS_NORM = everywhere(_add_torch, _add_triton)
-_GATED_RMS_NORM = everywhere(_gated_torch, _gated_triton)
+_GATED_RMS_NORM = everywhere(norm.gated_rms_norm, _gated_triton)
 _SWIGLU = everywhere(norm.swiglu, _swiglu_triton)

@@ -11,17 +11,8 @@ from torch import Tensor
 import kernels
 from eval.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
 from eval.gpu.ops import OPS, attention, chunk, glue, recurrent
-from eval.gpu.ops import recurrent_baselines as baselines
 from eval.gpu.ops.operands import PAGE, binary, dense, paged
-from kernels import (
-    decay_scan,
-    gdn,
-    gdn_step,
-    linear_step,
-    selective_scan,
-    selective_step,
-    ssm_step,
-)
+from kernels import decay_scan, gdn, selective_scan
 from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")
@@ -35,9 +26,9 @@ QUICK = {
     "attention_decode": "8/2 d 64 new 3 {'window': 100}",
     "mla_decode": "8 heads 128+16 new 4 latents 2",
     "attention_prefill": "chunk, ragged, d 64",
-    "ssm_step": "8x128x64 new 1 bfloat16",
-    "gdn_step": "4x128x128 new 1 bfloat16",
-    "linear_step": "4x128x128 new 1 bfloat16",
+    "ssm_step": "8x128x64 new 1 bfloat16 normed",
+    "gdn_step": "4x128x128 new 1 bfloat16 normed",
+    "linear_step": "4x128x128 new 1 bfloat16 turned normed",
     "selective_step": "512x16 new 4 bfloat16",
     "conv_step": "512 new 4",
     "decay_chunk": "2x2x16x32 tokens 65",
@@ -85,14 +76,16 @@ def test_every_operation_has_a_check_here() -> None:
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
+#: Form, sizes, FLOPs of an element of the state.
 STEPS = {
-    "ssm": (ssm_step.ssm_step, recurrent.ssm_inputs, (2, 32, 16), 5, baselines.ssm),
-    "gdn": (gdn_step.gdn_step, recurrent.gdn_inputs, (2, 32, 16), 7, baselines.gdn),
-    "linear": (linear_step.linear_step, recurrent.linear_inputs, (2, 32, 16), 5, baselines.linear),
-    "selective": (
-        selective_step.selective_step, recurrent.selective_inputs, (96, 16), 7, baselines.selective
-    ),
-}  # fmt: skip
+    "ssm": (recurrent.SSM, (2, 32, 16), 5),
+    "ssm normed": (recurrent.SSM.normed(flat=True), (2, 32, 16), 5),
+    "gdn": (recurrent.GDN, (2, 32, 16), 7),
+    "gdn normed": (recurrent.GDN.normed(), (2, 32, 16), 7),
+    "linear": (recurrent.LINEAR, (2, 32, 16), 5),
+    "linear turned normed": (recurrent.TURNED.normed(), (2, 32, 16), 5),
+    "selective": (recurrent.SELECTIVE, (96, 16), 7),
+}
 
 
 #: Ours, inputs, sizes, FLOPs of a token, the plain form, and which input is as large as y.
@@ -123,9 +116,9 @@ CASES: dict[str, Case] = {
     "greedy": glue.greedy_case(3, 1000),
     **{
         f"{name} {str(dtype)[6:]}": recurrent.step_case(
-            0, step, make, sizes, 2, dtype, flops, others
+            0, form.step, form.make, sizes, 2, dtype, flops, form.others
         )
-        for name, (step, make, sizes, flops, others) in STEPS.items()
+        for name, (form, sizes, flops) in STEPS.items()
         for dtype in (FP32, BF16)
     },
     **{
@@ -194,8 +187,8 @@ def test_bytes_are_those_of_the_operands() -> None:
 def test_bytes_of_steps_are_their_state_twice_inputs_and_outputs(
     name: str, dtype: torch.dtype
 ) -> None:
-    _, make, sizes, flops, _ = STEPS[name]
-    inputs, state = make(2, 1, sizes, CPU), torch.empty(2, *sizes, dtype=dtype)
+    form, sizes, flops = STEPS[name]
+    inputs, state = form.make(2, 1, sizes, CPU), torch.empty(2, *sizes, dtype=dtype)
     y = inputs["x" if "x" in inputs else "v"]
     case = CASES[f"{name} {str(dtype)[6:]}"]
     assert case.moved_bytes == nbytes(state, state, y, *inputs.values())

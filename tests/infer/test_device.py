@@ -7,14 +7,18 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
 
 import kernels
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY
+from archs.spec import LayerState
 from eval.conformance import (
     CHECK_SCALE,
     Subject,
@@ -47,6 +51,56 @@ def test_training_under_autocast_keeps_a_wide_stream(arch: str) -> None:
         hidden = model.hidden_states(torch.arange(9)[None])
     hidden.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+class Launches(TorchDispatchMode):
+    """Kernels launched, by us or by torch, but for matrix products; views and memory take none."""
+
+    NONE = frozenset({"empty", "new_empty", "linear", "matmul", "mm", "bmm", "addmm"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in self.NONE:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        """In the place of `InterpretedFunction.run`, whose copies for the host are not a GPU's."""
+        self.seen.append(kernel.fn.__name__)
+        with _disable_current_modes():
+            return RUN(kernel, *args, **kwargs)
+
+
+RUN = InterpretedFunction.run
+#: Latent attention: norm, rotation, its row and its queries put together, their write, attention.
+MORE_LAUNCHES = {"mla": 6}
+
+
+@pytest.mark.parametrize("arch", REGISTRY)
+def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subject_of(arch)
+    engine, tokens = subject.engine(2, 32), subject.tokens(2, 3)
+    slots = [engine.store.add(), engine.store.add()]
+    engine.extend(slots, tokens[:, :2])
+    launches, mixer = Launches(), subject.model.layers[-1].mixer
+    extend = mixer.extend
+
+    def watched(x: Tensor, state: LayerState) -> Tensor:
+        with launches, monkeypatch.context() as patched:
+            patched.setattr(
+                InterpretedFunction, "run", lambda kernel, *a, **k: launches.launch(kernel, *a, **k)
+            )
+            return extend(x, state)
+
+    monkeypatch.setattr(mixer, "extend", watched)
+    engine.extend(slots, tokens[:, 2:])
+    assert 1 <= len(launches.seen) <= MORE_LAUNCHES.get(arch, 2), launches.seen
 
 
 class Again:

@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import gdn_step as op
+from kernels import norm_triton
 from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.gdn import gdn_step as torch_step
 from kernels.norm import l2_norm
 from tests.kernels.interpreter import interpreted
+from tests.kernels.output_norms import (
+    WRONG_ARRIVALS,
+    WRONG_NORMS,
+    backwards,
+    normed,
+    output_norm,
+)
 
 SLOTS = (4, 1, 3)
 B, POOL = len(SLOTS), 6
@@ -25,7 +34,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """K tokens, G and H heads, N by P states; dtypes of inputs and state; valid tokens."""
+    """K tokens, G and H heads, N by P states; dtypes of inputs and state; valid tokens; norm."""
 
     k: int
     n: int = 16
@@ -35,10 +44,12 @@ class Case:
     inputs: torch.dtype = torch.float32
     state: torch.dtype = torch.float32
     new: tuple[int, ...] | None = None
+    norm: bool = False
 
     def __str__(self) -> str:
         kinds = f"{self.inputs}-{self.state}".replace("torch.", "").replace("bfloat", "bf")
-        return f"k{self.k}-{self.n}x{self.p}-g{self.g}h{self.h}-{kinds}-new{self.new}"
+        norm = "-norm" if self.norm else ""
+        return f"k{self.k}-{self.n}x{self.p}-g{self.g}h{self.h}-{kinds}-new{self.new}{norm}"
 
 
 CASES = [
@@ -49,16 +60,20 @@ CASES = [
     Case(k=4, n=64, p=12, new=(4, 0, 3)),
     Case(k=3, n=24, p=17, inputs=torch.bfloat16, state=torch.bfloat16, new=(0, 1, 3)),
     Case(k=8, n=16, p=12, h=1, new=(8, 5, 1)),
+    Case(k=1, p=100, norm=True),
+    Case(k=3, n=24, p=17, inputs=torch.bfloat16, state=torch.bfloat16, new=(0, 1, 3), norm=True),
+    Case(k=8, n=16, p=256, h=1, new=(8, 5, 1), norm=True),
+    Case(k=8, p=12, g=2, h=4, inputs=torch.bfloat16, norm=True),
 ]
 
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op):
+    with interpreted(op, norm_triton):
         yield
 
 
-def arguments(case: Case) -> dict[str, Tensor]:
+def arguments(case: Case) -> dict[str, Any]:
     """q, k, v are columns of one tensor, a and b of another, as projections leave them."""
     c = case
     q, k, v = (
@@ -75,6 +90,7 @@ def arguments(case: Case) -> dict[str, Tensor]:
         "b": b,
         "a_log": torch.linspace(-3, 1, c.h),
         "dt_bias": torch.linspace(-6, 0.5, c.h),
+        "norm": output_norm(c.k, c.h, c.p, c.inputs) if c.norm else None,
     }
 
 
@@ -98,20 +114,24 @@ def test_equals_the_oracle_and_the_torch_form(
     args, pool = arguments(case), pool_of(case)
     before = pool.clone()
     each = torch.empty(B, case.k, *pool.shape[1:], dtype=case.state)
+    arrivals = torch.zeros(B * case.h, dtype=torch.int32)
     expected, states = op.gdn_step_ref(**args, state=before[list(SLOTS)])
     torch_y, torch_states = torch_form(args, before[list(SLOTS)].float())
     counts = case.new or (case.k,) * B
     for row, count in enumerate(counts):
         for name in "qkvab":
             args[name][row, count:] = torch.nan
+        if case.norm:
+            args["norm"].gate[row, count:] = torch.nan
     y = op.gdn_step(
         **args,
         state=pool,
         slots=int32(SLOTS),
         new=None if case.new is None else int32(case.new),
         each=each if snapshots else None,
+        arrivals=arrivals,
     )
-    assert y.dtype == case.inputs and pool.dtype == case.state
+    assert y.dtype == case.inputs and pool.dtype == case.state and not arrivals.any()
     exact, rounded = TOLERANCE[case.inputs], TOLERANCE[case.state]
     # The torch form rounds q, k and β to the inputs' dtype.
     against_torch = 4 * TOLERANCE[case.inputs]
@@ -132,14 +152,14 @@ def test_equals_the_oracle_and_the_torch_form(
     assert torch.equal(pool[others], before[others])
 
 
-def torch_form(args: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+def torch_form(args: dict[str, Any], state: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.gdn.gdn_step` with the glue of `archs.gdn` around it."""
     q, k = l2_norm(args["q"]), l2_norm(args["k"])
     decay = F.softplus(args["a"].float() + args["dt_bias"]) * -args["a_log"].exp()
     scaled = q * q.shape[-1] ** -0.5
     y, each = torch_step(scaled, k, args["v"], decay, args["b"].sigmoid(), state, each=True)
     assert each is not None
-    return y, each
+    return normed(y, args["norm"]), each
 
 
 def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
@@ -147,11 +167,28 @@ def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
     args, pool = arguments(case), pool_of(case)
     single, outputs = pool.clone(), []
     for t in range(case.k):
-        token = {name: x[:, t : t + 1] if x.dim() > 1 else x for name, x in args.items()}
+        token = args | {name: args[name][:, t : t + 1] for name in "qkvab"}
         outputs.append(op.gdn_step(**token, state=single, slots=int32(SLOTS)))
     y = op.gdn_step(**args, state=pool, slots=int32(SLOTS))
     close(y, torch.cat(outputs, 1), 1e-6)
     close(pool, single, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_norm_within_equals_one_in_a_launch_of_its_own(
+    dtype: torch.dtype, interpreter: None
+) -> None:
+    """Twice with the same counters, once from the grid's end: whoever comes last norms."""
+    case = Case(k=3, n=16, p=48, inputs=dtype, norm=True)
+    args, pool = arguments(case), pool_of(case)
+    arrivals = torch.zeros(B * case.h, dtype=torch.int32)
+    y = op.gdn_step(**args | {"norm": None}, state=pool.clone(), slots=int32(SLOTS))
+    expected = normed(y, args["norm"], norm_triton.gated_rms_norm)
+    for order in (nullcontext(), backwards()):
+        with order:
+            y = op.gdn_step(**args, state=pool.clone(), slots=int32(SLOTS), arrivals=arrivals)
+        close(y, expected, TOLERANCE[dtype] / 10)
+        assert not arrivals.any()
 
 
 def test_slots_may_lie_apart(interpreter: None) -> None:
@@ -235,6 +272,22 @@ def test_what_does_not_fit_is_refused_before_any_launch(change: str, interpreter
     with pytest.raises(ValueError, match=message):
         op.gdn_step(**args)
     assert torch.equal(args["state"], before)
+
+
+@pytest.mark.parametrize("change", WRONG_NORMS)
+def test_a_norm_that_does_not_fit_is_refused(change: str, interpreter: None) -> None:
+    args, (spoil, message) = acceptable(), WRONG_NORMS[change]
+    norm = output_norm(2, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        op.gdn_step(**args | {"norm": replace(norm, **spoil(norm))})
+
+
+@pytest.mark.parametrize("wrong", WRONG_ARRIVALS)
+def test_counters_that_do_not_fit_are_refused(wrong: str, interpreter: None) -> None:
+    arrivals, message = WRONG_ARRIVALS[wrong]
+    norm = output_norm(2, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match=message):
+        op.gdn_step(**acceptable() | {"norm": norm, "arrivals": arrivals})
 
 
 @pytest.mark.parametrize("tokens", [0, 9])

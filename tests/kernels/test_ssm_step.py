@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import norm_triton
 from kernels import ssm_step as op
 from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.decay_scan import decay_step
 from tests.kernels.interpreter import interpreted
+from tests.kernels.output_norms import (
+    WRONG_ARRIVALS,
+    WRONG_NORMS,
+    backwards,
+    normed,
+    output_norm,
+)
 
 SLOTS = (4, 1, 3)
 B, POOL = len(SLOTS), 6
@@ -24,48 +33,54 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """K tokens, G groups of b and c, H heads, N by P states; gate z; dtypes; valid tokens."""
+    """K tokens, G groups of b and c, H heads, N by P states; dtypes; valid tokens; norm groups."""
 
     k: int
     n: int = 16
     p: int = 32
     g: int = 1
     h: int = 2
-    gate: bool = False
     inputs: torch.dtype = torch.float32
     state: torch.dtype = torch.float32
     new: tuple[int, ...] | None = None
+    norm: int | None = None
 
     def __str__(self) -> str:
         kinds = f"{self.inputs}-{self.state}".replace("torch.", "").replace("bfloat", "bf")
-        gate = "-gate" if self.gate else ""
-        return f"k{self.k}-{self.n}x{self.p}-g{self.g}h{self.h}{gate}-{kinds}-new{self.new}"
+        norm = f"-norm{self.norm}" if self.norm else ""
+        return f"k{self.k}-{self.n}x{self.p}-g{self.g}h{self.h}-{kinds}-new{self.new}{norm}"
 
 
 CASES = [
-    Case(k=1, gate=True),
+    Case(k=1),
     Case(k=1, p=100, h=1),
     Case(k=1, n=128, p=8, inputs=torch.bfloat16),
     Case(k=2, p=20, g=2, h=4, state=torch.bfloat16),
-    Case(k=4, n=64, p=12, gate=True, new=(4, 0, 3)),
+    Case(k=4, n=64, p=12, new=(4, 0, 3)),
     Case(k=3, n=24, p=17, inputs=torch.bfloat16, state=torch.bfloat16, new=(0, 1, 3)),
-    Case(k=8, n=16, p=12, h=1, gate=True, new=(8, 5, 1)),
+    Case(k=8, n=16, p=12, h=1, new=(8, 5, 1)),
+    Case(k=1, p=100, h=3, norm=1),
+    Case(k=1, p=600, h=4, n=2, g=2, norm=2),
+    Case(k=3, n=24, p=17, inputs=torch.bfloat16, state=torch.bfloat16, new=(0, 1, 3), norm=1),
+    Case(k=8, p=12, g=2, h=4, new=(8, 5, 1), norm=2),
+    Case(k=8, p=72, h=2, inputs=torch.bfloat16, norm=1),
+    Case(k=2, p=20, h=4, state=torch.bfloat16, norm=4),
 ]
 
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op):
+    with interpreted(op, norm_triton):
         yield
 
 
-def arguments(case: Case) -> dict[str, Tensor]:
-    """x, b, c are columns of one tensor, z and dt of another, as projections leave them."""
+def arguments(case: Case) -> dict[str, Any]:
+    """x, b, c are columns of one tensor, dt of another, as projections leave them."""
     c = case
     sizes = (c.h * c.p, c.g * c.n, c.g * c.n)
     x, b, out = torch.randn(B, c.k, sum(sizes)).to(c.inputs).split(sizes, -1)
-    z, dt, _ = torch.randn(B, c.k, c.h * c.p + c.h + 3).to(c.inputs).split((c.h * c.p, c.h, 3), -1)
-    args = {
+    dt, _ = torch.randn(B, c.k, c.h + 3).to(c.inputs).split((c.h, 3), -1)
+    return {
         "x": x.unflatten(-1, (c.h, c.p)),
         "dt": dt,
         "b": b.unflatten(-1, (c.g, c.n)),
@@ -73,8 +88,8 @@ def arguments(case: Case) -> dict[str, Tensor]:
         "a_log": torch.linspace(0, 2, c.h),
         "d": torch.linspace(-1, 1, c.h),
         "dt_bias": torch.linspace(-6, 0.5, c.h),
+        "norm": output_norm(c.k, c.h, c.p, c.inputs, c.norm) if c.norm else None,
     }
-    return args | {"z": z.unflatten(-1, (c.h, c.p))} if c.gate else args
 
 
 def pool_of(case: Case) -> Tensor:
@@ -97,20 +112,24 @@ def test_equals_the_oracle_and_the_torch_form(
     args, pool = arguments(case), pool_of(case)
     before = pool.clone()
     each = torch.empty(B, case.k, *pool.shape[1:], dtype=case.state)
+    arrivals = torch.zeros(B * case.h, dtype=torch.int32)
     expected, states = op.ssm_step_ref(**args, state=before[list(SLOTS)])
     torch_y, torch_states = torch_form(args, before[list(SLOTS)].float())
     counts = case.new or (case.k,) * B
     for row, count in enumerate(counts):
-        for name in {"x", "dt", "b", "c", "z"} & args.keys():
+        for name in ("x", "dt", "b", "c"):
             args[name][row, count:] = torch.nan
+        if case.norm:
+            args["norm"].gate[row, count:] = torch.nan
     y = op.ssm_step(
         **args,
         state=pool,
         slots=int32(SLOTS),
         new=None if case.new is None else int32(case.new),
         each=each if snapshots else None,
+        arrivals=arrivals,
     )
-    assert y.dtype == case.inputs and pool.dtype == case.state
+    assert y.dtype == case.inputs and pool.dtype == case.state and not arrivals.any()
     exact, rounded = TOLERANCE[case.inputs], TOLERANCE[case.state]
     # The torch form rounds Δ x, y and D to the inputs' dtype.
     against_torch = 4 * TOLERANCE[case.inputs]
@@ -131,7 +150,7 @@ def test_equals_the_oracle_and_the_torch_form(
     assert torch.equal(pool[others], before[others])
 
 
-def torch_form(args: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+def torch_form(args: dict[str, Any], state: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.decay_scan.decay_step` with the glue of `archs.mamba2` around it."""
     x = args["x"]
     dt = F.softplus(args["dt"].float() + args["dt_bias"])
@@ -140,19 +159,37 @@ def torch_form(args: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     y, each = decay_step(args["c"], args["b"], fed, decay, state, each=True)
     y = torch.addcmul(y, x, args["d"][:, None].to(x.dtype))
     assert each is not None
-    return y * F.silu(args["z"]) if "z" in args else y, each
+    return normed(y, args["norm"]), each
 
 
 def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
-    case = Case(k=5, n=16, p=16, gate=True)
+    case = Case(k=5, n=16, p=16)
     args, pool = arguments(case), pool_of(case)
     single, outputs = pool.clone(), []
     for t in range(case.k):
-        token = {name: x[:, t : t + 1] if x.dim() > 1 else x for name, x in args.items()}
+        token = args | {name: args[name][:, t : t + 1] for name in ("x", "dt", "b", "c")}
         outputs.append(op.ssm_step(**token, state=single, slots=int32(SLOTS)))
     y = op.ssm_step(**args, state=pool, slots=int32(SLOTS))
     close(y, torch.cat(outputs, 1), 1e-6)
     close(pool, single, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_norm_within_equals_one_in_a_launch_of_its_own(
+    groups: int, dtype: torch.dtype, interpreter: None
+) -> None:
+    """Twice with the same counters, once from the grid's end: whoever comes last norms."""
+    case = Case(k=3, n=16, p=24, h=4, inputs=dtype, norm=groups)
+    args, pool = arguments(case), pool_of(case)
+    arrivals = torch.zeros(B * groups, dtype=torch.int32)
+    y = op.ssm_step(**args | {"norm": None}, state=pool.clone(), slots=int32(SLOTS))
+    expected = normed(y, args["norm"], norm_triton.gated_rms_norm)
+    for order in (nullcontext(), backwards()):
+        with order:
+            y = op.ssm_step(**args, state=pool.clone(), slots=int32(SLOTS), arrivals=arrivals)
+        close(y, expected, TOLERANCE[dtype] / 10)
+        assert not arrivals.any()
 
 
 def test_slots_may_lie_apart(interpreter: None) -> None:
@@ -182,7 +219,6 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "dt shape": (lambda x: x.update(dt=x["dt"][..., 1:]), "dt has shape"),
     "b batch": (lambda x: x.update(b=x["b"][1:]), "b has shape"),
     "c shape": (lambda x: x.update(c=x["c"][..., 1:]), "c has shape"),
-    "z shape": (lambda x: x.update(z=x["z"][..., 1:]), "z has shape"),
     "a_log shape": (lambda x: x.update(a_log=torch.zeros(5)), "a_log has shape"),
     "d shape": (lambda x: x.update(d=torch.zeros(2, 16)), "d has shape"),
     "dt_bias shape": (lambda x: x.update(dt_bias=torch.zeros(5)), "dt_bias has shape"),
@@ -204,9 +240,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "each shape": (lambda x: x.update(each=torch.zeros(B, 1, 2, 16, 16)), "each has shape"),
     "each dtype": (lambda x: x.update(each=torch.zeros(B, 2, 2, 16, 16).half()), "each is"),
     "x strides": (lambda x: x.update(x=x["x"].mT.contiguous().mT), "x has strides .*last must be"),
-    "z spacing": (
-        lambda x: x.update(z=torch.zeros(B, 5, 2, 16)[:, :2]),
-        "z has strides .*evenly spaced",
+    "x spacing": (
+        lambda x: x.update(x=torch.zeros(B, 5, 2, 16)[:, :2]),
+        "x has strides .*evenly spaced",
     ),
     "x inner": (lambda x: x.update(x=torch.zeros(B, 2, 2, 17)[..., :16]), "x has strides"),
     "x dtype": (lambda x: x.update(x=x["x"].double()), "x has dtype torch.float64"),
@@ -215,7 +251,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 def acceptable(tokens: int = 2) -> dict[str, Any]:
-    case = Case(k=tokens, n=16, p=16, gate=True)
+    case = Case(k=tokens, n=16, p=16)
     return arguments(case) | {"state": pool_of(case), "slots": int32(SLOTS)}
 
 
@@ -228,6 +264,25 @@ def test_what_does_not_fit_is_refused_before_any_launch(change: str, interpreter
     with pytest.raises(ValueError, match=message):
         op.ssm_step(**args)
     assert torch.equal(args["state"], before)
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2], ids=["per head", "one group", "two groups"])
+@pytest.mark.parametrize("change", WRONG_NORMS)
+def test_a_norm_that_does_not_fit_is_refused(
+    change: str, groups: int | None, interpreter: None
+) -> None:
+    args, (spoil, message) = acceptable(), WRONG_NORMS[change]
+    norm = output_norm(2, 2, 16, torch.float32, groups)
+    with pytest.raises(ValueError, match=message):
+        op.ssm_step(**args | {"norm": replace(norm, **spoil(norm))})
+
+
+@pytest.mark.parametrize("wrong", WRONG_ARRIVALS)
+def test_counters_that_do_not_fit_are_refused(wrong: str, interpreter: None) -> None:
+    arrivals, message = WRONG_ARRIVALS[wrong]
+    norm = output_norm(2, 2, 16, torch.float32, 1)
+    with pytest.raises(ValueError, match=message):
+        op.ssm_step(**acceptable() | {"norm": norm, "arrivals": arrivals})
 
 
 @pytest.mark.parametrize("tokens", [0, 9])

@@ -153,6 +153,12 @@ def fixed_decay(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tenso
     return run(q=q, k=k, v=v, log_decay=log_decay[0, 0].contiguous(), state=state)
 
 
+def gated_ssm(z: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """`ssm_step` gates within its norm only."""
+    y, last = slotted(ssm_step.ssm_step, ("a_log", "d", "dt_bias"))(**inputs)
+    return y * F.silu(z), last
+
+
 def conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The torch convolution with its tail as the state."""
     y = causal_conv.causal_conv(x, weight, bias, state)
@@ -224,15 +230,10 @@ DECAY = [
 #: The same with one decay per head.
 FIXED_DECAY = [*DECAY, Form(name="triton step", run=fixed_decay, modules=family("linear_step"))]
 
-_SSM_FIXED = ("a_log", "d", "dt_bias")
 #: Mamba-2: x, dt, b, c, a_log, d, dt_bias, z, state.
 SSM = [
     *(replace(form, run=ssm(form.run)) for form in DECAY),
-    Form(
-        name="triton step",
-        run=slotted(ssm_step.ssm_step, _SSM_FIXED),
-        modules=family("ssm_step"),
-    ),
+    Form(name="triton step", run=gated_ssm, modules=family("ssm_step")),
 ]
 
 #: Mamba: x, dt, b, c, a_log, d, dt_bias, z, state.
@@ -247,7 +248,7 @@ SELECTIVE = [
     Form(name="torch step", run=gated(torch_steps(selective_scan.selective_step, ("a", "d")))),
     Form(
         name="triton step",
-        run=slotted(selective_step.selective_step, _SSM_FIXED),
+        run=slotted(selective_step.selective_step, ("a_log", "d", "dt_bias")),
         modules=family("selective_step"),
     ),
 ]

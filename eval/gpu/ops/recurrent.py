@@ -1,7 +1,11 @@
-"""Recurrent updates on a device, by their bytes: the state is read and written once."""
+"""Recurrent updates on a device, by their bytes: the state is read and written once.
+
+Each alone, and as the engine launches it: with the norm of its output, retention with its rotation.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +69,39 @@ def selective_inputs(
     }  # fmt: skip
 
 
+def normed_inputs(make: Make, *, flat: bool) -> Make:
+    """The same with an output norm head by head, or over all heads, and its counters."""
+
+    def run(b: int, k: int, sizes: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+        heads, _, p = sizes
+        inner = (heads * p,) if flat else (heads, p)
+        return make(b, k, sizes, device) | {
+            "gate": random(b, k, *inner, device=device), "weight": random(inner[-1], device=device),
+            "arrivals": torch.zeros(b if flat else b * heads, dtype=torch.int32, device=device),
+        }  # fmt: skip
+
+    return run
+
+
+def normed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step, or its reference, that takes the tensors of its output norm by name."""
+
+    def run(gate: Tensor, weight: Tensor, **tensors: Tensor) -> Any:
+        norm = baselines.output_norm({"gate": gate, "weight": weight})
+        return step(**tensors, norm=norm)
+
+    return run
+
+
+def turned_inputs(
+    b: int, k: int, sizes: tuple[int, ...], device: torch.device
+) -> dict[str, Tensor]:
+    """Retention's with the rotation of q and k; every sequence has another length."""
+    angle = torch.rand(b + k - 1, sizes[1] // 2, device=device) * 6
+    turn = {"cos_sin": torch.stack((angle.cos(), angle.sin()), -1), "past": slots(b, device)}
+    return linear_inputs(b, k, sizes, device) | turn
+
+
 def _per_head(heads: int, device: torch.device) -> dict[str, Tensor]:
     return {
         "a_log": torch.rand(heads, device=device),
@@ -82,20 +119,24 @@ def check_step(
         inputs = make(3, tokens, sizes, device)
         pool = random(6, *sizes, device=device, dtype=dtype)
         at = torch.tensor([4, 1, 3], dtype=torch.int32, device=device)
-        held = {name: t.cpu() for name, t in inputs.items()}
+        held = {name: t.cpu() for name, t in inputs.items() if name != "arrivals"}
         expected, states = reference(**held, state=pool[at.long()].cpu())
         each = torch.empty(3, tokens, *sizes, dtype=dtype, device=device)
         y = step(**inputs, state=pool, slots=at, each=each)
-        return [(y, expected), (each, states), (pool[at.long()], states[:, -1])]
+        pairs = [(y, expected), (each, states), (pool[at.long()], states[:, -1])]
+        left = inputs.get("arrivals")
+        return pairs if left is None else [*pairs, (left, torch.zeros_like(left))]
 
     return run
 
 
 def step_case(
     order: int, step: Callable[..., Tensor], make: Make, sizes: tuple[int, ...], batch: int,
-    dtype: torch.dtype, flops: int, others: Baselines,
+    dtype: torch.dtype, flops: int, others: Baselines, more: str = "",
 ) -> Case:  # fmt: skip
-    """One token for each of `batch` sequences; flops: of each element of the state."""
+    """One token for each of `batch` sequences; flops: of each element of the state, which take
+    nearly all; more: what the step does beside, for the name.
+    """
 
     def build(device: torch.device) -> Mapping[str, Run]:
         inputs = make(batch, 1, sizes, device)
@@ -108,29 +149,51 @@ def step_case(
     size = batch * math.prod(sizes)
     kind = str(dtype).removeprefix("torch.")
     return Case(
-        name=f"{'x'.join(map(str, sizes))} {kind} state batch {batch}", order=order,
+        name=f"{'x'.join(map(str, sizes))} {kind} state batch {batch}{more}", order=order,
         moved_bytes=2 * size * dtype.itemsize + bytes_of(values, *shapes.values()),
         flops=flops * size, build=build,
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """A step, its oracle, its inputs and what others make of them; more: what it does beside."""
+
+    step: Callable[..., Tensor]
+    reference: Callable[..., tuple[Tensor, Tensor]]
+    make: Make
+    others: Baselines
+    more: str = ""
+
+    def normed(self, *, flat: bool = False) -> "Form":
+        """With the output norm."""
+        return Form(
+            step=normed(self.step), reference=normed(self.reference),
+            make=normed_inputs(self.make, flat=flat), others=baselines.normed(self.others),
+            more=f"{self.more} normed",
+        )  # fmt: skip
+
+
 def _op(
-    name: str, step: Callable[..., Tensor], reference: Callable[..., tuple[Tensor, Tensor]],
-    make: Make, checked: tuple[int, ...], timed: Sequence[tuple[int, ...]], flops: int,
-    others: Baselines,
+    name: str, forms: Sequence[Form], checked: tuple[int, ...], timed: Sequence[tuple[int, ...]],
+    flops: int,
 ) -> Op:  # fmt: skip
+    """forms: the engine's first."""
     kinds = (torch.float32, torch.bfloat16)
     checks = [
         Check(
-            name=f"{'x'.join(map(str, checked))} new {k} {str(dtype)[6:]}", limit=BF16_LIMIT,
-            run=check_step(step, reference, make, checked, k, dtype),
+            name=f"{'x'.join(map(str, checked))} new {k} {str(dtype)[6:]}{form.more}",
+            limit=BF16_LIMIT,
+            run=check_step(form.step, form.reference, form.make, checked, k, dtype),
         )
+        for form in forms
         for k in (1, 4, 8)
         for dtype in kinds
-    ]  # fmt: skip
+    ]
     cases = [
-        step_case(0 if batch == 64 and dtype == kinds[0] else 2, step, make, sizes, batch, dtype,
-                  flops, others)
+        step_case(0 if form is forms[0] and batch == 64 and dtype == kinds[0] else 2, form.step,
+                  form.make, sizes, batch, dtype, flops, form.others, form.more)
+        for form in forms
         for sizes in timed
         for batch in (64, 1, 512)
         for dtype in kinds
@@ -173,15 +236,22 @@ def conv_case(batch: int, channels: int) -> Case:
                 flops=9 * batch * channels, build=build)  # fmt: skip
 
 
+SSM = Form(step=ssm_step.ssm_step, reference=ssm_step.ssm_step_ref, make=ssm_inputs,
+           others=baselines.ssm)  # fmt: skip
+GDN = Form(step=gdn_step.gdn_step, reference=gdn_step.gdn_step_ref, make=gdn_inputs,
+           others=baselines.gdn)  # fmt: skip
+LINEAR = Form(step=linear_step.linear_step, reference=linear_step.linear_step_ref,
+              make=linear_inputs, others=baselines.linear)  # fmt: skip
+TURNED = replace(LINEAR, make=turned_inputs, others=baselines.turned(baselines.linear),
+                 more=" turned")  # fmt: skip
+SELECTIVE = Form(step=selective_step.selective_step, reference=selective_step.selective_step_ref,
+                 make=selective_inputs, others=baselines.selective)  # fmt: skip
+
 OPS = (
-    _op("ssm_step", ssm_step.ssm_step, ssm_step.ssm_step_ref, ssm_inputs, (8, 128, 64),
-        [(64, 128, 64), (64, 128, 128)], 5, baselines.ssm),
-    _op("gdn_step", gdn_step.gdn_step, gdn_step.gdn_step_ref, gdn_inputs, (4, 128, 128),
-        [(32, 128, 128)], 7, baselines.gdn),
-    _op("linear_step", linear_step.linear_step, linear_step.linear_step_ref, linear_inputs,
-        (4, 128, 128), [(32, 128, 128)], 5, baselines.linear),
-    _op("selective_step", selective_step.selective_step, selective_step.selective_step_ref,
-        selective_inputs, (512, 16), [(4096, 16)], 7, baselines.selective),
+    _op("ssm_step", [SSM.normed(flat=True), SSM], (8, 128, 64), [(64, 128, 64), (64, 128, 128)], 5),
+    _op("gdn_step", [GDN.normed(), GDN], (4, 128, 128), [(32, 128, 128)], 7),
+    _op("linear_step", [TURNED.normed(), LINEAR], (4, 128, 128), [(32, 128, 128)], 5),
+    _op("selective_step", [SELECTIVE], (512, 16), [(4096, 16)], 7),
     Op(name="conv_step", checks=[Check(name="512 new 4", run=check_conv, limit=BF16_LIMIT)],
        cases=[conv_case(64, 6144), conv_case(1, 6144)]),
 )  # fmt: skip

@@ -1,19 +1,22 @@
 """What other code makes of one token of a recurrent update, on the same operands and states.
 
-"torch" is the plain form that our kernels replace; the libraries get gates that are made already
-and states that lie in order, so their time holds neither.
+"torch" is the plain form that our kernels replace; the libraries get gates that are made already,
+q and k that are turned already and states that lie in order, so their time holds none of these.
 """
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eval.gpu.case import Run, installed, lazily
+from kernels import norm, norm_triton
 from kernels.decay_scan import decay_step
 from kernels.gdn import gdn_step
-from kernels.norm import l2_norm
+from kernels.norm import OutputNorm, l2_norm
+from kernels.rope import apply_rope
 from kernels.selective_scan import selective_step
 
 Inputs = dict[str, Tensor]
@@ -109,6 +112,49 @@ def linear(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
         )[0]  # fmt: skip
 
     return {"torch": by_torch, **_where_installed("fla", by_library)}
+
+
+def output_norm(i: Inputs) -> OutputNorm:
+    """Head by head and gated after; over all heads and gated before where the gate is flat."""
+    return OutputNorm(
+        gate=i["gate"], weight=i["weight"], eps=1e-5, gate_first=i["gate"].dim() == 3
+    )  # fmt: skip
+
+
+def normed(others: Baselines) -> Baselines:
+    """The same with the output norm after it: torch's, and after a library our kernel's."""
+
+    def make(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
+        how = output_norm(i)
+
+        def after(name: str, run: Run) -> Run:
+            form = norm.gated_rms_norm if name == "torch" else norm_triton.gated_rms_norm
+
+            def both() -> Tensor:
+                y = cast(Tensor, run())
+                rows = y.reshape(how.gate.shape)
+                done = form(rows, how.gate, how.weight, how.eps, gate_first=how.gate_first)
+                return done.reshape(y.shape)
+
+            return both
+
+        return {name: after(name, run) for name, run in others(i, pool).items()}
+
+    return make
+
+
+def turned(others: Baselines) -> Baselines:
+    """The same on q and k that are turned first, for libraries outside their time."""
+
+    def make(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
+        def turn() -> Inputs:
+            angles = torch.view_as_complex(i["cos_sin"])[i["past"].long()][:, None, None]
+            return i | {name: apply_rope(i[name], angles) for name in "qk"}
+
+        runs = others(turn(), pool)
+        return {**runs, "torch": lambda: others(turn(), pool)["torch"]()}
+
+    return make
 
 
 def _where_installed(name: str, make: Callable[[], Run]) -> dict[str, Run]:
