@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from eval.canvas import Palette
 from eval.families import families_of
 from eval.leaderboard import compared, tidy
+from eval.pictures.canvas import Palette
 from eval.seeds import over_seeds
 
 

@@ -7,7 +7,7 @@ import altair as alt
 import pandas as pd
 
 from archs.errors import UserError
-from eval.plots import pictures
+from eval.pictures.plans import pictures
 
 __all__ = [
     "crossings",

@@ -17,13 +17,13 @@ import pandas as pd
 import vl_convert
 
 from archs.errors import UserError
-from eval.canvas import Palette
 from eval.claims import claims as check_claims
 from eval.families import families_of
 from eval.isoquality import iso_quality_cost, long_enough, trained_sizes
 from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wide
 from eval.measures import MEASURES
-from eval.plots import Picture, pictures
+from eval.pictures.canvas import Palette
+from eval.pictures.plans import Picture, pictures
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 #: vl-convert carries several Vega-Lite versions: the page and the PNGs use the charts' own.

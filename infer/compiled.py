@@ -16,7 +16,8 @@ from torch import Tensor
 from archs.backbone import Model
 from archs.errors import UserError
 from archs.spec import Seen, StateSpec
-from infer.view import StepView, TableStep, rows_last
+from infer.table_step import TableStep, rows_last
+from infer.view import StepView
 from kernels.rope import rope_table
 
 Rotary = tuple[int, float]

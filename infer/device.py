@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from archs.spec import LayerState, PagedSeen, Pages, Rows, Slots
 from infer.store import StateStore, TableKey
-from infer.view import StepView, TableStep, keeps_each
+from infer.table_step import TableStep
+from infer.view import StepView, keeps_each
 from kernels.rope import rope_table
 
 #: Counters per sequence for kernels whose programs count arrivals: heads and row blocks of a step.

@@ -9,7 +9,7 @@ import pytest
 
 from archs.errors import UserError
 from eval import api, plot
-from eval.plots import PLANS
+from eval.pictures.plans import PLANS
 from tests.eval.micro import write_suite
 from tests.eval.synthetic import ARCHS, LADDER, write_run
 

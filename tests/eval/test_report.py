@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval.plots import PLANS
+from eval.pictures.plans import PLANS
 from eval.report import write_report
 from eval.results import CELL_FAILED, About, Cell, Row, Status
 from tests.eval.page import Page

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 
 from eval.accelerators import ACCELERATORS
-from eval.canvas import FAINT, INK, Axis, end_labels, point_labels, themed
 from eval.crossover import between
 from eval.figures import Figures, Setting, exponent
 from eval.isoquality import fit_ladder, long_enough, trained_sizes
 from eval.leaderboard import short_count
-from eval.marks import Chart, along_x, along_y, curves, named, stands, tips
+from eval.pictures.canvas import FAINT, INK, Axis, end_labels, point_labels, themed
+from eval.pictures.marks import Chart, along_x, along_y, curves, named, stands, tips
 
 #: The memory for which concurrent sequences are counted.
 PART = "h100"

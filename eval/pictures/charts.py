@@ -9,9 +9,9 @@ from itertools import pairwise, zip_longest
 import altair as alt
 import pandas as pd
 
-from eval.canvas import FAINT, INK, Axis, point_labels, themed
 from eval.figures import Figures, Setting
-from eval.marks import Chart, along_x, along_y, curves, named, si, stands, tips
+from eval.pictures.canvas import FAINT, INK, Axis, point_labels, themed
+from eval.pictures.marks import Chart, along_x, along_y, curves, named, si, stands, tips
 
 
 def quality_against_state(f: Figures, setting: Setting) -> Chart | None:

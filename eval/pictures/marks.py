@@ -6,8 +6,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from eval.canvas import CHAR, Axis, Label, Palette, end_labels, themed
 from eval.figures import Figures
+from eval.pictures.canvas import CHAR, Axis, Label, Palette, end_labels, themed
 
 Chart = alt.LayerChart
 

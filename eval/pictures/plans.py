@@ -14,9 +14,8 @@ from typing import NamedTuple
 import altair as alt
 import pandas as pd
 
-from eval import charts
-from eval import charts_tradeoffs as tradeoffs
 from eval.figures import Figures
+from eval.pictures import charts, tradeoffs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
