@@ -163,11 +163,14 @@ class Workshop:
         data = Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=cell.seed)
         rows: list[Row] = []
         rates = plan.rates_at(cell.scale)
-        rate = rates[0]
+        rate, folder = rates[0], self._folder(cell)
         if len(rates) > 1:
             rate = self._best_rate(cell, spec, plan, watch, about, rows)
+            if plan.sweep_steps == plan.steps and cell.seed == plan.seeds[0]:
+                # The sweep has made this very run: it is taken up where it ended.
+                folder = self._sweep_folder(cell) / f"lr_{rate:g}"
         result = train(
-            model, data, self._recipe(plan, rate, rates, cell.seed), self._folder(cell),
+            model, data, self._recipe(plan, rate, rates, cell.seed), folder,
             spec=spec, data_fingerprint=tokens.name, deadline=self.deadline,
             progress=reporter(watch),
         )  # fmt: skip
@@ -210,7 +213,7 @@ class Workshop:
             lambda: self._to_train(spec, seed),
             data, self._recipe(plan, rates[0], rates, seed),
             lambda model: self._dev_score(model, plan),
-            self._folder_of(cell.arch, f"sweep-{cell.scale}"),
+            self._sweep_folder(cell),
             spec=spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
             progress=reporter(watch), deadline=self.deadline,
         )  # fmt: skip
@@ -386,6 +389,9 @@ class Workshop:
 
     def _folder(self, cell: Cell) -> Path:
         return self._folder_of(cell.arch, f"{cell.stage}-{cell.scale}-seed{cell.seed}")
+
+    def _sweep_folder(self, cell: Cell) -> Path:
+        return self._folder_of(cell.arch, f"sweep-{cell.scale}")
 
     def _folder_of(self, arch: str, name: str) -> Path:
         plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)

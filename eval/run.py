@@ -104,9 +104,10 @@ def plan(workshop: Workshop) -> list[Planned]:
         for seed, scale in product(train.seeds, train.scales):
             for arch in suite.archs:
                 cell = Cell(arch=arch, stage="train", scale=scale, seed=seed)
-                steps = train.steps + len(train.learning_rates) * train.sweep_steps * (
-                    seed == train.seeds[0]
-                )
+                steps = train.steps
+                if seed == train.seeds[0] and len(train.learning_rates) > 1:
+                    swept = len(train.learning_rates) * train.sweep_steps
+                    steps = swept + steps * (train.sweep_steps != steps)
                 cells.append(Planned(cell, 0.14 * steps, _bind(workshop.train, cell)))
     if mqar is not None:
         for seed in mqar.seeds:

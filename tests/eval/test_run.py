@@ -1,5 +1,6 @@
 """A micro suite end to end: everything is written, nothing is lost, nothing is run twice."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,26 @@ def test_a_run_leaves_everything_it_promises(decodebench: Command, tmp_path: Pat
                 "nocache_tpot_ms", "loss_at_position", "copy_bytes_per_s"}  # fmt: skip
     assert expected <= set(long["measure"])
     assert "gdn:gqa=3:1" in first.out
+
+
+def test_a_sweep_as_long_as_the_training_is_the_first_seeds_training(tmp_path: Path) -> None:
+    suite = load_suite(str(write_suite(tmp_path)))
+    assert suite.train
+    plan = replace(suite.train, learning_rates=(2e-3, 4e-3), seeds=(0, 1))
+    trained: dict[int, set[str]] = {}
+    for steps in (plan.steps, plan.steps - 1):
+        out = tmp_path / f"swept-{steps}"
+        whole = replace(suite, train=replace(plan, sweep_steps=steps), mqar=None, decode=())
+        assert run(whole, out)
+        trained[steps] = {f.name for f in (out / "cells/gqa").glob("train-*")}
+        long = load_long(out / "results.csv")
+        rates = long[long["measure"] == "learning_rate"].set_index("seed")["value"]
+        (log,) = (out / f"cells/gqa/sweep-tiny/lr_{rates[0]:g}").glob("metrics.jsonl")
+        loss = json.loads(log.read_text().splitlines()[-1])["smoothed_loss_nats"]
+        first = long[(long["measure"] == "train_loss") & (long["seed"] == 0)]["value"].item()
+        assert (first == loss) == (steps == plan.steps)
+    assert trained[plan.steps] == {"train-tiny-seed1"}
+    assert trained[plan.steps - 1] == {"train-tiny-seed0", "train-tiny-seed1"}
 
 
 @pytest.mark.usefixtures("no_report")
