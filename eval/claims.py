@@ -145,18 +145,19 @@ def _measured_exponents(figures: Figures) -> str:
     for setting in figures.settings:
         rows = figures.at(setting, "cached_tpot_ms", "nocache_tpot_ms")
         rows = rows[rows["arch"] == "mha"].sort_values("context")
-        if rows["context"].nunique() < 2:
+        if rows.empty:
             continue
-        contexts = list(rows["context"])
-        bare, kept = (
-            exponent(contexts, list(rows[f"{kind}_tpot_ms"])) for kind in ("nocache", "cached")
-        )
-        last = rows.iloc[-1]
+        contexts, last = list(rows["context"]), rows.iloc[-1]
         ratio = last["nocache_tpot_ms"] / last["cached_tpot_ms"]
-        return (
-            f"; measured, {contexts[0]:,} to {contexts[-1]:,} tokens ({setting}): {bare:.2f} and "
-            f"{kept:.2f}, at the end {ratio:,.0f} times slower without"
+        told = (
+            f"; measured at {contexts[-1]:,} tokens ({setting}), {ratio:,.0f} times slower without"
         )
+        if len(contexts) > 1:
+            bare, kept = (
+                exponent(contexts, list(rows[f"{kind}_tpot_ms"])) for kind in ("nocache", "cached")
+            )
+            told += f", from {contexts[0]:,} tokens on exponents of {bare:.2f} and {kept:.2f}"
+        return told
     return ""
 
 

@@ -54,7 +54,7 @@ def test_a_run_leaves_everything_it_promises(decodebench: Command, tmp_path: Pat
 def test_a_sweep_as_long_as_the_training_is_the_first_seeds_training(tmp_path: Path) -> None:
     suite = load_suite(str(write_suite(tmp_path)))
     assert suite.train
-    plan = replace(suite.train, learning_rates=(2e-3, 4e-3), seeds=(0, 1))
+    plan = replace(suite.train, learning_rates=(2e-3, 4e-3), seeds=(0, 1), sweep_steps=1)
     trained: dict[int, set[str]] = {}
     for steps in (plan.steps, plan.steps - 1):
         out = tmp_path / f"swept-{steps}"
