@@ -144,7 +144,8 @@ def _measured_exponents(figures: Figures) -> str:
     """What full attention's clock says: exponents without and with the state, and their ratio."""
     for setting in figures.settings:
         rows = figures.at(setting, "cached_tpot_ms", "nocache_tpot_ms")
-        rows = rows[rows["arch"] == "mha"].sort_values("context")
+        rows = rows[(rows["arch"] == "mha") & (rows["batch"] == rows["batch"].min())]
+        rows = rows.sort_values("context")
         if rows.empty:
             continue
         contexts, last = list(rows["context"]), rows.iloc[-1]

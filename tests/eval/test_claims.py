@@ -48,6 +48,9 @@ def test_exponents_without_a_cache_depend_on_length(long: pd.DataFrame) -> None:
     )
     assert "measured at 256 tokens" in single[3].evidence
     assert "exponents of" not in single[3].evidence.partition("measured")[2]
+    larger = long[long["measure"].str.contains("cache")].assign(batch=8)
+    more = verdicts(pd.concat([long, larger], ignore_index=True))
+    assert more[3].evidence == claim.evidence
 
 
 def test_recall_beyond_the_window_decides_the_windows_claim(long: pd.DataFrame) -> None:
