@@ -48,15 +48,18 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
     for d, m, config in (
         (32, 16, Config(64, 4, 3)), (32, 32, Config(64, 4, 3)), (32, 64, Config(64, 4, 3)),
         (64, 16, Config(64, 4 if eight else 2, 3)),
-        (64, 32, Config(64, 4, 3)), (64, 64, Config(32, 4, 3)),
-        (128, 16, Config(64, 4, 3)), (128, 32, Config(64, 8, 3)),
+        (64, 32, Config(64, 4, 2 if eight else 3)), (64, 64, Config(32, 4 if eight else 8, 3)),
+        (128, 16, Config(64, 8 if eight else 4, 3)), (128, 32, Config(64, 8, 3)),
         (128, 64, Config(32, 8, 2) if eight else Config(64, 8, 3)),
-        (256, 16, Config(32, 8, 3)), (256, 32, Config(64, 8, 2) if eight else Config(32, 8, 3)),
+        (256, 16, Config(64, 8, 2) if eight else Config(32, 8, 3)),
+        (256, 32, Config(64, 8, 2) if eight else Config(32, 8, 3)),
     )
 }  # fmt: skip
 #: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
 AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
-    (128, 64, False): Config(64, 8, 2), (256, 32, True): Config(32, 4, 2),
+    (64, 32, True): Config(64, 4, 3), (64, 64, False): Config(32, 4, 3),
+    (128, 16, True): Config(64, 4, 3), (128, 64, False): Config(64, 8, 2),
+    (256, 16, True): Config(32, 8, 3), (256, 32, True): Config(32, 4, 2),
 }  # fmt: skip
 
 
@@ -166,10 +169,11 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     if EIGHT_BIT:
         result *= tl.load(v_scale + g)
-    # Derived anew: kept through the loop, what tells the rows apart would cost it registers.
-    token = position + tokens - tl.load(lengths + b, volatile=True)
-    head = g * group + (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M) - token * group
-    real = (token < tokens)[:, None]
+        # Derived anew: kept through the loop, what tells the rows apart would cost it registers
+        # that the conversion to 16 bits needs.
+        token = position + tokens - tl.load(lengths + b, volatile=True)
+        head = g * group + (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M) - token * group
+        real = (token < tokens)[:, None]
     heads = group * (tl.num_programs(1) // row_blocks)
     out_rows = (b.to(tl.int64) * tokens + token) * heads + head
     out_at = out + out_rows[:, None] * D + dims[None, :]
@@ -295,9 +299,11 @@ def config_of(dim: int, block_m: int, eight_bit: bool, *, amd: bool) -> Config:
 def _constants(
     dim: int, block_m: int, config: Config, page_size: int, windowed: bool, eight_bit: bool
 ) -> dict[str, int | bool]:
+    # Beside 8-bit tiles, large partial results fit the registers one at a time only.
+    unroll = 1 if eight_bit and block_m * dim >= 8192 else 4
     return {
         "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
-        "SPLIT_TILES": SPLIT_ROWS // config.tile, "UNROLL": 4 if block_m * dim < 8192 else 1,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile, "UNROLL": unroll,
         "WINDOWED": windowed, "EIGHT_BIT": eight_bit,
     }  # fmt: skip
 
