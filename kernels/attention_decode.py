@@ -41,19 +41,25 @@ class Config:
     stages: int
 
 
-#: By head dim, M, and whether K and V hold 8 bits: no 16-bit one spills on an
-#: NVIDIA GPU, and a few 8-bit ones up to 24 bytes.
+#: By head dim, M, and whether K and V hold 8 bits.
 CONFIGS: dict[tuple[int, int, bool], Config] = {
     (d, m, eight): config
     for eight in (False, True)
     for d, m, config in (
         (32, 16, Config(64, 4, 3)), (32, 32, Config(64, 4, 3)), (32, 64, Config(64, 4, 3)),
         (64, 16, Config(64, 4 if eight else 2, 3)),
-        (64, 32, Config(64, 4, 3)), (64, 64, Config(32, 4, 3)),
-        (128, 16, Config(64, 4, 3)), (128, 32, Config(64, 8, 3)),
+        (64, 32, Config(64, 4, 2 if eight else 3)), (64, 64, Config(32, 4 if eight else 8, 3)),
+        (128, 16, Config(64, 8 if eight else 4, 3)), (128, 32, Config(64, 8, 3)),
         (128, 64, Config(32, 8, 2) if eight else Config(64, 8, 3)),
-        (256, 16, Config(32, 8, 3)), (256, 32, Config(32, 8, 2 if eight else 3)),
+        (256, 16, Config(64, 8, 2) if eight else Config(32, 8, 3)),
+        (256, 32, Config(64, 8, 2) if eight else Config(32, 8, 3)),
     )
+}  # fmt: skip
+#: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
+AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
+    (64, 32, True): Config(64, 4, 3), (64, 64, False): Config(32, 4, 3),
+    (128, 16, True): Config(64, 4, 3), (128, 64, False): Config(64, 8, 2),
+    (256, 16, True): Config(32, 8, 3), (256, 32, True): Config(32, 4, 2),
 }  # fmt: skip
 
 
@@ -163,6 +169,11 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     if EIGHT_BIT:
         result *= tl.load(v_scale + g)
+        # Derived anew: kept through the loop, what tells the rows apart would cost it registers
+        # that the conversion to 16 bits needs.
+        token = position + tokens - tl.load(lengths + b, volatile=True)
+        head = g * group + (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M) - token * group
+        real = (token < tokens)[:, None]
     heads = group * (tl.num_programs(1) // row_blocks)
     out_rows = (b.to(tl.int64) * tokens + token) * heads + head
     out_at = out + out_rows[:, None] * D + dims[None, :]
@@ -245,7 +256,8 @@ def attention_decode(
     )
     row_blocks = triton.cdiv(group * tokens, block_m)
     parts = kv_heads * row_blocks
-    config = CONFIGS[dim, block_m, k_pool.dtype in EIGHT_BIT]
+    amd = torch.version.hip is not None
+    config = config_of(dim, block_m, k_pool.dtype in EIGHT_BIT, amd=amd)
 
     capacity = page_table.shape[1] * page_size
     if window is not None:
@@ -272,12 +284,20 @@ def attention_decode(
     return out
 
 
+def config_of(dim: int, block_m: int, eight_bit: bool, *, amd: bool) -> Config:
+    """The configuration for this head dim, M and width of K and V."""
+    key = dim, block_m, eight_bit
+    return AMD_CONFIGS.get(key, CONFIGS[key]) if amd else CONFIGS[key]
+
+
 def _constants(
     dim: int, block_m: int, config: Config, page_size: int, windowed: bool, eight_bit: bool
 ) -> dict[str, int | bool]:
+    # Beside 8-bit tiles, large partial results fit the registers one at a time only.
+    unroll = 1 if eight_bit and block_m * dim >= 8192 else 4
     return {
         "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
-        "SPLIT_TILES": SPLIT_ROWS // config.tile, "UNROLL": 4,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile, "UNROLL": unroll,
         "WINDOWED": windowed, "EIGHT_BIT": eight_bit,
     }  # fmt: skip
 
@@ -317,10 +337,11 @@ def attention_decode_ref(
 
 
 def _variant(
-    q: torch.dtype, kv: torch.dtype, dim: int, block_m: int, windowed: bool, page_size: int
-) -> Variant:
+    q: torch.dtype, kv: torch.dtype, dim: int, block_m: int, windowed: bool, page_size: int,
+    *, amd: bool = False,
+) -> Variant:  # fmt: skip
     eight_bit = kv in EIGHT_BIT
-    config = CONFIGS[dim, block_m, eight_bit]
+    config = config_of(dim, block_m, eight_bit, amd=amd)
     pointers = {
         "q": q, "k": kv, "v": kv, "page_table": torch.int32, "lengths": torch.int32,
         "k_scale": torch.float32, "v_scale": torch.float32, "out": q,
@@ -343,7 +364,11 @@ def _variant(
         wide_loads=0 if dim == 32 and eight_bit else 2,
         matrix=True,
         # sm_80 has no fp8e4nv; the wrapper refuses it.
-        targets=tuple(t for t in TARGETS if t != "sm_80" or kv != torch.float8_e4m3fn),
+        targets=tuple(
+            t
+            for t, gpu in TARGETS.items()
+            if (gpu.backend == "hip") == amd and (t != "sm_80" or kv != torch.float8_e4m3fn)
+        ),
     )
 
 
@@ -353,15 +378,18 @@ def default_variant() -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick; pages below a tile on bf16 only."""
+    """Every configuration that the wrapper can pick, AMD's for AMD alone. Pages: of whole tiles,
+    and below a tile; those of fp16 K and V are left out, as their code is that of bf16 but for
+    the type."""
     q_types = (torch.bfloat16, torch.float16)
     return [
-        _variant(q, kv, dim, block_m, windowed, page_size)
+        _variant(q, kv, dim, block_m, windowed, page_size, amd=amd)
+        for amd in (False, True)
         for q in q_types
         for kv in (q, *EIGHT_BIT)
         for (dim, block_m, eight_bit) in CONFIGS
         if eight_bit == (kv in EIGHT_BIT)
         for windowed in (False, True)
         for page_size in (64, 16)
-        if page_size == 64 or (q == kv == torch.bfloat16 and not windowed)
+        if page_size == 64 or kv != torch.float16
     ]
