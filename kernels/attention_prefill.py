@@ -11,6 +11,7 @@ Forward only, for inference. Training uses torch's fused attention, which has a 
 published figures, not ours, have Triton behind its FlashAttention and cuDNN kernels on Hopper.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import TARGETS, Variant
-from kernels.attention_prefill_checks import check
+from kernels.attention_prefill_checks import DIMS, check
 
 BLOCKS_M = (16, 64, 128)
 INT_MAX = 2**31 - 1
@@ -52,14 +53,15 @@ CONFIGS: dict[tuple[int, int, int], Config] = {
 }
 #: Where the rows of a tile lie on several pages: the address of each takes registers, too.
 SMALL_PAGE_CONFIGS: dict[tuple[int, int, int], Config] = {
-    (128, 128, 128): Config(32, 8, 3),
+    (32, 32, 128): Config(64, 8, 2), (64, 64, 64): Config(64, 8, 3),
+    (128, 128, 128): Config(32, 8, 3), (256, 128, 64): Config(64, 8, 2),
+    (256, 256, 16): Config(32, 4, 2),
 }  # fmt: skip
 #: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
 AMD_CONFIGS: dict[tuple[int, int, int], Config] = {
     (128, 128, 16): Config(64, 4, 2), (128, 128, 64): Config(64, 4, 2),
-    (128, 128, 128): Config(64, 4, 2),
-    (256, 128, 64): Config(64, 4, 2), (256, 128, 128): Config(32, 4, 2),
-    (256, 256, 64): Config(32, 4, 2),
+    (128, 128, 128): Config(64, 4, 2), (256, 128, 64): Config(64, 4, 2),
+    (256, 128, 128): Config(32, 4, 2), (256, 256, 64): Config(32, 4, 2),
 }  # fmt: skip
 
 
@@ -253,7 +255,7 @@ def attention_prefill(
     """softmax(scale · q kᵀ) v over the rows that each new token may see.
 
     q: [B, K, H, d], any K >= 1, bf16 or fp16; strides multiples of 16, so views of a packed
-      projection will do. d and dv are multiples of 16 up to 256.
+      projection will do. d and dv are a pair of `DIMS`: each was compiled for every target.
     k_pool, v_pool: [G, pages * page_size, d] and [.., dv], q's dtype; strides [16i, d, 1] and
       [16i, dv, 1], and heads may overlap: a dense [B, G, S, d] is the pool [G, rows, d] with
       strides (S * d, d, 1) whose table says b * G * S / page_size + j.
@@ -281,9 +283,8 @@ def attention_prefill(
     if batch == 0:
         return out
     group = heads // kv_heads
-    block_m, config = config_of(
-        dim, v_dim, group * tokens, page_size, amd=torch.version.hip is not None
-    )
+    amd = torch.version.hip is not None
+    block_m, config = config_of(dim, v_dim, group * tokens, page_size, amd=amd)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
@@ -298,9 +299,7 @@ def attention_prefill(
     return out
 
 
-def config_of(
-    dim: int, v_dim: int, rows: int, page_size: int, *, amd: bool
-) -> tuple[int, Config]:  # fmt: skip
+def config_of(dim: int, v_dim: int, rows: int, page_size: int, *, amd: bool) -> tuple[int, Config]:
     """M and the configuration for these head dims and this many rows of one kv head."""
     width, v_width = (max(32, triton.next_power_of_2(d)) for d in (dim, v_dim))
     width, v_width = max(width, v_width), max(v_width, width // 2)
@@ -379,21 +378,22 @@ def default_variant() -> Variant:
     return _variant(torch.bfloat16, (128, 128), BLOCKS_M[-1], 64, False, False)
 
 
-#: Head dims of keys and values: all of `CONFIGS`, with and without padding to powers of two.
-DIMS = ((32, 32), (48, 32), (64, 64), (96, 64), (128, 128), (192, 128), (256, 256))
-#: Page size, window, ragged batch: each with each value of the others.
-_OPTIONS = ((64, False, False), (64, True, True), (16, False, True), (16, True, False))
-
-
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick, AMD's for AMD alone; pages below a tile and
-    windows of fp16 are left out: its code differs from that of bf16 by the type alone."""
+    """Every configuration that the wrapper can pick, AMD's for AMD alone. Pages: of whole tiles,
+    and below a tile; those, windows and ragged batches of fp16 are left out, as its code is that
+    of bf16 but for the type."""
     return [
-        _variant(dtype, dims, block_m, *options, amd=amd)
-        for amd in (False, True)
-        for dtype in _TYPES
-        for dims in DIMS
-        for block_m in BLOCKS_M
+        _variant(dtype, dims, block_m, page_size, windowed, ragged, amd=amd)
+        for amd, dtype, dims, block_m in itertools.product((False, True), _TYPES, DIMS, BLOCKS_M)
         if block_m == config_of(*dims, block_m, 64, amd=amd)[0]
-        for options in _OPTIONS[: 4 if dtype == torch.bfloat16 else 1]
+        for page_size in _page_sizes(dims, block_m, amd=amd)
+        for windowed, ragged in itertools.product((False, True), repeat=2)
+        if dtype == torch.bfloat16 or (page_size, windowed, ragged) == (64, False, False)
     ]
+
+
+def _page_sizes(dims: tuple[int, int], block_m: int, *, amd: bool) -> list[int]:
+    """One for each way of reading tiles: by the configuration, whole pages or parts of several."""
+    configs = {page: config_of(*dims, block_m, page, amd=amd)[1] for page in (32, 16, 64)}
+    ways = {(config, page % config.tile == 0): page for page, config in configs.items()}
+    return sorted(ways.values(), reverse=True)

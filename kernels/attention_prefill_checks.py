@@ -7,7 +7,9 @@ from torch import Tensor
 
 from kernels.attention_decode_checks import form, require
 
-MAX_HEAD_DIM = 256
+#: Head dims of keys and values: equal ones, and latent attention's expanded forms, whose keys
+#: carry rotary channels, too.
+DIMS = ((32, 32), (48, 32), (64, 64), (96, 64), (128, 128), (192, 128), (256, 256))
 
 
 def check(
@@ -37,8 +39,6 @@ def check(
         fits = fits and pool.shape[1] < 2**31
         require(fits, name, shape, f"must be [G, pages * {page_size} < 2^31, head_dim]")
         width = pool.shape[2]
-        require(0 < width <= MAX_HEAD_DIM and width % 16 == 0, name, shape,
-                f"must have a head_dim that is a multiple of 16 up to {MAX_HEAD_DIM}")  # fmt: skip
         require(heads % pool.shape[0] == 0, name, shape,
                 f"must have heads that divide the {heads} of q")  # fmt: skip
         require(pool.dtype == q.dtype, name, shape, f"must be {q.dtype}, as q is")
@@ -48,6 +48,8 @@ def check(
         require(aligned and pool.data_ptr() % 16 == 0, name, shape,
                 f"must start at 16 bytes and have strides [16i, {width}, 1]")  # fmt: skip
     require(k_pool.shape[2] == dim, "k_pool", form(k_pool), f"must have q's head_dim, {dim}")
+    dims = dim, v_pool.shape[2]
+    require(dims in DIMS, "(d, dv)", dims, f"must be one of {DIMS}; use backend torch")
     require(v_pool.shape[:2] == k_pool.shape[:2], "v_pool", form(v_pool),
             f"must have k_pool's heads and rows, {list(k_pool.shape[:2])}")  # fmt: skip
 

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels.attention_prefill as module
+from archs.mla import LatentConfig
+from archs.sizes import SCALES
 from kernels.ahead import Variant, compile_ahead
 from kernels.attention_prefill import attention_prefill_ref, default_variant, variants
+from kernels.attention_prefill_checks import DIMS
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {
@@ -26,7 +29,7 @@ def operands(
     *,
     new: list[int] | None = None,
     heads: tuple[int, int] = (4, 2),
-    dims: tuple[int, int] = (16, 16),
+    dims: tuple[int, int] = (32, 32),
     page_size: int = 64,
     dtype: torch.dtype = torch.float32,
     **options: Any,
@@ -103,17 +106,21 @@ def test_window_and_sinks(window: int, sinks: int, tokens: int, page_size: int) 
     assert_equals_the_oracle([300, tokens], tokens, heads=(2, 1), **how)
 
 
-@pytest.mark.parametrize(
-    "dims",
-    [(16, 16), (48, 32), (64, 64), (96, 64), (32, 80), (128, 128), (192, 128), (256, 256)],
-    ids=str,
-)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_head_dims_and_dtypes(dims: tuple[int, int], dtype: torch.dtype) -> None:
     assert_equals_the_oracle([140, 90], 40, dims=dims, dtype=dtype, scale=0.2, heads=(2, 1))
 
 
-@pytest.mark.parametrize("dims", [(32, 32), (48, 16)], ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_is_served(scale: str) -> None:
+    latent = LatentConfig.defaults(SCALES[scale])
+    dim = SCALES[scale].head_dim
+    assert (dim, dim) in DIMS
+    assert (latent["nope_dim"] + latent["rope_dim"], latent["v_dim"]) in DIMS
+
+
+@pytest.mark.parametrize("dims", [(32, 32), (48, 32)], ids=str)
 def test_equals_torch_on_a_dense_layout(dims: tuple[int, int]) -> None:
     batch, h, g, rows, tokens, page = 2, 6, 2, 192, 100, 16
     dense = [torch.randn(batch, g, rows, d) for d in dims]
@@ -150,7 +157,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     (q, k, v, table, lengths), options = operands([20], 20)
     with interpreted(module):
         got = module.attention_prefill(q[:0], k, v, table[:0], lengths[:0], **options)
-    assert got.shape == (0, 20, 4, 16)
+    assert got.shape == (0, 20, 4, 32)
 
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -158,27 +165,36 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "q rank": (r"q=.*\[B, K >= 1, H, d\]", lambda a: {"q": a["q"][0]}),
     "no token": (r"q=.*\[B, K >= 1, H, d\]", lambda a: {"q": a["q"][:, :0]}),
     "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
-    "q strides": ("q=.*strides", lambda a: {"q": torch.randn(1, 20, 4, 24)[..., :16]}),
-    "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(1281)[1:].view(1, 20, 4, 16)}),
+    "q strides": ("q=.*strides", lambda a: {"q": torch.randn(1, 20, 4, 40)[..., :32]}),
+    "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(2561)[1:].view(1, 20, 4, 32)}),
     "page_size": ("page_size=24 .*multiple of 16", lambda a: {"page_size": 24}),
     "pool rank": ("v_pool=.*must be .G", lambda a: {"v_pool": a["v_pool"][0]}),
     "pool rows": (r"k_pool=.*pages \* 128", lambda a: {"page_size": 128}),
     "pool size": (
         r"k_pool=.*< 2\^31",
-        lambda a: {"k_pool": a["k_pool"][:, :1].expand(2, 2**31, 16)},
+        lambda a: {"k_pool": a["k_pool"][:, :1].expand(2, 2**31, 32)},
     ),
-    "head_dim 24": ("v_pool=.*multiple of 16", lambda a: {"v_pool": torch.randn(2, 192, 24)}),
-    "head_dim 272": ("v_pool=.*up to 256", lambda a: {"v_pool": torch.randn(2, 192, 272)}),
-    "head_dim of q": ("k_pool=.*head_dim, 16", lambda a: {"k_pool": torch.randn(2, 192, 32)}),
-    "pool heads": ("k_pool=.*divide the 4", lambda a: {"k_pool": torch.randn(3, 192, 16)}),
+    "head_dim of values": (
+        r"\(d, dv\)=\(32, 48\) must be one of .*; use backend torch",
+        lambda a: {"v_pool": torch.randn(2, 192, 48)},
+    ),
+    "head_dim of both": (
+        r"\(d, dv\)=\(80, 80\) must be one of",
+        lambda a: {
+            "q": torch.randn(1, 20, 4, 80),
+            **{n: torch.randn(2, 192, 80) for n in ("k_pool", "v_pool")},
+        },
+    ),
+    "head_dim of q": ("k_pool=.*head_dim, 32", lambda a: {"k_pool": torch.randn(2, 192, 48)}),
+    "pool heads": ("k_pool=.*divide the 4", lambda a: {"k_pool": torch.randn(3, 192, 32)}),
     "pool dtype": ("v_pool=.*as q is", lambda a: {"v_pool": a["v_pool"].half()}),
     "pool strides": (
-        r"v_pool=.*\[16i, 16, 1\]",
-        lambda a: {"v_pool": a["v_pool"].repeat(1, 1, 2)[..., :16]},
+        r"v_pool=.*\[16i, 32, 1\]",
+        lambda a: {"v_pool": a["v_pool"].repeat(1, 1, 2)[..., :32]},
     ),
     "pool head stride": (
-        r"k_pool=.*\[16i, 16, 1\]",
-        lambda a: {"k_pool": torch.randn(9000).as_strided((2, 192, 16), (3080, 16, 1))},
+        r"k_pool=.*\[16i, 32, 1\]",
+        lambda a: {"k_pool": torch.randn(18000).as_strided((2, 192, 32), (6152, 32, 1))},
     ),
     "pools differ": ("v_pool=.*heads and rows", lambda a: {"v_pool": a["v_pool"][:, :64]}),
     "scale": ("scale=0.0 must", lambda a: {"scale": 0.0}),
@@ -189,7 +205,7 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "table empty": ("page_table=.*int32", lambda a: {"page_table": a["page_table"][:, :0]}),
     "lengths": ("lengths=.*int32", lambda a: {"lengths": a["lengths"].long()}),
     "new": (r"new=.*int32 \[1\]", lambda a: {"new": torch.zeros(2, dtype=torch.int32)}),
-    "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 20, 4, 32)[..., :16]}),
+    "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 20, 4, 64)[..., :32]}),
     "device": ("lengths=meta must be on", lambda a: {"lengths": a["lengths"].to("meta")}),
 }
 
