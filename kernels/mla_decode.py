@@ -29,7 +29,7 @@ from kernels.attention_decode import (
     rows_of,
 )
 from kernels.attention_decode_checks import counters
-from kernels.mla_decode_checks import ROTARIES, check
+from kernels.mla_decode_checks import WIDTHS, check
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -43,24 +43,27 @@ class Config:
     stages: int
 
 
-#: By family of GPUs, then by latent width and M: the largest M takes what is more. 64 rows of 512
-#: columns fit the registers only where the matrix unit reads queries and cache rows from shared
-#: memory (Hopper's wgmma). AMD programs have 64 KiB of shared memory, so one tile of 512 columns
-#: at a time, and with 4 warps twice the registers of those with 8.
+#: By family of GPUs, then by latent width, up to a power of two, and M: the largest M takes what
+#: is more. 64 rows of 512 columns fit the registers only where the matrix unit reads queries and
+#: cache rows from shared memory (Hopper's wgmma). AMD programs have 64 KiB of shared memory, so one
+#: tile of 512 columns at a time, and with 4 warps twice the registers of those with 8.
 CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
     "hopper": {
+        (32, 16): Config(64, 4, 3), (32, 64): Config(64, 4, 3),
         (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
         (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
         (256, 16): Config(32, 4, 3), (256, 64): Config(32, 8, 3),
         (512, 16): Config(32, 8, 3), (512, 64): Config(32, 8, 3),
     },
     "nvidia": {
+        (32, 16): Config(64, 4, 3), (32, 64): Config(32, 4, 3),
         (64, 16): Config(64, 4, 3), (64, 64): Config(32, 4, 3),
         (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
         (256, 16): Config(16, 4, 3), (256, 32): Config(32, 8, 3),
         (512, 16): Config(32, 8, 3), (512, 32): Config(32, 8, 3),
     },
     "amd": {
+        (32, 16): Config(64, 4, 3), (32, 64): Config(64, 4, 3),
         (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
         (128, 16): Config(64, 4, 3), (128, 64): Config(32, 4, 3),
         (256, 16): Config(32, 4, 3), (256, 32): Config(32, 4, 2),
@@ -94,8 +97,9 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     q, pool, page_table, lengths, out, partials, partial_lse, arrivals,
     scale_log2, q_stride_b, q_stride_t, q_stride_h, pool_stride_g,
     max_pages, group, tokens, row_blocks, window, sinks,
-    LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, COLUMNS: tl.constexpr, WINDOWED: tl.constexpr,
+    LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, COLUMNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):  # fmt: skip
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
@@ -120,21 +124,24 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
 
     # Row m of the product is head m % group of token m // group.
     m = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    latent = tl.arange(0, LATENT)
+    latent = tl.arange(0, BLOCK_LATENT)
     rotary = LATENT + tl.arange(0, ROTARY)
     token = m // group
     head = g * group + m % group
     real = (m < group * tokens)[:, None]
     position = length - tokens + token
     q_rows = (q + b.to(tl.int64) * q_stride_b + token * q_stride_t + head * q_stride_h)[:, None]
-    q_latent = tl.load(q_rows + latent[None, :], mask=real, other=0.0)
+    asked = real
+    if LATENT != BLOCK_LATENT:
+        asked = asked & (latent < LATENT)[None, :]
+    q_latent = tl.load(q_rows + latent[None, :], mask=asked, other=0.0)
     q_rotary = tl.load(q_rows + rotary[None, :], mask=real, other=0.0)
     pool += g.to(tl.int64) * pool_stride_g
     page_table += b.to(tl.int64) * max_pages
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, LATENT], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_LATENT], tl.float32)
     page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
     for i in tl.range(start, end):
         row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
@@ -143,7 +150,10 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
         # The next page is looked up here: a load that feeds loads would cost pipeline stages.
         after = tl.minimum(i + 1, end - 1)
         page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
-        c = tl.load(at + latent[None, :])
+        if LATENT == BLOCK_LATENT:
+            c = tl.load(at + latent[None, :])
+        else:
+            c = tl.load(at + latent[None, :], mask=(latent < LATENT)[None, :], other=0.0)
         k_rotary = tl.load(at + rotary[None, :])
         logits = tl.dot(q_rotary, tl.trans(k_rotary), input_precision="ieee")
         logits = tl.dot(q_latent, tl.trans(c), logits, input_precision="ieee")
@@ -171,14 +181,17 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     result = sums * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     heads = group * (tl.num_programs(1) // row_blocks)
     out_rows = out + ((b.to(tl.int64) * tokens + token) * heads + head)[:, None] * LATENT
+    stored = real
+    if LATENT != BLOCK_LATENT:
+        stored = stored & (latent < LATENT)[None, :]
     if used == 1:
-        tl.store(out_rows + latent[None, :], result.to(out.dtype.element_ty), mask=real)
+        tl.store(out_rows + latent[None, :], result.to(out.dtype.element_ty), mask=stored)
         return
 
     counter = b.to(tl.int64) * tl.num_programs(1) + part
     first = counter * splits * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = partials + first[:, None] * LATENT
-    tl.store(rows + split * BLOCK_M * LATENT + latent[None, :], result, mask=real)
+    tl.store(rows + split * BLOCK_M * LATENT + latent[None, :], result, mask=stored)
     tl.store(partial_lse + split * BLOCK_M + first, top + tl.log2(total))
     # All threads' stores precede the count, which releases them and acquires the other splits'.
     tl.debug_barrier()
@@ -210,8 +223,8 @@ def mla_decode(
 ) -> Tensor:
     """softmax(scale · q cᵀ) c[:, :R] over the rows c that each new token may see: [B, K, H, R].
 
-    q: [B, K, H, R + r], the latent part first, R = v_dim in 64, 128, 256, 512, r in 16, 32, 64,
-      K <= 4, bf16 or fp16; strides multiples of 16, so views of a packed projection will do.
+    q: [B, K, H, R + r], the latent part first, R = v_dim and r a pair of `WIDTHS`, K <= 4, bf16 or
+      fp16; strides multiples of 16, so views of a packed projection will do.
     pool: [pages * page_size, R + r], or [G, pages * page_size, R + r] with a latent head for each
       H / G query heads; q's dtype.
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
@@ -234,10 +247,9 @@ def mla_decode(
     if batch == 0:
         return out
     group = heads // groups
-    configs = CONFIGS[_family(q.device)]
-    blocks = [m for latent, m in configs if latent == v_dim]
-    block_m = min((m for m in blocks if m >= group * tokens), default=max(blocks))
-    config = configs[v_dim, block_m]
+    configs = _configs_of(v_dim, _family(q.device))
+    block_m = min((m for m in configs if m >= group * tokens), default=max(configs))
+    config = configs[block_m]
     row_blocks = triton.cdiv(group * tokens, block_m)
     parts = groups * row_blocks
 
@@ -267,10 +279,17 @@ def _constants(
     latent: int, rotary: int, block_m: int, config: Config, page_size: int, windowed: bool
 ) -> dict[str, int | bool]:
     return {
-        "LATENT": latent, "ROTARY": rotary, "PAGE": page_size, "BLOCK_M": block_m,
-        "TILE": config.tile, "SPLIT_TILES": SPLIT_ROWS // config.tile, "COLUMNS": 64,
+        "LATENT": latent, "BLOCK_LATENT": triton.next_power_of_2(latent), "ROTARY": rotary,
+        "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile, "COLUMNS": math.gcd(latent, 64),
         "WINDOWED": windowed,
     }  # fmt: skip
+
+
+def _configs_of(latent: int, family: str) -> dict[int, Config]:
+    """The configurations for this latent width, by M."""
+    width = triton.next_power_of_2(latent)
+    return {m: config for (w, m), config in CONFIGS[family].items() if w == width}
 
 
 @functools.cache
@@ -339,22 +358,20 @@ def default_variant() -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick, each for the targets it is picked on.
-
-    Pages below a tile on bf16 alone; they and fp16 with the rotary width that goes with the
-    latent one.
-    """
-    cells: dict[tuple[tuple[int, int], Config], tuple[str, ...]] = {}
+    """Every configuration that the wrapper can pick, each for the targets it is picked on. Pages:
+    of whole tiles, and below a tile; those of fp16 are left out, as its code is that of bf16 but
+    for the type."""
+    cells: dict[tuple[tuple[int, int], int, Config], tuple[str, ...]] = {}
     for target, family in _FAMILIES.items():
-        for cell in CONFIGS[family].items():
-            cells[cell] = (*cells.get(cell, ()), target)
+        for widths in WIDTHS:
+            for block_m, config in _configs_of(widths[0], family).items():
+                cell = widths, block_m, config
+                cells[cell] = (*cells.get(cell, ()), target)
     return [
-        _variant(dtype, latent, rotary, block_m, config, windowed, page_size, targets)
-        for ((latent, block_m), config), targets in cells.items()
+        _variant(dtype, *widths, block_m, config, windowed, page_size, targets)
+        for (widths, block_m, config), targets in cells.items()
         for dtype in _TYPES
-        for rotary in ROTARIES
         for windowed in (False, True)
         for page_size in (64, 16)
         if page_size == 64 or dtype == torch.bfloat16
-        if rotary == max(16, latent // 8) or (page_size == 64 and dtype == torch.bfloat16)
     ]

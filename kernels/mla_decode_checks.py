@@ -6,8 +6,11 @@ from torch import Tensor
 from kernels.attention_decode_checks import form, require
 
 MAX_TOKENS = 4
-LATENTS = (64, 128, 256, 512)
-ROTARIES = (16, 32, 64)
+#: Latent and rotary widths, R and r: each pair was compiled for every target.
+WIDTHS = (
+    (32, 16), (64, 16), (64, 32), (96, 16), (128, 16), (128, 32), (128, 64), (256, 32), (256, 64),
+    (512, 64),
+)  # fmt: skip
 
 
 def check(
@@ -23,9 +26,9 @@ def check(
     batch, tokens, heads, width = q.shape
     dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
-    require(v_dim in LATENTS, "v_dim", v_dim, f"must be one of {LATENTS}")
-    require(width - v_dim in ROTARIES, "q", form(q),
-            f"must have a last dimension of v_dim={v_dim} plus one of {ROTARIES}")  # fmt: skip
+    widths = v_dim, width - v_dim
+    require(widths in WIDTHS, "(v_dim, width of q - v_dim)", widths,
+            f"must be one of {WIDTHS}; use backend torch")  # fmt: skip
     require(1 <= tokens <= MAX_TOKENS, "K", tokens, f"new tokens must be 1 to {MAX_TOKENS}")
     require(heads >= 1, "q", form(q), "must have at least one head")
     strides = [q.stride(i) for i in range(3) if q.shape[i] > 1]

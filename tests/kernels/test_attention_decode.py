@@ -100,9 +100,11 @@ def test_head_dims_and_dtypes(dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("lengths", [[300, 0], [700]], ids=str)
-def test_eight_bit_cache(lengths: list[int], dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
-    assert_equals_the_oracle(lengths, dtype=dtype, kv_dtype=kv_dtype, dim=64)
+@pytest.mark.parametrize(("lengths", "new"), [([300, 0], 1), ([700], 1), ([300, 2], 3)], ids=str)
+def test_eight_bit_cache(
+    lengths: list[int], new: int, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    assert_equals_the_oracle(lengths, new=new, dtype=dtype, kv_dtype=kv_dtype, dim=64)
 
 
 @pytest.mark.parametrize("hip", [None, "6"], ids=["nvidia", "amd"])

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels.mla_decode as module
+from archs.mla import LatentConfig
+from archs.sizes import SCALES
 from kernels.ahead import Variant, compile_ahead
 from kernels.mla_decode import CONFIGS, default_variant, mla_decode_ref, variants
+from kernels.mla_decode_checks import WIDTHS
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {
@@ -86,8 +89,8 @@ def test_window_and_sinks(window: int, sinks: int, new: int, page_size: int) -> 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(
     ("widths", "heads"),
-    [((64, 64), 3), ((128, 16), 17), ((256, 32), 16), ((256, 16), 17), ((256, 64), 33),
-     ((512, 64), 16), ((512, 32), 17), ((512, 64), 33)],
+    [((32, 16), 3), ((32, 16), 17), ((64, 32), 3), ((96, 16), 16), ((96, 16), 33), ((128, 16), 17),
+     ((256, 32), 16), ((256, 32), 17), ((256, 64), 33), ((512, 64), 16), ((512, 64), 33)],
 )  # fmt: skip
 def test_every_tile(
     widths: tuple[int, int], heads: int, family: str, monkeypatch: pytest.MonkeyPatch
@@ -96,10 +99,24 @@ def test_every_tile(
     assert_equals_the_oracle([290], widths=widths, heads=(heads, 1))
 
 
-@pytest.mark.parametrize("widths", [(64, 16), (128, 32), (256, 32), (512, 64)], ids=str)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_widths_and_dtypes(widths: tuple[int, int], dtype: torch.dtype) -> None:
     assert_equals_the_oracle([270, 70], widths=widths, dtype=dtype, new=2)
+
+
+@pytest.mark.parametrize("widths", [(32, 16), (96, 16)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 300, "sinks": 3}], ids=str)
+def test_narrow_and_padded_latents_over_several_splits(
+    widths: tuple[int, int], options: dict[str, Any]
+) -> None:
+    assert_equals_the_oracle([1000, 40, 0], widths=widths, new=3, heads=(6, 2), **options)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_is_served(scale: str) -> None:
+    c = LatentConfig.defaults(SCALES[scale])
+    assert (c["rank"], c["rope_dim"]) in WIDTHS
 
 
 def test_equals_torch() -> None:
@@ -160,9 +177,12 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
     "q strides": ("q=.*strides", lambda a: {"q": torch.randn(1, 1, 4, 88)[..., :80]}),
     "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(321)[1:].view(1, 1, 4, 80)}),
-    "q width": ("q=.*v_dim=64 plus one of", lambda a: {"q": torch.randn(1, 1, 4, 112)}),
+    "q width": (
+        r"\(v_dim, width of q - v_dim\)=\(64, 48\) must be one of .*; use backend torch",
+        lambda a: {"q": torch.randn(1, 1, 4, 112)},
+    ),
     "no heads": ("q=.*at least one head", lambda a: {"q": a["q"][:, :, :0]}),
-    "v_dim": ("v_dim=48 must be one of", lambda a: {"v_dim": 48}),
+    "v_dim": (r"v_dim\)=\(48, 32\) must be one of", lambda a: {"v_dim": 48}),
     "K": ("K=5 new tokens", lambda a: {"q": torch.randn(1, 5, 4, 80)}),
     "no K": ("K=0 new tokens", lambda a: {"q": a["q"][:, :0]}),
     "page_size": ("page_size=24 .*multiple of 16", lambda a: {"page_size": 24}),
