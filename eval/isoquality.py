@@ -32,6 +32,8 @@ Array = NDArray[np.float64]
 DELTA = 1e-3
 LEAST_SIZES = 3
 REFITS = 200
+#: A ladder tells sizes apart where its loss falls by this many times the fit's residual.
+TOLD_APART = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +146,29 @@ def _descend(
     return (final, parameters.detach()) if math.isfinite(final) else (math.inf, start)
 
 
+def require_fall(points: pd.DataFrame, fit: Fit) -> None:
+    """Raise UserError where the loss does not fall with size: a ratio of sizes would be noise."""
+    ends = (float(points["parameters"].min()), float(points["parameters"].max()))
+    fall = max(math.log(fit.loss(arch, ends[0]) / fit.loss(arch, ends[1])) for arch in fit.scale)
+    if fall < TOLD_APART * fit.error:
+        raise UserError(
+            f"the ladder's loss falls by {fall:.1%} from {ends[0]:,.0f} to {ends[1]:,.0f} "
+            f"parameters and the fit misses it by {fit.error:.1%}: sizes are not told apart, so no "
+            "size follows from a loss; train longer, with more seeds, or on a wider ladder"
+        )
+
+
 def size_ratios(points: pd.DataFrame, reference: str, *, seed: int = 0) -> pd.DataFrame:
     """Parameters needed for the reference's loss, as a ratio, with a 95 % bootstrap interval.
 
     Columns arch, ratio, low, high; the interval is missing where every size has a single seed.
-    Raises UserError on a reference that is not in the points.
+    Raises UserError on a reference that is not in the points, and where sizes are not told apart.
     """
     archs = sorted(points["arch"].unique())
     if reference not in archs:
         raise UserError(f"reference '{reference}' is not in the ladder; it has {', '.join(archs)}")
     whole = fit_ladder(points)
+    require_fall(points, whole)
     seeds = points.groupby(["arch", "parameters"]).size()
     draws: list[list[float]] = []
     if seeds.min() > 1:

@@ -204,8 +204,12 @@ def _isoquality(long: pd.DataFrame) -> str:
     if len(archs) < 2:
         return ""
     reference = next((a for a in ("gqa", "mha") if a in archs), archs[0])
+    try:
+        found = iso_quality_cost(long[long["arch"].isin(archs)], reference)
+    except UserError as why:
+        return f'<p class="soft">No answer: {escape(str(why))}.</p>'
     rows = []
-    for row in iso_quality_cost(long[long["arch"].isin(archs)], reference):
+    for row in found:
         ratio = f"{row['size_ratio']:.2f}"
         if row["size_ratio_low"] is not None:
             ratio += f" ({row['size_ratio_low']:.2f}–{row['size_ratio_high']:.2f})"

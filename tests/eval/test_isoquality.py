@@ -96,3 +96,11 @@ def test_a_ladder_runs_and_answers(decodebench: Command, tmp_path: Path) -> None
     assert set(rows) == {"gqa", "linear"}
     assert rows["gqa"]["size_ratio"] == 1 and rows["linear"]["size_ratio"] > 0
     assert rows["gqa"]["size_ratio_low"] is None
+
+
+def test_a_ladder_whose_sizes_are_not_told_apart_gives_no_ratio() -> None:
+    flat = ladder_points(ladder(seeds=2))
+    noise = np.random.default_rng(0).normal(0, 0.02, len(flat))
+    flat["loss"] = 2.0 + noise
+    with pytest.raises(UserError, match=r"falls by .*sizes are not told apart.*train longer"):
+        size_ratios(flat, "gqa")
