@@ -51,8 +51,7 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
         (64, 32, Config(64, 4, 2 if eight else 3)), (64, 64, Config(32, 4 if eight else 8, 3)),
         (128, 16, Config(64, 8 if eight else 4, 3)), (128, 32, Config(64, 8, 3)),
         (128, 64, Config(32, 8, 2) if eight else Config(64, 8, 3)),
-        (256, 16, Config(64, 8, 2) if eight else Config(32, 8, 3)),
-        (256, 32, Config(64, 8, 2) if eight else Config(32, 8, 3)),
+        *((256, m, Config(64, 8, 2) if eight else Config(32, 8, 3)) for m in (16, 32)),
     )
 }  # fmt: skip
 #: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
@@ -256,8 +255,7 @@ def attention_decode(
     )
     row_blocks = triton.cdiv(group * tokens, block_m)
     parts = kv_heads * row_blocks
-    amd = torch.version.hip is not None
-    config = config_of(dim, block_m, k_pool.dtype in EIGHT_BIT, amd=amd)
+    config = config_of(dim, block_m, k_pool.dtype in EIGHT_BIT, amd=torch.version.hip is not None)
 
     capacity = page_table.shape[1] * page_size
     if window is not None:
@@ -367,7 +365,8 @@ def _variant(
         targets=tuple(
             t
             for t, gpu in TARGETS.items()
-            if (gpu.backend == "hip") == amd and (t != "sm_80" or kv != torch.float8_e4m3fn)
+            if config_of(dim, block_m, eight_bit, amd=gpu.backend == "hip") == config
+            if t != "sm_80" or kv != torch.float8_e4m3fn
         ),
     )
 
@@ -378,16 +377,15 @@ def default_variant() -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick, AMD's for AMD alone. Pages: of whole tiles,
-    and below a tile; those of fp16 K and V are left out, as their code is that of bf16 but for
-    the type."""
-    q_types = (torch.bfloat16, torch.float16)
+    """Every configuration that the wrapper can pick, each for the targets it is picked on. Pages:
+    of whole tiles, and below a tile; those of fp16 K and V are left out, as their code is that of
+    bf16 but for the type."""
     return [
         _variant(q, kv, dim, block_m, windowed, page_size, amd=amd)
         for amd in (False, True)
-        for q in q_types
+        for q in (torch.bfloat16, torch.float16)
         for kv in (q, *EIGHT_BIT)
-        for (dim, block_m, eight_bit) in CONFIGS
+        for (dim, block_m, eight_bit) in (AMD_CONFIGS if amd else CONFIGS)
         if eight_bit == (kv in EIGHT_BIT)
         for windowed in (False, True)
         for page_size in (64, 16)
