@@ -53,13 +53,14 @@ class AttentionConfig(MixerConfig):
 
 
 class GroupedConfig(AttentionConfig):
-    """Four query heads to a KV head, and at least two KV heads."""
+    """Four query heads to a KV head; fewer where that would leave a single KV head."""
 
     @classmethod
     def defaults(cls, scale: "Scale") -> dict[str, Any]:
-        """KV heads: a quarter of the query heads, at least 2 so that it is not MQA."""
+        """KV heads: a quarter of the query heads; of few heads half, so that it is not MHA."""
         heads = scale.n_heads
-        return {**AttentionConfig.defaults(scale), "kv_heads": max(min(2, heads), heads // 4)}
+        kv_heads = max(heads // 4, min(2, heads // 2), 1)
+        return {**AttentionConfig.defaults(scale), "kv_heads": kv_heads}
 
 
 class MultiQueryConfig(AttentionConfig):

@@ -1,6 +1,6 @@
 """Scales: the shapes at which architectures are compared, and the equal-parameter rule.
 
-Trained scales (micro to base) carry real losses; deployment scales (70m to 8b) carry random
+Trained scales (nano to base) carry real losses; deployment scales (70m to 8b) carry random
 weights and real latencies. Every architecture gets the MLP width that brings its non-embedding
 parameters to those of `mha` at the same scale.
 """
@@ -69,6 +69,10 @@ def round_to(value: float, multiple: int) -> int:
 SCALES: dict[str, Scale] = {
     s.name: s
     for s in (
+        Scale(
+            name="nano", d_model=32, n_layers=4, head_dim=16, vocab_size=4096, seq_len=128,
+            mlp_multiple=2, window=32,
+        ),
         Scale(
             name="micro", d_model=64, n_layers=4, head_dim=32, vocab_size=4096, seq_len=128,
             mlp_multiple=4, window=32,

