@@ -151,8 +151,9 @@ class Model(nn.Module):
             weight_bytes=self.norm.weight.nbytes,
         )
         head = OpCost(
-            name="head", matrix_flops=2 * rows * weight.numel(), weight_bytes=weight.nbytes
-        )
+            name="head", matrix_flops=2 * rows * weight.numel(), weight_bytes=weight.nbytes,
+            rows=rows,
+        )  # fmt: skip
         return Cost.total(
             [Cost.of(embed), *(b.cost(step) for b in self.layers), Cost.of(norm, head)]
         )
@@ -234,12 +235,17 @@ def lay_out(model: Model, rows: int) -> Model:
     the rate; with more rows, in bfloat16 and on other devices row-major wins.
     """
     for weight in _matrices(model):
-        narrow = rows <= COLUMN_MAJOR_ROWS and weight.dtype == torch.float32
-        column_major = narrow and weight.device.type == "cpu"
-        if column_major != weight.t().is_contiguous():
+        turned = column_major(rows, weight)
+        if turned != weight.t().is_contiguous():
             data = weight.data
-            weight.data = data.t().contiguous().t() if column_major else data.contiguous()
+            weight.data = data.t().contiguous().t() if turned else data.contiguous()
     return model
+
+
+def column_major(rows: int, weight: Tensor) -> bool:
+    """Whether products of so many rows with this matrix read it faster stored by columns."""
+    narrow = rows <= COLUMN_MAJOR_ROWS and weight.dtype == torch.float32
+    return narrow and weight.device.type == "cpu"
 
 
 def _matrices(model: Model) -> Iterator[Tensor]:

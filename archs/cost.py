@@ -36,7 +36,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpCost:
-    """FLOPs and bytes of one named operation, for the whole batch."""
+    """FLOPs and bytes of one named operation, for the whole batch.
+
+    rows: of a product with weights, the rows they are multiplied with; 0 where it is none.
+    """
 
     name: str
     matrix_flops: int = 0
@@ -44,6 +47,7 @@ class OpCost:
     weight_bytes: int = 0
     state_read_bytes: int = 0
     state_write_bytes: int = 0
+    rows: int = 0
 
     @property
     def flops(self) -> int:
@@ -119,6 +123,7 @@ def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
         matrix_flops=2 * tokens * layer.weight.numel(),
         vector_flops=0 if bias is None else tokens * bias.numel(),
         weight_bytes=layer.weight.nbytes + (0 if bias is None else bias.nbytes),
+        rows=tokens,
     )
 
 

@@ -3,6 +3,7 @@
 Rates are dense (no sparsity), with float32 accumulation; bandwidth is the device memory's.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,8 @@ ACCELERATORS: dict[str, Accelerator] = {
     "rtx4090": _part("NVIDIA GeForce RTX 4090", 165.2, 82.6, 1.008, 24, "Ada whitepaper, 2022"),
 }
 THIS_MACHINE = "this-machine"
+#: Products of more rows than this are bound by the matrix rate, which is measured apart.
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,10 @@ class Hardware:
     memory_bytes: int
 
 
-def hardware_of(key: str, dtype: str = "bfloat16") -> Hardware:
+def hardware_of(key: str, dtype: str = "bfloat16", batches: Iterable[int] = (1,)) -> Hardware:
     """A part of the table, or this machine, measured now (a CPU always in float32).
 
+    batches: the rows of products that are measured, up to `MOST_ROWS`.
     Raises UserError on an unknown part or dtype.
     """
     if dtype not in DTYPES:
@@ -75,7 +79,9 @@ def hardware_of(key: str, dtype: str = "bfloat16") -> Hardware:
     if key == THIS_MACHINE:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         measured = measure_roofline(
-            device, DTYPES[dtype] if device.type == "cuda" else torch.float32
+            device,
+            DTYPES[dtype] if device.type == "cuda" else torch.float32,
+            [min(b, MOST_ROWS) for b in batches],
         )
         return Hardware(key, measured, free_bytes(device) or 0)
     if key not in ACCELERATORS:

@@ -86,8 +86,9 @@ class Workshop:
 
     @cached_property
     def roofline(self) -> Roofline:
-        """Copy bandwidth and matrix rate of this machine, measured once per run."""
-        return measure_roofline(self.device, self.serving_dtype)
+        """This machine's rates, with products of the suite's batches, measured once per run."""
+        batches = {b for plan in self.suite.decode for b in plan.batches}
+        return measure_roofline(self.device, self.serving_dtype, sorted(batches))
 
     @cached_property
     def counters(self) -> Counters:
@@ -112,15 +113,22 @@ class Workshop:
     # -- machine and prediction ----------------------------------------------------------------
 
     def hardware(self, watch: Watch) -> tuple[About, list[Row]]:
-        """The measured roofline of this machine."""
+        """The measured rates of this machine."""
         r = self.roofline
         about = About(dtype=str(r.dtype).removeprefix("torch."))
         return about, [
             Row(measure="copy_bytes_per_s", value=r.copy_bytes_per_s),
-            Row(measure="product_bytes_per_s", value=r.product_bytes_per_s),
             Row(measure="matrix_flops_per_s", value=r.matrix_flops_per_s),
             Row(measure="ridge_flop_per_byte", value=r.ridge_flop_per_byte),
-        ]
+            Row(measure="call_us", value=r.call_us),
+            *(
+                Row(measure=measure, value=value, batch=p.rows)
+                for p in r.products
+                for measure, value in (
+                    ("product_bytes_per_s", p.bytes_per_s), ("product_launch_us", p.launch_us)
+                )
+            ),
+        ]  # fmt: skip
 
     def cost(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
         """State and intensity from the declarations alone."""

@@ -8,9 +8,12 @@ on how many rows are read, not on their values.
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs.backbone import Model
 from archs.backends import NoFormError
@@ -33,7 +36,10 @@ LEAST_ON_GPU = 1200
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiming:
-    """Decode at one batch and context; times of single steps, warm-up and compilation apart."""
+    """Decode at one batch and context; times of single steps, warm-up and compilation apart.
+
+    calls: torch operations that one step dispatched; None where it was compiled or captured.
+    """
 
     batch: int
     context: int
@@ -41,6 +47,7 @@ class DecodeTiming:
     warmup_ms: float
     state_bytes: int
     peak_state_bytes: int
+    calls: int | None
 
     @property
     def tpot_ms(self) -> float:
@@ -161,6 +168,18 @@ class Decoding:
         self._tokens = self._sampler(self.engine.extend_last(self._slots, self._tokens))[:, None]
 
 
+class CountCalls(TorchDispatchMode):
+    """Within it, `calls` counts what is dispatched to torch."""
+
+    calls = 0
+
+    def __torch_dispatch__(
+        self, call: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.calls += 1
+        return call(*args, **(kwargs or {}))
+
+
 def measure_decode(
     model: Model,
     *,
@@ -181,21 +200,25 @@ def measure_decode(
     most = contexts[-1] + len(contexts) * (steps + warmup)
     decode = Decoding(model, batch=batch, max_context=most, backend=backend, compiled=compiled)
     store = decode.engine.store
+    as_written = decode.engine.device.type == "cpu" and not compiled
     timings = []
     for context in contexts:
         at = decode.hold(context)
         held = store.allocated_bytes // batch
         clock = StepClock(decode.engine.device)
         clock.mark()
-        for _ in range(warmup + steps):
-            decode.step()
+        counter = CountCalls()
+        for i in range(warmup + steps):
+            # Counting is slow, so it is the last step of the warm-up that is counted.
+            with counter if as_written and i == warmup - 1 else nullcontext():
+                decode.step()
             clock.mark()
         times = clock.spans_ms()
         timings.append(
             DecodeTiming(
                 batch=batch, context=at, step_ms=tuple(times[warmup:]),
                 warmup_ms=sum(times[:warmup]), state_bytes=held,
-                peak_state_bytes=store.peak_bytes,
+                peak_state_bytes=store.peak_bytes, calls=counter.calls or None,
             )
         )  # fmt: skip
     return timings

@@ -1,47 +1,85 @@
-"""This machine, measured: copy bandwidth and matrix rate, the two lines of its roofline.
+"""This machine, measured: copy bandwidth, matrix rate, and what a step's operations cost beside.
 
-Model-bandwidth and model-FLOP utilisation are against these measured figures, never against a
-datasheet. A third figure is for predictions: the bandwidth that a product of one row reaches,
-which is what decode is made of and on CPUs well below that of a copy. All are medians over
-repeats after a warm-up.
+Model-bandwidth and model-FLOP utilisation are against the first two, never against a datasheet.
+Predictions know two things more. A product of a few rows with a matrix, which is what decode is
+made of, reads well below a copy's bandwidth on CPUs, the less the more rows; and each operation
+costs a launch: what is left of its time when there is nothing to read. Both come from products
+with a small and a large matrix that no cache holds. All are medians over repeats after a warm-up.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 
 import torch
+from torch import Tensor
+
+from archs.backbone import column_major
+from eval.gpu.cold import time_cold
+
+#: Sides of the square matrices of products, of which so many that no cache holds them.
+SIDES = {"cpu": (512, 4096), "cuda": (2048, 16384)}
+SMALL_MATRICES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ProductRate:
+    """A product of `rows` rows with a matrix: its launch, and the bandwidth beyond it."""
+
+    rows: int
+    bytes_per_s: float
+    launch_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Ceilings of one device for one dtype; product_bytes_per_s: None where only a datasheet is."""
+    """Ceilings of one device for one dtype.
+
+    products: rates of products by rows; none where only a datasheet is. call_us: what any other
+    operation costs beside its work.
+    """
 
     copy_bytes_per_s: float
     matrix_flops_per_s: float
     dtype: torch.dtype
-    product_bytes_per_s: float | None = None
+    products: tuple[ProductRate, ...] = ()
+    call_us: float = 0.0
 
     @property
     def ridge_flop_per_byte(self) -> float:
         """Arithmetic intensity at which compute starts to bound."""
         return self.matrix_flops_per_s / self.copy_bytes_per_s
 
-    def time_ms(self, flops: float, moved_bytes: float) -> float:
-        """Least time of work that moves and computes at these rates."""
-        return max(flops / self.matrix_flops_per_s, moved_bytes / self.read_bytes_per_s) * 1e3
+    def time_ms(self, flops: float, moved_bytes: float, rows: int = 0) -> float:
+        """Time of work that moves and computes at these rates; rows: of a product, else 0."""
+        work_s = max(flops / self.matrix_flops_per_s, moved_bytes / self.bytes_per_s(rows))
+        return work_s * 1e3 + self.launch_us(rows) / 1e3
 
-    @property
-    def read_bytes_per_s(self) -> float:
-        """The bandwidth that operations of a decode step can reach."""
-        return self.product_bytes_per_s or self.copy_bytes_per_s
+    def launch_us(self, rows: int = 0) -> float:
+        """What an operation costs beside its work; rows: of a product, else 0."""
+        product = self.product(rows)
+        return self.call_us if product is None else product.launch_us
+
+    def bytes_per_s(self, rows: int = 0) -> float:
+        """The bandwidth that an operation can reach: without rows, that of one-row products."""
+        product = self.product(rows or 1)
+        return self.copy_bytes_per_s if product is None else product.bytes_per_s
+
+    def product(self, rows: int) -> ProductRate | None:
+        """The rate of products of nearest as many rows; None without rates, or rows."""
+        if not rows:
+            return None
+        return min(self.products, key=lambda p: abs(log(p.rows / rows)), default=None)
 
 
 def measure_roofline(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rows: Sequence[int] = (1,),
 ) -> Roofline:
-    """Measure copy bandwidth (read + write), a one-row product and a square one."""
+    """Measure copies (read + write), a square product, and products of as many rows as told."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     copy_elements = (1 << 30 if cuda else 1 << 27) // dtype.itemsize
@@ -53,16 +91,48 @@ def measure_roofline(
     b = torch.ones(size, size, dtype=dtype, device=device)
     out = torch.empty_like(a)
     matrix_s = _median_s(lambda: torch.mm(a, b, out=out), device)
-    # The weights as decode reads them: column-major where `archs.backbone.lay_out` makes them so.
-    weight = source.view(-1, 4096) if cuda else source.view(4096, -1).t()
-    row = torch.ones(1, weight.shape[1], dtype=dtype, device=device)
-    product_s = _median_s(lambda: torch.nn.functional.linear(row, weight), device)
+    vector = source[: SIDES[device.type][0]]
     return Roofline(
         copy_bytes_per_s=2 * source.nbytes / copy_s,
         matrix_flops_per_s=2 * size**3 / matrix_s,
         dtype=dtype,
-        product_bytes_per_s=weight.nbytes / product_s,
+        products=tuple(_product_rate(n, device, dtype) for n in sorted({1, *rows})),
+        call_us=1e6 * _each_s([lambda: vector + vector] * SMALL_MATRICES, device),
     )
+
+
+def _product_rate(rows: int, device: torch.device, dtype: torch.dtype) -> ProductRate:
+    """The line through the times of a small and a large product: launch and bandwidth."""
+    nbytes, times_s = [], []
+    for side, count in zip(SIDES[device.type], (SMALL_MATRICES, 2), strict=True):
+        weights = [torch.ones(side, side, dtype=dtype, device=device) for _ in range(count)]
+        if column_major(rows, weights[0]):
+            weights = [w.t() for w in weights]
+        x = torch.ones(rows, side, dtype=dtype, device=device)
+        times_s.append(_each_s([_product_of(x, w) for w in weights], device))
+        nbytes.append(weights[0].nbytes)
+    # Where noise puts the line below zero, the launch is nothing and all is bandwidth.
+    bytes_per_s = (nbytes[1] - nbytes[0]) / max(times_s[1] - times_s[0], 1e-9)
+    launch_s = times_s[0] - nbytes[0] / bytes_per_s
+    if launch_s < 0:
+        return ProductRate(rows, nbytes[1] / times_s[1])
+    return ProductRate(rows, bytes_per_s, launch_s * 1e6)
+
+
+def _product_of(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def _each_s(works: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Median seconds of one of several equal works, one after the other as in a decode step."""
+    if device.type == "cuda":
+        return time_cold(works, device).median_s
+
+    def all_of_them() -> None:
+        for work in works:
+            work()
+
+    return _median_s(all_of_them, device) / len(works)
 
 
 def _median_s(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:

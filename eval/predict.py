@@ -1,6 +1,6 @@
 """What any architecture would cost to decode on any hardware, from declarations alone.
 
-Each operation takes the longer of its bytes at full bandwidth and its FLOPs at full rate, and a
+Each operation takes the longer of its bytes at the bandwidth and its FLOPs at the rate, and a
 launch; their sum is the step. No weights are made, so any scale, batch and context is answered at
 once. Figures of the table's parts rest on datasheets: they are the least a step can take.
 """
@@ -32,7 +32,8 @@ def predict(
 ) -> list[Prediction]:
     """One row per architecture, hardware, batch and context, with the Measures' names.
 
-    launch_us: what every operation costs beside its work. price_per_hour: by hardware key.
+    launch_us: what every operation costs beside its work, on top of what was measured of this
+    machine. price_per_hour: by hardware key.
     `fits` says whether weights and states of the batch fit in the part's memory;
     `max_sequences` how many would. Raises UserError on unknown names.
     """
@@ -106,7 +107,8 @@ def _grid(
     contexts: Iterable[int],
     dtype: str,
 ) -> Iterator[tuple[str, Model, Hardware, Step]]:
-    parts = [hardware_of(key, dtype) for key in hardware]
+    batches = list(batches)
+    parts = [hardware_of(key, dtype, batches) for key in hardware]
     steps = [Step(b, 1, c) for b in batches for c in contexts]
     shape = get_scale(scale)
     for arch in archs:
@@ -117,27 +119,34 @@ def _grid(
 
 
 def op_ms(op: OpCost, roofline: Roofline, launch_us: float = 0.0) -> float:
-    """Least time of one operation."""
-    return roofline.time_ms(op.flops, op.bytes) + launch_us / 1e3
+    """Time of one operation; launch_us comes on top of what the roofline knows of launches."""
+    return roofline.time_ms(op.flops, op.bytes, op.rows) + launch_us / 1e3
 
 
-def step_ms(cost: Cost, roofline: Roofline, launch_us: float = 0.0) -> float:
-    """Least time of a step, operations one after the other."""
-    return sum(op_ms(op, roofline, launch_us) for op in cost.ops)
+def step_ms(
+    cost: Cost, roofline: Roofline, launch_us: float = 0.0, *, calls: int | None = None
+) -> float:
+    """Time of a step, operations one after the other.
+
+    calls: launches where they were counted; None: each operation of the cost is one.
+    """
+    more = 0 if calls is None else max(0, calls - len(cost.ops))
+    return sum(op_ms(op, roofline, launch_us) for op in cost.ops) + more * roofline.call_us / 1e3
 
 
 def bound_by(cost: Cost, roofline: Roofline, launch_us: float = 0.0) -> str:
     """What most of the time goes to: weights, state, compute or launches."""
-    spent = {"weights": 0.0, "state": 0.0, "compute": 0.0}
+    spent = {"weights": 0.0, "state": 0.0, "compute": 0.0, "launches": 0.0}
     for op in cost.ops:
-        time_ms = roofline.time_ms(op.flops, op.bytes)
-        memory_ms = op.bytes / roofline.read_bytes_per_s * 1e3
-        if time_ms > memory_ms:
-            spent["compute"] += time_ms
+        launch_ms = (roofline.launch_us(op.rows) + launch_us) / 1e3
+        work_ms = op_ms(op, roofline, launch_us) - launch_ms
+        memory_ms = op.bytes / roofline.bytes_per_s(op.rows) * 1e3
+        spent["launches"] += launch_ms
+        if work_ms > memory_ms * (1 + 1e-9):
+            spent["compute"] += work_ms
         else:
-            spent["weights"] += time_ms * op.weight_bytes / max(op.bytes, 1)
-            spent["state"] += time_ms * (1 - op.weight_bytes / max(op.bytes, 1))
-    spent["launches"] = len(cost.ops) * launch_us / 1e3
+            spent["weights"] += work_ms * op.weight_bytes / max(op.bytes, 1)
+            spent["state"] += work_ms * (1 - op.weight_bytes / max(op.bytes, 1))
     return max(spent, key=lambda k: spent[k])
 
 

@@ -33,7 +33,7 @@ from eval.gpu.decode_grid import COLUMNS as DECODE_COLUMNS
 from eval.gpu.decode_grid import KEY as DECODE_KEY
 from eval.gpu.decode_grid import Server, points
 from eval.gpu.table import Table
-from eval.hardware import Roofline, measure_roofline
+from eval.hardware import ProductRate, Roofline, measure_roofline
 from eval.progress import Progress
 from eval.results import Provenance, Status, provenance
 
@@ -45,7 +45,9 @@ OP_COLUMNS = (
     *FROM,
 )  # fmt: skip
 MACHINE_COLUMNS = ("measure", "value", *FROM)
-RATES = ("copy_bytes_per_s", "product_bytes_per_s", "matrix_flops_per_s")
+RATES = (
+    "copy_bytes_per_s", "matrix_flops_per_s", "product_bytes_per_s", "product_launch_us", "call_us",
+)  # fmt: skip
 OURS = "triton"
 #: How far a baseline in bf16 may be from ours, relative, for their times to be comparable.
 AGREES = 3e-2
@@ -103,11 +105,15 @@ class Proof:
             held = {r["measure"]: float(r["value"]) for r in self.machine.rows}
             # A row of a pass that was cut short is repeated, and the last one counts.
             if len(held) < len(RATES):
-                measured = measure_roofline(self.device, torch.bfloat16)
-                held = {name: getattr(measured, name) for name in RATES}
+                r = measure_roofline(self.device, torch.bfloat16)
+                rates = (r.copy_bytes_per_s, r.matrix_flops_per_s)
+                beside = (r.bytes_per_s(1), r.launch_us(1), r.call_us)
+                held = dict(zip(RATES, (*rates, *beside), strict=True))
                 for measure, value in held.items():
                     self.machine.append({"measure": measure, "value": value, **self._from})
-            self._roofline = Roofline(dtype=torch.bfloat16, **held)
+            copy, matrix, product, launch_us, call_us = (held[name] for name in RATES)
+            one_row = ProductRate(1, product, launch_us)
+            self._roofline = Roofline(copy, matrix, torch.bfloat16, (one_row,), call_us)
         return self._roofline
 
     # -- correctness -----------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from eval.gpu import proof
 from eval.gpu.case import Case, Check, Op, Run
 from eval.gpu.cold import Timing
 from eval.gpu.proof import Proof
-from eval.hardware import Roofline
+from eval.hardware import ProductRate, Roofline
 from eval.progress import Progress
 
 CPU = torch.device("cpu")
-RATES = Roofline(1e9, 1e12, torch.bfloat16, 2e9)
+RATES = Roofline(1e9, 1e12, torch.bfloat16, (ProductRate(1, 2e9, 3.0),), 1.5)
 #: What the stubbed timer says of everything.
 SECONDS = 2e-3
 #: What a worker prints of a check that passed.

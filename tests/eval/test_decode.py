@@ -19,6 +19,7 @@ from archs.spec import LayerState
 from eval.cells import CellFailure, Workshop
 from eval.commands import bench_archs
 from eval.decode import (
+    CountCalls,
     DecodeTiming,
     agreement_error,
     agrees,
@@ -135,7 +136,7 @@ def test_a_wrong_mixer_fails_its_cell(
 def test_percentiles_lie_between_order_statistics() -> None:
     timing = DecodeTiming(
         batch=1, context=8, step_ms=(4.0, 1.0, 3.0, 2.0), warmup_ms=9.0, state_bytes=1,
-        peak_state_bytes=1,
+        peak_state_bytes=1, calls=None,
     )  # fmt: skip
     assert timing.tpot_ms == 2.5
     assert [timing.percentile_ms(q) for q in (0, 50, 100)] == [1.0, 2.5, 4.0]
@@ -154,6 +155,16 @@ def test_every_context_is_timed_in_order(model: Model) -> None:
         pages = -(-timing.context // 64) * 64
         assert timing.state_bytes == model.state_bytes(pages)
         assert timing.peak_state_bytes >= 2 * timing.state_bytes
+
+
+def test_calls_of_a_step_are_counted_where_it_runs_as_written(model: Model) -> None:
+    with torch.inference_mode(), CountCalls() as counted:
+        (torch.ones(3) + 1).mul_(2)
+    assert counted.calls == 3
+    first, second = measure_decode(model, batch=2, contexts=(16, 64), steps=2)
+    assert first.calls == second.calls is not None
+    # Every layer has its products, and a step is no fewer calls than its products.
+    assert first.calls > 5 * len(model.layers)
 
 
 def test_contexts_that_lie_close_together_are_timed_where_they_were_reached(model: Model) -> None:

@@ -2,9 +2,12 @@
 
 import importlib.metadata
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from archs.cost import Cost, OpCost, Step
 from archs.errors import UserError
@@ -12,7 +15,7 @@ from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from eval.accelerators import ACCELERATORS, hardware_of, prices_of
 from eval.doctor import OPTIONAL, diagnose
-from eval.hardware import Roofline, measure_roofline, now_s
+from eval.hardware import ProductRate, Roofline, measure_roofline, now_s
 from eval.measures import MEASURES
 from eval.predict import bound_by, parse_counts, predict, predict_ops, resident_bytes, step_ms
 from tests.eval.conftest import STUB_ROOFLINE
@@ -44,6 +47,45 @@ def test_work_is_bound_by_bytes_or_by_flops() -> None:
     assert ROOFLINE.time_ms(flops=0, moved_bytes=50) == 500
     assert ROOFLINE.time_ms(flops=5000, moved_bytes=50) == 5000
     assert ROOFLINE.time_ms(flops=500, moved_bytes=50) == 500
+
+
+def test_a_product_has_the_rate_and_the_launch_of_its_rows() -> None:
+    products = (ProductRate(1, 50.0, 1e6), ProductRate(8, 10.0, 2e6))
+    roofline = replace(ROOFLINE, products=products, call_us=5e5)
+    assert roofline.time_ms(flops=0, moved_bytes=50, rows=1) == 1000 + 1000
+    assert roofline.time_ms(flops=0, moved_bytes=50, rows=7) == 5000 + 2000
+    assert roofline.time_ms(flops=9000, moved_bytes=50, rows=512) == 9000 + 2000
+    # What is no product reads as fast as one row does, after a launch of its own.
+    assert roofline.time_ms(flops=0, moved_bytes=50) == 1000 + 500
+    assert ROOFLINE.launch_us(1) == 0 and ROOFLINE.bytes_per_s(4) == 100
+
+
+def test_the_operations_of_a_model_say_how_many_rows_their_products_have() -> None:
+    model = ModelSpec(arch="mla", scale=get_scale("tiny")).outline()
+    ops = model.cost(Step(3, 1, 64)).ops
+    weights = [op for op in ops if op.matrix_flops and op.weight_bytes]
+    assert weights and all(op.rows == 3 for op in weights)
+    assert all(op.matrix_flops == 2 * op.rows * op.weight_bytes / 4 for op in weights)
+    assert not any(op.rows for op in ops if not op.matrix_flops)
+
+
+def test_launch_and_bandwidth_of_a_product_are_a_line_through_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two matrices of 1 MiB and 64 MiB at 20 bytes per µs, each call 30 µs late."""
+
+    def each_s(works: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
+        if works[0]().dim() == 1:
+            return 1e-6
+        rows, side = works[0]().shape
+        return (4 * side**2 / 20 + 30) / 1e6 if rows > 1 else 4 * side**2 / 2e6
+
+    monkeypatch.setattr("eval.hardware._each_s", each_s)
+    monkeypatch.setattr("eval.hardware._median_s", lambda work, device: 0.5)
+    found = measure_roofline("cpu", torch.float32, [3])
+    assert found.products[0] == ProductRate(1, pytest.approx(2e6), pytest.approx(0, abs=1e-6))
+    assert found.products[1] == ProductRate(3, pytest.approx(20e6), pytest.approx(30))
+    assert found.call_us == pytest.approx(1)
 
 
 def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
