@@ -10,15 +10,14 @@ import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs.backbone import Model
 from archs.backends import NoFormError
 from archs.cost import Cost, Step
 from archs.registry import ModelSpec
+from eval.calls import CountCalls
 from eval.hardware import now_s
 from infer.clock import StepClock
 from infer.engine import Engine
@@ -166,18 +165,6 @@ class Decoding:
     def step(self) -> None:
         """One new token for each sequence."""
         self._tokens = self._sampler(self.engine.extend_last(self._slots, self._tokens))[:, None]
-
-
-class CountCalls(TorchDispatchMode):
-    """Within it, `calls` counts what is dispatched to torch."""
-
-    calls = 0
-
-    def __torch_dispatch__(
-        self, call: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        self.calls += 1
-        return call(*args, **(kwargs or {}))
 
 
 def measure_decode(

@@ -3,8 +3,9 @@
 Model-bandwidth and model-FLOP utilisation are against the first two, never against a datasheet.
 Predictions know two things more. A product of a few rows with a matrix, which is what decode is
 made of, reads well below a copy's bandwidth on CPUs, the less the more rows; and each operation
-costs a launch: what is left of its time when there is nothing to read. Both come from products
-with a small and a large matrix that no cache holds. All are medians over repeats after a warm-up.
+costs a launch: what is left of its time when there is nothing to read. Products are timed with a
+small and a large matrix that no cache holds, other calls on a layer too narrow to have work. All
+are medians over repeats after a warm-up.
 """
 
 import statistics
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from archs.backbone import column_major
+from eval.calls import IdleLayer
 from eval.gpu.cold import time_cold
 
 #: Sides of the square matrices of products, of which so many that no cache holds them.
@@ -91,14 +93,22 @@ def measure_roofline(
     b = torch.ones(size, size, dtype=dtype, device=device)
     out = torch.empty_like(a)
     matrix_s = _median_s(lambda: torch.mm(a, b, out=out), device)
-    vector = source[: SIDES[device.type][0]]
     return Roofline(
         copy_bytes_per_s=2 * source.nbytes / copy_s,
         matrix_flops_per_s=2 * size**3 / matrix_s,
         dtype=dtype,
         products=tuple(_product_rate(n, device, dtype) for n in sorted({1, *rows})),
-        call_us=1e6 * _each_s([lambda: vector + vector] * SMALL_MATRICES, device),
+        call_us=_call_us(device, dtype),
     )
+
+
+def _call_us(device: torch.device, dtype: torch.dtype) -> float:
+    """What a call costs where there is no work: of a captured sum on a GPU, else of our glue."""
+    if device.type == "cuda":
+        x = torch.ones(1024, dtype=dtype, device=device)
+        return 1e6 * _each_s([lambda: x + x] * SMALL_MATRICES, device)
+    layer = IdleLayer(dtype)
+    return 1e6 * _each_s([layer] * SMALL_MATRICES, device) / layer.calls
 
 
 def _product_rate(rows: int, device: torch.device, dtype: torch.dtype) -> ProductRate:

@@ -1,6 +1,6 @@
 """What the compiler makes of our Triton kernels, for GPUs that need not be here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from archs.errors import unknown_name
@@ -58,16 +58,21 @@ def kernel_table(
         for variant in module.variants() if every else [module.default_variant()]:
             for target in [t for t in targets if t in variant.targets]:
                 found = compile_ahead(variant, target)
-                loads = sorted(found.load_bytes.items(), reverse=True)
                 rows.append(
                     {
                         "op": op, "variant": variant.name, "target": target,
                         "registers": found.registers, "spill_bytes": found.spill_bytes,
                         "scalar_spills": found.scalar_spills,
                         "shared_bytes": found.shared_bytes,
-                        "loads": " ".join(f"{n}x{width}B" for width, n in loads),
+                        "loads": _loads(found.load_bytes),
+                        "loads_in_loops": _loads(found.loop_load_bytes),
                         "matrix_instructions": found.matrix_instructions,
                         "faults": "; ".join(found.faults(variant)),
                     }
                 )  # fmt: skip
     return rows
+
+
+def _loads(by_width: Mapping[int, int]) -> str:
+    """How many of each width in bytes, the widest first."""
+    return " ".join(f"{n}x{width}B" for width, n in sorted(by_width.items(), reverse=True))

@@ -16,10 +16,10 @@ from archs.linear import LinearAttention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from archs.spec import LayerState
+from eval.calls import CountCalls, IdleLayer
 from eval.cells import CellFailure, Workshop
 from eval.commands import bench_archs
 from eval.decode import (
-    CountCalls,
     DecodeTiming,
     agreement_error,
     agrees,
@@ -161,6 +161,7 @@ def test_calls_of_a_step_are_counted_where_it_runs_as_written(model: Model) -> N
     with torch.inference_mode(), CountCalls() as counted:
         (torch.ones(3) + 1).mul_(2)
     assert counted.calls == 3
+    assert 5 < IdleLayer(torch.float32).calls < 30
     first, second = measure_decode(model, batch=2, contexts=(16, 64), steps=2)
     assert first.calls == second.calls is not None
     # Every layer has its products, and a step is no fewer calls than its products.
