@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.machine_code import read_amdgcn, read_sass
+
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -24,13 +26,9 @@ TARGETS: dict[str, GPUTarget] = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-#: Width in bytes of global loads and asynchronous copies, by their SASS or AMD suffix.
-_NVIDIA_LOADS = re.compile(r"\b(?:LDGSTS|LDG)(\.[A-Z0-9.]+)?")
-_AMD_LOADS = re.compile(
-    r"\b(?:global|buffer)_load_(dwordx4|dwordx3|dwordx2|dword|ushort|ubyte|s\w+)"
-)
-_AMD_WIDTH = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2}
-_MATRIX = re.compile(r"\b(?:HGMMA|HMMA|IMMA|QGMMA|UTCHMMA|UTCQMMA|v_mfma\w*)")
+
+#: `narrow_in_loops` of an op whose loop is over tokens and takes vectors of one token.
+TOKEN_LOADS = frozenset({1, 2, 4, 8})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +39,7 @@ class Variant:
     constexprs: values of those that are.
     divisible:  arguments divisible by 16: pointers that torch aligned, strides, sizes.
     wide_loads: how many global loads of 16 bytes there must be at least (0: none is expected).
+    narrow_in_loops: widths below 16 bytes that loads in loops may have; for what, the op says.
     matrix:     whether matrix instructions must appear.
     targets:    those of `TARGETS` on which the wrapper picks it.
     """
@@ -53,6 +52,7 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     wide_loads: int = 1
+    narrow_in_loops: frozenset[int] = frozenset()
     matrix: bool = False
     targets: tuple[str, ...] = tuple(TARGETS)
 
@@ -61,8 +61,8 @@ class Variant:
 class Report:
     """What the compiler made of a variant.
 
-    load_bytes counts global loads by their width. scalar_spills (AMD) are scalar registers that
-    were moved to lanes of vector registers, not to memory.
+    load_bytes counts global loads by their width, loop_load_bytes those in loops. scalar_spills
+    (AMD) are scalar registers that were moved to lanes of vector registers, not to memory.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     load_bytes: Mapping[int, int] = field(default_factory=dict)
+    loop_load_bytes: Mapping[int, int] = field(default_factory=dict)
     matrix_instructions: int = 0
     scalar_spills: int = 0
 
@@ -82,6 +83,9 @@ class Report:
         wide = sum(n for width, n in self.load_bytes.items() if width >= 16)
         if wide < variant.wide_loads:
             found.append(f"{wide} loads of 16 bytes, {variant.wide_loads} expected")
+        for width, count in sorted(self.loop_load_bytes.items()):
+            if width < 16 and width not in variant.narrow_in_loops:
+                found.append(f"{count} loads of {width} bytes in loops")
         if variant.matrix and not self.matrix_instructions:
             found.append("no matrix instruction")
         return found
@@ -118,19 +122,13 @@ def _read_nvidia(compiled: Any) -> dict[str, Any]:
     registers = re.search(r"REG:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
     assert registers and stack
-    widths: dict[int, int] = {}
-    for suffix in _NVIDIA_LOADS.findall(sass):
-        width = 16 if ".128" in suffix else 8 if ".64" in suffix else 4
-        width = 2 if ".U16" in suffix or ".S16" in suffix else width
-        width = 1 if ".U8" in suffix or ".S8" in suffix else width
-        widths[width] = widths.get(width, 0) + 1
-    if "UTMALDG" in sass:
-        widths[16] = widths.get(16, 0) + sass.count("UTMALDG")
+    code = read_sass(sass)
     return {
         "registers": int(registers[1]),
         "spill_bytes": int(stack[1]),
-        "load_bytes": widths,
-        "matrix_instructions": len(_MATRIX.findall(sass)),
+        "load_bytes": code.load_bytes,
+        "loop_load_bytes": code.loop_load_bytes,
+        "matrix_instructions": code.matrix_instructions,
     }
 
 
@@ -142,16 +140,14 @@ def _read_amd(compiled: Any) -> dict[str, Any]:
         assert found, name
         return int(found[1])
 
-    widths: dict[int, int] = {}
-    for kind in _AMD_LOADS.findall(text):
-        width = _AMD_WIDTH.get(kind, 1)
-        widths[width] = widths.get(width, 0) + 1
+    code = read_amdgcn(text)
     return {
         "registers": number("vgpr_count"),
         "spill_bytes": max(4 * number("vgpr_spill_count"), number("private_segment_fixed_size")),
         "scalar_spills": number("sgpr_spill_count"),
-        "load_bytes": widths,
-        "matrix_instructions": len(_MATRIX.findall(text)),
+        "load_bytes": code.load_bytes,
+        "loop_load_bytes": code.loop_load_bytes,
+        "matrix_instructions": code.matrix_instructions,
     }
 
 

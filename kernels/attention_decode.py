@@ -19,6 +19,8 @@ from torch import Tensor
 
 from kernels.ahead import TARGETS, Variant
 from kernels.attention_decode_checks import EIGHT_BIT, check, counters
+from kernels.attention_tiles import page_of, rows_of
+from kernels.words import as_words, halves, join_channels, split_channels
 
 #: Most splits of one sequence: the program that combines them reads one after another.
 MAX_SPLITS = 64
@@ -46,45 +48,25 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
     (d, m, eight): config
     for eight in (False, True)
     for d, m, config in (
-        (32, 16, Config(64, 4, 3)), (32, 32, Config(64, 4, 3)), (32, 64, Config(64, 4, 3)),
-        (64, 16, Config(64, 4 if eight else 2, 3)),
-        (64, 32, Config(64, 4, 2 if eight else 3)), (64, 64, Config(32, 4 if eight else 8, 3)),
-        (128, 16, Config(64, 8 if eight else 4, 3)), (128, 32, Config(64, 8, 3)),
+        (32, 16, Config(128, 4, 2) if eight else Config(64, 2, 3)),
+        (32, 32, Config(64, 4, 3)), (32, 64, Config(64, 4, 3)),
+        (64, 16, Config(64, 4 if eight else 2, 3)), (64, 32, Config(32 if eight else 64, 4, 3)),
+        (64, 64, Config(32, 4, 2) if eight else Config(32, 8, 3)),
+        (128, 16, Config(32, 8, 2) if eight else Config(64, 4, 3)), (128, 32, Config(64, 8, 3)),
         (128, 64, Config(32, 8, 2) if eight else Config(64, 8, 3)),
         *((256, m, Config(64, 8, 2) if eight else Config(32, 8, 3)) for m in (16, 32)),
     )
 }  # fmt: skip
-#: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
+#: Where AMD GPUs differ: 64 KiB of shared memory, more registers for programs of 4 warps, and
+#: twice the threads to a warp, each to load 16 bytes.
 AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
+    **{(32, m, True): Config(64, 2, 3) for m in BLOCKS_M},
     (64, 32, True): Config(64, 4, 3), (64, 64, False): Config(32, 4, 3),
-    (128, 16, True): Config(64, 4, 3), (128, 64, False): Config(64, 8, 2),
-    (256, 16, True): Config(32, 8, 3), (256, 32, True): Config(32, 4, 2),
+    (64, 64, True): Config(64, 4, 2),
+    (128, 16, True): Config(64, 4, 3), (128, 32, True): Config(32, 4, 2),
+    (128, 64, False): Config(64, 8, 2), (128, 64, True): Config(32, 4, 2),
+    (256, 16, True): Config(32, 4, 2), (256, 32, True): Config(32, 4, 2),
 }  # fmt: skip
-
-
-@triton.jit
-def rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED):  # type: ignore[no-untyped-def]
-    """The positions of the i-th tile to visit, and which to load: hidden ones repeat another."""
-    if WINDOWED:
-        sink = i < sink_tiles
-        tile = tl.where(sink, i, i - sink_tiles + oldest // TILE)
-        row = tile * TILE + tl.arange(0, TILE)
-        held = tl.maximum(row, tl.where(sink, 0, oldest))
-        return row, tl.minimum(held, tl.where(sink, sunk - 1, last))
-    else:
-        row = i * TILE + tl.arange(0, TILE)
-        return row, tl.minimum(row, last)
-
-
-@triton.jit
-def page_of(table, i, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED):  # type: ignore[no-untyped-def]
-    """The pool pages of the i-th tile to visit: a single one where a page holds whole tiles."""
-    if PAGE % TILE == 0:
-        tile = tl.where(i < sink_tiles, i, i - sink_tiles + oldest // TILE)
-        return tl.load(table + tile * TILE // PAGE)
-    else:
-        _, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
-        return tl.load(table + held // PAGE)
 
 
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
@@ -94,7 +76,7 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     max_pages, group, tokens, row_blocks, window, sinks,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     SPLIT_TILES: tl.constexpr, UNROLL: tl.constexpr, WINDOWED: tl.constexpr,
-    EIGHT_BIT: tl.constexpr,
+    EIGHT_BIT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
@@ -126,24 +108,32 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     position = length - tokens + token
     q_rows = b.to(tl.int64) * q_stride_b + token * q_stride_t + head * q_stride_h
     query = tl.load(q + q_rows[:, None] + dims[None, :], mask=real, other=0.0)
+    WIDTH: tl.constexpr = D // 2 if EIGHT_BIT else D
+    columns = tl.arange(0, WIDTH)
     if EIGHT_BIT:
         scale_log2 *= tl.load(k_scale + g)
+        query, odd_query = split_channels(query)
+        odd_sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     k += g.to(tl.int64) * k_stride_g
     v += g.to(tl.int64) * v_stride_g
     page_table += b.to(tl.int64) * max_pages
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, D], tl.float32)
+    sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
     for i in tl.range(start, end):
         row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
-        at = (page.to(tl.int64) * PAGE + held % PAGE)[:, None] * D + dims[None, :]
+        at = (page.to(tl.int64) * PAGE + held % PAGE)[:, None] * WIDTH + columns[None, :]
         # The next page is looked up here: a load that feeds loads would cost pipeline stages.
         after = tl.minimum(i + 1, end - 1)
         page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
         keys = tl.load(k + at)
-        logits = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
+        if EIGHT_BIT:
+            keys, odd_keys = halves(keys, FP8, query.dtype)
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        if EIGHT_BIT:
+            logits = tl.dot(odd_query, tl.trans(odd_keys), logits, input_precision="ieee")
         age = position[:, None] - row[None, :]
         if WINDOWED:
             # One comparison for all: as an unsigned number an age below 0 is huge.
@@ -158,13 +148,17 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(logits - safe[:, None])
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(weights, 1)
+        weights = weights.to(query.dtype)
         values = tl.load(v + at)
-        sums = tl.dot(
-            weights.to(query.dtype), values.to(query.dtype), sums * shrink[:, None],
-            input_precision="ieee",
-        )  # fmt: skip
+        if EIGHT_BIT:
+            values, odd_values = halves(values, FP8, query.dtype)
+            odd_sums = odd_sums * shrink[:, None]
+            odd_sums = tl.dot(weights, odd_values, odd_sums, input_precision="ieee")
+        sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
         top = new_top
 
+    if EIGHT_BIT:
+        sums = join_channels(sums, odd_sums)
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     if EIGHT_BIT:
         result *= tl.load(v_scale + g)
@@ -268,6 +262,9 @@ def attention_decode(
     arrivals = counters(arrivals, batch * parts, q.device)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
+    kv_dtype = k_pool.dtype
+    if kv_dtype in EIGHT_BIT:
+        k_pool, v_pool = as_words(k_pool), as_words(v_pool)
     stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
     attention_decode_fwd_kernel[(splits, parts, batch)](
         q, k_pool, v_pool, page_table, lengths,
@@ -276,7 +273,7 @@ def attention_decode(
         (dim**-0.5 if scale is None else scale) * math.log2(math.e),
         stride_b, stride_t, stride_h, stride_k, stride_v,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
-        **_constants(dim, block_m, config, page_size, window is not None, k_scale is not None),
+        **_constants(dim, block_m, config, page_size, window is not None, kv_dtype),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
@@ -289,14 +286,15 @@ def config_of(dim: int, block_m: int, eight_bit: bool, *, amd: bool) -> Config:
 
 
 def _constants(
-    dim: int, block_m: int, config: Config, page_size: int, windowed: bool, eight_bit: bool
+    dim: int, block_m: int, config: Config, page_size: int, windowed: bool, kv: torch.dtype
 ) -> dict[str, int | bool]:
+    eight_bit = kv in EIGHT_BIT
     # Beside 8-bit tiles, large partial results fit the registers one at a time only.
     unroll = 1 if eight_bit and block_m * dim >= 8192 else 4
     return {
         "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
         "SPLIT_TILES": SPLIT_ROWS // config.tile, "UNROLL": unroll,
-        "WINDOWED": windowed, "EIGHT_BIT": eight_bit,
+        "WINDOWED": windowed, "EIGHT_BIT": eight_bit, "FP8": kv == torch.float8_e4m3fn,
     }  # fmt: skip
 
 
@@ -340,12 +338,13 @@ def _variant(
 ) -> Variant:  # fmt: skip
     eight_bit = kv in EIGHT_BIT
     config = config_of(dim, block_m, eight_bit, amd=amd)
+    pool = torch.int16 if eight_bit else kv
     pointers = {
-        "q": q, "k": kv, "v": kv, "page_table": torch.int32, "lengths": torch.int32,
+        "q": q, "k": pool, "v": pool, "page_table": torch.int32, "lengths": torch.int32,
         "k_scale": torch.float32, "v_scale": torch.float32, "out": q,
         "partials": torch.float32, "partial_lse": torch.float32, "arrivals": torch.int32,
     }  # fmt: skip
-    names = _TYPES | {torch.float32: "fp32", torch.int32: "i32"}
+    names = _TYPES | {torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16"}
     strides = ["q_stride_b", "q_stride_t", "q_stride_h", "k_stride_g", "v_stride_g"]
     counts = ["max_pages", "group", "tokens", "row_blocks", "window", "sinks"]
     signature = {n: "*" + names[t] for n, t in pointers.items()} | {"scale_log2": "fp32"}
@@ -354,12 +353,13 @@ def _variant(
         + (" window" if windowed else ""),
         kernel=attention_decode_fwd_kernel,
         signature=signature | dict.fromkeys(strides + counts, "i32"),
-        constexprs=_constants(dim, block_m, config, page_size, windowed, eight_bit),
+        constexprs=_constants(dim, block_m, config, page_size, windowed, kv),
         divisible=frozenset([*pointers, *strides]),
         num_warps=config.warps,
         num_stages=config.stages,
-        # 8-bit tiles of d 32 have too few bytes for 16 on each of AMD's 256 threads.
-        wide_loads=0 if dim == 32 and eight_bit else 2,
+        wide_loads=2,
+        # Page numbers, and the splits' log-sum-exps.
+        narrow_in_loops=frozenset({4}),
         matrix=True,
         # sm_80 has no fp8e4nv; the wrapper refuses it.
         targets=tuple(

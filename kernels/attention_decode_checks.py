@@ -65,9 +65,11 @@ def check(
                  f"must have heads that divide the {heads} of q")  # fmt: skip
         require(pool.dtype in (q.dtype, *EIGHT_BIT), name, shape,
                  f"must be {q.dtype}, int8 or float8_e4m3fn")  # fmt: skip
-        aligned = pool.stride()[1:] == (dim, 1) and not pool.stride(0) % 16
+        # Pairs of 8-bit values are read as one word.
+        unit = 32 if pool.dtype in EIGHT_BIT else 16
+        aligned = pool.stride()[1:] == (dim, 1) and not pool.stride(0) % unit
         require(aligned and pool.data_ptr() % 16 == 0, name, shape,
-                 f"must start at 16 bytes and have strides [16i, {dim}, 1]")  # fmt: skip
+                 f"must start at 16 bytes and have strides [{unit}i, {dim}, 1]")  # fmt: skip
     same = v_pool.dtype == k_pool.dtype and v_pool.shape == k_pool.shape
     require(same, "v_pool", form(v_pool), f"must have k_pool's form, {form(k_pool)}")
     kv_heads = k_pool.shape[0]

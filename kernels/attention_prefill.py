@@ -59,9 +59,10 @@ SMALL_PAGE_CONFIGS: dict[tuple[int, int, int], Config] = {
 }  # fmt: skip
 #: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
 AMD_CONFIGS: dict[tuple[int, int, int], Config] = {
-    (128, 128, 16): Config(64, 4, 2), (128, 128, 64): Config(64, 4, 2),
-    (128, 128, 128): Config(64, 4, 2), (256, 128, 64): Config(64, 4, 2),
-    (256, 128, 128): Config(32, 4, 2), (256, 256, 64): Config(32, 4, 2),
+    (64, 32, 128): Config(64, 4, 3), (128, 128, 16): Config(64, 4, 2),
+    (128, 128, 64): Config(64, 4, 2), (128, 128, 128): Config(64, 4, 2),
+    (256, 128, 64): Config(64, 4, 2), (256, 128, 128): Config(32, 4, 2),
+    (256, 256, 64): Config(32, 4, 2),
 }  # fmt: skip
 
 
@@ -366,8 +367,9 @@ def _variant(
         divisible=frozenset([*pointers, *strides]),
         num_warps=config.warps,
         num_stages=config.stages,
-        # Keys and values, in each of the two loops.
+        # Keys and values, in each of the two loops; what is narrow are page numbers.
         wide_loads=4,
+        narrow_in_loops=frozenset({4}),
         matrix=True,
         targets=tuple(t for t, gpu in TARGETS.items() if (gpu.backend == "hip") == amd),
     )
@@ -379,9 +381,8 @@ def default_variant() -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick, AMD's for AMD alone. Pages: of whole tiles,
-    and below a tile; those, windows and ragged batches of fp16 are left out, as its code is that
-    of bf16 but for the type."""
+    """Every configuration that the wrapper can pick. Pages: of whole tiles, and below a tile;
+    those, windows and ragged batches of fp16 are left out: code of bf16 but for the type."""
     return [
         _variant(dtype, dims, block_m, page_size, windowed, ragged, amd=amd)
         for amd, dtype, dims, block_m in itertools.product((False, True), _TYPES, DIMS, BLOCKS_M)

@@ -157,6 +157,8 @@ def _variant(
         num_warps=warps,
         num_stages=1,
         wide_loads=wide_loads,
+        # A chunk's decay.
+        narrow_in_loops=frozenset({4}),
         matrix=matrix,
     )
 

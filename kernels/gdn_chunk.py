@@ -19,7 +19,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kernels import gdn_chunk_bwd as bwd
 from kernels import gdn_chunk_passes as passes
-from kernels.ahead import Variant
+from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.attention_decode_checks import form, require
 from kernels.gdn_chunk_passes import BACKWARD, FORWARD, HALF, WARPS, Config, Sizes
 from kernels.step import row_stride
@@ -179,6 +179,8 @@ class _Form:
             constexprs=constexprs | {arg: None for arg, kind in others.items() if not kind},
             # Lanes of a warp are 64 at most.
             wide_loads=sum(height * w * self.dtype.itemsize // (1024 * warps) for w in widths),
+            # Gates, one value a row, and tiles of few bytes.
+            narrow_in_loops=TOKEN_LOADS,
             matrix=self.dtype != torch.float32 and "SHARE" in kernel.arg_names,
             num_warps=warps,
             num_stages=stages,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.ahead import Variant
+from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.norm import OutputNorm
 from kernels.step import (
     POINTERS,
@@ -231,4 +231,5 @@ def _variant(
         divisible=frozenset([*signature, *types]),
         num_warps=warps,
         wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
+        narrow_in_loops=TOKEN_LOADS,
     )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ahead import Variant
+from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.attention_decode_checks import form, require
 from kernels.norm import OutputNorm
 from kernels.rope_rotate import rope_rotate_ref
@@ -242,4 +242,5 @@ def _variant(
         divisible=frozenset([*signature, *types]),
         num_warps=warps,
         wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
+        narrow_in_loops=TOKEN_LOADS,
     )

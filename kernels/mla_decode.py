@@ -21,14 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import Variant
-from kernels.attention_decode import (
-    MAX_SPLITS,
-    SPLIT_ROWS,
-    multiprocessors,
-    page_of,
-    rows_of,
-)
+from kernels.attention_decode import MAX_SPLITS, SPLIT_ROWS, multiprocessors
 from kernels.attention_decode_checks import counters
+from kernels.attention_tiles import page_of, rows_of
 from kernels.mla_decode_checks import WIDTHS, check
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -63,9 +58,9 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (512, 16): Config(32, 8, 3), (512, 32): Config(32, 8, 3),
     },
     "amd": {
-        (32, 16): Config(64, 4, 3), (32, 64): Config(64, 4, 3),
-        (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
-        (128, 16): Config(64, 4, 3), (128, 64): Config(32, 4, 3),
+        (32, 16): Config(64, 2, 3), (32, 64): Config(64, 4, 3),
+        (64, 16): Config(64, 2, 3), (64, 64): Config(64, 4, 3),
+        (128, 16): Config(64, 2, 3), (128, 64): Config(32, 4, 3),
         (256, 16): Config(32, 4, 3), (256, 32): Config(32, 4, 2),
         (512, 16): Config(32, 4, 2), (512, 32): Config(16, 4, 2),
     },
@@ -330,6 +325,7 @@ def _variant(
     windowed: bool, page_size: int, targets: tuple[str, ...],
 ) -> Variant:  # fmt: skip
     kind = _TYPES[dtype]
+    threads = config.warps * (64 if "gfx942" in targets else 32)
     signature = dict.fromkeys(("q", "pool", "out"), "*" + kind)
     signature |= dict.fromkeys(("page_table", "lengths", "arrivals"), "*i32")
     signature |= dict.fromkeys(("partials", "partial_lse"), "*fp32") | {"scale_log2": "fp32"}
@@ -346,6 +342,8 @@ def _variant(
         num_warps=config.warps,
         num_stages=config.stages,
         wide_loads=2,
+        # Page numbers, and the splits' log-sum-exps; rotary channels of too few bytes.
+        narrow_in_loops=frozenset({4, 8} if rotary * config.tile * 2 < 16 * threads else {4}),
         matrix=True,
         targets=targets,
     )

@@ -271,6 +271,8 @@ def _variant(dtype: torch.dtype, vocabulary: int, *, nucleus: bool, aligned: str
         divisible=pointers | set(aligned.split()),
         num_warps=warps,
         wide_loads=3 if aligned == "stride_b V" else 0,
+        # Rows that start anywhere are read value by value.
+        narrow_in_loops=frozenset() if aligned == "stride_b V" else frozenset({2, 4}),
     )  # fmt: skip
 
 

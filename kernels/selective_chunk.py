@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from triton.runtime.interpreter import InterpretedFunction
 
 from kernels import selective_chunk_passes as passes
-from kernels.ahead import Variant
+from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.attention_decode_checks import form, require
 from kernels.selective_chunk_bwd import SUB, WARPS, gradients, selective_chunk_bwd_rows_kernel
 from kernels.selective_chunk_passes import CHUNK, MAX_STATES, Sizes
@@ -161,6 +161,7 @@ def _variant(
         divisible=frozenset(aligned),
         num_warps=warps,
         wide_loads=tiles * (elements // (4 * 64 * warps)),
+        narrow_in_loops=TOKEN_LOADS,
     )
 
 

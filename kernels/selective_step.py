@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.ahead import Variant
+from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.step import (
     POINTERS,
     require_dims,
@@ -202,4 +202,5 @@ def _variant(
         divisible=frozenset(signature),
         num_warps=warps,
         wide_loads=state_loads + block_e * block_n * 4 // (16 * 64 * warps),
+        narrow_in_loops=TOKEN_LOADS,
     )

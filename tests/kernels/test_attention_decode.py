@@ -172,6 +172,13 @@ REFUSALS: dict[str, tuple[str, Change]] = {
         "v_pool=.*strides",
         lambda a: {"v_pool": a["v_pool"].repeat(1, 1, 2)[..., :32]},
     ),
+    "words of a pool": (
+        r"k_pool=.*strides \[32i",
+        lambda a: {
+            "k_pool": torch.zeros(20_000, dtype=torch.int8).as_strided((2, 256, 32), (8208, 32, 1)),
+            **FACTORS,
+        },
+    ),
     "pools differ": ("v_pool=.*k_pool's form", lambda a: {"v_pool": a["v_pool"][:, :64]}),
     "table dtype": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].long()}),
     "table batch": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].repeat(2, 1)}),
