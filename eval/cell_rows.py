@@ -39,6 +39,24 @@ def median_row(measure: str, times: list[float], **at: Any) -> Row:
     )  # fmt: skip
 
 
+def roofline_rows(r: Roofline) -> list[Row]:
+    """The rates of this machine; those of products say of how many rows, as a batch."""
+    products = [
+        Row(measure=measure, value=value, batch=p.rows)
+        for p in r.products
+        for measure, value in (
+            ("product_bytes_per_s", p.bytes_per_s), ("product_launch_us", p.launch_us)
+        )
+    ]  # fmt: skip
+    return [
+        Row(measure="copy_bytes_per_s", value=r.copy_bytes_per_s),
+        Row(measure="matrix_flops_per_s", value=r.matrix_flops_per_s),
+        Row(measure="ridge_flop_per_byte", value=r.ridge_flop_per_byte),
+        Row(measure="call_us", value=r.call_us),
+        *products,
+    ]
+
+
 def timing_rows(timing: DecodeTiming, cost: Cost, roofline: Roofline) -> list[Row]:
     """Decode at one batch and context, with what was predicted of a step beside it."""
     at: dict[str, Any] = {"batch": timing.batch, "context": timing.context}

@@ -13,7 +13,14 @@ from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec, layer_names
 from archs.sizes import Scale, get_scale
-from eval.cell_rows import counted_rows, estimate_row, median_row, reporter, timing_rows
+from eval.cell_rows import (
+    counted_rows,
+    estimate_row,
+    median_row,
+    reporter,
+    roofline_rows,
+    timing_rows,
+)
 from eval.counted import Work
 from eval.counters import Counters
 from eval.decode import (
@@ -114,21 +121,8 @@ class Workshop:
 
     def hardware(self, watch: Watch) -> tuple[About, list[Row]]:
         """The measured rates of this machine."""
-        r = self.roofline
-        about = About(dtype=str(r.dtype).removeprefix("torch."))
-        return about, [
-            Row(measure="copy_bytes_per_s", value=r.copy_bytes_per_s),
-            Row(measure="matrix_flops_per_s", value=r.matrix_flops_per_s),
-            Row(measure="ridge_flop_per_byte", value=r.ridge_flop_per_byte),
-            Row(measure="call_us", value=r.call_us),
-            *(
-                Row(measure=measure, value=value, batch=p.rows)
-                for p in r.products
-                for measure, value in (
-                    ("product_bytes_per_s", p.bytes_per_s), ("product_launch_us", p.launch_us)
-                )
-            ),
-        ]  # fmt: skip
+        about = About(dtype=str(self.roofline.dtype).removeprefix("torch."))
+        return about, roofline_rows(self.roofline)
 
     def cost(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
         """State and intensity from the declarations alone."""

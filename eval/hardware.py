@@ -24,6 +24,7 @@ from eval.gpu.cold import time_cold
 #: Sides of the square matrices of products, of which so many that no cache holds them.
 SIDES = {"cpu": (512, 4096), "cuda": (2048, 16384)}
 SMALL_MATRICES = 64
+REPEATS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,21 +135,26 @@ def _product_of(x: Tensor, weight: Tensor) -> Callable[[], object]:
 
 
 def _each_s(works: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Median seconds of one of several equal works, one after the other as in a decode step."""
+    """Median seconds of one of several equal works, one after the other as in a decode step.
+
+    On a CPU each call is timed alone: where others share the cores, a mean would be theirs.
+    """
     if device.type == "cuda":
         return time_cold(works, device).median_s
-
-    def all_of_them() -> None:
+    times = []
+    for n in range(REPEATS + 1):
         for work in works:
+            began = time.perf_counter()
             work()
+            if n:
+                times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
-    return _median_s(all_of_them, device) / len(works)
 
-
-def _median_s(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+def _median_s(work: Callable[[], object], device: torch.device) -> float:
     """Median seconds of one call after two warm-up calls."""
     times = []
-    for n in range(repeats + 2):
+    for n in range(REPEATS + 2):
         began = now_s(device)
         work()
         if n >= 2:
