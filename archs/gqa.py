@@ -53,7 +53,7 @@ class AttentionConfig(MixerConfig):
 
 
 class GroupedConfig(AttentionConfig):
-    """Four query heads to a KV head; fewer where that would leave a single KV head."""
+    """Four query heads to a KV head; of fewer than eight heads, down to two."""
 
     @classmethod
     def defaults(cls, scale: "Scale") -> dict[str, Any]:

@@ -55,8 +55,6 @@ ACCELERATORS: dict[str, Accelerator] = {
     "rtx4090": _part("NVIDIA GeForce RTX 4090", 165.2, 82.6, 1.008, 24, "Ada whitepaper, 2022"),
 }
 THIS_MACHINE = "this-machine"
-#: Products of more rows than this are bound by the matrix rate, which is measured apart.
-MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +69,15 @@ class Hardware:
 def hardware_of(key: str, dtype: str = "bfloat16", batches: Iterable[int] = (1,)) -> Hardware:
     """A part of the table, or this machine, measured now (a CPU always in float32).
 
-    batches: the rows of products that are measured, up to `MOST_ROWS`.
+    batches: the rows of products that are measured.
     Raises UserError on an unknown part or dtype.
     """
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     if key == THIS_MACHINE:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        measured = measure_roofline(
-            device,
-            DTYPES[dtype] if device.type == "cuda" else torch.float32,
-            [min(b, MOST_ROWS) for b in batches],
-        )
+        served = DTYPES[dtype] if device.type == "cuda" else torch.float32
+        measured = measure_roofline(device, served, list(batches))
         return Hardware(key, measured, free_bytes(device) or 0)
     if key not in ACCELERATORS:
         raise unknown_name("hardware", key, [*ACCELERATORS, THIS_MACHINE])

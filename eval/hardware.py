@@ -25,6 +25,8 @@ from eval.gpu.cold import time_cold
 SIDES = {"cpu": (512, 4096), "cuda": (2048, 16384)}
 SMALL_MATRICES = 64
 REPEATS = 7
+#: Products of more rows take the rate of these; beyond, the matrix rate tells more than bytes.
+MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,9 @@ def measure_roofline(
         copy_bytes_per_s=2 * source.nbytes / copy_s,
         matrix_flops_per_s=2 * size**3 / matrix_s,
         dtype=dtype,
-        products=tuple(_product_rate(n, device, dtype) for n in sorted({1, *rows})),
+        products=tuple(
+            _product_rate(n, device, dtype) for n in sorted({1, *(min(n, MOST_ROWS) for n in rows)})
+        ),
         call_us=_call_us(device, dtype),
     )
 

@@ -122,7 +122,8 @@ def _width(load: re.Match[str]) -> int:
         return _AMD_WIDTH[how]
     if load[0].startswith("UTMALDG") or ".128" in how:
         return 16
-    for mark, width in ((".64", 8), ("16", 2), ("8", 1)):
-        if mark in how:
-            return width
-    return 4
+    if ".64" in how:
+        return 8
+    # Unsigned or signed; a cache hint (LTC128B) is no width.
+    small = re.search(r"\.[US](8|16)\b", how)
+    return int(small[1]) // 8 if small else 4

@@ -20,8 +20,8 @@ def as_words(pool: Tensor) -> Tensor:
 def halves(words, FP8: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """The even and the odd channels of int16 words, each of their shape: int8 or float8_e4m3fn."""
     if FP8:
-        low = words.to(tl.uint8, bitcast=False)
-        high = (words >> 8).to(tl.uint8, bitcast=False)
+        low = words.to(tl.uint8)
+        high = (words >> 8).to(tl.uint8)
         low, high = low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
     else:
         low, high = (words << 8) >> 8, words >> 8

@@ -8,7 +8,7 @@ from kernels.ahead import Report, Variant
 from kernels.machine_code import read_amdgcn, read_sass
 
 SASS = """
-        /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0000*/                   LDG.E.LTC128B R2, desc[UR4][R2.64] ;
         /*0010*/               @P0 EXIT ;
         /*0020*/                   LDGSTS.E.BYPASS.128 [R9], desc[UR4][R4.64], !P1 ;
         /*0030*/                   LDGDEPBAR ;
