@@ -4,13 +4,16 @@ A backend is chosen once, by name, and stands in every row that it produced. An 
 table of forms by backend (`archs.ops`); a missing form raises, nothing falls back unseen.
 """
 
+from __future__ import annotations
+
 import importlib.util
 from collections.abc import Mapping
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from archs.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
 
 #: Every backend and what it is. The libraries are baselines only.
 BACKENDS: dict[str, str] = {
@@ -53,6 +56,9 @@ def resolve_backend(name: str, device: torch.device) -> str:
 
 def why_unusable(device: torch.device) -> str | None:
     """Why our kernels cannot run on a CUDA device; None where they can."""
+    # The command lists backends before it knows whether it needs torch, which takes seconds.
+    import torch
+
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if torch.version.hip is not None:

@@ -1,6 +1,9 @@
 """`decodebench kernels`: what the compiler makes of our kernels, and their proof on a GPU."""
 
-from collections.abc import Mapping
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +16,8 @@ from eval.show import Json, out, show, write_csv
 if TYPE_CHECKING:
     from eval.gpu.proof import Proof
 
+#: How much longer than the budget the last cell may take.
+GRACE_S = 15.0
 #: What the table calls the decode grid.
 STEP = "decode step"
 #: Statuses of ours that are no defect.
@@ -36,10 +41,12 @@ def kernels(
     json_: Json = False,
 ) -> None:
     """Compile our Triton kernels ahead of time, or check and time them on a GPU."""
+    # Budgets count from here: importing torch can take many seconds.
+    began_s = time.monotonic()
     if plan:
         rows = planned(op or [])
     elif check or bench:
-        rows = _prove(bench, op or [], suite, time_budget, out_path, json_)
+        rows = _prove(bench, op or [], suite, time_budget, out_path, json_, began_s)
         show(rows, json_)
         if any(row["status"] not in FINE for row in rows if row["backend"] in ("", "triton")):
             raise typer.Exit(1)
@@ -82,7 +89,7 @@ def _step_name(cell: Mapping[str, object]) -> str:
 
 def _prove(
     bench: bool, names: list[str], suite: str, time_budget: str | None, out_path: Path | None,
-    quiet: bool,
+    quiet: bool, began_s: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the proof; returns the rows of what was checked or timed, recorded ones included."""
     import torch
@@ -103,22 +110,61 @@ def _prove(
     folder = out_path or _default_folder()
     proof = Proof(
         ops, folder, resolve_device("cuda"), budget_s=budget_s,
-        progress=Progress(err, quiet=quiet), workers=workers.count(),
+        progress=Progress(err, quiet=quiet), workers=workers.count(), began_s=began_s,
     )  # fmt: skip
-    # A kernel that was not checked is not timed, so --bench checks too.
-    proof.check()
-    if bench:
-        # What is worth most first, so that a short budget leaves a small table of everything.
-        proof.bench(most_order=1)
-        if not names:
-            proof.decode_grid(first=1)
-        proof.bench()
-        if not names:
-            proof.decode_grid()
-            _run_suite(proof.left_s, suite, folder, proof.device, proof.progress)
+    try:
+        with interrupted_after(proof.left_s):
+            # A kernel that was not checked is not timed, so --bench checks too.
+            proof.check()
+            if bench:
+                _bench(proof, names, suite)
+    except BudgetOverError:
+        proof.progress.console.print("the time budget ended within a cell, which is not recorded")
     if proof.over and not quiet:
         out.print("the time budget ended; run the same command again to go on")
     return summary(proof, bench)
+
+
+def _bench(proof: "Proof", names: Sequence[str], suite: str) -> None:
+    """What is worth most first, so that a short budget leaves a small table of everything."""
+    if not names:
+        proof.decode_grid(first=1)
+    proof.bench(most_order=0)
+    if not names:
+        proof.decode_grid(first=3)
+    proof.bench(most_order=1)
+    if not names:
+        proof.decode_grid(first=8)
+    proof.bench()
+    if not names:
+        proof.decode_grid()
+    proof.bench_late()
+    if not names:
+        proof.decode_grid(backends=("sdpa",))
+        _run_suite(proof.left_s, suite, proof.out, proof.device, proof.progress)
+
+
+class BudgetOverError(BaseException):
+    """The budget ended, and a cell has not; no `except Exception` may take it for the cell's."""
+
+
+@contextmanager
+def interrupted_after(left_s: float | None) -> Iterator[None]:
+    """Raises BudgetOverError in the body once the budget and a little more have passed."""
+    if left_s is None:
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise BudgetOverError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(left_s, 0.0) + GRACE_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def summary(proof: "Proof", bench: bool) -> list[dict[str, Any]]:
@@ -164,12 +210,13 @@ def _default_folder() -> Path:
 
 
 def _run_suite(left_s: float | None, suite: str, folder: Path, device: Any, progress: Any) -> None:
+    if suite == "none" or (left_s is not None and left_s <= 0):
+        return
+    # What these import need not be installed where only kernels are proven.
     from eval.report import write_report
     from eval.run import has_architecture, run_suite
     from eval.suite import load_suite
 
-    if suite == "none" or (left_s is not None and left_s <= 0):
-        return
     chosen_suite = load_suite(suite)
     where = folder / chosen_suite.name
     run_suite(

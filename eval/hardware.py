@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import log
 
 import torch
@@ -90,14 +91,15 @@ def measure_roofline(
     copy_elements = (1 << 30 if cuda else 1 << 27) // dtype.itemsize
     source = torch.ones(copy_elements, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    copy_s = _median_s(lambda: target.copy_(source), device)
+    copy_s = _median_s(partial(target.copy_, source), device)
+    del source, target
     size = 8192 if cuda else 1024
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    b = torch.ones(size, size, dtype=dtype, device=device)
+    # Random, as a model's: a GPU multiplies equal numbers faster, as fewer of its wires change.
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     matrix_s = _median_s(lambda: torch.mm(a, b, out=out), device)
     return Roofline(
-        copy_bytes_per_s=2 * source.nbytes / copy_s,
+        copy_bytes_per_s=2 * copy_elements * dtype.itemsize / copy_s,
         matrix_flops_per_s=2 * size**3 / matrix_s,
         dtype=dtype,
         products=tuple(
@@ -120,10 +122,10 @@ def _product_rate(rows: int, device: torch.device, dtype: torch.dtype) -> Produc
     """The line through the times of a small and a large product: launch and bandwidth."""
     nbytes, times_s = [], []
     for side, count in zip(SIDES[device.type], (SMALL_MATRICES, 2), strict=True):
-        weights = [torch.ones(side, side, dtype=dtype, device=device) for _ in range(count)]
+        weights = [torch.randn(side, side, dtype=dtype, device=device) for _ in range(count)]
         if column_major(rows, weights[0]):
             weights = [w.t() for w in weights]
-        x = torch.ones(rows, side, dtype=dtype, device=device)
+        x = torch.randn(rows, side, dtype=dtype, device=device)
         times_s.append(_each_s([_product_of(x, w) for w in weights], device))
         nbytes.append(weights[0].nbytes)
     # Where noise puts the line below zero, the launch is nothing and all is bandwidth.
@@ -156,15 +158,15 @@ def _each_s(works: Sequence[Callable[[], object]], device: torch.device) -> floa
 
 
 def _median_s(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of one call after two warm-up calls."""
+    """Median seconds of one call after a warm-up; on a GPU by its own events."""
+    if device.type == "cuda":
+        return time_cold([work], device).median_s
     times = []
     for n in range(REPEATS + 2):
-        began = now_s(device)
+        began = time.perf_counter()
         work()
         if n >= 2:
-            times.append(now_s(device) - began)
-        else:
-            now_s(device)
+            times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 

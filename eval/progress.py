@@ -15,10 +15,15 @@ class Watch:
     def __init__(self, progress: "Progress", weight: float) -> None:
         self._progress = progress
         self._weight = weight
+        self.found = ""
 
     def at(self, fraction: float, text: str = "") -> None:
         """The cell is `fraction` done; `text` tells its rate."""
         self._progress.show(fraction * self._weight, text)
+
+    def say(self, found: str) -> None:
+        """What the cell found, for its line in a log."""
+        self.found = f"{found}, "
 
 
 class Progress:
@@ -58,13 +63,15 @@ class Progress:
         began = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, description=label, rate="")
-        yield Watch(self, weight)
+        watch = Watch(self, weight)
+        yield watch
         self._done += weight
         self.show(0.0, "")
         if self._bar is None and not self.quiet:
             seconds = time.monotonic() - began
             self.console.print(
-                f"[{100 * self._done / self._total:3.0f}%] {label}: {seconds:.1f} s{self._left()}",
+                f"[{100 * self._done / self._total:3.0f}%] {label}: {watch.found}{seconds:.1f} s"
+                f"{self._left()}",
                 markup=False,
                 highlight=False,
             )

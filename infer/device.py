@@ -100,6 +100,11 @@ class DeviceStep:
         self.new32 = None if host is None or host.full else count
         self.each = keeps_each(self.store.lookback, new_tokens)
 
+    def close(self) -> None:
+        """Part with the layers' views, which point back here, and with the open step."""
+        self.__dict__.pop("_views", None)
+        self.host = None
+
     @cached_property
     def slots(self) -> Tensor:
         """int64 [B]."""

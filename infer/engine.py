@@ -6,6 +6,7 @@ looks at each one (`stop`, `on_token`), the host does not wait between decode st
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -119,10 +120,13 @@ class Engine:
         """What runs the decode step, as it stands in results."""
         return self.backend if self.compiled is None else "torch-compile"
 
-    def _layers(self, step: StepView) -> list[LayerState]:
+    def _run(
+        self, run: Callable[[Tensor, list[LayerState]], Tensor], tokens: Tensor, step: StepView
+    ) -> Tensor:
         if self._on_device is None:
-            return step.layers
-        return device.view(self._on_device, step).layers
+            return run(tokens, step.layers)
+        with closing(device.view(self._on_device, step)) as view:
+            return run(tokens, view.layers)
 
     def _begin(self, slots: Sequence[int], new_tokens: int, new: Tensor | None) -> StepView:
         if self.model.backend != self.backend:
@@ -136,7 +140,7 @@ class Engine:
     def extend(self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of K new tokens [B, K] per sequence (`new` [B] of them valid)."""
         step = self._begin(slots, tokens.shape[1], new)
-        logits = self.model.extend(tokens, self._layers(step))
+        logits = self._run(self.model.extend, tokens, step)
         self.store.commit(step)
         return logits
 
@@ -155,7 +159,7 @@ class Engine:
         elif self.graphed is not None and single:
             logits = self.graphed(tokens, step)
         else:
-            logits = self.model.extend_last(tokens, self._layers(step))
+            logits = self._run(self.model.extend_last, tokens, step)
         self.store.commit(step)
         return logits
 

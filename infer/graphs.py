@@ -8,7 +8,8 @@ a bound, and longer ones get graphs of their own.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -51,10 +52,24 @@ class CudaGraphs:
         return _CudaGraph(work, self._pool)
 
 
+@contextmanager
+def capture(graph: Any, **options: Any) -> Iterator[None]:
+    """`torch.cuda.graph`, which leaves its own stream current where a capture fails; this does not.
+
+    options: as `torch.cuda.graph`'s.
+    """
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        torch.cuda.set_stream(current)
+
+
 class _CudaGraph:
     def __init__(self, work: Callable[[], Tensor], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with capture(self._graph, pool=pool):
             self.output = work()
 
     def replay(self) -> None:
@@ -118,8 +133,11 @@ class GraphedStep:
 
     def _run(self, tokens: Tensor, books: Tensor, key: Key) -> Tensor:
         step = DeviceStep(self.state, books, key[0], 1, key[1], None)
-        logits = self.model.extend_last(tokens, step.layers)
-        self._gathers = self._gathers or step.gathered
+        try:
+            logits = self.model.extend_last(tokens, step.layers)
+            self._gathers = self._gathers or step.gathered
+        finally:
+            step.close()
         return logits
 
     def _capture(self, tokens: Tensor, books: Tensor, key: Key) -> Tensor:

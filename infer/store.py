@@ -160,7 +160,7 @@ class StateStore:
         return StepView(self, list(slots), new_tokens, counts)
 
     def commit(self, step: StepView) -> None:
-        """Advance the lengths of a step's sequences and free what left a window."""
+        """Advance the lengths of a step's sequences, free what left a window, close the step."""
         for slot, count in zip(step.slots, step.counts, strict=True):
             self.lengths[slot] += count
             for table in self.tables.values():
@@ -169,6 +169,7 @@ class StateStore:
             if count and not step.each:
                 oldest = self.lengths[slot]
             self.oldest[slot] = max(self.oldest[slot], oldest)
+        step.close()
 
     def fill(self, slots: Sequence[int], length: int) -> None:
         """Give sequences `length` tokens of synthetic state, for timing steps at that context."""

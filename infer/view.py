@@ -90,6 +90,13 @@ class StepView:
                     for pool in pools.values():
                         table.copy_shared(pool)
 
+    def close(self) -> None:
+        """Part with the layers' and tables' views, which point back here: what a finished step
+        held is free at once, not when the garbage collector finds the circle.
+        """
+        self.__dict__.pop("layers", None)
+        self.tables.clear()
+
     @cached_property
     def positions(self) -> Tensor:
         """Absolute positions of the new tokens, int64 [1 or B, K]."""

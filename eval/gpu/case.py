@@ -43,6 +43,7 @@ class Case:
       call without arguments. All return the same values in the same shape, so that they can be
       compared; a gradient that a baseline does not have in common has another shape, or is
       missing. Called once per copy, so that no copy finds its data in the cache.
+    late: baselines that take long to compile or to launch, timed when all else is.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Case:
     moved_bytes: int
     flops: int
     build: Callable[[torch.device], Mapping[str, Run]]
+    late: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

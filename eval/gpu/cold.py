@@ -5,16 +5,22 @@ launch gaps between them. A call that cannot be captured is timed between events
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from infer.graphs import capture
 
 #: Copies of the operands cover the L2 this many times.
 COVER = 4
 MOST_COPIES = 64
 #: Device memory that all copies together may take.
 MOST_BYTES = 24 << 30
+#: An idle GPU runs at low clocks: work of this long brings them up before anything is timed.
+WARM_UP_S = 0.1
+MOST_WARM_UPS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +56,12 @@ def time_cold(
     torch.cuda.synchronize(device)
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with capture(graph, stream=stream):
             for run in runs:
                 run()
     except RuntimeError:
         torch.cuda.synchronize(device)
         return _flushed(runs[0], device, repeats)
-    graph.replay()
     return _of([t / len(runs) for t in _events(graph.replay, device, repeats, None)], "graph")
 
 
@@ -70,6 +75,12 @@ def _events(
     run: Callable[[], object], device: torch.device, repeats: int, flush: torch.Tensor | None
 ) -> list[float]:
     pairs = []
+    began = time.perf_counter()
+    for _ in range(MOST_WARM_UPS):
+        run()
+        torch.cuda.synchronize(device)
+        if time.perf_counter() - began >= WARM_UP_S:
+            break
     for _ in range(repeats):
         if flush is not None:
             flush.zero_()

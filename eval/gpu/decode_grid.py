@@ -53,7 +53,7 @@ def points(
 ) -> Iterator[Point]:
     """The grid in order, or its first pairs of batch and context.
 
-    A model is built once for all backends: ours first, then the baselines.
+    A model is built once for all these backends.
     """
     for scale, batch, context in POINTS[:first]:
         for arch in (*REGISTRY, *HYBRIDS):

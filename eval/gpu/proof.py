@@ -1,11 +1,12 @@
 """The proof on a GPU, resumable and within a time budget.
 
-Correctness of every operation first; an operation that fails is not timed, nor is a baseline that
-computes something else. Then, by value, the cases of all operations, ours and every installed
-baseline, against this device's measured copy bandwidth and matrix rate, and the decode grid; then
-the suite. What is in the files of `out` is not run again.
+Correctness of every operation first; the times of one that fails are marked as incorrect, and a
+baseline that computes something else is not timed. Then, by value, the decode steps and the cases
+of all operations, ours and every installed baseline, against this device's measured copy bandwidth
+and matrix rate. What is in the files of `out` is not run again, but for errors and lack of memory.
 """
 
+import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -49,19 +50,25 @@ RATES = (
     "copy_bytes_per_s", "matrix_flops_per_s", "product_bytes_per_s", "product_launch_us", "call_us",
 )  # fmt: skip
 OURS = "triton"
+#: In the note of a cell that no later call may try: it would end there, too.
+FATAL = "the device was lost; remove this row to try it again"
+#: Statuses that may have been the process's own trouble, or an earlier version's.
+TRANSIENT = (Status.ERROR.value, Status.OOM.value, Status.INCORRECT.value)
 #: How far a baseline in bf16 may be from ours, relative, for their times to be comparable.
 AGREES = 3e-2
 
 
 class Proof:
-    """One proof in one folder; workers: processes that checks run in, 0 for this one.
+    """One proof in one folder.
 
+    began_s: by the monotonic clock, from when on the budget counts; None: from now.
+    workers: processes that checks run in, 0 for this one.
     Raises UserError where the folder holds other columns or another machine's rows.
     """
 
     def __init__(
         self, ops: Iterable[Op], out: Path, device: torch.device, *, budget_s: float | None,
-        progress: Progress, workers: int = 0,
+        progress: Progress, workers: int = 0, began_s: float | None = None,
     ) -> None:  # fmt: skip
         resolve_backend(OURS, device)
         self.ops = list(ops)
@@ -69,12 +76,13 @@ class Proof:
         self.device = device
         self.progress = progress
         self.workers = workers
-        self._deadline = None if budget_s is None else time.monotonic() + budget_s
+        began_s = time.monotonic() if began_s is None else began_s
+        self._deadline = None if budget_s is None else began_s + budget_s
         found = asdict(provenance("", device))
         self._from = {name: found[name] for name in FROM}
-        self.checks = Table(out / "checks.csv", CHECK_COLUMNS, ("op", "check"))
-        self.timings = Table(out / "kernels.csv", OP_COLUMNS, ("op", "case", "backend"))
-        self.decode = Table(out / "decode.csv", (*DECODE_COLUMNS, *FROM), DECODE_KEY)
+        self.checks = Table(out / "checks.csv", CHECK_COLUMNS, ("op", "check"), again)
+        self.timings = Table(out / "kernels.csv", OP_COLUMNS, ("op", "case", "backend"), again)
+        self.decode = Table(out / "decode.csv", (*DECODE_COLUMNS, *FROM), DECODE_KEY, again)
         self.machine = Table(out / "machine.csv", MACHINE_COLUMNS, ("measure",))
         self._require_one_machine()
         self._roofline: Roofline | None = None
@@ -143,17 +151,20 @@ class Proof:
         if self.workers:
             spread = workers.spread(waiting, self.device, self.workers, lambda: self.left_s)
             for op, check, row in spread:
-                with self.progress.cell(f"check {op} {check.name}", 1.0):
+                with self.progress.cell(f"check {op} {check.name}", 1.0) as watch:
+                    watch.say(told(row))
                     yield op, check, row
             return
         for op, check in waiting:
             if self.over:
                 return
-            with self.progress.cell(f"check {op} {check.name}", 1.0):
-                yield op, check, verdict(check, self.device)
+            with self.progress.cell(f"check {op} {check.name}", 1.0) as watch:
+                row = verdict(check, self.device)
+                watch.say(told(row))
+                yield op, check, row
 
     def _failed(self, op: Op) -> str | None:
-        """Why an operation must not be timed; None where nothing is known against it."""
+        """Why an operation's times are not to be trusted; None where nothing is against it."""
         for check in op.checks:
             row = self.checks.find(op=op.name, check=check.name)
             if row is not None and row["status"] != Status.OK:
@@ -173,27 +184,38 @@ class Proof:
         Raises UserError where a fault has made the device useless.
         """
         pairs = ((op, case) for op in self.ops if self._checked(op) for case in op.cases)
-        waiting = [
+        self._each([
             (op, case)
             for op, case in sorted(pairs, key=lambda pair: pair[1].order)
             if (most_order is None or case.order <= most_order)
             and self.timings.find(op=op.name, case=case.name, backend=OURS) is None
-        ]
+        ], late=False)  # fmt: skip
+
+    def bench_late(self) -> None:
+        """Time the late baselines of all cases of which ours has been timed."""
+        pairs = ((op, case) for op in self.ops for case in op.cases)
+        self._each([
+            (op, case)
+            for op, case in sorted(pairs, key=lambda pair: pair[1].order)
+            if self.timings.find(op=op.name, case=case.name, backend=OURS) is not None
+            and any(
+                self.timings.find(op=op.name, case=case.name, backend=name) is None
+                for name in case.late
+            )
+        ], late=True)  # fmt: skip
+
+    def _each(self, waiting: Sequence[tuple[Op, Case]], *, late: bool) -> None:
         with self.progress.over(len(waiting), len(waiting), len(waiting)):
             for op, case in waiting:
                 if self.over:
                     return
-                with self.progress.cell(f"time {op.name} {case.name}", 1.0):
-                    failed = self._failed(op)
-                    if failed is None:
-                        self._time(op, case)
-                    else:
-                        row = {"status": Status.INCORRECT.value, "note": failed}
-                        self._record(op, case, OURS, row)
+                with self.progress.cell(f"time {op.name} {case.name}", 1.0) as watch:
+                    watch.say(self._time(op, case, late=late))
 
-    def _time(self, op: Op, case: Case) -> None:
-        """Every run of a case that is not recorded: baselines first, then ours."""
+    def _time(self, op: Op, case: Case, *, late: bool) -> str:
+        """Every run of a case that is not recorded: baselines first, then ours; what to tell."""
         rates = self.roofline
+        said: list[str] = []
         made: dict[str, Any] = {}
 
         def make() -> dict[str, object]:
@@ -203,20 +225,27 @@ class Proof:
 
         row = guarded(make)
         copies = made.get("copies", [{}])
-        names = [] if row and lost(self.device) else [name for name in copies[0] if name != OURS]
-        for name in [*names, OURS]:
+        names = [name for name in copies[0] if name != OURS and (name in case.late) == late]
+        if row and lost(self.device):
+            names = []
+        for name in names if late else [*names, OURS]:
             if self.timings.find(op=op.name, case=case.name, backend=name) is not None:
                 continue
+            found = row
             if name != OURS or not row:
                 timed = partial(self._timed, case, name, copies, made.get("ours"), rates)
-                self._record(op, case, name, guarded(timed))
-            else:
-                self._record(op, case, name, row)
-            self._require_device(f"{op.name} {case.name}")
+                found = guarded(timed)
+            failed = self._failed(op) if name == OURS else None
+            if failed is not None:
+                found = {**found, "status": Status.INCORRECT.value, "note": failed}
+            fatal = lost(self.device)
+            self._record(op, case, name, _fatal(found) if fatal else found)
+            said.append(f"{name} {told(found)}")
+            self._require(not fatal, f"{op.name} {case.name}")
         made.clear()
         copies.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _collect(self.device)
+        return "; ".join(said)
 
     def _copies(self, case: Case) -> list[Mapping[str, Run]]:
         """Copies of the same operands, in different memory."""
@@ -253,8 +282,9 @@ class Proof:
             "method": timing.method,
         }
 
-    def _require_device(self, what: str) -> None:
-        if lost(self.device):
+    @staticmethod
+    def _require(held: bool, what: str) -> None:
+        if not held:
             raise UserError(
                 f"{what} left the device in a fault that ends this process; it is recorded, run "
                 "the same command again to go on after it"
@@ -267,19 +297,52 @@ class Proof:
 
     # -- whole steps -----------------------------------------------------------------------------
 
-    def decode_grid(self, first: int | None = None) -> None:
+    def decode_grid(self, first: int | None = None, backends: Sequence[str] = (OURS,)) -> None:
         """Time the decode steps that are not recorded, in their order, or the first points'."""
         server = Server(self.device, torch.bfloat16, self.roofline)
-        waiting = [p for p in points(first) if self.decode.find(**p.key) is None]
+        waiting = [p for p in points(first, backends) if self.decode.find(**p.key) is None]
         with self.progress.over(len(waiting), len(waiting), len(waiting)):
             for point in waiting:
                 if self.over:
                     return
-                label = f"decode {point.arch} @{point.scale} {point.backend}"
-                with self.progress.cell(label, 1.0):
+                label = "decode {} @{} batch {} context {} {}".format(*point)
+                with self.progress.cell(label, 1.0) as watch:
+                    # What an earlier cell left in circles must not count as this one's.
+                    _collect(self.device)
                     row = guarded(partial(server.measure, point))
+                    fatal = lost(self.device)
+                    row = _fatal(row) if fatal else row
                     self.decode.append({**point.key, **row, **self._from})
-                    self._require_device(label)
+                    watch.say(told(row))
+                    self._require(not fatal, label)
+
+
+def again(row: Mapping[str, str]) -> bool:
+    """Whether a cell of an earlier call is tried again."""
+    return row["status"] in TRANSIENT and FATAL not in row["note"]
+
+
+def _fatal(row: Mapping[str, object]) -> dict[str, object]:
+    return {**row, "note": f"{row.get('note', '')}; {FATAL}".lstrip("; ")}
+
+
+def told(row: Mapping[str, object]) -> str:
+    """A row in a few words, for the log."""
+    words = [str(row.get("status", ""))]
+    for name, form in (
+        ("error", "error {:.2g}"), ("time_us", "{:.1f} us"), ("copy_fraction", "copy {:.2f}"),
+        ("matrix_fraction", "matrix {:.2f}"), ("tpot_p50_ms", "{:.3f} ms"), ("mbu", "mbu {:.2f}"),
+        ("tpot_pred_ms", "predicted {:.3f} ms"), ("note", "{}"),
+    ):  # fmt: skip
+        if row.get(name) not in (None, ""):
+            words.append(form.format(row[name]))
+    return " ".join(words)
+
+
+def _collect(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _build(case: Case, device: torch.device) -> Mapping[str, Run]:

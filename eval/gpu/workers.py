@@ -17,8 +17,9 @@ import torch
 from eval.gpu.case import Check, lost, verdict
 from eval.results import Status
 
-#: Checks that a worker is given: neighbours compile the same kernels.
-BATCH = 3
+#: Checks that a worker is given: neighbours compile the same kernels, and a start takes as long as
+#: many checks.
+BATCH = 12
 #: A check that takes longer than this hangs.
 PATIENCE_S = 240.0
 #: How a worker ends whose device is lost.

@@ -98,7 +98,9 @@ def test_the_grid_is_recorded_and_goes_on(bench: Bench, monkeypatch: pytest.Monk
     monkeypatch.setattr(Server, "measure", measure)
     bench.proof().decode_grid(first=1)
     bench.proof().decode_grid(first=1)
-    assert asked == list(points(1))
+    ours = list(points(1, backends=("triton",)))
+    # What raised is tried once more by the next call.
+    assert asked == [*ours, *(p for p in ours if p.arch == "gdn")]
     rows = bench.rows("decode.csv")
     assert {r["status"] for r in rows if r["arch"] == "gdn"} == {"error"}
     assert {r["status"] for r in rows if r["arch"] != "gdn"} == {"ok"}

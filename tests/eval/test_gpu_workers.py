@@ -52,7 +52,7 @@ def test_a_worker_that_dies_or_hangs_takes_no_other_check_along(
     assert rows["crash"]["note"] == "its process ended: exit code -11 Segmentation fault"
     assert rows["hang"]["note"] == "its process ended: timeout"
     assert len(bench.rows("checks.csv")) == len(names) and not bench.log
-    assert max(stub_worker) == workers.BATCH * workers.PATIENCE_S
+    assert max(stub_worker) == len(names) * workers.PATIENCE_S
 
 
 def test_a_check_that_there_was_no_time_for_has_no_verdict(

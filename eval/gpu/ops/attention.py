@@ -1,5 +1,6 @@
 """Attention on a device: decode, MLA decode and prefill, beside SDPA, FlexAttention and others."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -16,29 +17,44 @@ from kernels.attention_prefill import attention_prefill, attention_prefill_ref
 from kernels.mla_decode import mla_decode, mla_decode_ref
 
 BF16_LIMIT = 8e-3
+NAMES = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 # -- decode ----------------------------------------------------------------------------------------
 
 
+def keys_of(
+    g: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """A pool [G, rows, d] of `dtype`, and the scales [G] of one that holds 8 bits."""
+    pool = random(g, rows, dim, device=device)
+    if dtype == pool.dtype:
+        return pool, None
+    scale = torch.rand(g, device=device) / 64 + 1 / 64
+    unit = pool.float() / scale[:, None, None]
+    return (unit.round().clamp(-127, 127) if dtype == torch.int8 else unit).to(dtype), scale
+
+
 def check_decode(
-    lengths: Sequence[int], heads: tuple[int, int], dim: int, new: int = 1, **options: Any
-) -> Callable[[torch.device], Pairs]:
+    lengths: Sequence[int], heads: tuple[int, int], dim: int, new: int = 1,
+    kv: torch.dtype = torch.bfloat16, **options: Any,
+) -> Callable[[torch.device], Pairs]:  # fmt: skip
     """Three times on the same counters: splits must leave them clear."""
 
     def run(device: torch.device) -> Pairs:
         table, held, pages = paged(lengths, device)
         h, g = heads
         q = random(len(lengths), new, h, dim, device=device)
-        k, v = (random(g, pages * PAGE, dim, device=device) for _ in range(2))
-        expected = attention_decode_ref(*on_cpu(q, k, v, table, held), page_size=PAGE, **options)
+        (k, k_scale), (v, v_scale) = (keys_of(g, pages * PAGE, dim, kv, device) for _ in range(2))
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        on_host = {name: s if s is None else s.cpu() for name, s in scales.items()}
+        told: dict[str, Any] = {**options, **on_host, "page_size": PAGE}
+        expected = attention_decode_ref(*on_cpu(q, k, v, table, held), **told)
         arrivals = torch.zeros(1024 * len(lengths), dtype=torch.int32, device=device)
         pairs = []
         for _ in range(3):
-            got = attention_decode(
-                q, k, v, table, held, page_size=PAGE, arrivals=arrivals, **options
-            )
+            got = attention_decode(q, k, v, table, held, arrivals=arrivals, **told | scales)
             pairs.append((got, expected))
         return [*pairs, (arrivals, torch.zeros_like(arrivals))]
 
@@ -46,19 +62,21 @@ def check_decode(
 
 
 def decode_case(
-    order: int, batch: int, context: int, heads: tuple[int, int], dim: int, *, flex: bool = False
-) -> Case:
-    """One new token over `context` rows in bf16; flex: beside FlexAttention, too.
+    order: int, batch: int, context: int, heads: tuple[int, int], dim: int, *, flex: bool = False,
+    kv: torch.dtype = torch.bfloat16,
+) -> Case:  # fmt: skip
+    """One new token over `context` rows; flex: beside FlexAttention, too.
 
     FlexAttention compiles for half a minute a shape: it is timed where most depends on it.
+    No baseline reads 8-bit rows with a scale for each head.
     """
     h, g = heads
-    rows = batch * context * g * dim * 2
+    rows = batch * context * g * dim * kv.itemsize
 
     def build(device: torch.device) -> Mapping[str, Run]:
         table, held, pages = paged([context] * batch, device)
         q = random(batch, 1, h, dim, device=device)
-        k, v = (random(g, pages * PAGE, dim, device=device) for _ in range(2))
+        (k, k_scale), (v, v_scale) = (keys_of(g, pages * PAGE, dim, kv, device) for _ in range(2))
         arrivals = torch.zeros(1024 * batch, dtype=torch.int32, device=device)
 
         @cache
@@ -66,8 +84,13 @@ def decode_case(
             return dense(k, table, context), dense(v, table, context)
 
         def ours() -> Tensor:
-            return attention_decode(q, k, v, table, held, page_size=PAGE, arrivals=arrivals)
+            return attention_decode(
+                q, k, v, table, held, page_size=PAGE, arrivals=arrivals, k_scale=k_scale,
+                v_scale=v_scale,
+            )  # fmt: skip
 
+        if kv != q.dtype:
+            return {"triton": ours}
         runs: dict[str, Run] = {
             "triton": ours, "sdpa": lazily(lambda: _dense(_sdpa, q, *keys_values()))
         }  # fmt: skip
@@ -80,9 +103,10 @@ def decode_case(
         return runs
 
     return Case(
-        name=f"{h}/{g} heads d {dim} bf16 batch {batch} context {binary(context)}", order=order,
+        name=f"{h}/{g} heads d {dim} {NAMES[kv]} batch {batch} context {binary(context)}",
+        order=order,
         moved_bytes=2 * rows + 4 * batch * h * dim, flops=4 * batch * context * h * dim,
-        build=build,
+        build=build, late=("flex",) if flex else (),
     )  # fmt: skip
 
 
@@ -102,7 +126,10 @@ def _dense(attention: Attention, q: Tensor, k: Tensor, v: Tensor, **options: Any
 @cache
 def _compiled_flex() -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
+    from triton import knobs
 
+    # Inductor would set another assembler for the whole process, and our kernels compile anew.
+    os.environ.setdefault("TRITON_PTXAS_PATH", knobs.nvidia.ptxas.path)
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -140,12 +167,18 @@ DECODE = Op(
         for h, g, d, new, options in (
             (16, 2, 128, 1, {}), (8, 8, 64, 1, {}), (8, 1, 128, 4, {}), (16, 2, 32, 8, {}),
             (4, 2, 256, 1, {}), (16, 4, 128, 1, {"window": 300, "sinks": 4}),
-            (8, 2, 64, 3, {"window": 100}),
+            (8, 2, 64, 3, {"window": 100}), (64, 8, 128, 1, {"kv": torch.int8}),
+            (64, 8, 128, 1, {"kv": torch.float8_e4m3fn}), (8, 2, 64, 4, {"kv": torch.int8}),
         )
     ],
     cases=[
         decode_case(0, 64, 16384, (64, 8), 128, flex=True),
         decode_case(0, 1, 32768, (64, 8), 128, flex=True),
+        *(
+            decode_case(1, batch, context, (64, 8), 128, kv=kv)
+            for kv in (torch.int8, torch.float8_e4m3fn)
+            for batch, context in ((64, 16384), (1, 32768))
+        ),
         *(
             decode_case(2, batch, context, heads, dim)
             for heads, dim in (((64, 8), 128), ((32, 32), 64), ((32, 8), 128))

@@ -110,6 +110,7 @@ def scan_case(
         name=f"{shape} bf16 batch {batch} tokens {binary(tokens)} {passes}", order=order,
         moved_bytes=3 * read + 2 * made if backward else read + made,
         flops=(3 if backward else 1) * batch * tokens * flops, build=build,
+        late=tuple(name for name in libraries if installed(name)),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.gpu.case import Case, Check, Op, Run
+from eval.gpu.case import Case, Check, Op, Run, installed
 from eval.gpu.ops import recurrent_baselines as baselines
 from eval.gpu.ops.operands import bytes_of, on_cpu, random, slots
 from eval.gpu.ops.recurrent_baselines import Baselines
@@ -152,6 +152,7 @@ def step_case(
         name=f"{'x'.join(map(str, sizes))} {kind} state batch {batch}{more}", order=order,
         moved_bytes=2 * size * dtype.itemsize + bytes_of(values, *shapes.values()),
         flops=flops * size, build=build,
+        late=tuple(name for name in ("mamba-ssm", "fla") if installed(name)),
     )  # fmt: skip
 
 
