@@ -17,6 +17,7 @@ from archs.cost import Cost, OpCost, Step
 from archs.errors import unknown_name
 from archs.layers import Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
+from archs.ops.product import product
 from archs.spec import LayerState, StateSpec
 
 #: A residual stream as two summands, or one and None: the norm that reads it adds them.
@@ -83,7 +84,7 @@ class Model(nn.Module):
         if backend not in BACKENDS:
             raise unknown_name("backend", backend, BACKENDS)
         for module in self.modules():
-            if isinstance(module, Mixer | RMSNorm | SwiGLU):
+            if isinstance(module, Mixer | Projection | RMSNorm | SwiGLU):
                 module.backend = backend
         return self
 
@@ -107,7 +108,7 @@ class Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] by the tied head."""
-        return F.linear(hidden, self.embedding.weight)
+        return product(hidden, self.embedding.weight, backend=self.backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position. tokens: int64 [B, T] -> [B, T, V]."""

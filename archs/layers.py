@@ -6,10 +6,10 @@ and the optimiser still sees the parts by their `sizes`.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.ops import glue
+from archs.ops.product import product
 
 
 class Leaf:
@@ -48,6 +48,8 @@ class RMSNorm(Leaf, nn.Module):
 class Projection(Leaf, nn.Linear):
     """Several projections of one input as one matrix; no bias. [..., D] -> [..., sum(sizes)]."""
 
+    backend: str = "torch"
+
     def __init__(self, d_in: int, *sizes: int, residual: bool = False) -> None:
         super().__init__(d_in, sum(sizes), bias=False)
         self.sizes = sizes
@@ -56,7 +58,7 @@ class Projection(Leaf, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> [..., sum(sizes)]."""
-        return F.linear(x, self.weight)
+        return product(x, self.weight, backend=self.backend)
 
 
 class SwiGLU(Leaf, nn.Module):

@@ -139,7 +139,6 @@ class Pages:
     table:    int32 [B, max_pages], the pool page of each page of a sequence.
     past:     int32 [B], rows before this step; total: int32 [B], with its K tokens.
     new:      int32 [B] valid new tokens of a right-padded batch (None: all K).
-    arrivals: int32 zeros that split kernels count in and leave at zero.
     """
 
     pool: Tensor
@@ -147,7 +146,6 @@ class Pages:
     past: Tensor
     total: Tensor
     new: Tensor | None
-    arrivals: Tensor
     page_size: int
     window: int | None
     sinks: int

@@ -13,6 +13,7 @@ from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec, layer_names
 from archs.sizes import Scale, get_scale
+from eval.agreement import agreement
 from eval.cell_rows import (
     counted_rows,
     estimate_row,
@@ -24,8 +25,6 @@ from eval.cell_rows import (
 from eval.counted import Work
 from eval.counters import Counters
 from eval.decode import (
-    agreement_error,
-    agrees,
     build_to_serve,
     decode_cost,
     measure_decode,
@@ -330,14 +329,13 @@ class Workshop:
         label = "torch-compile" if plan.compiled else backend
         about = self._about(cell.arch, model, kernel_backend=label)
         try:
-            error = agreement_error(model, backend=backend, compiled=plan.compiled)
+            agreed = agreement(model, backend=backend, compiled=plan.compiled)
         except NoFormError as why:
             raise CellFailure(Status.UNSUPPORTED, about, str(why)) from None
-        if not agrees(error, self.serving_dtype):
-            note = f"extend differs from forward by {error:.1e} (relative); latencies withheld"
-            raise CellFailure(Status.INCORRECT, about, note)
+        if not agreed.holds:
+            raise CellFailure(Status.INCORRECT, about, agreed.why_not)
         watch.at(0.1, "correct")
-        rows = [Row(measure="agreement_error", value=error)]
+        rows = [Row(measure="agreement_error", value=agreed.error)]
         timings = measure_decode(
             model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
             compiled=plan.compiled,

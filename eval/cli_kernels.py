@@ -133,6 +133,7 @@ def _bench(proof: "Proof", names: Sequence[str], suite: str) -> None:
     if not names:
         proof.decode_grid(first=3)
     proof.bench(most_order=1)
+    proof.bench_late(most_order=0)
     if not names:
         proof.decode_grid(first=8)
     proof.bench()

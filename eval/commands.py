@@ -15,11 +15,10 @@ from archs.cost import Cost
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from eval.agreement import agreement
 from eval.counted import Work
 from eval.counters import Counters, Figure
 from eval.decode import (
-    agreement_error,
-    agrees,
     build_to_serve,
     decode_cost,
     measure_decode,
@@ -126,12 +125,12 @@ def bench_archs(
             "arch": arch, "kernel_backend": "torch-compile" if compiled else backend
         }  # fmt: skip
         try:
-            error = agreement_error(model, backend=backend, compiled=compiled)
+            found = agreement(model, backend=backend, compiled=compiled)
         except NoFormError as why:
             rows.append({**about, "status": "unsupported", "note": str(why)})
             continue
-        if not agrees(error, dtype):
-            rows.append({**about, "status": "incorrect", "agreement_error": error})
+        if not found.holds:
+            rows.append({**about, "status": "incorrect", "agreement_error": found.error})
             continue
         timed: list[tuple[Work, dict[str, object]]] = []
         for batch in batches:

@@ -18,7 +18,7 @@ from archs.backends import resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec
 from archs.sizes import Scale, get_scale
-from eval.decode import agreement_error, agrees
+from eval.agreement import agreement
 from infer.engine import PAGE_MULTIPLE, Engine
 from kernels.attention import FLOP_FORMULAS
 
@@ -327,9 +327,9 @@ def check_kernels(subject: Subject) -> Check:
     if not torch.cuda.is_available():
         return Check("triton equals torch", None, "not measured: this machine has no CUDA device")
     model = subject.spec.build(seed=subject.seed, device="cuda", dtype=torch.bfloat16)
-    error = agreement_error(model, backend=resolve_backend("triton", torch.device("cuda")))
-    detail = f"largest relative error {error:.1e} in bfloat16"
-    return Check("triton equals torch", agrees(error, torch.bfloat16), detail)
+    found = agreement(model, backend=resolve_backend("triton", torch.device("cuda")))
+    detail = f"largest relative error {found.error:.1e} in bfloat16 (limit {found.limit:.1e})"
+    return Check("triton equals torch", found.holds, detail)
 
 
 CHECKS: dict[str, Callable[[Subject], Check]] = {

@@ -1,8 +1,8 @@
 """Decode and prefill, measured through the one engine: the latency side of every row.
 
 A latency is only given after the model has shown that prefill and decode equal its parallel
-form. Steps at a long context run on synthetic state of that length: the time of a step depends
-on how many rows are read, not on their values.
+form (`eval.agreement`). Steps at a long context run on synthetic state of that length: the time of
+a step depends on how many rows are read, not on their values.
 """
 
 import math
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from archs.backbone import Model
-from archs.backends import NoFormError
 from archs.cost import Cost, Step
 from archs.registry import ModelSpec
 from eval.calls import CountCalls
@@ -23,14 +22,6 @@ from infer.clock import StepClock
 from infer.engine import Engine
 from infer.memory import require_memory
 from infer.sampling import Sampler, Sampling
-
-#: How far extend may be from forward before its latency is withheld, relative to the logits'
-#: largest value. The recurrent and chunked forms sum in different orders.
-AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-
-#: After the prompt: single steps (as written, captured and replayed, with graphs) and a draft.
-SHORT_PIECES = (1, 1, 5, 1, 1, 1)
-LEAST_ON_GPU = 1200
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,75 +57,6 @@ def build_to_serve(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
     weight_bytes = sum(p.nbytes for p in spec.outline(dtype).parameters())
     require_memory(weight_bytes, device, f"{spec.arch} at scale {spec.scale.name}")
     return spec.build(device=str(device), dtype=dtype).eval()
-
-
-def agreement_error(
-    model: Model,
-    *,
-    tokens: int | None = None,
-    seed: int = 0,
-    backend: str = "torch",
-    compiled: bool = False,
-) -> float:
-    """Largest difference of extend (prefill, decode, a short piece) from the torch form of
-    forward, relative.
-
-    tokens: length of the sequences (None: enough to reach every path that is timed).
-    backend, compiled: single tokens go through the step that will be timed, graphs included.
-    Raises NoFormError where the backend has no form for the model, or its kernels refuse the shape.
-    """
-    try:
-        return _agreement_error(model, tokens, seed, backend, compiled)
-    except ValueError as why:
-        # Kernels refuse a shape before any launch, naming it and the rule; torch forms do not.
-        if backend == "torch":
-            raise
-        raise NoFormError(f"backend '{backend}' refuses the shape: {why}") from why
-
-
-def _agreement_error(
-    model: Model, tokens: int | None, seed: int, backend: str, compiled: bool
-) -> float:
-    device = model.embedding.weight.device
-    tokens = tokens or _telling_length(model)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.vocab_size, (2, tokens), generator=generator).to(device)
-    first = tokens - sum(SHORT_PIECES)
-    with torch.inference_mode():
-        hidden = model.use("torch").hidden_states(ids)[:, first - 1 :]
-        expected = model.logits(hidden).float()
-        del hidden
-        engine = Engine(
-            model, max_sequences=2, max_context=tokens, backend=backend, compiled=compiled
-        )
-        slots = [engine.store.add(), engine.store.add()]
-        pieces = [engine.prefill(slots, ids[:, :first].tolist())[:, None]]
-        for size in SHORT_PIECES:
-            piece = ids[:, first : first + size]
-            # Cloned: the next replay of a graph writes to the same logits.
-            pieces.append(
-                engine.extend_last(slots, piece)[:, None].clone()
-                if size == 1
-                else engine.extend(slots, piece)
-            )
-            first += size
-        got = torch.cat(pieces, 1).float()
-    return ((got - expected).abs().max() / expected.abs().max()).item()
-
-
-def _telling_length(model: Model) -> int:
-    """Tokens after which what is timed has been at work. On a GPU: several splits of a context,
-    their combination, and windows that have wrapped; elsewhere there is one path for all lengths.
-    """
-    if model.embedding.weight.device.type != "cuda":
-        return 37
-    windows = [spec.window or 0 for spec in model.state_specs()]
-    return max(LEAST_ON_GPU, *windows) + 64
-
-
-def agrees(error: float, dtype: torch.dtype) -> bool:
-    """Whether extend is close enough to forward for a latency to be worth printing."""
-    return error <= AGREEMENT[dtype]
 
 
 class Decoding:

@@ -12,6 +12,7 @@ from kernels import (
     decay_chunk,
     gdn_chunk,
     gdn_step,
+    gemv,
     linear_step,
     mla_decode,
     norm_triton,
@@ -21,6 +22,7 @@ from kernels import (
     sample,
     selective_chunk,
     selective_step,
+    split_combine,
     ssm_step,
 )
 from kernels.ahead import TARGETS, compile_ahead
@@ -30,9 +32,8 @@ OPS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, gdn_chunk,
-        gdn_step, linear_step, mla_decode, norm_triton, page_write, rope_append,
-        rope_rotate, sample,
-        selective_chunk, selective_step, ssm_step,
+        gdn_step, gemv, linear_step, mla_decode, norm_triton, page_write, rope_append,
+        rope_rotate, sample, selective_chunk, selective_step, split_combine, ssm_step,
     )
 }  # fmt: skip
 

@@ -82,11 +82,11 @@ def _model(arch: str, scale: str, device: str) -> Model:
 
 
 def _require_correct(model: Model, backend: str, compiled: bool) -> None:
-    from eval.decode import agreement_error, agrees
+    from eval.agreement import agreement
 
-    error = agreement_error(model, backend=backend, compiled=compiled)
-    if not agrees(error, model.embedding.weight.dtype):
-        pytest.fail(f"decode differs from the parallel form by {error:.1e}; not timed")
+    found = agreement(model, backend=backend, compiled=compiled)
+    if not found.holds:
+        pytest.fail(found.why_not)
 
 
 def _step_at(

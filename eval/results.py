@@ -252,18 +252,19 @@ def hardware_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """What git says; where the code lies without it, what its file COMMIT says."""
+    """What the file COMMIT says, which whoever copies a tree without git writes; else git."""
     root = Path(__file__).parent.parent
     told = root / "COMMIT"
-    unknown = told.read_text(encoding="utf-8").strip() if told.is_file() else "unknown"
+    if told.is_file():
+        return told.read_text(encoding="utf-8").strip()
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--exclude", "*"],
             cwd=root, capture_output=True, text=True, check=False,
         )  # fmt: skip
     except FileNotFoundError:
-        return unknown
-    return found.stdout.strip() if found.returncode == 0 else unknown
+        return "unknown"
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 def as_mapping(row: Row) -> Mapping[str, object]:

@@ -20,7 +20,7 @@ from infer.table_step import TableStep
 from infer.view import StepView, keeps_each
 from kernels.rope import rope_table
 
-#: Counters per sequence for kernels whose programs count arrivals: heads and row blocks of a step.
+#: Counters per sequence for steps whose programs count arrivals: one for each norm.
 ARRIVALS_PER_SEQUENCE = 1024
 #: Page of rows that are joined for one step only.
 JOINED_PAGE = 64
@@ -221,7 +221,6 @@ class _DeviceLayer:
             past=step.past,
             total=step.total,
             new=step.new32,
-            arrivals=step.state.arrivals,
             page_size=step.store.page_size,
             window=spec.window,
             sinks=spec.sinks,
@@ -274,7 +273,6 @@ class _DeviceLayer:
             past=past,
             total=past + new,
             new=self.step.new32,
-            arrivals=self.step.state.arrivals,
             page_size=JOINED_PAGE,
             window=spec.window,
             sinks=spec.sinks,

@@ -4,8 +4,8 @@ Legend: B batch, K new tokens, H query heads, G kv heads, d head dim, M rows of 
 The H/G query heads of a kv head times K tokens are packed into the M rows, so that keys and values
 are read once. A sequence's tiles are divided among the splits of a fixed grid (its size depends on
 capacities alone, so a captured graph stays valid; how many splits work is read from `lengths`).
-The last split to arrive combines the partial results (flash-decoding, arXiv 2307.08691 and
-2402.05099): no second launch. Logits, softmax and sums are fp32; exponents are base 2.
+Where there are several, `kernels.split_combine` puts their results together (flash-decoding, arXiv
+2307.08691 and 2402.05099). Logits, softmax and sums are fp32; exponents are base 2.
 """
 
 import functools
@@ -18,14 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import TARGETS, Variant
-from kernels.attention_decode_checks import EIGHT_BIT, check, counters
+from kernels.attention_decode_checks import EIGHT_BIT, check
 from kernels.attention_tiles import page_of, rows_of
+from kernels.split_combine import MAX_SPLITS, split_combine
 from kernels.words import as_words, halves, join_channels, split_channels
 
-#: Most splits of one sequence: the program that combines them reads one after another.
-MAX_SPLITS = 64
+#: Programs that a multiprocessor is given, where there are rows for so many.
+PROGRAMS_PER_SM = 2
 #: Fewest rows worth a split of their own.
-SPLIT_ROWS = 256
+SPLIT_ROWS = 128
 #: Multiprocessors assumed where there is no GPU to ask (those of an H200).
 INTERPRETER_SMS = 132
 BLOCKS_M = (16, 32, 64)
@@ -52,7 +53,8 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
         (32, 32, Config(64, 4, 3)), (32, 64, Config(64, 4, 3)),
         (64, 16, Config(64, 4 if eight else 2, 3)), (64, 32, Config(32 if eight else 64, 4, 3)),
         (64, 64, Config(32, 4, 2) if eight else Config(32, 8, 3)),
-        (128, 16, Config(32, 8, 2) if eight else Config(64, 4, 3)), (128, 32, Config(64, 8, 3)),
+        (128, 16, Config(64, 4, 3 if eight else 2)),
+        (128, 32, Config(32 if eight else 64, 8, 3)),
         (128, 64, Config(32, 8, 2) if eight else Config(64, 8, 3)),
         *((256, m, Config(64, 8, 2) if eight else Config(32, 8, 3)) for m in (16, 32)),
     )
@@ -63,7 +65,7 @@ AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
     **{(32, m, True): Config(64, 2, 3) for m in BLOCKS_M},
     (64, 32, True): Config(64, 4, 3), (64, 64, False): Config(32, 4, 3),
     (64, 64, True): Config(64, 4, 2),
-    (128, 16, True): Config(64, 4, 3), (128, 32, True): Config(32, 4, 2),
+    (128, 32, True): Config(32, 4, 2),
     (128, 64, False): Config(64, 8, 2), (128, 64, True): Config(32, 4, 2),
     (256, 16, True): Config(32, 4, 2), (256, 32, True): Config(32, 4, 2),
 }  # fmt: skip
@@ -71,11 +73,11 @@ AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
 
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
 def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, page_table, lengths, k_scale, v_scale, out, partials, partial_lse, arrivals,
+    q, k, v, page_table, lengths, k_scale, v_scale, out, partials, partial_lse, used_splits,
     scale_log2, q_stride_b, q_stride_t, q_stride_h, k_stride_g, v_stride_g,
     max_pages, group, tokens, row_blocks, window, sinks,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
-    SPLIT_TILES: tl.constexpr, UNROLL: tl.constexpr, WINDOWED: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
     EIGHT_BIT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -96,6 +98,8 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     used = tl.maximum(tl.cdiv(tiles, per_split), 1)
     if split >= used:
         return
+    if split == 0:
+        tl.store(used_splits + b * tl.num_programs(1) + part, used)
     start = split * per_split
     end = tl.minimum(start + per_split, tiles)
 
@@ -176,30 +180,9 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
 
     counter = b.to(tl.int64) * tl.num_programs(1) + part
     first = counter * splits * BLOCK_M + tl.arange(0, BLOCK_M)
-    at = first[:, None] * D + dims[None, :]
-    tl.store(partials + split * BLOCK_M * D + at, result, mask=real)
+    at = (split * BLOCK_M + first)[:, None] * D + dims[None, :]
+    tl.store(partials + at, result, mask=real)
     tl.store(partial_lse + split * BLOCK_M + first, top + tl.log2(total))
-    # All threads' stores precede the count, which releases them and acquires the other splits'.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals + counter, 1, sem="acq_rel", scope="gpu")
-    if arrived != used - 1:
-        return
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, D], tl.float32)
-    for s in tl.range(0, used, loop_unroll_factor=UNROLL):
-        lse = tl.load(partial_lse + s * BLOCK_M + first, cache_modifier=".cg")
-        piece = partials + s * BLOCK_M * D + at
-        piece = tl.load(piece, mask=real, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, lse)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink, weight = tl.exp2(top - safe), tl.exp2(lse - safe)
-        total = total * shrink + weight
-        sums = sums * shrink[:, None] + weight[:, None] * piece
-        top = new_top
-    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_at, result.to(out.dtype.element_ty), mask=real)
-    tl.store(arrivals + counter, 0)
 
 
 def attention_decode(
@@ -216,7 +199,6 @@ def attention_decode(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     out: Tensor | None = None,
-    arrivals: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ) v over the rows that each new token may see.
 
@@ -230,8 +212,6 @@ def attention_decode(
       first `sinks`; pages that no new token sees may be anything.
     k_scale, v_scale: fp32 [G], what a stored 8-bit value is multiplied by.
     out: contiguous [B, K, H, d], written and returned.
-    arrivals: int32 zeros, at least B * G * ceil(K * H / G / 64); left at zero. Pass the same one
-      on each call of a stream to save the launch that clears a fresh one.
     Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
     nor those of `lengths` are checked: they are read on the device only.
     """
@@ -254,12 +234,12 @@ def attention_decode(
     capacity = page_table.shape[1] * page_size
     if window is not None:
         capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
-    splits = triton.cdiv(2 * multiprocessors(q.device), batch * parts)
+    splits = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(q.device), batch * parts)
     splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partials = floats((batch, parts, splits, block_m, dim) if splits > 1 else (16,))
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
-    arrivals = counters(arrivals, batch * parts, q.device)
+    used_splits = torch.empty(batch * parts, dtype=torch.int32, device=q.device)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     kv_dtype = k_pool.dtype
@@ -269,13 +249,15 @@ def attention_decode(
     attention_decode_fwd_kernel[(splits, parts, batch)](
         q, k_pool, v_pool, page_table, lengths,
         q if k_scale is None else k_scale, q if v_scale is None else v_scale,
-        out, partials, partial_lse, arrivals,
+        out, partials, partial_lse, used_splits,
         (dim**-0.5 if scale is None else scale) * math.log2(math.e),
         stride_b, stride_t, stride_h, stride_k, stride_v,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         **_constants(dim, block_m, config, page_size, window is not None, kv_dtype),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    if splits > 1:
+        split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)
     return out
 
 
@@ -288,13 +270,10 @@ def config_of(dim: int, block_m: int, eight_bit: bool, *, amd: bool) -> Config:
 def _constants(
     dim: int, block_m: int, config: Config, page_size: int, windowed: bool, kv: torch.dtype
 ) -> dict[str, int | bool]:
-    eight_bit = kv in EIGHT_BIT
-    # Beside 8-bit tiles, large partial results fit the registers one at a time only.
-    unroll = 1 if eight_bit and block_m * dim >= 8192 else 4
     return {
         "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
-        "SPLIT_TILES": SPLIT_ROWS // config.tile, "UNROLL": unroll,
-        "WINDOWED": windowed, "EIGHT_BIT": eight_bit, "FP8": kv == torch.float8_e4m3fn,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile,
+        "WINDOWED": windowed, "EIGHT_BIT": kv in EIGHT_BIT, "FP8": kv == torch.float8_e4m3fn,
     }  # fmt: skip
 
 
@@ -342,7 +321,7 @@ def _variant(
     pointers = {
         "q": q, "k": pool, "v": pool, "page_table": torch.int32, "lengths": torch.int32,
         "k_scale": torch.float32, "v_scale": torch.float32, "out": q,
-        "partials": torch.float32, "partial_lse": torch.float32, "arrivals": torch.int32,
+        "partials": torch.float32, "partial_lse": torch.float32, "used_splits": torch.int32,
     }  # fmt: skip
     names = _TYPES | {torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16"}
     strides = ["q_stride_b", "q_stride_t", "q_stride_h", "k_stride_g", "v_stride_g"]
@@ -358,7 +337,7 @@ def _variant(
         num_warps=config.warps,
         num_stages=config.stages,
         wide_loads=2,
-        # Page numbers, and the splits' log-sum-exps.
+        # Page numbers.
         narrow_in_loops=frozenset({4}),
         matrix=True,
         # sm_80 has no fp8e4nv; the wrapper refuses it.

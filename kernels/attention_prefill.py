@@ -45,7 +45,7 @@ CONFIGS: dict[tuple[int, int, int], Config] = {
         ((64, 32), Config(64, 4, 3), Config(64, 4, 3), Config(64, 8, 3)),
         ((64, 64), Config(64, 4, 3), Config(64, 4, 3), Config(64, 8, 3)),
         ((128, 64), Config(64, 4, 3), Config(64, 8, 3), Config(64, 8, 3)),
-        ((128, 128), Config(64, 4, 3), Config(64, 8, 3), Config(64, 8, 2)),
+        ((128, 128), Config(64, 4, 3), Config(64, 8, 3), Config(64, 4, 2)),
         ((256, 128), Config(64, 4, 2), Config(32, 8, 3), Config(32, 8, 2)),
         ((256, 256), Config(32, 8, 2), Config(32, 8, 2)),
     )

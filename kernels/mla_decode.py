@@ -8,7 +8,7 @@ attention (arXiv 2505.21487).
 
 Legend: B batch, K new tokens, H query heads, G latent heads, R latent width, r rotary width,
 M rows of one matrix product: the H/G query heads of a latent head times K tokens. Splits, the
-fixed grid and the combination by the last arrival are those of `kernels.attention_decode`.
+fixed grid and the combination are those of `kernels.attention_decode`.
 """
 
 import functools
@@ -21,11 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import Variant
-from kernels.attention_decode import MAX_SPLITS, SPLIT_ROWS, multiprocessors
-from kernels.attention_decode_checks import counters
+from kernels.attention_decode import multiprocessors
 from kernels.attention_tiles import page_of, rows_of
 from kernels.mla_decode_checks import WIDTHS, check
+from kernels.split_combine import MAX_SPLITS, split_combine
 
+#: Fewest rows worth a split of their own.
+SPLIT_ROWS = 256
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -48,7 +50,7 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
         (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
         (256, 16): Config(32, 4, 3), (256, 64): Config(32, 8, 3),
-        (512, 16): Config(32, 8, 3), (512, 64): Config(32, 8, 3),
+        (512, 16): Config(32, 4, 3), (512, 64): Config(64, 8, 2),
     },
     "nvidia": {
         (32, 16): Config(64, 4, 3), (32, 64): Config(32, 4, 3),
@@ -68,33 +70,13 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
 _FAMILIES = {"sm_80": "nvidia", "sm_90": "hopper", "sm_100": "nvidia", "gfx942": "amd"}
 
 
-@triton.jit
-def _combined(pieces, lses, real, used, BLOCK_M: tl.constexpr, LATENT, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Some columns of the result, from the splits' partial results and log2-sum-exps."""
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    sums = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    for s in tl.range(0, used, loop_unroll_factor=4):
-        lse = tl.load(lses + s * BLOCK_M, cache_modifier=".cg")
-        piece = pieces + s * BLOCK_M * LATENT
-        piece = tl.load(piece, mask=real, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, lse)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink, weight = tl.exp2(top - safe), tl.exp2(lse - safe)
-        total = total * shrink + weight
-        sums = sums * shrink[:, None] + weight[:, None] * piece
-        top = new_top
-    return sums / tl.where(total == 0.0, 1.0, total)[:, None]
-
-
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
 def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, pool, page_table, lengths, out, partials, partial_lse, arrivals,
+    q, pool, page_table, lengths, out, partials, partial_lse, used_splits,
     scale_log2, q_stride_b, q_stride_t, q_stride_h, pool_stride_g,
     max_pages, group, tokens, row_blocks, window, sinks,
     LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, COLUMNS: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
@@ -114,6 +96,8 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     used = tl.maximum(tl.cdiv(tiles, per_split), 1)
     if split >= used:
         return
+    if split == 0:
+        tl.store(used_splits + b * tl.num_programs(1) + part, used)
     start = split * per_split
     end = tl.minimum(start + per_split, tiles)
 
@@ -185,21 +169,9 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
 
     counter = b.to(tl.int64) * tl.num_programs(1) + part
     first = counter * splits * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = partials + first[:, None] * LATENT
-    tl.store(rows + split * BLOCK_M * LATENT + latent[None, :], result, mask=stored)
+    at = (split * BLOCK_M + first)[:, None] * LATENT + latent[None, :]
+    tl.store(partials + at, result, mask=stored)
     tl.store(partial_lse + split * BLOCK_M + first, top + tl.log2(total))
-    # All threads' stores precede the count, which releases them and acquires the other splits'.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals + counter, 1, sem="acq_rel", scope="gpu")
-    if arrived != used - 1:
-        return
-    # A few columns at a time: with all of them, this would ask for more registers than the loop.
-    for column in tl.range(0, LATENT, COLUMNS):
-        columns = column + tl.arange(0, COLUMNS)[None, :]
-        pieces = rows + columns
-        values = _combined(pieces, partial_lse + first, real, used, BLOCK_M, LATENT, COLUMNS)
-        tl.store(out_rows + columns, values.to(out.dtype.element_ty), mask=real)
-    tl.store(arrivals + counter, 0)
 
 
 def mla_decode(
@@ -214,7 +186,6 @@ def mla_decode(
     window: int | None = None,
     sinks: int = 0,
     out: Tensor | None = None,
-    arrivals: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q cᵀ) c[:, :R] over the rows c that each new token may see: [B, K, H, R].
 
@@ -228,8 +199,6 @@ def mla_decode(
     window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
       first `sinks`; pages that no new token sees may be anything.
     out: contiguous [B, K, H, R], written and returned.
-    arrivals: int32 zeros, at least B * G * ceil(K * H / G / 32); left at zero. Pass the same one
-      on each call of a stream to save the launch that clears a fresh one.
     Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
     nor those of `lengths` are checked: they are read on the device only.
     """
@@ -251,22 +220,25 @@ def mla_decode(
     capacity = page_table.shape[1] * page_size
     if window is not None:
         capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
-    splits = triton.cdiv(2 * multiprocessors(q.device), batch * parts)
+    # One program fills a multiprocessor: its tiles take most of the shared memory.
+    splits = triton.cdiv(multiprocessors(q.device), batch * parts)
     splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partials = floats((batch, parts, splits, block_m, v_dim) if splits > 1 else (16,))
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
-    arrivals = counters(arrivals, batch * parts, q.device)
+    used_splits = torch.empty(batch * parts, dtype=torch.int32, device=q.device)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     mla_decode_fwd_kernel[(splits, parts, batch)](
-        q, pool, page_table, lengths, out, partials, partial_lse, arrivals,
+        q, pool, page_table, lengths, out, partials, partial_lse, used_splits,
         scale * math.log2(math.e),
         stride_b, stride_t, stride_h, pool.stride(0) if groups > 1 else 0,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         **_constants(v_dim, rotary, block_m, config, page_size, window is not None),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    if splits > 1:
+        split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)
     return out
 
 
@@ -276,8 +248,7 @@ def _constants(
     return {
         "LATENT": latent, "BLOCK_LATENT": triton.next_power_of_2(latent), "ROTARY": rotary,
         "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
-        "SPLIT_TILES": SPLIT_ROWS // config.tile, "COLUMNS": math.gcd(latent, 64),
-        "WINDOWED": windowed,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile, "WINDOWED": windowed,
     }  # fmt: skip
 
 
@@ -327,7 +298,7 @@ def _variant(
     kind = _TYPES[dtype]
     threads = config.warps * (64 if "gfx942" in targets else 32)
     signature = dict.fromkeys(("q", "pool", "out"), "*" + kind)
-    signature |= dict.fromkeys(("page_table", "lengths", "arrivals"), "*i32")
+    signature |= dict.fromkeys(("page_table", "lengths", "used_splits"), "*i32")
     signature |= dict.fromkeys(("partials", "partial_lse"), "*fp32") | {"scale_log2": "fp32"}
     strides = ("q_stride_b", "q_stride_t", "q_stride_h", "pool_stride_g")
     aligned = frozenset([*(n for n, t in signature.items() if t.startswith("*")), *strides])
@@ -342,7 +313,7 @@ def _variant(
         num_warps=config.warps,
         num_stages=config.stages,
         wide_loads=2,
-        # Page numbers, and the splits' log-sum-exps; rotary channels of too few bytes.
+        # Page numbers; rotary channels of too few bytes.
         narrow_in_loops=frozenset({4, 8} if rotary * config.tile * 2 < 16 * threads else {4}),
         matrix=True,
         targets=targets,

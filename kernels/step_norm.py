@@ -17,7 +17,7 @@ from kernels.norm import OutputNorm
 from kernels.norm_triton import norm_ref
 from kernels.step import require_like, row_stride
 
-#: Elements that one warp norms at a time: tokens by channels.
+#: Elements that each warp norms at a time: tokens by channels.
 BLOCK = 1024
 
 
@@ -73,9 +73,10 @@ def norm_last(  # type: ignore[no-untyped-def]
 
 
 def norm_arguments(
-    norm: OutputNorm | None, arrivals: Tensor | None, y: Tensor, state: Tensor
+    norm: OutputNorm | None, arrivals: Tensor | None, y: Tensor, state: Tensor, warps: int
 ) -> dict[str, Any]:
-    """What a step kernel takes for its norm of y [B, K, H, P], by name; None: it has none.
+    """What a step kernel of so many warps takes for its norm of y [B, K, H, P], by name; None: it
+    has none.
 
     arrivals: int32 zeros, one for each norm row of a sequence, left at zero; None: fresh ones.
     Raises ValueError naming the argument, its value and the rule it breaks.
@@ -97,28 +98,28 @@ def norm_arguments(
     return {
         "gate": gate, "weight": weight, "gate_row": row_stride("gate", gate),
         "arrivals": counters(arrivals, batch * heads * p // d, y.device),
-        **norm_constants(tokens, d, width, norm.eps, gate_first=norm.gate_first),
+        **norm_constants(tokens, d, width, norm.eps, warps, gate_first=norm.gate_first),
     }  # fmt: skip
 
 
 def norm_constants(
-    tokens: int, d: int, width: int, eps: float, *, gate_first: bool
+    tokens: int, d: int, width: int, eps: float, warps: int, *, gate_first: bool
 ) -> dict[str, Any]:
     """Constants of a step kernel with a norm: rows of d channels under a weight of `width`."""
     block_k = triton.next_power_of_2(tokens)
     return {
         "NORM_EPS": eps, "GATE_FIRST": gate_first, "NORM_D": d, "WEIGHT_D": width,
-        "BLOCK_K": block_k, "BLOCK_D": min(triton.next_power_of_2(d), BLOCK // block_k),
+        "BLOCK_K": block_k, "BLOCK_D": min(triton.next_power_of_2(d), warps * BLOCK // block_k),
     }  # fmt: skip
 
 
 #: Arguments of a kernel with a norm, and their types where they are no constants.
 NORM_TYPES = {"gate": "*bf16", "weight": "*bf16", "arrivals": "*i32", "gate_row": "i32"}
-_NO_NORM = dict.fromkeys((*NORM_TYPES, *norm_constants(1, 1, 1, 0.0, gate_first=False)), None)
+_NO_NORM = dict.fromkeys((*NORM_TYPES, *norm_constants(1, 1, 1, 0.0, 1, gate_first=False)), None)
 
 
 def norm_variant(
-    norm: tuple[int, int, bool] | None, tokens: int
+    norm: tuple[int, int, bool] | None, tokens: int, warps: int
 ) -> tuple[dict[str, str], dict[str, Any], int]:
     """Types, constants and least 16-byte loads that a norm adds to a step kernel's `Variant`.
 
@@ -127,12 +128,12 @@ def norm_variant(
     if norm is None:
         return {}, dict(_NO_NORM), 0
     d, width, gate_first = norm
-    constants = norm_constants(tokens, d, width, 1e-5, gate_first=gate_first)
+    constants = norm_constants(tokens, d, width, 1e-5, warps, gate_first=gate_first)
     elements = constants["BLOCK_K"] * constants["BLOCK_D"]
-    # y, and the gate once or twice: in bf16, on at most 64 lanes, where rows start at 16 bytes.
+    # y, and the gate once or twice: in bf16, on 64 lanes a warp at most, rows starting at 16 bytes.
     # (A compiler may keep a row of one block instead of reading it again.)
-    wide = 0 if d % 8 else 2 * elements // (16 * 64)
-    return NORM_TYPES, constants, (2 + gate_first) * wide
+    wide = 0 if d % 8 else 2 * elements // (16 * 64 * warps)
+    return NORM_TYPES, constants, (2 if constants["BLOCK_D"] >= d else 2 + gate_first) * wide
 
 
 def output_norm_ref(y: Tensor, norm: OutputNorm | None) -> Tensor:

@@ -57,7 +57,7 @@ def _triton(q: Tensor, seen: Rows) -> Tensor:
     if q.shape[1] <= DECODE_LIMIT:
         from kernels.attention_decode import attention_decode
 
-        return attention_decode(q, k, v, p.table, p.total, arrivals=p.arrivals, **at)
+        return attention_decode(q, k, v, p.table, p.total, **at)
     from kernels.attention_prefill import attention_prefill
 
     return attention_prefill(q, k, v, p.table, p.total, new=p.new, **at)
@@ -85,7 +85,7 @@ def _latent_triton(q: Tensor, seen: Rows, v_dim: int, scale: float) -> Tensor:
         pieces.append(
             mla_decode(
                 piece, p.pool, p.table, p.total - later if later else p.total, v_dim=v_dim,
-                scale=scale, page_size=p.page_size, arrivals=p.arrivals,
+                scale=scale, page_size=p.page_size,
             )
         )  # fmt: skip
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -19,7 +19,7 @@ MOST_COPIES = 64
 #: Device memory that all copies together may take.
 MOST_BYTES = 24 << 30
 #: An idle GPU runs at low clocks: work of this long brings them up before anything is timed.
-WARM_UP_S = 0.1
+WARM_UP_S = 0.2
 MOST_WARM_UPS = 1000
 
 

@@ -13,7 +13,8 @@ from archs.backbone import Model
 from archs.backends import NoFormError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
-from eval.decode import agreement_error, agrees, build_to_serve, decode_cost, measure_decode
+from eval.agreement import Agreement, agreement
+from eval.decode import build_to_serve, decode_cost, measure_decode
 from eval.hardware import Roofline
 from eval.predict import step_ms
 from eval.results import Status
@@ -28,7 +29,7 @@ POINTS: tuple[tuple[str, int, int], ...] = (
 COLUMNS = (
     "arch", "scale", "batch", "context", "kernel_backend", "status", "tpot_ms", "tpot_p50_ms",
     "tpot_p99_ms", "output_tok_per_s", "mbu", "mfu", "tpot_pred_ms", "step_bytes", "step_flops",
-    "state_bytes", "agreement_error", "compile_s", "note",
+    "state_bytes", "agreement_error", "agreement_limit", "compile_s", "note",
 )  # fmt: skip
 KEY = ("arch", "scale", "batch", "context", "kernel_backend")
 
@@ -69,7 +70,7 @@ class Server:
         self.dtype = dtype
         self.roofline = roofline
         self._held: tuple[tuple[str, str], Model] | None = None
-        self._errors: dict[tuple[str, str, str], float] = {}
+        self._agreed: dict[tuple[str, str, str], Agreement] = {}
 
     def measure(self, point: Point, steps: int = 24) -> dict[str, object]:
         """The row of one cell. A cell that cannot be measured is a row with its status."""
@@ -86,12 +87,15 @@ class Server:
     def _measure(self, point: Point, steps: int) -> dict[str, object]:
         model = self._model(point.arch, point.scale)
         known = point.arch, point.scale, point.backend
-        if known not in self._errors:
-            self._errors[known] = agreement_error(model, backend=point.backend)
-        error = self._errors[known]
-        if not agrees(error, self.dtype):
-            return {"status": Status.INCORRECT.value, "agreement_error": error}
-        found: dict[str, Any] = {"status": Status.OK.value, "agreement_error": error}
+        if known not in self._agreed:
+            self._agreed[known] = agreement(model, backend=point.backend)
+        agreed = self._agreed[known]
+        found: dict[str, Any] = {
+            "agreement_error": agreed.error, "agreement_limit": agreed.limit
+        }  # fmt: skip
+        if not agreed.holds:
+            return found | {"status": Status.INCORRECT.value, "note": agreed.why_not}
+        found["status"] = Status.OK.value
         [timing] = measure_decode(
             model, batch=point.batch, contexts=[point.context], steps=steps, warmup=4,
             backend=point.backend,

@@ -191,13 +191,14 @@ class Proof:
             and self.timings.find(op=op.name, case=case.name, backend=OURS) is None
         ], late=False)  # fmt: skip
 
-    def bench_late(self) -> None:
-        """Time the late baselines of all cases of which ours has been timed."""
+    def bench_late(self, most_order: int | None = None) -> None:
+        """Time the late baselines of cases of which ours has been timed, up to `most_order`."""
         pairs = ((op, case) for op in self.ops for case in op.cases)
         self._each([
             (op, case)
             for op, case in sorted(pairs, key=lambda pair: pair[1].order)
-            if self.timings.find(op=op.name, case=case.name, backend=OURS) is not None
+            if (most_order is None or case.order <= most_order)
+            and self.timings.find(op=op.name, case=case.name, backend=OURS) is not None
             and any(
                 self.timings.find(op=op.name, case=case.name, backend=name) is None
                 for name in case.late

@@ -9,6 +9,7 @@ from torch import Tensor
 from archs.gqa import Attention
 from archs.registry import HYBRIDS, REGISTRY
 from archs.spec import LayerState
+from eval.agreement import Agreement
 from eval.conformance import CHECKS, Subject, run_checks
 
 OUTSIDE = Path(__file__).parents[1] / "data" / "decayed_sum.py"
@@ -43,7 +44,8 @@ def test_kernels_are_held_to_the_torch_form(
     subject = Subject("gqa")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("eval.conformance.resolve_backend", lambda name, device: name)
-    monkeypatch.setattr("eval.conformance.agreement_error", lambda *_, **__: error)
+    found = Agreement(error, 0.1)
+    monkeypatch.setattr("eval.conformance.agreement", lambda *_, **__: found)
     monkeypatch.setattr(type(subject.spec), "build", lambda *_, **__: subject.model)
     assert CHECKS["kernels"](subject).passed is passed
 

@@ -16,13 +16,12 @@ from archs.linear import LinearAttention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from archs.spec import LayerState
+from eval.agreement import agreement
 from eval.calls import CountCalls, IdleLayer
 from eval.cells import CellFailure, Workshop
 from eval.commands import bench_archs
 from eval.decode import (
     DecodeTiming,
-    agreement_error,
-    agrees,
     build_to_serve,
     measure_decode,
     measure_ttft_ms,
@@ -62,8 +61,8 @@ def forget(monkeypatch: pytest.MonkeyPatch, kind: type, *, single: bool) -> None
 @pytest.mark.parametrize("arch", [*REGISTRY, *HYBRIDS])
 def test_honest_mixers_agree(arch: str) -> None:
     model = ModelSpec(arch=arch, scale=replace(TINY, vocab_size=257)).build().eval()
-    error = agreement_error(model)
-    assert agrees(error, torch.float32), error
+    found = agreement(model)
+    assert found.holds, found
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["decode", "prefill"])
@@ -71,13 +70,13 @@ def test_a_wrong_extend_does_not_agree(
     model: Model, monkeypatch: pytest.MonkeyPatch, single: bool
 ) -> None:
     forget(monkeypatch, Attention, single=single)
-    assert not agrees(agreement_error(model), torch.float32)
+    assert not agreement(model).holds
 
 
 def test_nan_does_not_agree(model: Model) -> None:
     with torch.no_grad():
         model.norm.weight[0] = float("nan")
-    assert not agrees(agreement_error(model), torch.float32)
+    assert not agreement(model).holds
 
 
 def test_a_wrong_mixer_gets_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +237,7 @@ def test_what_cannot_fit_is_refused_before_it_is_made(
 
 def test_a_shape_that_kernels_refuse_has_no_form(model: Model) -> None:
     with pytest.raises(NoFormError, match=r"backend 'triton' refuses the shape: .*needs"):
-        agreement_error(model, backend="triton")
+        agreement(model, backend="triton")
 
 
 def test_an_error_of_the_torch_forms_is_not_taken_for_a_refusal(
@@ -249,4 +248,4 @@ def test_an_error_of_the_torch_forms_is_not_taken_for_a_refusal(
 
     monkeypatch.setattr(Engine, "prefill", fails)
     with pytest.raises(ValueError, match=r"^a mistake$"):
-        agreement_error(model)
+        agreement(model)

@@ -7,6 +7,7 @@ import torch
 
 from archs.backends import NoFormError
 from archs.registry import HYBRIDS, REGISTRY
+from eval.agreement import Agreement
 from eval.gpu import decode_grid
 from eval.gpu.decode_grid import POINTS, Point, Server, points
 from infer.memory import DoesNotFitError
@@ -68,7 +69,7 @@ def test_a_cell_that_cannot_be_measured_is_a_row(
 def test_a_cell_that_disagrees_is_not_timed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_grid, "agreement_error", lambda *_, **__: 0.5)
+    monkeypatch.setattr(decode_grid, "agreement", lambda *_, **__: Agreement(0.5, 0.1))
     row = server.measure(Point("gqa", "micro", 2, 40, "torch"), steps=2)
     assert row["status"] == "incorrect" and "tpot_ms" not in row
 

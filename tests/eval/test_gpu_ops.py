@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from eval.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
-from eval.gpu.ops import OPS, attention, chunk, glue, recurrent
+from eval.gpu.ops import OPS, attention, chunk, glue, product, recurrent
 from eval.gpu.ops.operands import PAGE, binary, dense, paged
 from kernels import decay_scan, gdn, selective_scan
 from tests.kernels.interpreter import interpreted
@@ -34,6 +34,7 @@ QUICK = {
     "decay_chunk": "2x2x16x32 tokens 65",
     "gdn_chunk": "2x2x16x32 tokens 1",
     "selective_chunk": "80x16 tokens 1",
+    "gemv": "129x200 bfloat16",
     "norm_triton": "norms of 64",
     "rope_append": "3 tokens",
     "rope_rotate": "2 tokens",
@@ -106,6 +107,7 @@ def scan_case(name: str, *, backward: bool) -> Case:
 
 CASES: dict[str, Case] = {
     "decode": attention.decode_case(0, 2, 130, (4, 2), 64),
+    "gemv": product.gemv_case(0, 33, 64),
     "decode split": attention.decode_case(0, 1, 600, (2, 1), 32),
     "mla": attention.mla_case(0, 2, 70, 4, latent=(64, 16)),
     "mla of two tokens": attention.mla_case(0, 1, 130, 4, 2, latent=(64, 16)),
@@ -168,6 +170,8 @@ def test_bytes_are_those_of_the_operands() -> None:
     bf16 = dict(dtype=BF16)
     q, kv = torch.empty(2, 1, 4, 64, **bf16), torch.empty(2, 2, 130, 2, 64, **bf16)
     assert CASES["decode"].moved_bytes == nbytes(q, kv, q)
+    eight = attention.decode_case(0, 2, 130, (4, 2), 64, kv=torch.int8)
+    assert eight.moved_bytes == nbytes(q, kv.to(torch.int8), q)
     q, latents = torch.empty(1, 2, 4, 80, **bf16), torch.empty(130, 80, **bf16)
     out = torch.empty(1, 2, 4, 64, **bf16)
     assert CASES["mla of two tokens"].moved_bytes == nbytes(q, latents, out)

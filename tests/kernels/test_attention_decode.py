@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import kernels.attention_decode as module
 from archs.sizes import SCALES
+from kernels import split_combine
 from kernels.ahead import Variant, compile_ahead
 from kernels.attention_decode import CONFIGS, attention_decode_ref, default_variant, variants
 from kernels.attention_decode_checks import HEAD_DIMS
@@ -64,7 +65,7 @@ def operands(
 
 def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
     tensors, options = operands(lengths, **how)
-    with interpreted(module):
+    with interpreted(module, split_combine):
         got = module.attention_decode(*tensors, **options)
     expected = attention_decode_ref(*tensors, **options)
     assert got.dtype == tensors[0].dtype
@@ -128,29 +129,29 @@ def test_equals_torch() -> None:
     rows = (table.long()[:, :, None] * 64 + torch.arange(64)).flatten(1)
     k, v = (t[:, rows].transpose(0, 1) for t in (k, v))
     expected = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True)
-    with interpreted(module):
+    with interpreted(module, split_combine):
         got = module.attention_decode(*tensors, **options)
     torch.testing.assert_close(got, expected.transpose(1, 2), **TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("length", [100, 1000], ids=["one split", "four splits"])
-def test_caller_buffers_are_used_and_arrivals_left_clear(length: int) -> None:
+def test_caller_buffers_are_used(length: int) -> None:
     tensors, options = operands([length, 0, length // 2], new=2)
     wide = torch.randn(3, 2, 24, 32)
     tensors[0] = wide[:, :, 8:16]
     expected = attention_decode_ref(*tensors, **options)
-    out, arrivals = torch.full((3, 2, 8, 32), torch.nan), torch.zeros(9, dtype=torch.int32)
+    out = torch.full((3, 2, 8, 32), torch.nan)
     for _ in range(2):
-        with interpreted(module):
-            got = module.attention_decode(*tensors, **options, out=out, arrivals=arrivals)
-        assert got is out and not arrivals.any()
+        with interpreted(module, split_combine):
+            got = module.attention_decode(*tensors, **options, out=out)
+        assert got is out
         torch.testing.assert_close(out.double(), expected, **TOLERANCES[torch.float32])
         out.fill_(torch.nan)
 
 
 def test_an_empty_batch_launches_nothing() -> None:
     (q, k, v, table, lengths), options = operands([5])
-    with interpreted(module):
+    with interpreted(module, split_combine):
         got = module.attention_decode(q[:0], k, v, table[:0], lengths[:0], **options)
     assert got.shape == (0, 1, 8, 32)
 
@@ -201,10 +202,6 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     ),
     "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 8, 64)[..., :32]}),
     "device": ("lengths=meta must be on", lambda a: {"lengths": a["lengths"].to("meta")}),
-    "arrivals": (
-        "arrivals=.*int32",
-        lambda a: {"arrivals": torch.zeros(1, dtype=torch.int32)},
-    ),
 }
 
 
@@ -216,7 +213,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     given = dict(zip(("q", "k_pool", "v_pool", "page_table", "lengths"), tensors, strict=True))
     given |= options
     message, change = REFUSALS[case]
-    with interpreted(module):
+    with interpreted(module, split_combine):
         monkeypatch.setattr(type(module.attention_decode_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.attention_decode(**(given | change(given)))

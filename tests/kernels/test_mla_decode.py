@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import kernels.mla_decode as module
 from archs.mla import LatentConfig
 from archs.sizes import SCALES
+from kernels import split_combine
 from kernels.ahead import Variant, compile_ahead
 from kernels.mla_decode import CONFIGS, default_variant, mla_decode_ref, variants
 from kernels.mla_decode_checks import WIDTHS
@@ -60,7 +61,7 @@ def operands(
 
 def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
     tensors, options = operands(lengths, **how)
-    with interpreted(module):
+    with interpreted(module, split_combine):
         got = module.mla_decode(*tensors, **options)
     expected = mla_decode_ref(*tensors, **options)
     assert got.dtype == tensors[0].dtype
@@ -127,13 +128,13 @@ def test_equals_torch() -> None:
     expected = F.scaled_dot_product_attention(
         q.transpose(1, 2), c, c[..., :64], enable_gqa=True, scale=options["scale"]
     )
-    with interpreted(module):
+    with interpreted(module, split_combine):
         got = module.mla_decode(*tensors, **options)
     torch.testing.assert_close(got, expected.transpose(1, 2), **TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("length", [100, 1000], ids=["one split", "four splits"])
-def test_caller_buffers_are_used_and_arrivals_left_clear(length: int) -> None:
+def test_caller_buffers_are_used(length: int) -> None:
     tensors, options = operands([length, 0, length // 2], new=2, heads=(8, 2))
     wide_q, wide_pool = (
         torch.full((3, 2, 24, 80), torch.nan),
@@ -146,18 +147,18 @@ def test_caller_buffers_are_used_and_arrivals_left_clear(length: int) -> None:
         wide[at] = tensors[part]
         tensors[part] = wide[at]
     expected = mla_decode_ref(*tensors, **options)
-    out, arrivals = torch.full((3, 2, 8, 64), torch.nan), torch.zeros(9, dtype=torch.int32)
+    out = torch.full((3, 2, 8, 64), torch.nan)
     for _ in range(2):
-        with interpreted(module):
-            got = module.mla_decode(*tensors, **options, out=out, arrivals=arrivals)
-        assert got is out and not arrivals.any()
+        with interpreted(module, split_combine):
+            got = module.mla_decode(*tensors, **options, out=out)
+        assert got is out
         torch.testing.assert_close(out.double(), expected, **TOLERANCES[torch.float32])
         out.fill_(torch.nan)
 
 
 def test_logits_of_any_size_stay_finite() -> None:
     tensors, options = operands([600, 70], scale=300.0)
-    with interpreted(module):
+    with interpreted(module, split_combine):
         got = module.mla_decode(*tensors, **options)
     expected = mla_decode_ref(*tensors, **options)
     # fp32 logits of some thousands are off by some 1e-4 themselves.
@@ -166,7 +167,7 @@ def test_logits_of_any_size_stay_finite() -> None:
 
 def test_an_empty_batch_launches_nothing() -> None:
     (q, pool, table, lengths), options = operands([5])
-    with interpreted(module):
+    with interpreted(module, split_combine):
         got = module.mla_decode(q[:0], pool, table[:0], lengths[:0], **options)
     assert got.shape == (0, 1, 4, 64)
 
@@ -205,11 +206,6 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 4, 80)[..., :64]}),
     "out shape": (r"out=.*\[1, 1, 4, 64\]", lambda a: {"out": torch.empty(1, 1, 4, 80)}),
     "device": ("lengths=meta must be on", lambda a: {"lengths": a["lengths"].to("meta")}),
-    "arrivals": ("arrivals=.*int32", lambda a: {"arrivals": torch.zeros(1)}),
-    "few arrivals": (
-        r"arrivals=.*>= 1\]",
-        lambda a: {"arrivals": torch.zeros(0, dtype=torch.int32)},
-    ),
 }
 
 
@@ -220,7 +216,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     tensors, options = operands([100])
     given = dict(zip(("q", "pool", "page_table", "lengths"), tensors, strict=True)) | options
     message, change = REFUSALS[case]
-    with interpreted(module):
+    with interpreted(module, split_combine):
         monkeypatch.setattr(type(module.mla_decode_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.mla_decode(**(given | change(given)))
