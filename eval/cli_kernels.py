@@ -95,6 +95,7 @@ def _prove(
     import torch
 
     from eval.gpu import workers
+    from eval.gpu.long import write_results
     from eval.gpu.ops import OPS
     from eval.gpu.proof import Proof, chosen
     from eval.options import err, parse_duration_s, resolve_device
@@ -120,6 +121,8 @@ def _prove(
                 _bench(proof, names, suite)
     except BudgetOverError:
         proof.progress.console.print("the time budget ended within a cell, which is not recorded")
+    finally:
+        write_results(folder)
     if proof.over and not quiet:
         out.print("the time budget ended; run the same command again to go on")
     return summary(proof, bench)

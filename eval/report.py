@@ -24,6 +24,7 @@ from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wid
 from eval.measures import MEASURES
 from eval.pictures.canvas import Palette
 from eval.pictures.plans import Picture, pictures
+from eval.report_kernels import kernel_section
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 #: vl-convert carries several Vega-Lite versions: the page and the PNGs use the charts' own.
@@ -44,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
     drawn = _drawn(long)
     config = run_dir / "config.toml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    page = _page(run_dir.resolve().name, long, table, drawn, text)
+    page = _page(run_dir.resolve().name, long, table, drawn, text, kernel_section(run_dir))
     report = run_dir / "report.html"
     try:
         _replace(run_dir / "leaderboard.csv", table.to_csv(index=False).encode())
@@ -96,10 +97,13 @@ def _replace(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _page(name: str, long: pd.DataFrame, table: pd.DataFrame, drawn: Drawn, config: str) -> str:
+def _page(
+    name: str, long: pd.DataFrame, table: pd.DataFrame, drawn: Drawn, config: str, kernels: str = ""
+) -> str:
     sections = {
         "leaderboard": ("Leaderboard", _leaderboard(long, table)),
         "pictures": ("Pictures", _pictures(drawn)),
+        "kernels": ("Kernels", kernels),
         "claims": ("What the textbook claims", _claims(long)),
         "isoquality": ("What equal loss costs", _isoquality(long)),
         "not-measured": ("Not measured", _missing(drawn)),

@@ -13,7 +13,6 @@ published figures, not ours, have Triton behind its FlashAttention and cuDNN ker
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -22,48 +21,16 @@ from torch import Tensor
 
 from kernels.ahead import TARGETS, Variant
 from kernels.attention_prefill_checks import DIMS, check
+from kernels.attention_prefill_configs import (
+    BLOCKS_M,
+    FAMILIES,
+    Config,
+    config_of,
+    family_of,
+)
 
-BLOCKS_M = (16, 64, 128)
 INT_MAX = 2**31 - 1
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """Cache rows per tile, warps per program, stages of the load pipeline."""
-
-    tile: int
-    warps: int
-    stages: int
-
-
-#: By the head dims of keys and values, up to powers of two, and M.
-CONFIGS: dict[tuple[int, int, int], Config] = {
-    (*widths, m): config
-    for widths, *configs in (
-        ((32, 32), Config(64, 4, 3), Config(64, 4, 3), Config(64, 4, 3)),
-        ((64, 32), Config(64, 4, 3), Config(64, 4, 3), Config(64, 8, 3)),
-        ((64, 64), Config(64, 4, 3), Config(64, 4, 3), Config(64, 8, 3)),
-        ((128, 64), Config(64, 4, 3), Config(64, 8, 3), Config(64, 8, 3)),
-        ((128, 128), Config(64, 4, 3), Config(64, 8, 3), Config(64, 4, 2)),
-        ((256, 128), Config(64, 4, 2), Config(32, 8, 3), Config(32, 8, 2)),
-        ((256, 256), Config(32, 8, 2), Config(32, 8, 2)),
-    )
-    for m, config in zip(BLOCKS_M, configs, strict=False)
-}
-#: Where the rows of a tile lie on several pages: the address of each takes registers, too.
-SMALL_PAGE_CONFIGS: dict[tuple[int, int, int], Config] = {
-    (32, 32, 128): Config(64, 8, 2), (64, 64, 64): Config(64, 8, 3),
-    (128, 128, 128): Config(32, 8, 3), (256, 128, 64): Config(64, 8, 2),
-    (256, 256, 16): Config(32, 4, 2),
-}  # fmt: skip
-#: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
-AMD_CONFIGS: dict[tuple[int, int, int], Config] = {
-    (64, 32, 128): Config(64, 4, 3), (128, 128, 16): Config(64, 4, 2),
-    (128, 128, 64): Config(64, 4, 2), (128, 128, 128): Config(64, 4, 2),
-    (256, 128, 64): Config(64, 4, 2), (256, 128, 128): Config(32, 4, 2),
-    (256, 256, 64): Config(32, 4, 2),
-}  # fmt: skip
 
 
 @triton.jit
@@ -284,8 +251,8 @@ def attention_prefill(
     if batch == 0:
         return out
     group = heads // kv_heads
-    amd = torch.version.hip is not None
-    block_m, config = config_of(dim, v_dim, group * tokens, page_size, amd=amd)
+    family = family_of(q.device)
+    block_m, config = config_of(dim, v_dim, group * tokens, page_size, family=family)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
@@ -298,20 +265,6 @@ def attention_prefill(
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
-
-
-def config_of(dim: int, v_dim: int, rows: int, page_size: int, *, amd: bool) -> tuple[int, Config]:
-    """M and the configuration for these head dims and this many rows of one kv head."""
-    width, v_width = (max(32, triton.next_power_of_2(d)) for d in (dim, v_dim))
-    width, v_width = max(width, v_width), max(v_width, width // 2)
-    fits = [m for m in BLOCKS_M if (width, v_width, m) in CONFIGS]
-    key = (width, v_width, next((m for m in fits if m >= rows), fits[-1]))
-    config = CONFIGS[key]
-    if amd:
-        config = AMD_CONFIGS.get(key, config)
-    elif page_size % config.tile:
-        config = SMALL_PAGE_CONFIGS.get(key, config)
-    return key[2], config
 
 
 def _constants(
@@ -351,9 +304,9 @@ def attention_prefill_ref(
 
 def _variant(
     dtype: torch.dtype, dims: tuple[int, int], rows: int,
-    page_size: int, windowed: bool, ragged: bool, *, amd: bool = False,
+    page_size: int, windowed: bool, ragged: bool, *, family: str = "hopper",
 ) -> Variant:  # fmt: skip
-    block_m, config = config_of(*dims, rows, page_size, amd=amd)
+    block_m, config = config_of(*dims, rows, page_size, family=family)
     pointers = dict.fromkeys(("q", "k", "v", "out"), _TYPES[dtype])
     pointers |= dict.fromkeys(("page_table", "lengths", "new"), "*i32")
     strides = ["q_stride_b", "q_stride_t", "q_stride_h", "k_stride_g", "v_stride_g"]
@@ -371,7 +324,7 @@ def _variant(
         wide_loads=4,
         narrow_in_loops=frozenset({4}),
         matrix=True,
-        targets=tuple(t for t, gpu in TARGETS.items() if (gpu.backend == "hip") == amd),
+        targets=tuple(t for t in TARGETS if FAMILIES[t] == family),
     )
 
 
@@ -384,17 +337,19 @@ def variants() -> list[Variant]:
     """Every configuration that the wrapper can pick. Pages: of whole tiles, and below a tile;
     those, windows and ragged batches of fp16 are left out: code of bf16 but for the type."""
     return [
-        _variant(dtype, dims, block_m, page_size, windowed, ragged, amd=amd)
-        for amd, dtype, dims, block_m in itertools.product((False, True), _TYPES, DIMS, BLOCKS_M)
-        if block_m == config_of(*dims, block_m, 64, amd=amd)[0]
-        for page_size in _page_sizes(dims, block_m, amd=amd)
+        _variant(dtype, dims, block_m, page_size, windowed, ragged, family=family)
+        for family, dtype, dims, block_m in itertools.product(
+            ("ampere", "hopper", "amd"), _TYPES, DIMS, BLOCKS_M
+        )
+        if block_m == config_of(*dims, block_m, 64, family=family)[0]
+        for page_size in _page_sizes(dims, block_m, family=family)
         for windowed, ragged in itertools.product((False, True), repeat=2)
         if dtype == torch.bfloat16 or (page_size, windowed, ragged) == (64, False, False)
     ]
 
 
-def _page_sizes(dims: tuple[int, int], block_m: int, *, amd: bool) -> list[int]:
+def _page_sizes(dims: tuple[int, int], block_m: int, *, family: str) -> list[int]:
     """One for each way of reading tiles: by the configuration, whole pages or parts of several."""
-    configs = {page: config_of(*dims, block_m, page, amd=amd)[1] for page in (32, 16, 64)}
+    configs = {page: config_of(*dims, block_m, page, family=family)[1] for page in (32, 16, 64)}
     ways = {(config, page % config.tile == 0): page for page, config in configs.items()}
     return sorted(ways.values(), reverse=True)

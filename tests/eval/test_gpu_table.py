@@ -24,6 +24,23 @@ def test_a_torn_row_is_dropped(tmp_path: Path) -> None:
     assert path.read_text() == "op,value\na,\n"
 
 
+def test_what_is_to_be_measured_again_stays_until_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    columns = ("op", "status")
+    first = Table(path, columns, ("op",), lambda row: row["status"] == "error")
+    for op, status in (("a", "ok"), ("b", "error"), ("c", "ok")):
+        first.append({"op": op, "status": status})
+    assert first.find(op="b") is not None, "this call has just tried it"
+    later = Table(path, columns, ("op",), lambda row: row["status"] == "error")
+    assert later.find(op="a") is not None and later.find(op="b") is None
+    assert "b,error" in path.read_text()
+    later.append({"op": "b", "status": "ok"})
+    assert path.read_text() == "op,status\na,ok\nc,ok\nb,ok\n"
+    assert later.find(op="b") == {"op": "b", "status": "ok"}
+    later.append({"op": "d", "status": "error"})
+    assert path.read_text().count("op,status") == 1 and not list(tmp_path.glob("*.new"))
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

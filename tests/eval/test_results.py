@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from archs.errors import UserError
+from eval import results
 from eval.results import (
     CELL_FAILED,
     COLUMNS,
@@ -247,3 +248,12 @@ def test_what_is_no_table_is_refused_in_one_line(tmp_path: Path, content: bytes)
 def test_a_folder_in_place_of_the_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Is a directory"):
         load_long(tmp_path)
+
+
+def test_a_copied_tree_says_its_commit_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "eval" / "results.py"))
+    assert results._commit() == "unknown"
+    (tmp_path / "COMMIT").write_text("abc1234-dirty\n")
+    assert results._commit() == "abc1234-dirty"

@@ -1,0 +1,79 @@
+"""What a proof measured of whole steps as the long table that reports and leaderboards read.
+
+The proof's own files have a row per cell and grow while it runs; this is made from them anew.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from archs.registry import ModelSpec, layer_names
+from archs.sizes import get_scale
+from eval.gpu.decode_grid import COLUMNS, KEY
+from eval.gpu.table import Table
+from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status
+
+#: Columns of a decode row that are measures by the same name, of the whole step.
+MEASURED = (
+    "tpot_ms", "tpot_p50_ms", "tpot_p99_ms", "output_tok_per_s", "mbu", "mfu", "tpot_pred_ms",
+    "step_bytes", "step_flops", "state_bytes", "agreement_error",
+)  # fmt: skip
+FROM = ("hardware", "driver", "torch", "triton", "commit", "started_at")
+#: The configuration of a proof is its code.
+CONFIG = "proof"
+
+
+def write_results(folder: Path) -> Path:
+    """Write `results.csv` from `machine.csv` and `decode.csv`; its path. Baselines stay in theirs.
+
+    Raises UserError where the disk refuses.
+    """
+    target, fresh = folder / "results.csv", folder / "results.new"
+    fresh.unlink(missing_ok=True)
+    for cell, about, origin, rows in _cells(folder):
+        Results(fresh, Provenance(**origin, config_hash=CONFIG)).append(cell, about, rows)
+    if fresh.exists():
+        fresh.replace(target)
+    return target
+
+
+def _cells(folder: Path) -> Iterator[tuple[Cell, About, dict[str, str], list[Row]]]:
+    machine = Table(folder / "machine.csv", ("measure", "value", *FROM), ("measure",)).rows
+    if machine:
+        rates = [Row(measure=r["measure"], value=float(r["value"])) for r in machine]
+        yield Cell(arch="", stage="hardware"), About(dtype="bfloat16"), _origin(machine[0]), rates
+    steps = Table(folder / "decode.csv", (*COLUMNS, *FROM), KEY).rows
+    ours = sorted((r for r in steps if r["kernel_backend"] == "triton"), key=_place)
+    for (scale, batch, arch), group in groupby(ours, key=_place):
+        held = sorted(group, key=lambda r: int(r["context"]))
+        spec = ModelSpec(arch=arch, scale=get_scale(scale))
+        about = About(
+            pattern=":".join(dict.fromkeys(layer_names(arch, spec.scale.n_layers))),
+            params=sum(p.numel() for p in spec.outline().parameters()),
+            dtype="bfloat16", kernel_backend="triton",
+        )  # fmt: skip
+        cell = Cell(arch=arch, stage="decode", scale=scale, batch=batch)
+        yield cell, about, _origin(held[0]), [row for r in held for row in _rows(r)]
+
+
+def _place(row: Mapping[str, str]) -> tuple[str, int, str]:
+    return row["scale"], int(row["batch"]), row["arch"]
+
+
+def _origin(row: Mapping[str, str]) -> dict[str, str]:
+    return {name: row[name] for name in FROM}
+
+
+def _rows(step: Mapping[str, str]) -> Iterator[Row]:
+    at: dict[str, Any] = {"batch": int(step["batch"]), "context": int(step["context"])}
+    if step["status"] != Status.OK:
+        status = Status(step["status"])
+        yield Row(measure=CELL_FAILED, status=status, note=step["note"], **at)
+        return
+    found = {name: float(step[name]) for name in MEASURED if step[name]}
+    found["output_tok_per_s_per_user"] = 1e3 / found["tpot_p50_ms"]
+    if "step_bytes" in found:
+        found["arith_intensity_pred"] = found["step_flops"] / found["step_bytes"]
+    for measure, value in found.items():
+        yield Row(measure=measure, value=value, **at)
