@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from archs.errors import UserError
+from eval.options import err
 from eval.show import Json, out, show, write_csv
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ STEP = "decode step"
 #: Statuses of ours that are no defect.
 FINE = ("ok", "unsupported", "oom")
 BUDGET = "Stop cleanly after, e.g. 9m; the same command goes on."
+PREPARE = "Compile all that --check and --bench launch into this folder; no GPU needed."
 
 
 def kernels(
@@ -34,6 +36,8 @@ def kernels(
     suite: Annotated[str, typer.Option(help="Run after --bench; none: no suite.")] = "base",
     plan: Annotated[bool, typer.Option("--plan", help="List what --bench would time.")] = False,
     time_budget: Annotated[str | None, typer.Option(help=BUDGET)] = None,
+    prepare: Annotated[Path | None, typer.Option(help=PREPARE)] = None,
+    cache: Annotated[Path | None, typer.Option(help="Take the kernels that lie here.")] = None,
     out_path: Annotated[
         Path | None,
         typer.Option("--out", help="CSV; of a proof DIR, default leaderboards/GPU/DATE."),
@@ -43,6 +47,13 @@ def kernels(
     """Compile our Triton kernels ahead of time, or check and time them on a GPU."""
     # Budgets count from here: importing torch can take many seconds.
     began_s = time.monotonic()
+    if prepare is not None:
+        _prepare(prepare, op or [], target or [])
+        return
+    if cache is not None:
+        from eval.gpu.cache import use
+
+        err.print(f"{use(cache)} prepared kernels are in Triton's cache")
     if plan:
         rows = planned(op or [])
     elif check or bench:
@@ -64,6 +75,25 @@ def kernels(
     show(rows, json_)
     if any(row.get("faults") for row in rows):
         raise typer.Exit(1)
+
+
+def _prepare(folder: Path, names: list[str], targets: list[str]) -> None:
+    from eval.gpu.cache import TARGET, prepare
+    from eval.gpu.ops import OPS
+    from eval.gpu.proof import chosen
+
+    for target in targets:
+        if target != TARGET:
+            raise UserError(f"--prepare compiles for {TARGET} only, not for '{target}'")
+    list(chosen(OPS, names))
+    report = prepare(folder, names)
+    count, seconds = len(report["kernels"]), report["compile_s"]
+    out.print(f"{count} kernels in '{folder}', {seconds:.0f} s of compilation")
+    for kind, found in report["not_ok"].items():
+        for line in found:
+            out.print(f"{kind}: {line}", markup=False)
+    for kind, what in report["faults"]:
+        out.print(f"in a capture: {kind} {what}", markup=False)
 
 
 def planned(names: list[str]) -> list[dict[str, object]]:
@@ -98,7 +128,7 @@ def _prove(
     from eval.gpu.long import write_results
     from eval.gpu.ops import OPS
     from eval.gpu.proof import Proof, chosen
-    from eval.options import err, parse_duration_s, resolve_device
+    from eval.options import parse_duration_s, resolve_device
     from eval.progress import Progress
 
     ops = list(chosen(OPS, names))

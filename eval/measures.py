@@ -40,7 +40,7 @@ MEASURES: dict[str, Measure] = {
     "nocache_tpot_ms": Measure("ms", "lower", "time per token recomputing every prefix"),
     "cached_tpot_ms": Measure("ms", "lower", "the same tokens with state kept"),
     "compile_s": Measure("s", "lower", "warm-up and compilation, kept out of every latency"),
-    "agreement_error": Measure("", "lower", "extend against forward, relative; gates latencies"),
+    "agreement_error": Measure("", "lower", "extend against float32 forward, gates latencies"),
     # memory
     "state_bytes_per_token": Measure("byte", "lower", "slope of the state in the context"),
     "state_bytes_fixed": Measure("byte", "lower", "state at context 0, per sequence"),

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import Variant
-from kernels.attention_decode import multiprocessors
+from kernels.attention_decode import SPILLS, multiprocessors
 from kernels.attention_tiles import page_of, rows_of
 from kernels.mla_decode_checks import WIDTHS, check
 from kernels.split_combine import MAX_SPLITS, split_combine
@@ -320,7 +320,7 @@ def _variant(
         narrow_in_loops=frozenset({4, 8} if rotary * config.tile * 2 < 16 * threads else {4}),
         matrix=True,
         targets=targets,
-        spills=MEASURED_SPILLS if config == CONFIGS["hopper"][512, 64] else 0,
+        spills=MEASURED_SPILLS if config == CONFIGS["hopper"][512, 64] else SPILLS,
     )
 
 

@@ -172,3 +172,11 @@ def test_the_proof_needs_none_of_the_modules_of_suites_and_reports(tmp_path: Pat
     words = [sys.executable, "-c", WITHOUT, ",".join(OPTIONAL), str(tmp_path / "proof")]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_preparing_refuses_what_it_cannot(decodebench: Command, tmp_path: Path) -> None:
+    decodebench("kernels", "--prepare", tmp_path / "p", "--target", "sm_80").refuses(
+        "sm_90 only", "'sm_80'"
+    )
+    decodebench("kernels", "--prepare", tmp_path / "p", "--op", "gdn_stepp").refuses("gdn_step")
+    decodebench("kernels", "--plan", "--cache", tmp_path).refuses("index.json", "--prepare first")

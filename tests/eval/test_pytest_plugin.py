@@ -19,7 +19,11 @@ def test_unknown(decode_bench):
 """
 
 
-def test_a_users_suite_gets_figures_by_our_names(pytester: pytest.Pytester) -> None:
+def test_a_users_suite_gets_figures_by_our_names(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The suite is the user's, who does not run it side by side; pytest-benchmark looks here.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.makepyfile(SUITE)
     result = pytester.runpytest_inprocess("--benchmark-json=found.json")
     result.assert_outcomes(passed=2, failed=1)
