@@ -42,8 +42,7 @@ class Variant:
     narrow_in_loops: widths below 16 bytes that loads in loops may have; for what, the op says.
     matrix:     whether matrix instructions must appear.
     targets:    those of `TARGETS` on which the wrapper picks it.
-    spills:     most bytes that may be spilled: 0, but for what was measured on a GPU in spite of
-      them.
+    spills:     most bytes that may be spilled: 0, but where the op says why.
     """
 
     name: str

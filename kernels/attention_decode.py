@@ -30,8 +30,9 @@ SPLIT_ROWS = 128
 #: Multiprocessors assumed where there is no GPU to ask (those of an H200).
 INTERPRETER_SMS = 132
 BLOCKS_M = (16, 32, 64)
-#: Most bytes spilled: ptxas stops at 96, 128 or 168 registers where a few bytes in memory let more
-#: programs fit. On an H100 such a cell (d 64, 8 bytes) reads at the bandwidth of a copy.
+#: Most bytes spilled: in some cells Triton 3.7's ptxas stops at 96, 128 or 168 registers and keeps
+#: a few bytes in memory. What was timed on an H100 is Triton 3.6's code, which spills none in the
+#: cells of d 64 and 128 with 16 rows: what these bytes cost is not measured.
 SPILLS = 24
 _TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",

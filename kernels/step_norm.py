@@ -2,7 +2,7 @@
 
 A norm row, one head's P channels or those of several heads, is made by several programs. Each
 stores its tile of y and counts itself in; the last to arrive sees them all and norms the row in
-place, K tokens together: the last arrival of `kernels.attention_decode`. y is rounded in between,
+place, K tokens together, without a second launch. y is rounded in between,
 so values are those of `kernels.norm_triton` after the step. Padded tokens stay as they are, 0.
 """
 

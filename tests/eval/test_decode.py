@@ -1,5 +1,7 @@
 """Decode timings: correctness comes first, and what is timed is what was asked for."""
 
+import importlib
+import pkgutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import kernels
 from archs.backbone import Model
 from archs.backends import NoFormError
 from archs.gqa import Attention
@@ -20,6 +23,7 @@ from eval.agreement import agreement, exact_logits
 from eval.calls import CountCalls, IdleLayer
 from eval.cells import CellFailure, Workshop
 from eval.commands import bench_archs
+from eval.conformance import CHECK_SCALE
 from eval.decode import (
     DecodeTiming,
     build_to_serve,
@@ -32,7 +36,9 @@ from eval.suite import Suite
 from infer.compiled import CompiledStep
 from infer.engine import Engine
 from infer.memory import DoesNotFitError
+from kernels import gemv
 from tests.eval.conftest import Command
+from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")
 TINY = get_scale("tiny")
@@ -276,3 +282,18 @@ def test_the_truth_is_the_forward_of_the_same_weights_in_float32(model: Model) -
         wide = exact_logits(half, ids, 3)
         assert wide.dtype == torch.float32
         torch.testing.assert_close(wide, half.float()(ids)[:, 3:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gqa", "gdn"])
+def test_steps_of_one_sequence_are_held_to_the_truth_too(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
+    # As on a GPU: a CPU's layout for one row would be none that the kernel takes.
+    monkeypatch.setattr("archs.backbone.column_major", lambda *_: False)
+    model = ModelSpec(arch=arch, scale=CHECK_SCALE).build().eval()
+    with interpreted(*(importlib.import_module(f"kernels.{name}") for name in names)):
+        assert agreement(model, backend="triton").holds
+        honest = gemv.gemv
+        monkeypatch.setattr(gemv, "gemv", lambda x, w: 1.1 * honest(x, w))
+        assert not agreement(model, backend="triton").holds

@@ -12,8 +12,8 @@ from archs.sizes import get_scale
 from eval.gpu.cache import INDEX, prepare, stand_in, use
 
 LAYERS = get_scale("70m").n_layers
-#: Captures of a point: that of the gate's engine, of two sequences, and the timed one.
-CAPTURES = 2
+#: Captures of a point: those of the gate's engine, of two sequences and of one, and the timed one.
+CAPTURES = 3
 #: Launches of one layer beside products, norms of the block and SwiGLU: its own mixer's kernels.
 #: One or two, as designed, and three where a context is split; latents are normed, turned, written.
 MIXERS: dict[str, dict[str, int]] = {
