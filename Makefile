@@ -15,7 +15,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not peers"
 
 peers: .venv/installed-peers
-	$(BIN)/python -m pytest -m peers tests/peers
+	$(BIN)/python -m pytest -n 2 -m peers tests/peers
 
 check: lint types contract
 

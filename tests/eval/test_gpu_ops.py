@@ -1,14 +1,11 @@
 """Checks and cases of the proof on a GPU, in Triton's interpreter, on shapes that it bears."""
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-import kernels
 from eval.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
 from eval.gpu.ops import OPS, attention, chunk, glue, product, recurrent
 from eval.gpu.ops.operands import PAGE, binary, dense, paged
@@ -46,8 +43,7 @@ QUICK = {
 
 @pytest.fixture(autouse=True)
 def interpreter() -> Iterator[None]:
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
-    with interpreted(*(importlib.import_module(f"kernels.{name}") for name in names)):
+    with interpreted():
         yield
 
 

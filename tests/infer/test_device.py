@@ -3,8 +3,6 @@
 Everything an architecture must obey holds on the device's store too, against the torch forms.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
-import kernels
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY
 from archs.spec import LayerState
@@ -39,8 +36,7 @@ SCALE = replace(CHECK_SCALE, head_dim=64)
 
 @pytest.fixture(autouse=True)
 def interpreter() -> Iterator[None]:
-    names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
-    with interpreted(*(importlib.import_module(f"kernels.{name}") for name in names)):
+    with interpreted():
         yield
 
 

@@ -1,14 +1,16 @@
-"""Running a module's Triton kernels on the CPU, in Triton's interpreter, for the length of a test.
+"""Running our Triton kernels on the CPU, in Triton's interpreter, for the length of a test.
 
-`with interpreted(module):` makes every kernel of the module interpreted; helpers they call follow,
-Triton's own included. No environment variable counts, and compiling works again afterwards.
+`with interpreted():` takes in every kernel of `kernels/`, for a wrapper may launch those of other
+files; helpers they call follow, Triton's own included. No environment variable counts, and
+compiling works again afterwards.
 Keep elementwise arithmetic in fp32: the interpreter adds and multiplies bf16 as raw bits; only
 `tl.dot` and casts are mended here. Programs run one after another: no race can show.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 from unittest.mock import patch
 
@@ -23,13 +25,16 @@ from triton.runtime.interpreter import (
     _patch_lang,
 )
 
+import kernels
+
 
 @contextmanager
-def interpreted(*modules: ModuleType) -> Iterator[None]:
-    """Replace each JITFunction of these modules by its interpreted form, so that CPU tensors work.
+def interpreted() -> Iterator[None]:
+    """Replace each JITFunction in `kernels` by its interpreted form, so that CPU tensors work.
 
     Look kernels up as attributes of their module: a name imported from it beforehand stays as is.
     """
+    modules = [import_module(f"kernels.{found.name}") for found in iter_modules(kernels.__path__)]
     with ExitStack() as stack:
         for form in (JITFunction, InterpretedFunction):
             stack.enter_context(patch.object(form, "__call__", _call_helper))

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 import kernels.attention_decode as module
 from archs.sizes import SCALES
-from kernels import split_combine
 from kernels.ahead import Variant, compile_ahead
 from kernels.attention_decode import CONFIGS, attention_decode_ref, default_variant, variants
 from kernels.attention_decode_checks import HEAD_DIMS
@@ -65,7 +64,7 @@ def operands(
 
 def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
     tensors, options = operands(lengths, **how)
-    with interpreted(module, split_combine):
+    with interpreted():
         got = module.attention_decode(*tensors, **options)
     expected = attention_decode_ref(*tensors, **options)
     assert got.dtype == tensors[0].dtype
@@ -129,7 +128,7 @@ def test_equals_torch() -> None:
     rows = (table.long()[:, :, None] * 64 + torch.arange(64)).flatten(1)
     k, v = (t[:, rows].transpose(0, 1) for t in (k, v))
     expected = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=True)
-    with interpreted(module, split_combine):
+    with interpreted():
         got = module.attention_decode(*tensors, **options)
     torch.testing.assert_close(got, expected.transpose(1, 2), **TOLERANCES[torch.float32])
 
@@ -142,7 +141,7 @@ def test_caller_buffers_are_used(length: int) -> None:
     expected = attention_decode_ref(*tensors, **options)
     out = torch.full((3, 2, 8, 32), torch.nan)
     for _ in range(2):
-        with interpreted(module, split_combine):
+        with interpreted():
             got = module.attention_decode(*tensors, **options, out=out)
         assert got is out
         torch.testing.assert_close(out.double(), expected, **TOLERANCES[torch.float32])
@@ -151,7 +150,7 @@ def test_caller_buffers_are_used(length: int) -> None:
 
 def test_an_empty_batch_launches_nothing() -> None:
     (q, k, v, table, lengths), options = operands([5])
-    with interpreted(module, split_combine):
+    with interpreted():
         got = module.attention_decode(q[:0], k, v, table[:0], lengths[:0], **options)
     assert got.shape == (0, 1, 8, 32)
 
@@ -213,7 +212,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     given = dict(zip(("q", "k_pool", "v_pool", "page_table", "lengths"), tensors, strict=True))
     given |= options
     message, change = REFUSALS[case]
-    with interpreted(module, split_combine):
+    with interpreted():
         monkeypatch.setattr(type(module.attention_decode_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.attention_decode(**(given | change(given)))

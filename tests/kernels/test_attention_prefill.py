@@ -64,7 +64,7 @@ def operands(
 
 def assert_equals_the_oracle(lengths: list[int], tokens: int, **how: Any) -> None:
     tensors, options = operands(lengths, tokens, **how)
-    with interpreted(module):
+    with interpreted():
         got = module.attention_prefill(*tensors, **options)
     expected = attention_prefill_ref(*tensors, **options)
     assert got.dtype == tensors[0].dtype
@@ -136,7 +136,7 @@ def test_equals_torch_on_a_dense_layout(dims: tuple[int, int]) -> None:
     ]
     table = (torch.arange(batch)[:, None] * g * rows // page + torch.arange(rows // page)).int()
     lengths = torch.full((batch,), length, dtype=torch.int32)
-    with interpreted(module):
+    with interpreted():
         got = module.attention_prefill(q, *pools, table, lengths, page_size=page)
     torch.testing.assert_close(got, expected, **TOLERANCES[torch.float32])
 
@@ -147,7 +147,7 @@ def test_packed_queries_and_the_output_given() -> None:
     packed[:, :, 8:12] = tensors[0]
     tensors[0] = packed[:, :, 8:12]
     out = torch.full((2, 30, 4, 32), torch.nan)
-    with interpreted(module):
+    with interpreted():
         assert module.attention_prefill(*tensors, **options, out=out) is out
     expected = attention_prefill_ref(*tensors, **options)
     torch.testing.assert_close(out.double(), expected, **TOLERANCES[torch.float32])
@@ -155,7 +155,7 @@ def test_packed_queries_and_the_output_given() -> None:
 
 def test_an_empty_batch_launches_nothing() -> None:
     (q, k, v, table, lengths), options = operands([20], 20)
-    with interpreted(module):
+    with interpreted():
         got = module.attention_prefill(q[:0], k, v, table[:0], lengths[:0], **options)
     assert got.shape == (0, 20, 4, 32)
 
@@ -218,7 +218,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     given = dict(zip(("q", "k_pool", "v_pool", "page_table", "lengths"), tensors, strict=True))
     given |= options
     message, change = REFUSALS[case]
-    with interpreted(module):
+    with interpreted():
         monkeypatch.setattr(type(module.attention_prefill_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.attention_prefill(**(given | change(given)))

@@ -61,7 +61,7 @@ CASES = [
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op, conv_chunk_bwd):
+    with interpreted():
         yield
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels import decay_chunk as op
-from kernels import decay_chunk_bwd as bwd
 from kernels import decay_chunk_passes as passes
 from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.decay_scan import decay_chunk as torch_form
@@ -68,7 +67,7 @@ CASES = [
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op, bwd, passes):
+    with interpreted():
         yield
 
 

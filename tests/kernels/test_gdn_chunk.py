@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import gdn_chunk as op
-from kernels import gdn_chunk_bwd, gdn_chunk_passes
+from kernels import gdn_chunk_passes
 from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.gdn import gdn_chunk as torch_chunk
 from kernels.gdn import gdn_ref
@@ -62,7 +62,7 @@ CASES = [
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(gdn_chunk_passes, gdn_chunk_bwd):
+    with interpreted():
         yield
 
 

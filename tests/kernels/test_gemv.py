@@ -19,7 +19,7 @@ from tests.kernels.interpreter import interpreted
 )
 def test_equals_reference(n: int, k: int) -> None:
     x, weight = torch.randn(1, 1, k), torch.randn(n, k)
-    with interpreted(module):
+    with interpreted():
         y = module.gemv(x, weight)
     assert y.shape == (1, 1, n)
     torch.testing.assert_close(y.double(), gemv_ref(x, weight), rtol=1e-5, atol=1e-4)
@@ -30,7 +30,7 @@ def test_rows_of_a_wider_matrix_are_read_where_they_lie() -> None:
     weight = wide[:, 32:64]
     weight.copy_(torch.randn(10, 32))
     x = torch.randn(32)
-    with interpreted(module):
+    with interpreted():
         y = module.gemv(x, weight)
     torch.testing.assert_close(y.double(), gemv_ref(x, weight), rtol=1e-5, atol=1e-4)
 
@@ -60,7 +60,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     message, change = REFUSALS[case]
     x, weight = change(torch.zeros(1, 32), torch.zeros(8, 32))
     assert not serves(x, weight) or case in ("width", "dims")
-    with interpreted(module):
+    with interpreted():
         monkeypatch.setattr(type(module.gemv_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.gemv(x, weight)

@@ -74,7 +74,7 @@ CASES = [
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op, norm_triton, rope_rotate):
+    with interpreted():
         yield
 
 

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 import kernels.mla_decode as module
 from archs.mla import LatentConfig
 from archs.sizes import SCALES
-from kernels import split_combine
 from kernels.ahead import Variant, compile_ahead
 from kernels.mla_decode import CONFIGS, default_variant, mla_decode_ref, variants
 from kernels.mla_decode_checks import WIDTHS
@@ -61,7 +60,7 @@ def operands(
 
 def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
     tensors, options = operands(lengths, **how)
-    with interpreted(module, split_combine):
+    with interpreted():
         got = module.mla_decode(*tensors, **options)
     expected = mla_decode_ref(*tensors, **options)
     assert got.dtype == tensors[0].dtype
@@ -128,7 +127,7 @@ def test_equals_torch() -> None:
     expected = F.scaled_dot_product_attention(
         q.transpose(1, 2), c, c[..., :64], enable_gqa=True, scale=options["scale"]
     )
-    with interpreted(module, split_combine):
+    with interpreted():
         got = module.mla_decode(*tensors, **options)
     torch.testing.assert_close(got, expected.transpose(1, 2), **TOLERANCES[torch.float32])
 
@@ -149,7 +148,7 @@ def test_caller_buffers_are_used(length: int) -> None:
     expected = mla_decode_ref(*tensors, **options)
     out = torch.full((3, 2, 8, 64), torch.nan)
     for _ in range(2):
-        with interpreted(module, split_combine):
+        with interpreted():
             got = module.mla_decode(*tensors, **options, out=out)
         assert got is out
         torch.testing.assert_close(out.double(), expected, **TOLERANCES[torch.float32])
@@ -158,7 +157,7 @@ def test_caller_buffers_are_used(length: int) -> None:
 
 def test_logits_of_any_size_stay_finite() -> None:
     tensors, options = operands([600, 70], scale=300.0)
-    with interpreted(module, split_combine):
+    with interpreted():
         got = module.mla_decode(*tensors, **options)
     expected = mla_decode_ref(*tensors, **options)
     # fp32 logits of some thousands are off by some 1e-4 themselves.
@@ -167,7 +166,7 @@ def test_logits_of_any_size_stay_finite() -> None:
 
 def test_an_empty_batch_launches_nothing() -> None:
     (q, pool, table, lengths), options = operands([5])
-    with interpreted(module, split_combine):
+    with interpreted():
         got = module.mla_decode(q[:0], pool, table[:0], lengths[:0], **options)
     assert got.shape == (0, 1, 4, 64)
 
@@ -216,7 +215,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     tensors, options = operands([100])
     given = dict(zip(("q", "pool", "page_table", "lengths"), tensors, strict=True)) | options
     message, change = REFUSALS[case]
-    with interpreted(module, split_combine):
+    with interpreted():
         monkeypatch.setattr(type(module.mla_decode_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.mla_decode(**(given | change(given)))

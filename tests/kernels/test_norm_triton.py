@@ -25,7 +25,7 @@ TOLERANCE = {FP32: 2e-6, BF16: 4e-3, FP16: 5e-4}
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op, norm_triton_bwd):
+    with interpreted():
         yield
 
 

@@ -84,7 +84,7 @@ def bits(x: Tensor) -> Tensor:
 def assert_equals_the_oracle(given: dict[str, Any]) -> None:
     expected = page_write_ref(**given)
     before = given["rows"].clone()
-    with interpreted(module):
+    with interpreted():
         module.page_write(**given)
     assert torch.equal(bits(given["pool"]), bits(expected))
     assert torch.equal(bits(given["rows"]), bits(before))
@@ -132,7 +132,7 @@ def test_a_token_without_a_page_is_not_written() -> None:
     given["page_table"][1, 0] = -1
     short = {**given, "pool": given["pool"].clone(), "new": int32(2, 0)}
     expected = page_write_ref(**short)
-    with interpreted(module):
+    with interpreted():
         module.page_write(**given)
     assert torch.equal(bits(given["pool"]), bits(expected))
 
@@ -169,7 +169,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     given = operands()
     for name in ("rows", "page_table", "lengths"):
         given[name] = given[name][:0]
-    with interpreted(module):
+    with interpreted():
         module.page_write(**given)
     assert given["pool"].isnan().all()
 
@@ -219,7 +219,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     given = operands()
     given["pool"].zero_()
     message, change = REFUSALS[case]
-    with interpreted(module):
+    with interpreted():
         monkeypatch.setattr(type(module.page_write_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.page_write(**(given | change(given)))

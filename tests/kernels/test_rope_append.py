@@ -86,7 +86,7 @@ def assert_equals_the_oracle(given: dict[str, Any]) -> None:
     """Near the oracle, and the torch form to the last bit (padded tokens are NaN in both)."""
     oracle = dict(zip(("qkv", "k_pool", "v_pool"), rope_append_ref(**given), strict=True))
     exact = torch_form(given)
-    with interpreted(module):
+    with interpreted():
         module.rope_append(**given)
     for name, expected in oracle.items():
         got = given[name]
@@ -133,7 +133,7 @@ def test_a_token_without_a_page_or_an_angle_stays_outside() -> None:
     given["page_table"] = given["page_table"][:, :1].contiguous()
     given["page_table"][1, 0] = -1
     given["cos_sin"] = given["cos_sin"][:18].contiguous()
-    with interpreted(module):
+    with interpreted():
         module.rope_append(**given)
     expected = torch_form(short)
     assert torch.equal(given["qkv"][:, :4], expected["qkv"][:, :4])
@@ -154,7 +154,7 @@ def test_views_of_pools_and_of_a_batch_of_transposed_tokens() -> None:
 def test_a_step_in_two_halves_is_the_whole_step() -> None:
     whole = operands((7, 31), tokens=4)
     halves = {**whole, **{n: whole[n].clone() for n in ("qkv", "k_pool", "v_pool")}}
-    with interpreted(module):
+    with interpreted():
         module.rope_append(**whole)
         for first in (0, 2):
             half = {"qkv": halves["qkv"][:, first : first + 2]}
@@ -167,7 +167,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     given = operands()
     for name in ("qkv", "page_table", "lengths"):
         given[name] = given[name][:0]
-    with interpreted(module):
+    with interpreted():
         module.rope_append(**given)
     assert given["k_pool"].isnan().all()
 
@@ -230,7 +230,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     given = operands()
     message, change = REFUSALS[case]
     changed = given | change(given)
-    with interpreted(module):
+    with interpreted():
         monkeypatch.setattr(type(module.rope_append_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.rope_append(**changed)

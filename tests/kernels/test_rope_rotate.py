@@ -32,7 +32,7 @@ def test_equals_oracle_and_torch(heads: int, dim: int, tokens: int, dtype: torch
     expected = op.rope_rotate_ref(x, angles, LENGTHS)
     at = LENGTHS.long()[:, None] + torch.arange(tokens)
     by_torch = apply_rope(x, torch.view_as_complex(angles)[at][:, :, None])
-    with interpreted(op):
+    with interpreted():
         got = op.rope_rotate(x, angles, LENGTHS)
     assert got is x
     scale = expected.abs().max()
@@ -44,7 +44,7 @@ def test_nothing_else_is_touched_and_far_positions_stay() -> None:
     x, angles = operands(4, 16, 2, torch.float32)
     storage = torch.empty(0).set_(x.untyped_storage())
     before, others = x.clone(), storage.isnan().sum()
-    with interpreted(op):
+    with interpreted():
         op.rope_rotate(x, angles[:9].contiguous(), LENGTHS)
     assert storage.isnan().sum() == others
     assert torch.equal(x[2], before[2]) and not torch.equal(x[1], before[1])
@@ -67,7 +67,7 @@ def test_bad_arguments_are_refused(case: str) -> None:
     x, angles = operands(4, 16, 1, torch.float32)
     message, change = REFUSALS[case]
     before = x.clone()
-    with interpreted(op), pytest.raises(ValueError, match=message):
+    with interpreted(), pytest.raises(ValueError, match=message):
         op.rope_rotate(*change(x, angles, LENGTHS))
     assert torch.equal(x, before)
 

@@ -29,7 +29,7 @@ def embedded(logits: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, **how: float) -> Tensor:
-    with interpreted(module):
+    with interpreted():
         got = module.top_p(logits, uniform, **how)
     assert got.dtype == torch.int64 and got.shape == uniform.shape
     return got
@@ -39,7 +39,7 @@ def draw(logits: Tensor, uniform: Tensor, **how: float) -> Tensor:
 @pytest.mark.parametrize("vocabulary", [1, 63, 1000, 4096, 10001])
 def test_greedy_finds_the_largest(vocabulary: int, dtype: torch.dtype) -> None:
     logits = embedded((torch.randn(3, vocabulary) - 4).to(dtype))
-    with interpreted(module):
+    with interpreted():
         got = module.greedy(logits)
     assert got.dtype == torch.int64
     assert torch.equal(got, greedy_ref(logits)) and torch.equal(got, logits.argmax(-1))
@@ -53,7 +53,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
     logits[3, [4095, 4096]] = float("inf")
     logits[4, 8999] = -1.5
     logits[5, 1:] = float("-inf")
-    with interpreted(module):
+    with interpreted():
         assert module.greedy(logits).tolist() == [4097, 0, 7, 4095, 8999, 0]
 
 
@@ -159,7 +159,7 @@ def test_extremes(temperature: float, top_p: float) -> None:
 
 
 def test_an_empty_batch_launches_nothing() -> None:
-    with interpreted(module):
+    with interpreted():
         assert module.greedy(torch.zeros(0, 5)).shape == (0,)
         got = module.top_p(torch.zeros(0, 5), torch.zeros(0), temperature=1.0, top_p=0.5)
         assert got.shape == (0,)
@@ -197,7 +197,7 @@ def test_bad_arguments_are_refused_before_any_launch(
     given = {"logits": torch.zeros(2, 9), "uniform": torch.zeros(2)}
     message, change = REFUSALS[case]
     changed = given | {"temperature": 1.0, "top_p": 0.9} | change(given)
-    with interpreted(module):
+    with interpreted():
         monkeypatch.setattr(type(module.top_p_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.top_p(**changed)

@@ -67,7 +67,7 @@ CASES = [
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
     with (
-        interpreted(passes, backward),
+        interpreted(),
         patch.object(passes, "CHUNK", 16),
         patch.object(passes, "TILE", 128),
         patch.object(backward, "CHUNK", 16),
@@ -189,7 +189,7 @@ def test_gradients_equal_the_torch_form_with_the_tiles_that_ship() -> None:
     dy, dlast = torch.randn(1, 65, 20), torch.randn(1, 20, 16)
     leaves = [t.detach().requires_grad_() for t in args]
     expected = torch.autograd.grad(torch_scan(*leaves), leaves, (dy, dlast))
-    with interpreted(passes, backward):
+    with interpreted():
         got = torch.autograd.grad(op.selective_scan(*leaves), leaves, (dy, dlast))
     for mine, theirs in zip(got, expected, strict=True):
         close(mine, theirs, TOLERANCE[torch.float32])

@@ -52,7 +52,7 @@ CASES = [
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op):
+    with interpreted():
         yield
 
 

@@ -37,7 +37,7 @@ def test_equals_reference(d: int, splits: int) -> None:
         for tensor in (partials, lse):
             tensor.flatten(0, 1)[counter, n:] = torch.nan
     out = torch.full((batch, tokens, kv_heads * group, d), -7.0)
-    with interpreted(module):
+    with interpreted():
         module.split_combine(
             partials, lse, torch.tensor(used, dtype=torch.int32), out, row_blocks=row_blocks
         )

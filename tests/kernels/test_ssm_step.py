@@ -70,7 +70,7 @@ CASES = [
 
 @pytest.fixture
 def interpreter() -> Iterator[None]:
-    with interpreted(op, norm_triton):
+    with interpreted():
         yield
 
 

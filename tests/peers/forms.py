@@ -6,9 +6,6 @@ B sequences, T tokens, H heads, G groups, N states or key channels, P value chan
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from importlib import import_module
-from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels
 from kernels import (
     attention_decode,
     attention_prefill,
@@ -51,29 +47,21 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 class Form:
     """One of our forms: `run(**inputs, state=...)` returns y and the state after the last token.
 
-    modules: whose kernels the interpreter runs (none: plain torch, any dtype).
+    triton: whether it launches kernels, which the interpreter runs (no: plain torch, any dtype).
     chunked: whether it takes all tokens at once and hands gradients back.
     """
 
     name: str
     run: Callable[..., tuple[Tensor, Tensor]]
-    modules: tuple[ModuleType, ...] = ()
+    triton: bool = False
     chunked: bool = False
 
     def __call__(self, **inputs: Any) -> tuple[Tensor, Tensor]:
-        with interpreted(*self.modules):
+        with interpreted():
             return self.run(**inputs)
 
     def __str__(self) -> str:
         return self.name
-
-
-def family(op: str) -> tuple[ModuleType, ...]:
-    """The modules that hold an operation's kernels: `kernels.<op>` and `kernels.<op>_*`."""
-    names = [found.name for found in iter_modules(kernels.__path__)]
-    return tuple(
-        import_module(f"kernels.{name}") for name in names if f"{name}_".startswith(f"{op}_")
-    )
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -95,7 +83,7 @@ def compare_gradients(form: Form, peer: Callable[..., Any], inputs: dict[str, Te
     grads = []
     for run in (peer, form.run):
         leaves = {name: t.detach().clone().requires_grad_() for name, t in inputs.items()}
-        with interpreted(*form.modules):
+        with interpreted():
             outputs = run(**leaves)
             weights = weights or [torch.randn_like(t) for t in outputs]
             torch.autograd.backward(outputs, weights)
@@ -223,17 +211,17 @@ DECAY = [
     Form(
         name="triton chunk",
         run=decay_chunk.decay_chunk,
-        modules=family("decay_chunk"),
+        triton=True,
         chunked=True,
     ),
 ]
 #: The same with one decay per head.
-FIXED_DECAY = [*DECAY, Form(name="triton step", run=fixed_decay, modules=family("linear_step"))]
+FIXED_DECAY = [*DECAY, Form(name="triton step", run=fixed_decay, triton=True)]
 
 #: Mamba-2: x, dt, b, c, a_log, d, dt_bias, z, state.
 SSM = [
     *(replace(form, run=ssm(form.run)) for form in DECAY),
-    Form(name="triton step", run=gated_ssm, modules=family("ssm_step")),
+    Form(name="triton step", run=gated_ssm, triton=True),
 ]
 
 #: Mamba: x, dt, b, c, a_log, d, dt_bias, z, state.
@@ -242,23 +230,21 @@ SELECTIVE = [
     Form(
         name="triton chunk",
         run=gated(selective_chunk.selective_scan),
-        modules=family("selective_chunk"),
+        triton=True,
         chunked=True,
     ),
     Form(name="torch step", run=gated(torch_steps(selective_scan.selective_step, ("a", "d")))),
     Form(
         name="triton step",
         run=slotted(selective_step.selective_step, ("a_log", "d", "dt_bias")),
-        modules=family("selective_step"),
+        triton=True,
     ),
 ]
 
 #: Gated RMSNorm and RMSNorm, by module.
 NORMS = [
     Form(name="torch", run=norm.gated_rms_norm, chunked=True),
-    Form(
-        name="triton", run=norm_triton.gated_rms_norm, modules=family("norm_triton"), chunked=True
-    ),
+    Form(name="triton", run=norm_triton.gated_rms_norm, triton=True, chunked=True),
 ]
 PLAIN_NORMS = [
     replace(form, run=module.rms_norm)
@@ -268,11 +254,11 @@ PLAIN_NORMS = [
 #: Short convolution: x, weight, bias, state (the tail).
 CONV = [
     Form(name="torch", run=conv, chunked=True),
-    Form(name="triton chunk", run=conv_kernels, modules=family("conv_chunk"), chunked=True),
+    Form(name="triton chunk", run=conv_kernels, triton=True, chunked=True),
     Form(
         name="triton step",
         run=slotted(conv_step.conv_step, ("weight", "bias"), "tail"),
-        modules=family("conv_step"),
+        triton=True,
     ),
 ]
 
@@ -283,13 +269,13 @@ DELTA = [
     Form(
         name="triton chunk",
         run=delta(gdn_chunk.gdn_chunk),
-        modules=family("gdn_chunk"),
+        triton=True,
         chunked=True,
     ),
     Form(
         name="triton step",
         run=slotted(gdn_step.gdn_step, ("a_log", "dt_bias")),
-        modules=family("gdn_step"),
+        triton=True,
     ),
 ]
 
@@ -303,7 +289,7 @@ def cases(
         for form in forms
         for dtype in dtypes
         for tokens in lengths
-        if not form.modules or (dtype == torch.float32 and (form.chunked or tokens <= FEW))
+        if not form.triton or (dtype == torch.float32 and (form.chunked or tokens <= FEW))
     ]
 
 
@@ -338,14 +324,14 @@ PAGED = [
     Form(
         name="triton decode",
         run=attention_decode.attention_decode,
-        modules=family("attention_decode"),
+        triton=True,
     ),
     Form(
         name="triton prefill",
         run=attention_prefill.attention_prefill,
-        modules=family("attention_prefill"),
+        triton=True,
         chunked=True,
     ),
 ]
 #: The same over latent rows, whose first columns are the values.
-LATENT = [Form(name="triton decode", run=mla_decode.mla_decode, modules=family("mla_decode"))]
+LATENT = [Form(name="triton decode", run=mla_decode.mla_decode, triton=True)]
