@@ -21,7 +21,7 @@ from eval.hardware import now_s
 from infer.clock import StepClock
 from infer.engine import Engine
 from infer.memory import require_memory
-from infer.sampling import Sampler, Sampling
+from infer.sampling import Sampler, Sampling, fed
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Decoding:
 
     def step(self) -> None:
         """One new token for each sequence."""
-        self._tokens = self._sampler(self.engine.extend_last(self._slots, self._tokens))[:, None]
+        self._tokens = fed(self._sampler(self.engine.extend_last(self._slots, self._tokens)))
 
 
 def measure_decode(

@@ -19,9 +19,10 @@ from infer import device
 from infer.clock import StepClock
 from infer.compiled import CompiledStep
 from infer.graphs import GraphedStep
-from infer.sampling import Sampler, Sampling
+from infer.sampling import Sampler, Sampling, fed, require_tokens
 from infer.store import StateStore
 from infer.view import StepView
+from kernels.nucleus import greedy
 
 #: Rows of a page that kernels can read come in multiples of this; some libraries want more.
 PAGE_MULTIPLE = 16
@@ -202,6 +203,7 @@ class Engine:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
         sampler = Sampler(sampling or Sampling(), self.device, backend=self.backend)
+        uniforms = sampler.uniforms(prompts, max_new_tokens)
         watched = stop is not None or on_token is not None
         slots = [self.store.add() for _ in prompts]
         out: list[list[int]] = [[] for _ in prompts]
@@ -210,10 +212,12 @@ class Engine:
         clock = StepClock(self.device)
         try:
             clock.mark()
-            chosen = sampler(self.prefill(slots, prompts))
+            logits = self.prefill(slots, prompts)
+            chosen = sampler(logits, None if uniforms is None else uniforms[0])
             for made in range(1, max_new_tokens + 1):
                 if watched:
                     tokens = chosen.tolist()
+                    require_tokens(tokens)
                     for i, token in zip(live, tokens, strict=True):
                         out[i].append(token)
                         if on_token is not None:
@@ -231,14 +235,18 @@ class Engine:
                             self.store.release(slots[live[n]])
                         live = [live[n] for n in kept]
                         chosen = chosen[kept]
+                        uniforms = None if uniforms is None else uniforms[:, kept]
                     if not live:
                         break
-                chosen = sampler(self.extend_last([slots[i] for i in live], chosen[:, None]))
+                logits = self.extend_last([slots[i] for i in live], fed(chosen))
+                chosen = sampler(logits, None if uniforms is None else uniforms[made])
         finally:
             for i in live:
                 self.store.release(slots[i])
         if unseen:
             out = torch.stack(unseen, 1).tolist()
+            for row in zip(*out, strict=True):
+                require_tokens(row)
         ttft_ms, *step_ms = clock.spans_ms()
         return Generation(out, ttft_ms, step_ms, self.store.peak_bytes)
 
@@ -256,8 +264,10 @@ class Engine:
         clock.mark()
         for _ in range(max_new_tokens):
             hidden = self.model.hidden_states(tokens)[:, -1]
-            tokens = torch.cat((tokens, self.model.logits(hidden).argmax(-1)[:, None]), 1)
+            chosen = greedy(self.model.logits(hidden))
+            tokens = torch.cat((tokens, fed(chosen)), 1)
             clock.mark()
+            require_tokens(chosen.tolist())
         new = tokens[:, len(prompts[0]) :].tolist()
         ttft_ms, *step_ms = clock.spans_ms()
         return Generation(new, ttft_ms, step_ms)

@@ -1,5 +1,9 @@
 """From logits to the next token: greedy, temperature and top-p, on the device."""
 
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +11,8 @@ from torch import Tensor
 
 from archs.backends import choose, everywhere
 from archs.errors import UserError
+from kernels import nucleus
+from kernels.nucleus import NO_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,55 +24,91 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise UserError(
-                f"temperature={self.temperature} must be >= 0 and top_p={self.top_p} in (0, 1]"
+                f"temperature={self.temperature} must be finite and >= 0, "
+                f"and top_p={self.top_p} in (0, 1]"
             )
 
 
+class NoTokenError(ArithmeticError):
+    """A sequence's logits are NaN, or where one is drawn infinite: no token follows from them."""
+
+
 class Sampler:
-    """Draws tokens by a `Sampling`; its generator makes a run repeatable.
+    """Draws tokens by a `Sampling`, each sequence by random numbers of its own.
 
     backend: torch, or any other for our kernels, which draw without a sort.
     """
 
     def __init__(self, sampling: Sampling, device: torch.device, *, backend: str = "torch") -> None:
         self.sampling = sampling
+        self.device = device
         self._draw = choose("sampling", backend, _DRAW)
-        self.generator = torch.Generator(device).manual_seed(sampling.seed)
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """logits: [B, V] -> int64 [B]."""
-        return self._draw(self, logits)
+    def __call__(self, logits: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """logits: [B, V] -> int64 [B], `NO_TOKEN` where the logits decide none.
+
+        uniform: float32 [B], from `uniforms`; greedy choice takes none.
+        """
+        return self._draw(self.sampling, logits, uniform)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution that is drawn from. [B, V] -> [B, V] float32, rows sum to 1."""
-        scaled = logits.float() / self.sampling.temperature
-        probabilities = scaled.softmax(-1)
-        if self.sampling.top_p == 1:
-            return probabilities
-        ordered, index = probabilities.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= self.sampling.top_p, 0.0)
-        kept = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
-        return kept / kept.sum(-1, keepdim=True)
+        """The distribution that is drawn from. [B, V] -> [B, V] float64, rows sum to 1."""
+        s = self.sampling
+        return nucleus.nucleus(logits, temperature=s.temperature, top_p=s.top_p)
+
+    def uniforms(self, prompts: Sequence[Sequence[int]], tokens: int) -> Tensor | None:
+        """Numbers in [0, 1) for the draws of `tokens` tokens: [tokens, B]; None for greedy choice.
+
+        They follow from the seed, the prompt and how many equal prompts precede it: neither other
+        sequences of a batch nor the place in it change what is drawn.
+        """
+        if self.sampling.temperature == 0:
+            return None
+        copies: Counter[tuple[int, ...]] = Counter()
+        rows = []
+        for prompt in prompts:
+            key = tuple(prompt)
+            text = repr((self.sampling.seed, copies[key], key))
+            copies[key] += 1
+            stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+            rows.append(torch.rand(tokens, generator=torch.Generator().manual_seed(stream)))
+        return torch.stack(rows, 1).to(self.device)
 
 
-def _torch(sampler: Sampler, logits: Tensor) -> Tensor:
-    if sampler.sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = sampler.probabilities(logits)
-    return torch.multinomial(probabilities, 1, generator=sampler.generator)[:, 0]
+def fed(tokens: Tensor) -> Tensor:
+    """Chosen tokens [B] as the next step's [B, 1].
+
+    Any stands for one that is missing: its sequence is refused when its tokens are read.
+    """
+    return tokens.clamp(min=0)[:, None]
 
 
-def _triton(sampler: Sampler, logits: Tensor) -> Tensor:
+def require_tokens(tokens: Sequence[int]) -> None:
+    """Raises NoTokenError where a sequence has no next token."""
+    for i, token in enumerate(tokens):
+        if token == NO_TOKEN:
+            raise NoTokenError(
+                f"the logits of sequence {i} are NaN or infinite: no token follows from them; "
+                "check its weights, or decode in a dtype of wider range"
+            )
+
+
+def _torch(sampling: Sampling, logits: Tensor, uniform: Tensor | None) -> Tensor:
+    if uniform is None:
+        return nucleus.greedy(logits)
+    s = sampling
+    kept = nucleus.nucleus(logits, temperature=s.temperature, top_p=s.top_p)
+    return nucleus.draw(kept, uniform)
+
+
+def _triton(sampling: Sampling, logits: Tensor, uniform: Tensor | None) -> Tensor:
     from kernels import sample
 
-    s = sampler.sampling
-    if s.temperature == 0:
+    if uniform is None:
         return sample.greedy(logits)
-    uniform = torch.rand(logits.shape[0], generator=sampler.generator, device=logits.device)
-    return sample.top_p(logits, uniform, temperature=s.temperature, top_p=s.top_p)
+    return sample.top_p(logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p)
 
 
 _DRAW = everywhere(_torch, _triton)

@@ -1,4 +1,4 @@
-"""The next token on the device: greedy, and top-p (nucleus sampling, arXiv 1904.09751, eq. 3).
+"""`kernels.nucleus` in Triton: greedy, and top-p (nucleus sampling, arXiv 1904.09751, eq. 3).
 
 Legend: B sequences, V tokens of the vocabulary. A key is a logit's bit pattern as an int32 that
 orders as the logits do. Top-p needs no sort: bisection over keys finds the smallest one whose
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.ahead import Variant
 from kernels.attention_decode_checks import form, require
+from kernels.nucleus import NO_TOKEN, SLACK
 
 #: So many tokens of the full mass fit in 62 bits.
 MAX_VOCABULARY = 1 << 18
@@ -28,16 +29,20 @@ CONFIGS: dict[tuple[int, bool], tuple[int, int]] = {
     (1024, True): (1024, 2), (MAX_VOCABULARY, True): (4096, 8),
     (1024, False): (512, 2), (MAX_VOCABULARY, False): (1024, 8),
 }  # fmt: skip
+#: The key of +inf; only NaN has a greater one. What is stored where logits decide no token.
+INFINITY = tl.constexpr(0x7F800000)
+NONE = tl.constexpr(NO_TOKEN)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @triton.jit
 def _keys(row, v, V):  # type: ignore[no-untyped-def]
-    """Keys of the logits at v, and the least key of all past the end."""
+    """Keys of the logits at v, NaN the greatest of all, and past the end the least."""
     x = tl.load(row + v, mask=v < V, other=float("-inf")).to(tl.float32)
     # The two zeros are equal, so their keys must be.
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(v < V, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), -0x80000000)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(v < V, tl.where(x == x, keys, 0x7FFFFFFF), -0x80000000)
 
 
 @triton.jit
@@ -64,7 +69,9 @@ def greedy_combine_fwd_kernel(best, out, pieces, BLOCK: tl.constexpr):  # type: 
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     packed = tl.load(best + b * pieces + i, mask=i < pieces, other=-0x7FFFFFFFFFFFFFFF)
-    tl.store(out + b, 0x7FFFFFFF - (tl.max(packed, 0) & 0x7FFFFFFF))
+    largest = tl.max(packed, 0)
+    token = 0x7FFFFFFF - (largest & 0x7FFFFFFF)
+    tl.store(out + b, tl.where((largest >> 32) > INFINITY, NONE, token))
 
 
 @triton.jit
@@ -144,14 +151,15 @@ def top_p_fwd_kernel(  # type: ignore[no-untyped-def]
         else:
             before += mass
             i += 1
-    tl.store(out + b, tl.minimum(token, V - 1).to(tl.int64))
+    token = tl.minimum(token, V - 1).to(tl.int64)
+    tl.store(out + b, tl.where((top > float("-inf")) & (top < float("inf")), token, NONE))
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The first token of the largest logit of each row.
+    """The first token of the largest logit of each row; NO_TOKEN where one is NaN.
 
-    logits: [B, V], bfloat16, float16 or float32, last stride 1, without NaN (not checked); V up
-      to 262144. Returns int64 [B].
+    logits: [B, V], bfloat16, float16 or float32, last stride 1; V up to 262144.
+    Returns int64 [B].
     Two launches, of pieces and of their combination: one that combines on the last arrival needs
     counters cleared beforehand, which is a launch again or a buffer that every caller must own.
     Raises ValueError naming the argument, its value and the rule, before any launch.
@@ -175,13 +183,13 @@ def greedy(logits: Tensor) -> Tensor:
 def top_p(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> Tensor:
     """One token per row from the nucleus: the smallest set of likeliest tokens with mass top_p.
 
-    logits: [B, V], bfloat16, float16 or float32, last stride 1, finite or -inf with at least one
-      finite in each row (not checked); V up to 262144.
+    logits: [B, V], bfloat16, float16 or float32, last stride 1; V up to 262144.
     uniform: contiguous float32 [B] in [0, 1): where to invert the distribution function of the
       kept tokens, in the order of their indices.
     temperature: above 0; top_p: in (0, 1], taken as a float32.
-    A token is kept while the mass of those before it, by falling logit and rising index, is below
-    top_p. Returns int64 [B].
+    A token is kept while the mass of those before it, by falling logit and rising index, is less
+    than top_p by more than `SLACK`. Returns int64 [B], NO_TOKEN where the largest logit is NaN or
+    infinite.
     Raises ValueError naming the argument, its value and the rule, before any launch.
     """
     batch, vocabulary, stride = _check(logits, top_p_fwd_kernel)
@@ -200,7 +208,7 @@ def top_p(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) 
     # Finite, so that the largest logit itself, 0 times this, keeps its full mass.
     scale_log2 = min(math.log2(math.e) / temperature, 3e38)
     top_p_fwd_kernel[(batch,)](
-        logits, uniform, out, scale_log2, float(top_p), stride, vocabulary,
+        logits, uniform, out, scale_log2, max(top_p - SLACK, 0.0), stride, vocabulary,
         NUCLEUS=top_p < 1, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
@@ -233,18 +241,21 @@ def greedy_ref(logits: Tensor) -> Tensor:
         for v, x in enumerate(row):
             if x > row[out[b]]:
                 out[b] = v
+        if any(math.isnan(x) for x in row):
+            out[b] = NO_TOKEN
     return out
 
 
 def nucleus_ref(logits: Tensor, *, temperature: float, top_p: float) -> Tensor:
     """The distribution that `top_p` draws from, float64 [B, V], one token at a time."""
-    probabilities = (logits.double() / temperature).softmax(-1)
+    wide = logits.double()
+    probabilities = ((wide - wide.amax(-1, keepdim=True)) / temperature).softmax(-1)
     kept = torch.zeros_like(probabilities)
     order = torch.sort(logits.double(), dim=-1, descending=True, stable=True).indices
     for b, row in enumerate(order.tolist()):
         before = 0.0
         for v in row:
-            if before < top_p or top_p == 1:
+            if before < top_p - SLACK or before == 0 or top_p == 1:
                 kept[b, v] = probabilities[b, v]
             before += float(probabilities[b, v])
     return kept / kept.sum(-1, keepdim=True)
@@ -253,7 +264,8 @@ def nucleus_ref(logits: Tensor, *, temperature: float, top_p: float) -> Tensor:
 def top_p_ref(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) -> Tensor:
     """The oracle of `top_p`: float64, the first token whose cumulative probability exceeds."""
     bounds = nucleus_ref(logits, temperature=temperature, top_p=top_p).cumsum(-1)
-    return (bounds <= uniform.double()[:, None]).sum(-1)
+    tokens = (bounds <= uniform.double()[:, None]).sum(-1)
+    return tokens.masked_fill(bounds[:, -1].isnan(), NO_TOKEN)
 
 
 def _variant(dtype: torch.dtype, vocabulary: int, *, nucleus: bool, aligned: str) -> Variant:

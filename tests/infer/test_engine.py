@@ -1,5 +1,8 @@
 """The decode engine: the same tokens however the batch is made up."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from eval.conformance import CHECK_SCALE
 from infer.engine import Engine
-from infer.sampling import Sampler, Sampling
+from infer.sampling import NoTokenError, Sampler, Sampling
 
 ARCHS = [*REGISTRY, *HYBRIDS]
 
@@ -58,10 +61,11 @@ def test_sequences_stop_on_their_own() -> None:
 def test_sampling_is_repeatable_and_follows_its_distribution() -> None:
     sampling = Sampling(temperature=0.7, top_p=0.8, seed=4)
     logits = torch.randn(1, 50)
-    p = Sampler(sampling, torch.device("cpu")).probabilities(logits)[0]
-    draws = Sampler(sampling, torch.device("cpu"))(logits.expand(20_000, -1))
-    again = Sampler(sampling, torch.device("cpu"))(logits.expand(20_000, -1))
-    assert torch.equal(draws, again)
+    sampler = Sampler(sampling, torch.device("cpu"))
+    p = sampler.probabilities(logits)[0]
+    uniforms = sampler.uniforms([[1, 2]], 20_000)
+    assert uniforms is not None and torch.equal(uniforms, sampler.uniforms([[1, 2]], 20_000))
+    draws = sampler(logits.expand(20_000, -1), uniforms[:, 0])
     counts = torch.bincount(draws, minlength=50) / 20_000
     assert (counts - p).abs().max() < 0.02
     assert not counts[p == 0].any()
@@ -70,7 +74,44 @@ def test_sampling_is_repeatable_and_follows_its_distribution() -> None:
     assert full[:kept].sum() >= 0.8 > full[: kept - 1].sum()
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_what_is_sampled_depends_on_no_company() -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=3)
+    engine = engine_for("gqa", max_sequences=4, max_context=32)
+    one, two, three = [5, 6, 7], [8, 9], [10, 11, 12, 13]
+
+    def of(*prompts: list[int], **how: Any) -> list[list[int]]:
+        return engine.generate(list(prompts), 8, sampling, **how).tokens
+
+    alone = {tuple(p): of(p)[0] for p in (one, two, three)}
+    assert of(three, one, two) == [alone[tuple(p)] for p in (three, one, two)]
+    first, other, again = of(two, one, two)
+    assert (first, other) == (alone[tuple(two)], alone[tuple(one)])
+    assert again != first, "equal prompts get samples of their own"
+    stop = alone[tuple(two)][2]
+    shortened = of(two, one, stop=stop)[1]
+    free = alone[tuple(one)]
+    assert shortened == (free[: free.index(stop) + 1] if stop in free else free)
+
+
+@pytest.mark.parametrize("watch", [False, True])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)], ids=str)
+def test_logits_that_decide_no_token_are_an_error(sampling: Sampling, watch: bool) -> None:
+    engine = engine_for("gqa", max_context=32)
+    with torch.no_grad():
+        engine.model.norm.weight.fill_(torch.nan)
+    seen: list[int] = []
+    with pytest.raises(NoTokenError, match="sequence 0 are NaN or infinite"):
+        engine.generate([[1, 2]], 4, sampling, on_token=seen.append if watch else None)
+    with pytest.raises(NoTokenError, match="sequence 0 are NaN"):
+        engine.generate_without_state([[1, 2]], 4)
+    assert seen == [] and engine.store.allocated_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf},
+     {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": math.nan}],
+)  # fmt: skip
 def test_sampling_rejects_impossible_values(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match="must be"):
         Sampling(**bad)

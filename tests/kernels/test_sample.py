@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 import kernels.sample as module
-from infer.sampling import Sampler, Sampling
-from kernels.ahead import TARGETS, Variant, compile_ahead
-from kernels.sample import default_variant, greedy_ref, nucleus_ref, top_p_ref, variants
+from kernels import nucleus
+from kernels.nucleus import NO_TOKEN
+from kernels.sample import greedy_ref, nucleus_ref, top_p_ref
 from tests.kernels.interpreter import interpreted
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: How near to a boundary of the distribution function a uniform number may err.
 TOLERANCE = 1e-6
-#: Of the float32 distribution that `infer.sampling` makes, in probability.
-FLOAT32_TOLERANCE = 2e-6
 
 
 def embedded(logits: Tensor) -> Tensor:
@@ -138,13 +136,40 @@ def test_frequencies_match_the_probabilities() -> None:
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
 @pytest.mark.parametrize("vocabulary", [50, 4000])
-def test_the_oracle_is_the_torch_sampler(vocabulary: int, top_p: float) -> None:
-    logits = 2 * torch.randn(3, vocabulary)
-    sampler = Sampler(Sampling(temperature=0.8, top_p=top_p), torch.device("cpu"))
-    expected = sampler.probabilities(logits).double()
-    got = nucleus_ref(logits, temperature=0.8, top_p=top_p)
-    assert torch.equal(got > 0, expected > 0)
-    assert (got - expected).abs().max() < FLOAT32_TOLERANCE
+def test_the_torch_form_keeps_and_draws_what_the_oracle_does(vocabulary: int, top_p: float) -> None:
+    logits, uniform = 2 * torch.randn(3, vocabulary), torch.rand(3)
+    how = {"temperature": 0.8, "top_p": top_p}
+    kept, expected = nucleus.nucleus(logits, **how), nucleus_ref(logits, **how)
+    assert torch.equal(kept > 0, expected > 0)
+    torch.testing.assert_close(kept, expected, rtol=1e-12, atol=1e-15)
+    assert torch.equal(nucleus.draw(kept, uniform), top_p_ref(logits, uniform, **how))
+
+
+def test_rounding_keeps_no_token() -> None:
+    for order in ([0.3, 0.1, 0.1, 0.5], [0.1, 0.5, 0.1, 0.3], [0.5, 0.3, 0.1, 0.1]):
+        rows = torch.tensor([order]).log()
+        how = {"temperature": 1.0, "top_p": 0.8}
+        kept = assert_exactly_the_nucleus_is_kept(rows, **how)
+        assert sorted(order[v] for v in kept) == [0.3, 0.5]
+        assert torch.nonzero(nucleus.nucleus(rows, **how)[0])[:, 0].tolist() == kept
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("vocabulary", [5, 5000])
+def test_where_logits_decide_no_token_there_is_none(vocabulary: int, bad: float) -> None:
+    logits, uniform = torch.randn(3, vocabulary), torch.rand(3)
+    logits[1, vocabulary - 2] = bad
+    how = {"temperature": 0.9, "top_p": 0.9}
+    if bad == -math.inf:
+        logits[1] = bad
+    drawn = [draw(logits, uniform, **how), nucleus.draw(nucleus.nucleus(logits, **how), uniform)]
+    for tokens in drawn:
+        assert (tokens == NO_TOKEN).tolist() == [False, True, False]
+    with interpreted():
+        chosen = [module.greedy(logits), nucleus.greedy(logits), greedy_ref(logits)]
+    for tokens in chosen:
+        assert (tokens == NO_TOKEN).tolist() == [False, math.isnan(bad), False]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -211,15 +236,3 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
         module.greedy(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="is on cpu, needs cuda"):
         module.top_p(torch.zeros(1, 4), torch.zeros(1), temperature=1.0, top_p=0.5)
-
-
-def test_default_variant_compiles_soundly() -> None:
-    variant = default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "-"))
-def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []
