@@ -40,7 +40,7 @@ def decay_chunk(
 
     q, k: [B, T, G, N]; v: [B, T, H, P], all of one dtype (float32, bfloat16, float16), N and P
     multiples of 16 up to 256, tokens evenly spaced and each token's channels contiguous;
-    log_decay: float32 [1 or B, 1 or T, H], <= 0 and finite; state: float32 [B, H, N, P] before
+    log_decay: float32 [1 or B, 1 or T, H], <= 0; state: float32 [B, H, N, P] before
     the first token (None: zeros); new: int32 [B] valid tokens of right-padded rows (None: T):
     padded tokens leave the state as it is, and what they hold is not read.
     Returns y [B, T, H, P] in v's dtype, 0 at padded tokens, and the state after the last valid
@@ -59,7 +59,7 @@ class _DecayChunk(torch.autograd.Function):
         state: Tensor | None, new: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         s = Sizes.of(q, v)
-        total = passes.empty(q, s.batch, s.heads, s.chunks * s.chunk)
+        total = passes.sums(s, q)
         states = passes.contributions(s, k, v, log_decay, new, total)
         last, _ = passes.carry(s, state, states, total)
         y, _ = passes.rows(s, q, k, v, states, total, new, v.dtype)

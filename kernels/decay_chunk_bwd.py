@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decay_chunk_passes import Sizes, carry, contributions, empty, rows
+from kernels.decay_chunk_passes import Sizes, carry, contributions, empty, rows, sums
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def gradients(
     s = Sizes.of(q, v)
     dy = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    total = empty(q, s.batch, s.heads, s.chunks * s.chunk)
+    total = sums(s, q)
     states = contributions(s, k, v, log_decay, new, total)
     carry(s, state, states, total)
     later = contributions(s, q, dy, log_decay, new, total, reverse=True)

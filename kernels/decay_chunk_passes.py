@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.running_sums import gaps, running_sums
 from kernels.step import row_stride
 
 #: Warps of the first pass: with four, ptxas spills to keep 64 registers on sm_100.
@@ -80,7 +81,8 @@ def decay_chunk_fwd_contributions_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Grid (chunks × tiles of [N, P], H, B): what a chunk adds to the state, Σ e^{..} a bᵀ.
 
-    a is q or k, b is v or dy. The running sums `total` are written forward, read reversed.
+    a is q or k, b is v or dy. The running sums `total` [B, H, chunks, 2, CHUNK], float32 and the
+    rest, are written forward, read reversed.
     """
     tiles_p: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N * tiles_p
@@ -106,15 +108,19 @@ def decay_chunk_fwd_contributions_kernel(  # type: ignore[no-untyped-def]
         b + row * b_row + head * P + (c * b_row)[:, None] + p[None, :],
         mask=valid[:, None] & (p < P)[None, :], other=0.0,
     )  # fmt: skip
+    sums = total + lane * 2 * CHUNK + c
     if REVERSED:
-        weight = tl.exp(tl.load(total + lane * CHUNK + c))
+        weight = tl.exp(tl.load(sums))
     else:
         g = log_decay + batch * g_batch + t.to(tl.int64) * g_token + head * g_head
         g = tl.load(g, mask=valid, other=0.0).to(tl.float32)
-        running = tl.cumsum(g, 0)
-        weight = tl.exp(tl.sum(g, 0) - running)
+        near, rest = running_sums(g)
+        last = c == CHUNK - 1
+        weight = tl.sum(tl.where(last, near, 0.0), 0) - near
+        weight = tl.exp(weight + (tl.sum(tl.where(last, rest, 0.0), 0) - rest))
         if tile == 0:
-            tl.store(total + lane * CHUNK + c, running)
+            tl.store(sums, near)
+            tl.store(sums + CHUNK, rest)
     bt = (bt.to(tl.float32) * weight[:, None]).to(at.dtype)
     added = tl.dot(at, bt, input_precision=PRECISION)
     inside = (n < N)[:, None] & (p < P)[None, :]
@@ -150,7 +156,7 @@ def decay_chunk_fwd_carry_kernel(  # type: ignore[no-untyped-def]
         ahead = inside & (step + 2 < chunks)
         later = tl.load(fresh + place + 2 * sign * SIZE, mask=ahead, other=0.0)
         chunk = chunks - 1 - step if REVERSED else step
-        decay = tl.exp(tl.load(total + (lane * chunks + chunk + 1) * CHUNK - 1))
+        decay = tl.exp(tl.load(total + (lane * chunks + chunk) * 2 * CHUNK + CHUNK - 1))
         tl.store(fresh + place, current, mask=inside)
         if kept is not None:
             before = tl.load(states + place, mask=inside, other=0.0)
@@ -211,15 +217,16 @@ def decay_chunk_fwd_rows_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         scores = tl.dot(at, bt, scores, input_precision=PRECISION)
         past = tl.dot(at, s.to(at.dtype), past, input_precision=PRECISION)
-    running = tl.load(total + (lane * chunks + chunk) * CHUNK + c)
+    sums = total + (lane * chunks + chunk) * 2 * CHUNK
+    near, rest = tl.load(sums + c), tl.load(sums + CHUNK + c)
     # Masked before exp, so that nothing positive is ever exponentiated.
-    gap = running[:, None] - running[None, :]
+    gap = gaps(near, rest)
     if REVERSED:
-        end = tl.load(total + (lane * chunks + chunk + 1) * CHUNK - 1)
-        scale = tl.exp(end - running)
+        scale = tl.load(sums + CHUNK - 1) - near
+        scale = tl.exp(scale + (tl.load(sums + 2 * CHUNK - 1) - rest))
         gap = tl.where(c[:, None] <= c[None, :], -gap, float("-inf"))
     else:
-        scale = tl.exp(running)
+        scale = tl.exp(near)
         gap = tl.where(c[:, None] >= c[None, :], gap, float("-inf"))
     scores *= tl.exp(gap)
     past *= scale[:, None]
@@ -246,6 +253,11 @@ def decay_chunk_fwd_rows_kernel(  # type: ignore[no-untyped-def]
 def empty(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised float32, on the device of `like`."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def sums(sizes: Sizes, like: Tensor) -> Tensor:
+    """Room for the running sums, each a float32 and what its rounding left."""
+    return empty(like, sizes.batch, sizes.heads, sizes.chunks, 2, sizes.chunk)
 
 
 def contributions(

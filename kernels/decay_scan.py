@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.running_sums import chunk_decays
+
 CHUNK = 64
 
 
@@ -49,18 +51,13 @@ def decay_chunk(
     qc, kc = (t.to(wide).unflatten(1, (count, size)).transpose(2, 3) for t in (q, k))
     vc = v.to(wide).unflatten(1, (count, size)).unflatten(3, (groups, share)).movedim(2, 4)
     gc = log_decay.unflatten(1, (count, size)).unflatten(3, (groups, share)).movedim(2, 4)
-    total = gc.cumsum(-1)
-
-    # Masked before exp, so that nothing positive is ever exponentiated.
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill_(future, -torch.inf).exp()
-    scores = (qc @ kc.transpose(-1, -2)).unsqueeze(3) * decay
+    between, since, until = chunk_decays(gc)
+    scores = (qc @ kc.transpose(-1, -2)).unsqueeze(3) * between
     y = scores @ vc
 
-    left = (total[..., -1:] - total).exp()
-    fresh = kc.transpose(-1, -2) @ (vc * left[..., None]).transpose(3, 4).flatten(-2)
+    fresh = kc.transpose(-1, -2) @ (vc * until[..., None]).transpose(3, 4).flatten(-2)
     fresh = fresh.unflatten(-1, (share, p)).transpose(3, 4).flatten(2, 3)
-    kept = total[..., -1].exp().flatten(2, 3)[..., None, None]
+    kept = since[..., -1].flatten(2, 3)[..., None, None]
     current = fresh.new_zeros(batch, heads, n, p) if state is None else state.to(wide)
     before = []
     for i in range(count):
@@ -69,7 +66,7 @@ def decay_chunk(
     if state is not None or count > 1:
         past = torch.stack(before, 1).unflatten(2, (groups, share)).transpose(3, 4).flatten(-2)
         carried = (qc @ past).unflatten(-1, (share, p)).transpose(3, 4)
-        y = torch.addcmul(y, carried, total.exp()[..., None])
+        y = torch.addcmul(y, carried, since[..., None])
     y = y.movedim(4, 2).flatten(3, 4).flatten(1, 2)
     return (y[:, :tokens] if short else y).to(v.dtype), current
 

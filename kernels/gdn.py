@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.running_sums import chunk_decays
+
 CHUNK = 32
 
 
@@ -42,25 +44,22 @@ def gdn_chunk(
         log_decay, beta = (F.pad(t, (0, 0, 0, short)) for t in (log_decay, beta))
     qc, kc, vc = (t.to(wide).unflatten(1, (count, size)).transpose(2, 3) for t in (q, k, v))
     gc, bc = (t.to(wide).unflatten(1, (count, size)).transpose(2, 3) for t in (log_decay, beta))
-    total = gc.cumsum(-1)
-    grown = total.exp()[..., None]
+    between, since, until = chunk_decays(gc)
+    grown = since[..., None]
 
     def spread(t: Tensor) -> Tensor:
         return t if share == 1 else t.repeat_interleave(share, 2)
 
-    # Masked before exp, so that nothing positive is ever exponentiated.
-    future = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    decay = (total[..., :, None] - total[..., None, :]).masked_fill_(future, -torch.inf).exp()
     keys_t = kc.transpose(-1, -2)
-    overlap = spread(kc @ keys_t) * decay * bc[..., None]
+    overlap = spread(kc @ keys_t) * between * bc[..., None]
     kh, qh = spread(kc), spread(qc)
     # (I + strictly lower overlap) [u, w] = β [v, e^g k]; the solver reads below the diagonal only.
     right = torch.cat((vc, kh * grown), -1) * bc[..., None]
     solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
     u, w = solved.split((p, n), -1)
-    scores = spread(qc @ keys_t) * decay
+    scores = spread(qc @ keys_t) * between
     reach = qh * grown
-    left = (kh * (total[..., -1:] - total).exp()[..., None]).transpose(-1, -2)
+    left = (kh * until[..., None]).transpose(-1, -2)
     kept = grown[..., -1:, :]
     current = u.new_zeros(batch, heads, n, p) if state is None else state.to(wide)
     outputs = []

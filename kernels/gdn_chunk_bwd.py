@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gdn_chunk_passes import BACKWARD, WARPS, Sizes, rows, solve, states
+from kernels.running_sums import gaps
 from kernels.step import row_stride
 
 #: Value channels and warps of the sequential pass; channels per tile of N and of P of the keys.
@@ -64,12 +65,14 @@ def gdn_chunk_bwd_states_kernel(  # type: ignore[no-untyped-def]
         dvalue = tl.load(local + at, mask=values_in, other=0.0).to(tl.float32)
         rest = tl.load(error + at, mask=values_in, other=0.0).to(tl.float32)
         bt = tl.load(beta + row * b_row + head, mask=valid, other=0.0).to(tl.float32)
-        running = tl.load(total + place * CHUNK + c)
-        end = tl.load(total + place * CHUNK + CHUNK - 1)
+        sums = total + place * 2 * CHUNK
+        running = tl.load(sums + c)
+        end = tl.load(sums + CHUNK - 1)
+        left = end - running + (tl.load(sums + 2 * CHUNK - 1) - tl.load(sums + CHUNK + c))
         solve = tl.load(inverse + place * CHUNK * CHUNK + c[None, :] * CHUNK + c[:, None])
         held = current.to(kt.dtype)
         tl.store(later + place * N * P + tile, held, mask=inside)
-        dvalue += tl.dot(kt, held, input_precision=PRECISION) * tl.exp(end - running)[:, None]
+        dvalue += tl.dot(kt, held, input_precision=PRECISION) * tl.exp(left)[:, None]
         xt = tl.dot(solve, dvalue.to(kt.dtype), input_precision=PRECISION)
         part = (tl.program_id(0) * tl.num_programs(2) * heads * chunks + place) * CHUNK
         tl.store(strength + part + c, tl.sum(xt * rest, 1))
@@ -89,9 +92,9 @@ def gdn_chunk_bwd_states_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _weights(running, past):  # type: ignore[no-untyped-def]
-    """e^{c_row - c_column} where `past`, else 0; masked before exp, which sees nothing positive."""
-    return tl.exp(tl.where(past, running[:, None] - running[None, :], float("-inf")))
+def _weights(gap, past):  # type: ignore[no-untyped-def]
+    """e^{gap} where `past`, else 0; masked before exp, which sees nothing positive."""
+    return tl.exp(tl.where(past, gap, float("-inf")))
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def gdn_chunk_bwd_keys_kernel(  # type: ignore[no-untyped-def]
     keys_in = valid[:, None] & in_n[None, :]
     channel = (head // SHARE * N + n)[None, :]
     out_row = row * heads + head
-    sums = total + place * CHUNK + c
+    sums = total + place * 2 * CHUNK + c
 
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     out = tl.zeros([CHUNK, BLOCK_N], tl.float32)
@@ -144,7 +147,7 @@ def gdn_chunk_bwd_keys_kernel(  # type: ignore[no-untyped-def]
     kt = tl.load(k + row[:, None] * k_row + channel, mask=keys_in, other=0.0)
     bt = tl.load(beta + row * b_row + head, mask=valid, other=0.0).to(tl.float32)
     running = tl.load(sums)
-    scores *= -_weights(running, c[:, None] > c[None, :])
+    scores *= -_weights(gaps(running, tl.load(sums + CHUNK)), c[:, None] > c[None, :])
     out *= -(bt * tl.exp(running))[:, None]
     moved = tl.sum(out * kt.to(tl.float32), 1)
     pairs = scores * tl.dot(kt, tl.trans(kt), input_precision=PRECISION)
@@ -162,7 +165,8 @@ def gdn_chunk_bwd_keys_kernel(  # type: ignore[no-untyped-def]
         vt = tl.load(fresh + out_row[:, None] * P + p[None, :], mask=rows_in, other=0.0)
         dvt = tl.load(dv + out_row[None, :] * P + p[:, None], mask=columns_in, other=0.0)
         scores = tl.dot(vt, dvt, scores, input_precision=PRECISION)
-    scores *= -_weights(-tl.load(sums), c[:, None] < c[None, :])
+    gap = gaps(tl.load(sums), tl.load(sums + CHUNK))
+    scores *= -_weights(-gap, c[:, None] < c[None, :])
     out = tl.dot(scores.to(kt.dtype), kt, out, input_precision=PRECISION)
 
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
@@ -181,14 +185,15 @@ def gdn_chunk_bwd_keys_kernel(  # type: ignore[no-untyped-def]
         stays += tl.sum(s.to(tl.float32) * d.to(tl.float32), 0)
         scores = tl.dot(vt, dyt, scores, input_precision=PRECISION)
         past = tl.dot(vt, d, past, input_precision=PRECISION)
-    end = tl.load(total + place * CHUNK + CHUNK - 1)
-    running = tl.load(sums)
+    running, rest = tl.load(sums), tl.load(sums + CHUNK)
+    ends = total + place * 2 * CHUNK + CHUNK - 1
+    end = tl.load(ends)
     tl.store(kept + part, tl.exp(end) * tl.sum(stays, 0))
-    past *= tl.exp(end - running)[:, None]
+    past *= tl.exp(end - running + (tl.load(ends + CHUNK) - rest))[:, None]
     tl.store(left + part * CHUNK + c, tl.sum(past * kt.to(tl.float32), 1))
     out += past
     qt = tl.load(q + row[:, None] * q_row + channel, mask=keys_in, other=0.0)
-    scores *= _weights(-running, c[:, None] <= c[None, :])
+    scores *= _weights(-gaps(running, rest), c[:, None] <= c[None, :])
     out = tl.dot(scores.to(qt.dtype), qt, out, input_precision=PRECISION)
     tl.store(
         dk + out_row[:, None] * N + n[None, :], out.to(dk.dtype.element_ty),
@@ -258,7 +263,8 @@ def gradients(
     later, x, dv = torch.empty_like(before), torch.empty_like(fresh), torch.empty_like(fresh)
     carried, warps = CARRIED[q.dtype]
     tiles_p = triton.cdiv(s.p, carried)
-    missed = torch.empty(tiles_p, *total.shape, device=q.device)
+    tokens = s.batch, s.heads, s.chunks * s.config.chunk
+    missed = torch.empty(tiles_p, *tokens, device=q.device)
     dfirst = torch.empty(s.batch, s.heads, s.n, s.p, device=q.device)
     strides = [row_stride(name, t) for name, t in (("q", q), ("k", k), ("beta", beta))]
     sizes = {"SHARE": s.share, "N": s.n, "P": s.p, "CHUNK": s.config.chunk, "PRECISION": "ieee"}
@@ -274,7 +280,10 @@ def gradients(
     dk = torch.empty_like(dq)
     block_n, block_p = KEYS[q.dtype]
     tiles_n = triton.cdiv(s.n, block_n)
-    moved, left, told = (torch.empty(tiles_n, *total.shape, device=q.device) for _ in range(3))
+    moved, left, told = (
+        torch.empty(tiles_n, s.batch, s.heads, s.chunks * s.config.chunk, device=q.device)
+        for _ in range(3)
+    )
     kept = torch.empty(tiles_n, s.batch, s.heads, s.chunks, device=q.device)
     gdn_chunk_bwd_keys_kernel[(s.chunks * tiles_n, s.heads, s.batch)](
         q, k, fresh, dy, x, dv, beta, before, later, total, new, dk, moved, left, told, kept,

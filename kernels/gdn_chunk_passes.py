@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.running_sums import after, gaps, running_sums
 from kernels.step import row_stride
 
 
@@ -88,10 +89,13 @@ class Sizes:
 
 @triton.jit
 def _overlap(  # type: ignore[no-untyped-def]
-    k, row, valid, other, other_valid, running, other_running, k_row,
+    k, row, valid, other, other_valid, gap, k_row,
     N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """L ∘ k kᵀ, [HALF, HALF], for the tokens `row` against `other`; 0 where `other` is no past."""
+    """L ∘ k kᵀ, [HALF, HALF], for the tokens `row` against `other`; 0 where `other` is no past.
+
+    gap: c of `row` less c of `other`.
+    """
     product = tl.zeros([HALF, HALF], tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -105,7 +109,6 @@ def _overlap(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         product = tl.dot(a, b, product, input_precision="ieee")
     # Masked before exp, so that nothing positive is ever exponentiated.
-    gap = running[:, None] - other_running[None, :]
     return product * tl.exp(tl.where(row[:, None] > other[None, :], gap, float("-inf")))
 
 
@@ -141,7 +144,8 @@ def gdn_chunk_fwd_solve_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Grid (chunks, H, B): the running sums c and T, in one or two steps of HALF tokens.
 
-    total: [B, H, chunks, CHUNK]; inverse: [B, H, chunks, CHUNK, CHUNK], zeros above the diagonal.
+    total: [B, H, chunks, 2, CHUNK], each sum a float32 and what its rounding left;
+    inverse: [B, H, chunks, CHUNK, CHUNK], zeros above the diagonal.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     heads, batch = tl.num_programs(1), tl.program_id(2).to(tl.int64)
@@ -155,27 +159,34 @@ def gdn_chunk_fwd_solve_kernel(  # type: ignore[no-untyped-def]
     row0 = batch * tokens + t0
     g0 = tl.load(log_decay + row0 * g_row + head, mask=valid0, other=0.0)
     beta0 = tl.load(beta + row0 * b_row + head, mask=valid0, other=0.0).to(tl.float32)
-    c0 = tl.cumsum(g0, 0)
+    near0, rest0 = running_sums(g0)
     keys = k + head // SHARE * N
-    a = _overlap(keys, row0, valid0, row0, valid0, c0, c0, k_row, N, HALF, BLOCK_N)
+    gap = gaps(near0, rest0)
+    a = _overlap(keys, row0, valid0, row0, valid0, gap, k_row, N, HALF, BLOCK_N)
     first = _inverse(a * beta0[:, None], HALF)
     tile = c[:, None] * CHUNK + c[None, :]
     out = inverse + lane * CHUNK * CHUNK + tile
     kind = inverse.dtype.element_ty
-    tl.store(total + lane * CHUNK + c, c0)
+    sums = total + lane * 2 * CHUNK + c
+    tl.store(sums, near0)
+    tl.store(sums + CHUNK, rest0)
     tl.store(out, first.to(kind))
     if CHUNK > HALF:
         valid1 = t0 + HALF < count
         row1 = row0 + HALF
         g1 = tl.load(log_decay + row1 * g_row + head, mask=valid1, other=0.0)
         beta1 = tl.load(beta + row1 * b_row + head, mask=valid1, other=0.0).to(tl.float32)
-        c1 = tl.sum(g0, 0) + tl.cumsum(g1, 0)
-        a = _overlap(keys, row1, valid1, row0, valid0, c1, c0, k_row, N, HALF, BLOCK_N)
-        below = tl.dot(a * beta1[:, None], first, input_precision="ieee")
-        a = _overlap(keys, row1, valid1, row1, valid1, c1, c1, k_row, N, HALF, BLOCK_N)
+        near1, rest1 = running_sums(g1)
+        gap = gaps(near1, rest1)
+        a = _overlap(keys, row1, valid1, row1, valid1, gap, k_row, N, HALF, BLOCK_N)
         second = _inverse(a * beta1[:, None], HALF)
+        near1, rest1 = after(near0, rest0, near1, rest1)
+        gap = (near1[:, None] - near0[None, :]) + (rest1[:, None] - rest0[None, :])
+        a = _overlap(keys, row1, valid1, row0, valid0, gap, k_row, N, HALF, BLOCK_N)
+        below = tl.dot(a * beta1[:, None], first, input_precision="ieee")
         below = -tl.dot(second, below, input_precision="ieee")
-        tl.store(total + lane * CHUNK + HALF + c, c1)
+        tl.store(sums + HALF, near1)
+        tl.store(sums + CHUNK + HALF, rest1)
         tl.store(out + HALF, tl.zeros([HALF, HALF], kind))
         tl.store(out + HALF * CHUNK, below.to(kind))
         tl.store(out + HALF * CHUNK + HALF, second.to(kind))
@@ -222,8 +233,10 @@ def gdn_chunk_fwd_states_kernel(  # type: ignore[no-untyped-def]
             mask=valid[:, None] & in_p[None, :], other=0.0,
         )  # fmt: skip
         strength = tl.load(beta + row * b_row + head, mask=valid, other=0.0).to(tl.float32)
-        running = tl.load(total + place * CHUNK + c)
-        end = tl.load(total + place * CHUNK + CHUNK - 1)
+        sums = total + place * 2 * CHUNK
+        running = tl.load(sums + c)
+        end = tl.load(sums + CHUNK - 1)
+        left = end - running + (tl.load(sums + 2 * CHUNK - 1) - tl.load(sums + CHUNK + c))
         solve = tl.load(inverse + place * CHUNK * CHUNK + c[:, None] * CHUNK + c[None, :])
         held = current.to(kt.dtype)
         tl.store(states + place * N * P + tile, held, mask=inside)
@@ -236,7 +249,7 @@ def gdn_chunk_fwd_states_kernel(  # type: ignore[no-untyped-def]
         missed = (missed * strength[:, None]).to(kt.dtype)
         value = tl.dot(solve, missed, input_precision=PRECISION)
         tl.store(fresh + out, value.to(kt.dtype), mask=stored)
-        value = (value * tl.exp(end - running)[:, None]).to(kt.dtype)
+        value = (value * tl.exp(left)[:, None]).to(kt.dtype)
         current *= tl.exp(end)
         current = tl.dot(tl.trans(kt), value, current, input_precision=PRECISION)
     tl.store(last + lane * N * P + tile, current, mask=inside)
@@ -292,9 +305,10 @@ def gdn_chunk_fwd_rows_kernel(  # type: ignore[no-untyped-def]
                 mask=in_i[:, None] & in_o[None, :], other=0.0,
             )  # fmt: skip
             past = tl.dot(at, s, past, input_precision=PRECISION)
-    running = tl.load(total + place * CHUNK + c)
+    sums = total + place * 2 * CHUNK + c
+    running = tl.load(sums)
     # Masked before exp, so that nothing positive is ever exponentiated.
-    gap = running[:, None] - running[None, :]
+    gap = gaps(running, tl.load(sums + CHUNK))
     if REVERSED:
         gap = tl.where(c[:, None] <= c[None, :], -gap, float("-inf"))
     else:
@@ -321,9 +335,9 @@ def gdn_chunk_fwd_rows_kernel(  # type: ignore[no-untyped-def]
 def solve(
     s: Sizes, k: Tensor, log_decay: Tensor, beta: Tensor, new: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The running sums, float32 [B, H, chunks · chunk], and T [B, H, chunks, chunk, chunk]."""
+    """The running sums, float32 [B, H, chunks, 2, chunk], and T [B, H, chunks, chunk, chunk]."""
     size = s.config.chunk
-    total = torch.empty(s.batch, s.heads, s.chunks * size, device=k.device)
+    total = torch.empty(s.batch, s.heads, s.chunks, 2, size, device=k.device)
     inverse = torch.empty(s.batch, s.heads, s.chunks, size, size, dtype=k.dtype, device=k.device)
     gdn_chunk_fwd_solve_kernel[(s.chunks, s.heads, s.batch)](
         k, log_decay, beta, new, total, inverse,
@@ -369,7 +383,7 @@ def rows(
     tile = s.config.tile
     tiles = triton.cdiv(wide, tile)
     if w is not None:
-        change = torch.empty(tiles, *total.shape, device=a.device)
+        change = torch.empty(tiles, s.batch, s.heads, s.chunks * s.config.chunk, device=a.device)
     gdn_chunk_fwd_rows_kernel[(s.chunks * tiles, s.heads, s.batch)](
         a, b, x, w, before, total, new, y, change,
         row_stride("a", a), row_stride("b", b), row_stride("x", x),
