@@ -252,19 +252,31 @@ def hardware_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """What the file COMMIT says, which whoever copies a tree without git writes; else git."""
+    """What the file COMMIT says, which whoever copies a tree without git writes; else git.
+
+    "unknown" where git knows no repository of this very tree: one around the place where this is
+    installed, or one that GIT_DIR names, is somebody else's.
+    """
     root = Path(__file__).parent.parent
     told = root / "COMMIT"
     if told.is_file():
         return told.read_text(encoding="utf-8").strip()
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != root.resolve():
+        return "unknown"
+    return _git(root, "describe", "--always", "--dirty", "--exclude", "*") or "unknown"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git prints about the tree at `root`, whatever the environment says; "" if it cannot."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            cwd=root, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except FileNotFoundError:
-        return "unknown"
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+            ["git", *arguments], cwd=root, env=own, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def as_mapping(row: Row) -> Mapping[str, object]:

@@ -21,6 +21,7 @@ import torch
 
 from archs.errors import UserError
 from eval.cells import CellFailure, Workshop
+from eval.lock import only_writer
 from eval.progress import Progress, Watch
 from eval.results import (
     CELL_FAILED,
@@ -35,6 +36,7 @@ from eval.schema import load_long
 from eval.suite import Suite
 from infer.memory import DoesNotFitError
 from infer.pages import StoreFullError
+from infer.sampling import NoTokenError
 
 #: What a run folder may hold of ours: the only names that --fresh removes. The configuration is
 #: the last of them, so that a folder emptied in part is still known as ours.
@@ -142,9 +144,17 @@ def run_suite(
 ) -> bool:
     """Run what is not done yet; True when all cells are recorded, False when the budget ended.
 
-    Raises UserError on a folder of another configuration, bad input, or a full disk.
+    Raises UserError on a folder of another configuration or one that another process writes to,
+    bad input, or a full disk.
     """
-    prepare_folder(suite, out, fresh=fresh)
+    with only_writer(out):
+        prepare_folder(suite, out, fresh=fresh)
+        return _run_waiting(suite, out, device, time_budget_s, progress)
+
+
+def _run_waiting(
+    suite: Suite, out: Path, device: torch.device, time_budget_s: float | None, progress: Progress
+) -> bool:
     results = Results(out / "results.csv", provenance(suite.config_hash, device))
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
     workshop = Workshop(suite, out, device, deadline)
@@ -183,6 +193,8 @@ def _guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] |
         if failure.stopped:
             return About(), None
         return failure.about, [Row(measure=CELL_FAILED, status=failure.status, note=str(failure))]
+    except NoTokenError as error:
+        return About(), [Row(measure=CELL_FAILED, status=Status.NAN, note=_one_line(error))]
     except (DoesNotFitError, StoreFullError, MemoryError, torch.OutOfMemoryError) as error:
         return About(), [Row(measure=CELL_FAILED, status=Status.OOM, note=_one_line(error))]
     except UserError:

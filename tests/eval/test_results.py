@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -257,3 +258,28 @@ def test_a_copied_tree_says_its_commit_in_a_file(
     assert results._commit() == "unknown"
     (tmp_path / "COMMIT").write_text("abc1234-dirty\n")
     assert results._commit() == "abc1234-dirty"
+
+
+def test_a_commit_of_somebody_elses_repository_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.check_output(["git", *who, *arguments], cwd=tmp_path, text=True).strip()
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "theirs")
+    theirs = git("rev-parse", "HEAD")
+    installed = tmp_path / ".venv" / "site-packages" / "eval"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr(results, "__file__", str(installed / "results.py"))
+    assert results._commit() == "unknown"
+    ours = results._commit
+    monkeypatch.undo()
+    before = ours()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert ours() == before and not theirs.startswith(before.partition("-")[0])
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "eval" / "results.py"))
+    monkeypatch.delenv("GIT_DIR")
+    (tmp_path / "eval").mkdir()
+    assert theirs.startswith(ours().partition("-")[0])

@@ -148,3 +148,23 @@ def test_an_interrupted_run_says_so_and_keeps_its_cells(suite: Suite, tmp_path: 
     assert shown.splitlines()[-1].startswith("decodebench: interrupted; finished cells are kept")
     assert "Traceback" not in shown
     assert len(cells_of(tmp_path / "out")) == 3
+
+
+def test_two_runs_in_one_folder_do_not_mix(
+    decodebench: Command, suite: Suite, tmp_path: Path
+) -> None:
+    argv = ["run", "--suite", "micro.toml", "--out", "out", "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, "-c", VICTIM, "micro.toml", "out", "decode"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+    ) as first:  # fmt: skip
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"waiting\n"
+        held = (tmp_path / "out" / "results.csv").read_bytes()
+        for more in ([], ["--fresh"]):
+            second = decodebench(*argv, *more)
+            assert second.code == 2
+            assert "another process is writing to 'out'" in second.err
+        assert (tmp_path / "out" / "results.csv").read_bytes() == held
+        first.kill()
+    assert decodebench(*argv).code == 0
