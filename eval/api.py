@@ -24,6 +24,7 @@ from eval.commands import bench_archs
 from eval.crossover import crossovers, measured_crossovers
 from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
+from eval.processes import cores
 from eval.progress import Progress
 from eval.run import run_suite
 from eval.schema import load_long
@@ -50,7 +51,10 @@ def compare(
     chosen = replace(load_suite(suite), archs=tuple(archs))
     folder = Path(out)
     progress = Progress(Console(stderr=True, highlight=False))
-    run_suite(chosen, folder, device=torch.device(device), fresh=fresh, progress=progress)
+    run_suite(
+        chosen, folder, device=torch.device(device), fresh=fresh, workers=cores(),
+        progress=progress,
+    )  # fmt: skip
     return load_long(folder / "results.csv")
 
 

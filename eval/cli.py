@@ -70,6 +70,9 @@ def run(
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume/--fresh")] = True,
     time_budget: Annotated[str | None, typer.Option(help="Stop cleanly after, e.g. 9m.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Models that train at once; default: one per core.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the cells and stop.")] = False,
     json_: Json = False,
 ) -> None:
@@ -78,9 +81,11 @@ def run(
 
     from eval.cells import Workshop
     from eval.leaderboard import rank, to_table, wide
+    from eval.plan import plan
+    from eval.processes import cores
     from eval.progress import Progress
     from eval.report import write_report
-    from eval.run import has_architecture, plan, run_suite
+    from eval.run import has_architecture, run_suite
     from eval.schema import load_long
     from eval.suite import load_suite
 
@@ -95,7 +100,8 @@ def run(
         return
     finished = run_suite(
         chosen, folder, device=where, fresh=not resume,
-        time_budget_s=parse_duration_s(time_budget), progress=Progress(err, quiet=json_),
+        time_budget_s=parse_duration_s(time_budget), workers=workers or cores(),
+        progress=Progress(err, quiet=json_),
     )  # fmt: skip
     measured = has_architecture(folder)
     report_path = str(write_report(folder)) if measured else None

@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+#: Seconds after which a log hears of a long cell again.
+PATIENCE_S = 60.0
+
 
 class Watch:
     """One cell's line on the display."""
@@ -23,7 +26,7 @@ class Watch:
 
     def say(self, found: str) -> None:
         """What the cell found, for its line in a log."""
-        self.found = f"{found}, "
+        self.found = found
 
 
 class Progress:
@@ -35,13 +38,14 @@ class Progress:
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._done = self._total = 0.0
-        self._began = 0.0
+        self._began = self._said_s = 0.0
+        self._label = ""
 
     @contextmanager
     def over(self, total: float, cells: int, planned: int) -> Iterator[None]:
         """The whole run; `total` is the sum of cell weights."""
         self._done, self._total = 0.0, max(total, 1e-9)
-        self._began = time.monotonic()
+        self._began = self._said_s = time.monotonic()
         if cells < planned and not self.quiet:
             self.console.print(f"{planned - cells} of {planned} cells are done already")
         if self.quiet or not self.console.is_terminal:
@@ -61,28 +65,36 @@ class Progress:
     def cell(self, label: str, weight: float) -> Iterator[Watch]:
         """One cell from start to end."""
         began = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, description=label, rate="")
         watch = Watch(self, weight)
+        self.show(0.0, "", label)
         yield watch
-        self._done += weight
-        self.show(0.0, "")
-        if self._bar is None and not self.quiet:
-            seconds = time.monotonic() - began
-            self.console.print(
-                f"[{100 * self._done / self._total:3.0f}%] {label}: {watch.found}{seconds:.1f} s"
-                f"{self._left()}",
-                markup=False,
-                highlight=False,
-            )
+        self.done(label, weight, time.monotonic() - began, watch.found)
 
-    def show(self, within: float, text: str) -> None:
-        """The current cell has done `within` of its weight."""
+    def done(self, label: str, weight: float, seconds: float, found: str = "") -> None:
+        """A cell has ended; `found` is what it found, for its line in a log."""
+        self._done += weight
+        self.show(0.0, "", label)
+        if self._bar is None and not self.quiet:
+            said = f"{found}, " if found else ""
+            self._line(f"{label}: {said}{seconds:.1f} s")
+
+    def show(self, within: float, text: str, label: str = "") -> None:
+        """Of the weights of cells at work, `within` is done; a log hears of it now and then."""
+        self._label = label or self._label
         if self._bar is not None:
             done = min(self._done + within, self._total)
             self._bar.update(
-                self._task, completed=done, rate=text, left=self._left(within).lstrip(", ")
-            )
+                self._task, completed=done, rate=text, left=self._left(within).lstrip(", "),
+                description=self._label,
+            )  # fmt: skip
+        elif not self.quiet and time.monotonic() - self._said_s > PATIENCE_S:
+            self._line(f"{self._label}, {text}".rstrip(" ,"), within)
+
+    def _line(self, text: str, within: float = 0.0) -> None:
+        self._said_s = time.monotonic()
+        percent = 100 * (self._done + within) / self._total
+        line = f"[{percent:3.0f}%] {text}{self._left(within)}"
+        self.console.print(line, markup=False, highlight=False)
 
     def _left(self, within: float = 0.0) -> str:
         done = self._done + within

@@ -3,55 +3,34 @@
 A cell is what is recorded as one (an architecture trained with one seed, decoded at one scale and
 batch, …). A finished cell is in `results.csv` and is not run again; a failed one is a row with
 its status. Cells go stage by stage, so that a short time budget leaves every architecture with
-the same columns.
+the same columns. On a CPU models train side by side, each on one thread (`eval.processes`).
 """
 
-import errno
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 import tomli_w
 import torch
 
 from archs.errors import UserError
-from eval.cells import CellFailure, Workshop
+from eval.cells import Workshop
 from eval.lock import only_writer
-from eval.progress import Progress, Watch
-from eval.results import (
-    CELL_FAILED,
-    About,
-    Cell,
-    Results,
-    Row,
-    Status,
-    provenance,
-)
+from eval.plan import TRAINED, Planned, guarded, plan
+from eval.processes import Found, side_by_side
+from eval.progress import Progress
+from eval.results import About, Results, provenance
 from eval.schema import load_long
 from eval.suite import Suite
-from infer.memory import DoesNotFitError
-from infer.pages import StoreFullError
-from infer.sampling import NoTokenError
 
 #: What a run folder may hold of ours: the only names that --fresh removes. The configuration is
 #: the last of them, so that a folder emptied in part is still known as ours.
 OWN_NAMES = (
     "results.csv", "leaderboard.csv", "report.html", "errors.log", "cells", "plots", "config.toml",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A cell, roughly how long it takes relative to others, and the work itself."""
-
-    cell: Cell
-    weight: float
-    work: Callable[[Watch], tuple[About, list[Row]]]
 
 
 def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
@@ -93,46 +72,6 @@ def _hash_in(text: str) -> str:
     return first.rpartition(" ")[2] or "unreadable"
 
 
-def plan(workshop: Workshop) -> list[Planned]:
-    """All cells of the suite in the order in which they run."""
-    suite = workshop.suite
-    cells = [Planned(Cell(arch="", stage="hardware"), 3.0, workshop.hardware)]
-    train, mqar = suite.train, suite.mqar
-    for arch in suite.archs:
-        for scale in suite.scales:
-            cell = Cell(arch=arch, stage="cost", scale=scale)
-            cells.append(Planned(cell, 0.3, _bind(workshop.cost, cell)))
-    if train is not None:
-        for seed, scale in product(train.seeds, train.scales):
-            for arch in suite.archs:
-                cell = Cell(arch=arch, stage="train", scale=scale, seed=seed)
-                steps = train.steps
-                if seed == train.seeds[0] and len(train.learning_rates) > 1:
-                    swept = len(train.learning_rates) * train.sweep_steps
-                    steps = swept + steps * (train.sweep_steps != steps)
-                cells.append(Planned(cell, 0.14 * steps, _bind(workshop.train, cell)))
-    if mqar is not None:
-        for seed in mqar.seeds:
-            for arch in suite.archs:
-                cell = Cell(arch=arch, stage="mqar", scale="mqar", seed=seed)
-                cells.append(Planned(cell, 0.02 * mqar.steps, _bind(workshop.mqar, cell)))
-    for index, decode in enumerate(suite.decode):
-        for batch in decode.batches:
-            for arch in suite.archs:
-                cell = Cell(
-                    arch=arch, stage="decode", scale=decode.scale, batch=batch, section=index
-                )
-                weight = 0.5 if decode.scale in suite.trained_scales else 5.0
-                cells.append(Planned(cell, weight, _bind(workshop.decode, cell)))
-    return cells
-
-
-def _bind(
-    work: Callable[[Cell, Watch], tuple[About, list[Row]]], cell: Cell
-) -> Callable[[Watch], tuple[About, list[Row]]]:
-    return lambda watch: work(cell, watch)
-
-
 def run_suite(
     suite: Suite,
     out: Path,
@@ -140,85 +79,67 @@ def run_suite(
     device: torch.device,
     fresh: bool = False,
     time_budget_s: float | None = None,
+    workers: int = 1,
     progress: Progress,
 ) -> bool:
     """Run what is not done yet; True when all cells are recorded, False when the budget ended.
 
+    workers: on a CPU, how many processes train at once; what is timed runs alone.
     Raises UserError on a folder of another configuration or one that another process writes to,
     bad input, or a full disk.
     """
+    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
     with only_writer(out):
         prepare_folder(suite, out, fresh=fresh)
-        return _run_waiting(suite, out, device, time_budget_s, progress)
-
-
-def _run_waiting(
-    suite: Suite, out: Path, device: torch.device, time_budget_s: float | None, progress: Progress
-) -> bool:
-    results = Results(out / "results.csv", provenance(suite.config_hash, device))
-    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
-    workshop = Workshop(suite, out, device, deadline)
-    planned = plan(workshop)
-    waiting = [p for p in planned if not results.done(p.cell)]
-    with progress.over(sum(p.weight for p in waiting), len(waiting), len(planned)):
-        for item in waiting:
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            label = " ".join(str(v) for v in _label(item.cell))
-            with progress.cell(label, item.weight) as watch:
-                about, rows = _guarded(item, watch, out)
+        results = Results(out / "results.csv", provenance(suite.config_hash, device))
+        workshop = Workshop(suite, out, device, deadline)
+        planned = plan(workshop)
+        waiting = [p for p in planned if not results.done(p.cell)]
+        with progress.over(sum(p.weight for p in waiting), len(waiting), len(planned)):
+            for item, (about, rows) in _finished(workshop, waiting, workers, progress):
                 if rows is None:
                     return False
                 results.append(item.cell, about, rows)
     return True
 
 
-def _label(cell: Cell) -> Iterator[str]:
-    yield cell.stage
-    if cell.arch:
-        yield cell.arch
-    if cell.scale:
-        yield f"@{cell.scale}"
-    if cell.batch:
-        yield f"batch {cell.batch}"
-    if cell.seed:
-        yield f"seed {cell.seed}"
+def _finished(
+    workshop: Workshop, waiting: Sequence[Planned], workers: int, progress: Progress
+) -> Iterator[tuple[Planned, Found]]:
+    """Each cell as it ends, with its rows: None where the time budget ended before."""
+    on_cpu = workshop.device.type == "cpu"
+    for trained, group in groupby(waiting, lambda item: item.cell.stage in TRAINED):
+        items = list(group)
+        if trained and on_cpu and workers > 1:
+            if any(item.cell.stage == "train" for item in items):
+                # Workers find the text tokenized; each would do it anew.
+                len(workshop.tokens.name)
+            yield from side_by_side(
+                items, workshop.out, workshop.device, workshop.deadline, workers, progress
+            )
+            continue
+        for item in items:
+            if workshop.deadline is not None and time.monotonic() >= workshop.deadline:
+                yield item, (About(), None)
+                return
+            with progress.cell(item.label, item.weight) as watch, _threads(trained and on_cpu):
+                found = guarded(item, watch, workshop.out)
+            yield item, found
 
 
-def _guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] | None]:
-    """The cell's rows, or one row that says how it failed; None when the budget stopped it."""
+@contextmanager
+def _threads(one: bool) -> Iterator[None]:
+    """One thread, if so: a model trains to the same weights however many run at once."""
+    before = torch.get_num_threads()
+    if one:
+        torch.set_num_threads(1)
     try:
-        return item.work(watch)
-    except CellFailure as failure:
-        if failure.stopped:
-            return About(), None
-        return failure.about, [Row(measure=CELL_FAILED, status=failure.status, note=str(failure))]
-    except NoTokenError as error:
-        return About(), [Row(measure=CELL_FAILED, status=Status.NAN, note=_one_line(error))]
-    except (DoesNotFitError, StoreFullError, MemoryError, torch.OutOfMemoryError) as error:
-        return About(), [Row(measure=CELL_FAILED, status=Status.OOM, note=_one_line(error))]
-    except UserError:
-        # The user's to mend (a full disk, a bad corpus): finished cells stay, this one reruns.
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full ({_one_line(error)}); finished cells are kept, free some space "
-                "and run the same command again"
-            ) from error
-        with suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
-            log.write(f"{item.cell}\n{traceback.format_exc()}\n")
-        # On a CPU, torch has no exception of its own for this.
-        status = Status.OOM if "can't allocate memory" in str(error) else Status.ERROR
-        note = f"{type(error).__name__}: {_one_line(error)}"
-        return About(), [Row(measure=CELL_FAILED, status=status, note=note)]
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def has_architecture(out: Path) -> bool:
     """Whether a run folder holds a row of an architecture."""
     results = out / "results.csv"
     return results.exists() and bool((load_long(results)["arch"] != "").any())
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

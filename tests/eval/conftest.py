@@ -54,6 +54,13 @@ def decodebench(
     return run
 
 
+@pytest.fixture(autouse=True)
+def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells run in this process, which tests may patch, unless a test says how many at once."""
+    monkeypatch.setattr("eval.processes.cores", lambda: 1)
+    monkeypatch.setattr("eval.api.cores", lambda: 1)
+
+
 @pytest.fixture
 def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
     """Commands and suites take this machine's rates as given."""

@@ -1,0 +1,127 @@
+"""Models that train side by side: the same rows as one after another, and nothing lost."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from archs.errors import UserError
+from eval import processes
+from eval.plan import Planned
+from eval.schema import load_long
+from eval.suite import Suite, load_suite
+from tests.eval.micro import cells_of, run, write_suite
+
+pytestmark = pytest.mark.usefixtures("stub_roofline")
+#: What differs between two runs of one thing.
+TIMES = ("_s", "_ms", "_per_s", "_per_user", "mbu", "mfu")
+
+
+def figures(out: Path) -> pd.DataFrame:
+    """Every figure but for times, in one order."""
+    rows = load_long(out / "results.csv")
+    rows = rows[~rows["measure"].str.endswith(TIMES)]
+    keys = ["cell", "measure", "context", "position", "batch"]
+    return rows[[*keys, "value", "status", "params"]].sort_values(keys, ignore_index=True)
+
+
+def test_rows_are_those_of_one_process(tmp_path: Path) -> None:
+    suite = load_suite(str(write_suite(tmp_path, ("gqa", "linear"))))
+    assert suite.train is not None
+    # The second seed takes up the rate that the first one's sweep has found.
+    rates = replace(suite.train, learning_rates=(1e-3, 4e-3), sweep_steps=3, seeds=(0, 1))
+    suite = replace(suite, train=rates)
+    assert run(suite, tmp_path / "one")
+    assert run(suite, tmp_path / "two", workers=2)
+    pd.testing.assert_frame_equal(figures(tmp_path / "one"), figures(tmp_path / "two"))
+    assert cells_of(tmp_path / "two")[-1].startswith("decode")
+
+
+def test_a_worker_that_is_killed_ends_its_cell_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = load_suite(str(write_suite(tmp_path, ("gqa", "mqa"))))
+    begin = processes._Worker.begin
+
+    def killed(worker: processes._Worker, item: Planned) -> None:
+        begin(worker, item)
+        if item.cell.arch == "gqa" and item.cell.stage == "train":
+            worker.process.kill()
+
+    monkeypatch.setattr(processes._Worker, "begin", killed)
+    assert run(suite, tmp_path / "out", workers=2)
+    rows = load_long(tmp_path / "out" / "results.csv")
+    failed = rows[rows["status"] != "ok"]
+    assert list(failed["cell"]) == ["train0/gqa/tiny/seed0/batch0"]
+    assert failed["note"].item() == "its process ended with signal SIGKILL, as when memory runs out"
+    assert {"train0/mqa/tiny/seed0/batch0", "mqar0/gqa/mqar/seed0/batch0"} <= set(rows["cell"])
+
+
+def test_what_the_user_can_mend_ends_the_run(
+    tmp_path: Path, suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = processes._Worker.begin
+
+    def spoiled(worker: processes._Worker, item: Planned) -> None:
+        (tmp_path / "text.txt").unlink(missing_ok=True)
+        begin(worker, item)
+
+    monkeypatch.setattr(processes._Worker, "begin", spoiled)
+    with pytest.raises(UserError, match="text.txt"):
+        run(suite, tmp_path / "out", workers=2)
+
+
+def test_a_budget_that_ends_stops_the_workers(suite: Suite, tmp_path: Path) -> None:
+    assert suite.train is not None
+    long = replace(suite, train=replace(suite.train, steps=100_000), mqar=None)
+    began = time.monotonic()
+    assert not run(long, tmp_path / "out", workers=2, time_budget_s=8.0)
+    assert time.monotonic() - began < 60
+    assert not any("train" in cell for cell in cells_of(tmp_path / "out"))
+
+
+ORPHANED = """
+import sys
+import torch
+import eval.cells
+from eval.hardware import Roofline
+from eval.suite import load_suite
+from tests.eval.micro import run
+from dataclasses import replace
+from pathlib import Path
+
+eval.cells.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
+suite = load_suite(sys.argv[1])
+suite = replace(suite, train=replace(suite.train, steps=100_000), mqar=None)
+run(suite, Path(sys.argv[2]), workers=2)
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(suite: Suite, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [sys.executable, "-c", ORPHANED, str(tmp_path / "micro.toml"), str(out)]
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)})
+    wait_until(lambda: workers_of(out))
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not workers_of(out))
+
+
+def workers_of(out: Path) -> list[bytes]:
+    """Processes that work for a run folder."""
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    return [line for line in lines if b"eval.processes" in line and str(out).encode() in line]
+
+
+def wait_until(holds: Callable[[], object], patience_s: float = 60.0) -> None:
+    end = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.2)
