@@ -8,11 +8,15 @@ from typing import Literal, NamedTuple
 
 
 class Measure(NamedTuple):
-    """unit as printed; better: which direction wins, None where neither does."""
+    """unit as printed; better: which direction wins, None where neither does.
+
+    share: a part of a whole, from 0 to 1.
+    """
 
     unit: str
     better: Literal["lower", "higher"] | None
     meaning: str
+    share: bool = False
 
 
 MEASURES: dict[str, Measure] = {
@@ -20,7 +24,9 @@ MEASURES: dict[str, Measure] = {
     "bits_per_byte": Measure("bit/byte", "lower", "-Σ log2 p over bytes of held-out text"),
     "document_bits_per_byte": Measure("bit/byte", "lower", "one held-out document; n: its bytes"),
     "loss_at_position": Measure("nat", "lower", "mean loss of held-out tokens, by position"),
-    "mqar_accuracy": Measure("", "higher", "multi-query associative recall, test sequences"),
+    "mqar_accuracy": Measure(
+        "", "higher", "multi-query associative recall, test sequences", share=True
+    ),
     "mqar_steps_to_99": Measure("step", "lower", "training steps until 99 % recall"),
     # training
     "train_loss": Measure("nat", "lower", "smoothed training loss at the end"),

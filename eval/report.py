@@ -158,9 +158,10 @@ def _leaderboard(long: pd.DataFrame, table: pd.DataFrame) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     quality = quality_column(table)
     note = (
-        "A rank is a range: an architecture is ahead of another only where their whole 95 % "
-        "intervals are apart, so those whose ranges meet are not told apart. Intervals of bits "
-        "per byte are over seeds, or with one seed over the documents that all models share. "
+        "A rank is a range: from one more than the architectures that are ahead to all but those "
+        "that are behind, by a test of each pair that is corrected for all pairs, so that chance "
+        "alone makes a rank in at most 5 % of tables. ± is the 95 % interval of one figure: over "
+        "seeds, or with one seed over the documents that all models share. "
         if quality
         else "Without bits per byte there is no rank. "
     )

@@ -218,11 +218,22 @@ def document() -> str:
         "## leaderboard.csv: one architecture a row",
         "",
         "Made from results tables. `measure@scale`, `measure@scale/b8/c4096` (batch, context) hold "
-        "means over seeds; `:low` and `:high` their 95 % interval, `:n` the seeds, `:status` of "
-        "cells that failed. What else differs within a measure (stage, dtype, backend, hardware, "
-        "corpus, tokens) joins the name, so that unlike figures are never averaged. `rank` is a "
-        "range where intervals overlap. Provenance stands once a row, several values joined by "
-        "`; `.",
+        "means over seeds; `:n` the seeds, `:status` of cells that failed. What else differs "
+        "within a measure (stage, dtype, backend, hardware, corpus, tokens) joins the name, so "
+        "that unlike figures are never averaged. So does the run, where runs of several "
+        "configurations trained, or where two runs found other values for one figure. Provenance "
+        "stands once a row, several values joined by `; `.",
+        "",
+        "`:low` and `:high` are the 95 % interval of that one figure: Student's over seeds; with "
+        "one seed, of bits per byte Student's over the documents that all models share (what "
+        "documents do to all of them alike is taken out), of recall Wilson's over sequences. "
+        "results.csv holds the interval of bits per byte over documents as they are.",
+        "",
+        "`:ahead_of` names those that the row is better than, by Student's t of each pair (paired "
+        "by document, or over seeds with their noise pooled) with Holm's correction for all pairs: "
+        "of tables of equal models at most 5 % name any. `rank` follows from it: one more than "
+        "those ahead, up to all but those behind. Two intervals may be apart without a rank "
+        "between them, and may overlap a little with one.",
         "",
         "## Versions",
         "",

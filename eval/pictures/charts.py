@@ -112,8 +112,8 @@ def throughput_against_latency(f: Figures, setting: Setting) -> Chart | None:
 
 def roofline(f: Figures, setting: Setting) -> Chart | None:
     """Attainable and attained FLOP/s over arithmetic intensity."""
-    bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
-    rate = f.machine(setting.hardware, "matrix_flops_per_s")
+    bandwidth = f.machine(setting, "copy_bytes_per_s")
+    rate = f.machine(setting, "matrix_flops_per_s")
     data = f.at(setting, "tpot_ms", "step_flops", "step_bytes").rename(columns={"tpot_ms": "ms"})
     if data.empty or not bandwidth or not rate:
         return None
@@ -198,7 +198,7 @@ def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:
     data = f.at(setting, "tpot_ms", "tpot_pred_ms")
     how = "roofline of each operation"
     if data.empty:
-        bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
+        bandwidth = f.machine(setting, "copy_bytes_per_s")
         data = f.at(setting, "tpot_ms", "step_bytes")
         if data.empty or not bandwidth:
             return None

@@ -22,7 +22,7 @@ EQUAL = 0.05
 
 def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
     """What every token of context adds to a step, over the bytes that it adds to the state."""
-    bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
+    bandwidth = f.machine(setting, "copy_bytes_per_s")
     data = f.at(setting, "tpot_ms")
     contexts = data.groupby("batch")["context"].nunique()
     slopes = f.declared(setting.scale, "state_bytes_per_token")
