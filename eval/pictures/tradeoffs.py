@@ -9,7 +9,7 @@ import pandas as pd
 from eval.accelerators import ACCELERATORS
 from eval.crossover import between
 from eval.figures import Figures, Setting, exponent
-from eval.isoquality import fit_ladder, long_enough, trained_sizes
+from eval.ladder import fit_ladder, long_enough, mixed, trained_sizes
 from eval.leaderboard import short_count
 from eval.pictures.canvas import FAINT, INK, Axis, end_labels, point_labels, themed
 from eval.pictures.marks import Chart, along_x, along_y, curves, named, stands, tips
@@ -224,7 +224,7 @@ def loss_against_size(f: Figures, setting: Setting | None) -> Chart | None:
     """Loss over parameters, with the curves that are fitted to all of them at once."""
     points = trained_sizes(f.long)
     points = points[points["arch"].isin(long_enough(points))]
-    if points["arch"].nunique() < 2:
+    if points["arch"].nunique() < 2 or mixed(points):
         return None
     fit = fit_ladder(points)
     means = points.groupby(["arch", "parameters"], as_index=False)["loss"].mean()

@@ -65,7 +65,8 @@ def write_run(
                 cell = Cell(arch=arch, stage="train", scale=scale, seed=seed)
                 bits = QUALITY[arch] * (PARAMS["tiny"] / PARAMS[scale]) ** 0.05
                 row = Row(measure="bits_per_byte", value=bits + noise.normal() * 0.004, context=128)
-                results.append(cell, _about(arch, scale), [row])
+                about = replace(_about(arch, scale), corpus="sotu", tokens=122880)
+                results.append(cell, about, [row])
             cell = Cell(arch=arch, stage="mqar", scale="mqar", seed=seed)
             recall = min(1.0, RECALL[arch] + noise.normal() * 0.01)
             row = Row(measure="mqar_accuracy", value=recall, low=recall - 0.02,
