@@ -76,8 +76,9 @@ def iso_quality_cost(
 
 def far(reach: float, scale: str) -> str:
     """What a ratio is worth at a shape of `reach` times the ladder's largest model."""
+    about = float(f"{reach:.2g}")
     return (
-        f"{scale} has about {float(f'{reach:.2g}'):,.0f} times the parameters of the ladder's largest model; a fit is "
-        f"evidence up to about {REACH:g} times, so ratios and what follows from them are a "
+        f"{scale} has about {about:,.0f} times the parameters of the ladder's largest model; a fit "
+        f"is evidence up to about {REACH:g} times, so ratios and what follows from them are a "
         "direction, no estimate"
     )

@@ -50,9 +50,7 @@ class Fit:
 
 
 def trained_sizes(results: pd.DataFrame) -> pd.DataFrame:
-    """The trained models' bits per byte: columns arch, scale, seed, parameters, loss, and what they
-    were trained on and by.
-    """
+    """Bits per byte of the trained models: columns arch, scale, seed, parameters, loss, `ALIKE`."""
     rows = results[(results["measure"] == "bits_per_byte") & (results["stage"] == "train")]
     return pd.DataFrame(
         {
@@ -128,7 +126,7 @@ class _Ladder:
 
     def _sum(self, values: Array) -> Array:
         """By architecture."""
-        return np.bincount(self.which, values, len(self.archs))
+        return np.bincount(self.which, values, len(self.archs)).astype(np.float64)
 
     def exponent(self) -> float:
         """The exponent of the least sum of squares: every valley of the grid, then its bottom."""
@@ -199,7 +197,7 @@ def size_ratios(points: pd.DataFrame, reference: str) -> pd.DataFrame:
 def _half_widths(points: pd.DataFrame, fit: Fit, reference: int) -> Array:
     """Half widths of the 95 % intervals of the ratios' logarithms, by the delta method [M]."""
     ladder = _Ladder.of(points)
-    squares, floor, scales = ladder.solve(fit.exponent)
+    squares, _floor, scales = ladder.solve(fit.exponent)
     count = len(ladder.archs)
     fall = ladder.size**-fit.exponent / ladder.loss
     own = scales[ladder.which] * fall

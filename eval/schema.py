@@ -16,6 +16,7 @@ import pandas as pd
 from archs.errors import UserError
 from eval.measures import MEASURES
 from eval.results import CELL_FAILED, COLUMNS, SCHEMA, Status
+from eval.seeds import keys_of
 
 OURS = "name a run folder or its results.csv"
 Kind = Literal["text", "integer", "number", "count"]
@@ -62,6 +63,13 @@ LONG: dict[str, Column] = {
 }
 assert list(LONG) == COLUMNS
 
+#: The largest integer that every reader of a CSV keeps exactly, 2^53 - 1.
+MOST = 9007199254740991
+#: What makes two rows of one cell the same figure, with `NEEDED`.
+FIGURE = (
+    "arch", "scale", "seed", "batch", "context", "position", "measure", "corpus", "tokens",
+    "dtype", "kernel_backend", "note",
+)  # fmt: skip
 #: Columns that a row cannot do without.
 NEEDED = ("cell", "stage", "hardware", "commit", "config_hash")
 
@@ -136,7 +144,12 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[Fault]]:
             faults += [Fault(i + 2, f"{name} is empty; it needs an integer") for i in _where(empty)]
             broken = np.isfinite(numbers) & (numbers % 1 != 0)
             faults += [Fault(i + 2, f"{name}='{text[i]}' is no integer") for i in _where(broken)]
-            numbers = numbers.where(np.isfinite(numbers), 0).astype(int)
+            large = np.isfinite(numbers) & (numbers.abs() > MOST)
+            faults += [
+                Fault(i + 2, f"{name}='{text[i]}' exceeds {MOST}; it could not be kept exactly")
+                for i in _where(large)
+            ]
+            numbers = numbers.where(np.isfinite(numbers) & ~large, 0).astype(int)
         table[name] = numbers
     return table, faults
 
@@ -180,9 +193,49 @@ def _implausible(table: pd.DataFrame) -> Iterator[Fault]:
             yield Fault(i + 2, f"{name} is empty")
     for i in _where((table["arch"] == "") & (table["stage"] != "hardware")):
         yield Fault(i + 2, "arch is empty; only figures of the machine have none")
+    yield from _contradictions(table[ok])
+    yield from _torn(table)
     for i, text in enumerate(table["started_at"]):
         if not _is_time(text):
             yield Fault(i + 2, f"started_at='{text}' is not an ISO 8601 time with a zone")
+
+
+def _contradictions(good: pd.DataFrame) -> Iterator[Fault]:
+    """Figures that stand twice with different values."""
+    first: dict[tuple[object, ...], tuple[int, float]] = {}
+    keys = keys_of(good, [*NEEDED, *FIGURE])
+    for i, key, value in zip(good.index, keys, good["value"], strict=True):
+        line, known = first.setdefault(key, (int(i) + 2, value))
+        if value != known and not (pd.isna(value) and pd.isna(known)):
+            yield Fault(
+                int(i) + 2, f"value={value:g}, but row {line} gives {known:g} for the same figure"
+            )
+
+
+def _torn(table: pd.DataFrame) -> Iterator[Fault]:
+    """Cells of which rows are missing: those recorded together are numbered 1/n to n/n."""
+    cells: dict[tuple[str, int], dict[int, set[object]]] = {}
+    last: dict[tuple[str, int], int] = {}
+    unread = set()
+    origins = keys_of(table, ["hardware", "config_hash", "started_at"])
+    for i, (cell, text) in enumerate(zip(table["cell"], table["row"], strict=True)):
+        number, _, total = text.partition("/")
+        if not (number.isdecimal() and total.isdecimal() and 0 < int(number) <= int(total) <= MOST):
+            yield Fault(i + 2, f"row='{text}' is not the number of a row in its cell, such as 2/9")
+            unread.add(cell)
+            continue
+        key = cell, int(total)
+        cells.setdefault(key, {}).setdefault(int(number), set()).add(origins.iloc[i])
+        last[key] = i + 2
+    for (cell, total), rows in cells.items():
+        times = max(len(found) for found in rows.values())
+        complete = sum(len(found) == times for found in rows.values())
+        if complete < total and cell not in unread:
+            first = next(n for n in range(1, total + 1) if len(rows.get(n, ())) < times)
+            yield Fault(
+                last[cell, total], f"cell '{cell}' lacks {total - complete} of its {total} rows, "
+                f"such as {first}/{total}",
+            )  # fmt: skip
 
 
 def _is_time(text: str) -> bool:
