@@ -34,7 +34,11 @@ class Figures:
     """Figures of a long table by setting; `palette` gives every architecture its colour."""
 
     def __init__(self, long: pd.DataFrame) -> None:
-        self.long = _typical(compared(tidy(long)))
+        tidied = compared(tidy(long))
+        median = bool((tidied["measure"] == "tpot_p50_ms").any())
+        #: What `tpot_ms` holds here: a stalled step bends the mean, so medians where recorded.
+        self.per_token = "median time per output token" if median else "time per output token"
+        self.long = _medians_for_means(tidied) if median else tidied
         self.palette = Palette.of(families_of(self.long))
         self._good = self.long[self.long["status"] == "ok"]
 
@@ -110,10 +114,7 @@ def exponent(contexts: Sequence[float], per_token_ms: Sequence[float]) -> float:
     return 1 + max(slopes)
 
 
-def _typical(long: pd.DataFrame) -> pd.DataFrame:
-    """Medians in place of mean times per token, where recorded: a stalled step bends no curve."""
-    if not (long["measure"] == "tpot_p50_ms").any():
-        return long
+def _medians_for_means(long: pd.DataFrame) -> pd.DataFrame:
     kept = long[long["measure"] != "tpot_ms"]
     return kept.assign(measure=kept["measure"].replace("tpot_p50_ms", "tpot_ms"))
 

@@ -41,7 +41,7 @@ LONG: dict[str, Column] = {
     "position": Column("count", "token position, of curves over positions"),
     "measure": Column("text", "one of the measures below"),
     "value": Column("number", "the figure in the measure's unit; empty where it failed"),
-    "low": Column("number", "lower end of the 95 % interval, where there is one"),
+    "low": Column("number", "lower end of the 95 % interval, where there is one; nothing else"),
     "high": Column("number", "upper end"),
     "n": Column("integer", "samples in the figure"),
     "status": Column("text", ", ".join(Status) + "; a latency stands only beside ok"),
@@ -63,6 +63,8 @@ LONG: dict[str, Column] = {
 }
 assert list(LONG) == COLUMNS
 
+#: Measures whose low and high were percentiles or extremes before version 3.
+SPREAD_BEFORE_3 = ("tpot_ms", "ttft_ms", "cached_tpot_ms", "nocache_tpot_ms")
 #: The largest integer that every reader of a CSV keeps exactly, 2^53 - 1.
 MOST = 9007199254740991
 #: What makes two rows of one cell the same figure, with `NEEDED`.
@@ -151,6 +153,8 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[Fault]]:
             ]
             numbers = numbers.where(np.isfinite(numbers) & ~large, 0).astype(int)
         table[name] = numbers
+    spread = (table["schema"] < 3) & table["measure"].isin(SPREAD_BEFORE_3)
+    table.loc[spread, ["low", "high"]] = np.nan
     return table, faults
 
 
@@ -290,7 +294,11 @@ def document() -> str:
         "",
         "## Versions",
         "",
-        "- 2: the column `schema`.",
+        "- 3: `low` and `high` are 95 % intervals alone, and throughput follows from the mean time "
+        "per token.",
+        "- 2: the column `schema`. `low` and `high` of tpot_ms were percentiles of its steps, of "
+        "ttft_ms, cached_tpot_ms and nocache_tpot_ms the least and the largest of repeats: such "
+        "ends are dropped when read. Throughput followed from the median.",
         "- 1: as 2, without it.",
     ]
     return "\n".join(lines) + "\n"

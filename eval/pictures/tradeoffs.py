@@ -59,7 +59,7 @@ def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
         )
         + named(point_labels(places, x, y, [corners]), x, y, f.palette),
         "What a token of context costs",
-        f"batch {batch}, slope of time per token over context · line: bytes ÷ copy bandwidth",
+        f"batch {batch}, slope of {f.per_token} over context · line: bytes ÷ copy bandwidth",
         str(setting),
     )  # fmt: skip
 

@@ -119,6 +119,15 @@ def test_a_table_without_the_column_is_of_version_1(table: Path) -> None:
     assert set(load_long(table)["schema"]) == {1}
 
 
+def test_spreads_of_earlier_versions_are_not_read_as_intervals() -> None:
+    """Committed tables of version 2: percentiles of steps, extremes of three repeats."""
+    path = ROOT / "leaderboards" / "cpu-2-threads" / "2026-11-23" / "results.csv"
+    table = load_long(path)
+    held = table[table["low"].notna()]
+    assert set(held["measure"]) == {"bits_per_byte", "loss_at_position", "mqar_accuracy"}
+    assert (table["measure"] == "tpot_ms").any()
+
+
 def test_a_newer_table_is_refused(table: Path) -> None:
     put(table, 2, schema=str(SCHEMA + 1))
     with pytest.raises(UserError, match=rf"has schema {SCHEMA + 1}, this program knows up to"):
