@@ -1,6 +1,11 @@
-"""Rows of a cell from what was measured, and its progress while it trains."""
+"""Rows of a cell from what was measured, and its progress while it trains.
 
-from collections.abc import Callable, Mapping
+`low` and `high` are a 95 % interval and nothing else. Times of steps follow each other and are not
+independent, and three repeats make no interval: their spread is in percentiles of their own.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from archs.cost import Cost
@@ -30,13 +35,9 @@ def estimate_row(measure: str, found: Estimate, **at: Any) -> Row:
     return Row(measure=measure, value=found.value, low=found.low, high=found.high, n=found.n, **at)
 
 
-def median_row(measure: str, times: list[float], **at: Any) -> Row:
-    """The median of repeats, with the least and the largest."""
-    ordered = sorted(times)
-    return Row(
-        measure=measure, value=ordered[len(ordered) // 2], low=ordered[0], high=ordered[-1],
-        n=len(ordered), **at,
-    )  # fmt: skip
+def median_row(measure: str, times: Sequence[float], **at: Any) -> Row:
+    """The median of repeats."""
+    return Row(measure=measure, value=statistics.median(times), n=len(times), **at)
 
 
 def roofline_rows(r: Roofline) -> list[Row]:
@@ -64,14 +65,13 @@ def timing_rows(timing: DecodeTiming, cost: Cost, roofline: Roofline) -> list[Ro
     tpot = timing.percentile_ms(50)
     moved_per_s = cost.bytes / (tpot / 1e3)
     done_per_s = cost.flops / (tpot / 1e3)
-    half = [timing.percentile_ms(q) for q in (2.5, 97.5)]
-    per_user = 1e3 / tpot
     return [
-        Row(measure="tpot_ms", value=timing.tpot_ms, low=half[0], high=half[1], n=n, **at),
+        Row(measure="tpot_ms", value=timing.tpot_ms, n=n, **at),
         Row(measure="tpot_p50_ms", value=tpot, n=n, **at),
+        Row(measure="tpot_p90_ms", value=timing.percentile_ms(90), n=n, **at),
         Row(measure="tpot_p99_ms", value=timing.percentile_ms(99), n=n, **at),
-        Row(measure="output_tok_per_s", value=timing.batch * per_user, n=n, **at),
-        Row(measure="output_tok_per_s_per_user", value=per_user, n=n, **at),
+        Row(measure="output_tok_per_s", value=timing.output_tok_per_s, n=n, **at),
+        Row(measure="output_tok_per_s_per_user", value=1e3 / timing.tpot_ms, n=n, **at),
         Row(measure="tpot_pred_ms", value=step_ms(cost, roofline, calls=timing.calls), **at),
         *([] if timing.calls is None else [Row(measure="step_calls", value=timing.calls, **at)]),
         Row(measure="mbu", value=moved_per_s / roofline.copy_bytes_per_s, **at),

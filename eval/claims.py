@@ -60,10 +60,10 @@ class Evidence:
             return None
         return tuple(rows[["value", "low", "high"]].iloc[0])
 
-    def tied(self, measure: str, arch: str, other: str) -> bool | None:
-        """Whether two intervals meet; None where one is lacking."""
-        a, b = self.quality(measure, arch), self.quality(measure, other)
-        return None if a is None or b is None else a[1] <= b[2] and b[1] <= a[2]
+    def ahead(self, measure: str, arch: str, other: str) -> bool | None:
+        """Whether `arch` is ahead of `other` beyond chance; None where that was not compared."""
+        found = self.figures.ahead(measure)
+        return other in found[arch] if arch in found and other in found else None
 
 
 def outline(arch: str, scale: str = "8b") -> Model:
@@ -176,16 +176,16 @@ def _cache_grows(_: Evidence) -> Found:
 
 def _grouped_queries(found: Evidence) -> Found:
     mha, gqa = (outline(a).state_bytes(1024) for a in ("mha", "gqa"))
-    tied = found.tied("bits_per_byte", "mha", "gqa")
+    worse = found.ahead("bits_per_byte", "mha", "gqa")
     a, b = (found.quality("bits_per_byte", x) for x in ("mha", "gqa"))
-    if a is None or b is None:
-        return "not measured", f"8b cache {mha / gqa:.0f} times smaller; no losses measured"
-    verdict: Verdict = "supported" if tied or b[0] <= a[0] else "conditional"
+    if a is None or b is None or worse is None:
+        return "not measured", f"8b cache {mha / gqa:.0f} times smaller; no losses compared"
+    apart = worse or found.ahead("bits_per_byte", "gqa", "mha")
     return (
-        verdict,
+        "conditional" if worse else "supported",
         f"8b cache {mha / gqa:.0f} times smaller, with {mha / gqa:.0f} query heads per KV head; "
         f"bits per byte {a[0]:.3f} (mha) and {b[0]:.3f} (gqa), "
-        f"{'not told apart' if tied else 'told apart'}",
+        f"{'told apart' if apart else 'not told apart'}",
     )
 
 
@@ -194,12 +194,12 @@ def _latent(found: Evidence) -> Found:
         n_heads=128, nope_dim=128, rope_dim=64, v_dim=128, rank=512, q_rank=1536
     )
     keys = published.n_heads * published.nope_dim
-    tied = found.tied("bits_per_byte", "mha", "mla")
+    worse = found.ahead("bits_per_byte", "mha", "mla")
     a, b = (found.quality("bits_per_byte", x) for x in ("mha", "mla"))
     sizes = f"DeepSeek-V3's shape: {keys:,} key dimensions to {published.rank} + 64"
-    if a is None or b is None:
-        return "not measured", f"{sizes}; no losses measured"
-    verdict: Verdict = "supported" if tied or b[0] <= a[0] else "conditional"
+    if a is None or b is None or worse is None:
+        return "not measured", f"{sizes}; no losses compared"
+    verdict: Verdict = "conditional" if worse else "supported"
     return verdict, f"{sizes}; bits per byte {a[0]:.3f} (mha) and {b[0]:.3f} (mla)"
 
 
@@ -222,10 +222,11 @@ def _window(found: Evidence) -> Found:
     model = outline("swa", "70m")
     flat = model.state_bytes(2**14) == model.state_bytes(2**20)
     full, near = (found.quality("mqar_accuracy", a) for a in ("mha", "swa"))
-    if full is None or near is None:
-        return "not measured", "the state stays at the window; no recall measured"
+    ahead = found.ahead("mqar_accuracy", "mha", "swa")
+    if full is None or near is None or ahead is None:
+        return "not measured", "the state stays at the window; no recall compared"
     return (
-        "supported" if flat and near[2] < full[1] else "refuted",
+        "supported" if flat and ahead else "refuted",
         f"state the same at 16k and 1M tokens; recall beyond the window {near[0]:.0%} against "
         f"{full[0]:.0%} of full attention",
     )

@@ -141,7 +141,13 @@ def isoquality(
     )  # fmt: skip
     if out_file:
         write_csv(pd.DataFrame(rows), out_file)
-    show(rows, json_)
+    if json_:
+        show(rows, json_)
+        return
+    # For people, what is said of every row stands once, below.
+    show([{k: v for k, v in row.items() if k != "note"} for row in rows], json_)
+    for note in dict.fromkeys(str(row["note"]) for row in rows if row["note"]):
+        out.print(note, highlight=False, soft_wrap=True, markup=False)
 
 
 def report(run_dir: Path) -> None:

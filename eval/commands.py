@@ -1,6 +1,7 @@
 """What the single-purpose commands do: train one, time some, score a checkpoint."""
 
 import re
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -145,11 +146,11 @@ def bench_archs(
                 row: dict[str, object] = {
                     **about, "scale": scale, "batch": batch, "context": t.context,
                     "tpot_ms": t.tpot_ms, "tpot_p50_ms": p50, "tpot_p99_ms": t.percentile_ms(99),
-                    "output_tok_per_s": 1e3 * batch / p50, "state_bytes": t.state_bytes,
+                    "output_tok_per_s": t.output_tok_per_s, "state_bytes": t.state_bytes,
                     "status": "ok",
                 }  # fmt: skip
                 if ttft:
-                    row["ttft_ms"] = sorted(ttft)[len(ttft) // 2]
+                    row["ttft_ms"] = statistics.median(ttft)
                 if counts is not None:
                     row |= _predicted(decode_cost(model, batch, t.context))
                 work = Work(

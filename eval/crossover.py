@@ -15,6 +15,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.accelerators import Hardware, hardware_of
 from eval.predict import step_ms
+from eval.tidy import tidy
 
 Crossover = dict[str, object]
 
@@ -98,13 +99,14 @@ def _search(ahead: Callable[[int], bool], longest: int) -> tuple[str, int | None
 
 
 def measured_crossovers(results: pd.DataFrame, first: str, second: str) -> list[Crossover]:
-    """The same from timed steps, by scale, batch, hardware and backend.
+    """The same from timed steps, by scale, batch, hardware, dtype, backend and differing run.
 
     `context` is interpolated between timed contexts; None where the two do not cross there.
     Raises UserError where nothing of the two was timed alike.
     """
+    results = tidy(results)
     timed = results[(results["measure"] == "tpot_p50_ms") & results["arch"].isin([first, second])]
-    by = ["scale", "hardware", "batch", "kernel_backend"]
+    by = ["scale", "hardware", "batch", "dtype", "kernel_backend", "source"]
     rows: list[Crossover] = []
     for key, group in timed.groupby(by, dropna=False):
         table = group.pivot_table(index="context", columns="arch", values="value").dropna()

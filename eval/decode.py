@@ -44,6 +44,11 @@ class DecodeTiming:
         """Mean time per output token."""
         return statistics.fmean(self.step_ms)
 
+    @property
+    def output_tok_per_s(self) -> float:
+        """Tokens of the whole batch over the time that its steps took."""
+        return 1e3 * self.batch / self.tpot_ms
+
     def percentile_ms(self, q: float) -> float:
         """A percentile over steps, linear between order statistics."""
         ordered = sorted(self.step_ms)

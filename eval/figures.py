@@ -9,9 +9,10 @@ from typing import NamedTuple
 import pandas as pd
 
 from eval.families import families_of
-from eval.leaderboard import compared, tidy
+from eval.leaderboard import column_names, compare, compared
 from eval.pictures.canvas import Palette
 from eval.seeds import over_seeds
+from eval.tidy import tidy
 
 
 class Setting(NamedTuple):
@@ -21,9 +22,11 @@ class Setting(NamedTuple):
     scale: str
     dtype: str
     kernel_backend: str
+    source: str
 
     def __str__(self) -> str:
-        what = [self.dtype, self.kernel_backend and f"{self.kernel_backend} kernels"]
+        kernels = self.kernel_backend and f"{self.kernel_backend} kernels"
+        what = [self.dtype, kernels, self.source]
         return " · ".join(w for w in (f"{self.scale} shapes", self.hardware, *what) if w)
 
 
@@ -31,7 +34,11 @@ class Figures:
     """Figures of a long table by setting; `palette` gives every architecture its colour."""
 
     def __init__(self, long: pd.DataFrame) -> None:
-        self.long = _typical(compared(tidy(long)))
+        tidied = compared(tidy(long))
+        median = bool((tidied["measure"] == "tpot_p50_ms").any())
+        #: What `tpot_ms` holds here: a stalled step bends the mean, so medians where recorded.
+        self.per_token = "median time per output token" if median else "time per output token"
+        self.long = _medians_for_means(tidied) if median else tidied
         self.palette = Palette.of(families_of(self.long))
         self._good = self.long[self.long["status"] == "ok"]
 
@@ -56,22 +63,37 @@ class Figures:
         """
         rows = self._good[(self._good["scale"] == scale) & self._good["measure"].isin(measures)]
         rows = rows[rows["batch"].isna() | (rows["batch"] == 1)]
+        rows = _of_one_source(rows)
         rows = rows.drop_duplicates(["arch", "context", "measure"], keep="last")
         keys = ["arch", "context"] if rows["context"].notna().any() else ["arch"]
         return self._pivot(rows, keys, measures)
 
     def quality(self, measure: str, *keys: str) -> tuple[str, pd.DataFrame]:
         """The scale most seen, and its rows of arch, keys, value, low, high."""
-        rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] != "")]
+        rows = self._rows_of(measure)
         if rows.empty:
             return "", rows
-        scale = rows.groupby("scale", sort=False)["arch"].nunique().idxmax()
-        return str(scale), over_seeds(rows[rows["scale"] == scale], ["arch", *keys])
+        return str(rows["scale"].iloc[0]), over_seeds(rows, ["arch", *keys])
 
-    def machine(self, hardware: str, measure: str) -> float | None:
-        """A figure of the machine itself."""
+    def ahead(self, measure: str) -> dict[str, tuple[str, ...]]:
+        """By architecture, those that it is ahead of in `quality` (`eval.paired`)."""
+        rows = self._rows_of(measure)
+        return {} if rows.empty else compare(rows, self.long)
+
+    def _rows_of(self, measure: str) -> pd.DataFrame:
+        """The rows of the column that most architectures have; the last of several such."""
+        rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] != "")]
+        if rows.empty:
+            return rows
+        columns = [same for _, same in rows.groupby(column_names(rows), sort=False)]
+        return max(reversed(columns), key=lambda same: same["arch"].nunique())
+
+    def machine(self, setting: Setting, measure: str) -> float | None:
+        """A figure of the machine that a setting was timed on, from the same run where known."""
         rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] == "")]
-        rows = rows[rows["hardware"] == hardware]
+        rows = rows[rows["hardware"] == setting.hardware]
+        same = rows[rows["source"] == setting.source]
+        rows = rows if same.empty else same
         return None if rows.empty else float(rows["value"].iloc[-1])
 
     def _pivot(self, rows: pd.DataFrame, keys: list[str], measures: Sequence[str]) -> pd.DataFrame:
@@ -92,12 +114,18 @@ def exponent(contexts: Sequence[float], per_token_ms: Sequence[float]) -> float:
     return 1 + max(slopes)
 
 
-def _typical(long: pd.DataFrame) -> pd.DataFrame:
-    """Medians in place of mean times per token, where recorded: a stalled step bends no curve."""
-    if not (long["measure"] == "tpot_p50_ms").any():
-        return long
+def _medians_for_means(long: pd.DataFrame) -> pd.DataFrame:
     kept = long[long["measure"] != "tpot_ms"]
     return kept.assign(measure=kept["measure"].replace("tpot_p50_ms", "tpot_ms"))
+
+
+def _of_one_source(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each stage the rows of the source with most architectures, the last of several such."""
+    kept = []
+    for _, stage in rows.groupby("stage", sort=False):
+        sources = [same for _, same in stage.groupby("source", sort=False)]
+        kept.append(max(reversed(sources), key=lambda same: same["arch"].nunique()))
+    return pd.concat(kept).sort_index() if kept else rows
 
 
 def _largest(rows: pd.DataFrame) -> int:

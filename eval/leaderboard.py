@@ -1,9 +1,10 @@
 """The wide table: one architecture a row, every column saying at which scale it was taken.
 
 `bits_per_byte@tiny` and `tpot_ms@70m/b1/c4096` are columns; `:low`, `:high` (95 % interval), `:n`
-(seeds averaged) and `:status` (of cells that failed) stand beside them. Whatever else varies
-within a measure (dtype, backend, hardware, corpus, tokens, stage) joins the name, so that unlike
-figures are never averaged: only seeds are. Curves stay in the long table.
+(seeds averaged), `:ahead_of` (those that are worse beyond chance, over all pairs) and `:status` (of
+cells that failed) stand beside them. Whatever else varies within a measure (dtype, backend,
+hardware, corpus, tokens, stage, the run) joins the name, so that unlike figures are never averaged:
+only seeds are. Curves stay in the long table.
 """
 
 import re
@@ -21,17 +22,14 @@ from rich.table import Table
 from archs.errors import UserError
 from eval.families import families_of
 from eval.measures import MEASURES
-from eval.paired import DOCUMENTS, paired_intervals
+from eval.paired import DOCUMENTS, ahead_of, paired_intervals
 from eval.results import CELL_FAILED
 from eval.schema import load_long
 from eval.seeds import keys_of, over_seeds
+from eval.tidy import IDENTITY, QUALIFIERS, UNTIL_SOLVED, tidy
 
-#: What else can tell two figures of one measure and scale apart, in the order of the name.
-QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens")
 #: Measures with several figures in one cell; they stay in the long table.
 CURVES = ("loss_at_position", "sweep_score", DOCUMENTS)
-#: What makes two rows of one measure and position the same figure.
-IDENTITY = ("arch", "scale", "seed", "batch", "context", *QUALIFIERS)
 #: Provenance kept per scale, and per row.
 BY_SCALE = ("params", "tokens")
 BY_ROW = (
@@ -77,7 +75,7 @@ class Column:
 def merge(paths: Iterable[Path]) -> pd.DataFrame:
     """The long tables of run folders or CSV files as one tidy table, with a `run` column.
 
-    The same figure in several runs is taken from the last of them. Raises UserError.
+    Where runs contradict each other, each keeps its figure (`eval.tidy`). Raises UserError.
     """
     files = [path / "results.csv" if path.is_dir() else path for path in paths]
     if not files:
@@ -88,29 +86,6 @@ def merge(paths: Iterable[Path]) -> pd.DataFrame:
         for file, name in zip(files, names, strict=True)
     ]
     return tidy(pd.concat(tables, ignore_index=True))
-
-
-def tidy(long: pd.DataFrame) -> pd.DataFrame:
-    """The long table as it is read from here on; tidying twice changes nothing.
-
-    Counts that play no part are missing instead of 0, each figure stands once (the last one
-    written), and a failure goes where the same cell succeeded later.
-    """
-    long = long.copy()
-    for name in ("batch", "context", "tokens", "params", "position"):
-        long[name] = pd.to_numeric(long[name]).astype("Int64")
-        long[name] = long[name].mask(long[name] == 0)
-    # Points of a learning-rate sweep differ in their note alone.
-    same = long.assign(note=long["note"].where(long["status"] == "ok", ""))
-    same = same[[*IDENTITY, "measure", "position", "note"]]
-    long = long[~same.duplicated(keep="last")]
-    failed = long["measure"] == CELL_FAILED
-    cell = keys_of(long, ("cell", "hardware"))
-    last_good = dict(zip(cell[~failed], long.index[~failed], strict=True))
-    stale = [
-        f and last_good.get(c, -1) > i for i, c, f in zip(long.index, cell, failed, strict=True)
-    ]
-    return long[~pd.Series(stale, long.index, dtype=bool)].reset_index(drop=True)
 
 
 def wide(long: pd.DataFrame) -> pd.DataFrame:
@@ -126,17 +101,21 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
     table["pattern"] = by_arch["pattern"].agg(_joined)
     table["status"] = by_arch["status"].agg(_outcome)
     figures = _unpredicted(rows[rows["measure"] != CELL_FAILED])
-    figures = figures.assign(column=_names(figures))
+    figures = figures.assign(column=column_names(figures))
     summary = dict(list(over_seeds(figures, ["arch", "column"]).groupby("column")))
     order = {name: place for place, name in enumerate(MEASURES)}
     columns = sorted(dict.fromkeys(figures["column"]), key=lambda c: order[c.partition("@")[0]])
     stages = {column: set(group) for column, group in figures.groupby("column")["stage"]}
+    of_column = dict(list(figures.groupby("column", sort=False)))
     parts: dict[str, pd.Series[Any]] = {}
     for column in columns:
         found = summary[column].set_index("arch")
         parts[column] = found["value"]
         if found["low"].notna().any():
             parts |= {f"{column}:low": found["low"], f"{column}:high": found["high"]}
+            ahead = compare(of_column[column], long)
+            if ahead:
+                parts[f"{column}:ahead_of"] = pd.Series({a: "; ".join(w) for a, w in ahead.items()})
         if (found["n"] > 1).any():
             parts[f"{column}:n"] = found["n"].astype("Int64")
         status = found["status"].to_dict()
@@ -158,14 +137,28 @@ def compared(long: pd.DataFrame) -> pd.DataFrame:
     if scores.empty:
         return long
     long = long.copy()
-    documents = long[long["measure"] == DOCUMENTS]
-    keys = keys_of(documents, IDENTITY)
-    for _, same in scores.groupby(_names(scores)):
-        found = paired_intervals(documents[keys.isin(set(keys_of(same, IDENTITY)))])
+    for _, same in scores.groupby(column_names(scores)):
+        found = paired_intervals(_documents_of(same, long))
         for row, arch in zip(same.index, same["arch"], strict=True):
             if arch in found:
                 long.loc[row, ["low", "high"]] = found[arch]
     return long
+
+
+def compare(rows: pd.DataFrame, long: pd.DataFrame) -> dict[str, tuple[str, ...]]:
+    """By architecture, those that it is ahead of in the rows of one column (`eval.paired`)."""
+    better = MEASURES[str(rows["measure"].iloc[0])].better
+    if better is None:
+        return {}
+    return ahead_of(rows, _documents_of(rows, long), higher=better == "higher")
+
+
+def _documents_of(rows: pd.DataFrame, long: pd.DataFrame) -> pd.DataFrame:
+    """The scores by document behind rows of bits per byte; none behind those of other measures."""
+    documents = long[long["measure"] == DOCUMENTS]
+    if set(rows["measure"]) != {"bits_per_byte"}:
+        return documents.iloc[:0]
+    return documents[keys_of(documents, IDENTITY).isin(set(keys_of(rows, IDENTITY)))]
 
 
 def _unpredicted(rows: pd.DataFrame) -> pd.DataFrame:
@@ -191,10 +184,10 @@ def _failures(rows: pd.DataFrame, name: str, stages: set[str]) -> dict[str, str]
 def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     """The table sorted by quality, with a leading `rank` column that intervals decide.
 
-    by: a column; by default the `bits_per_byte` column that most architectures have. Entry A is
-    ahead of B only where A's whole interval is better; an entry's rank runs from one more than
-    those ahead of it to all but those behind it ("1–3"). A figure without interval is sorted but
-    has no rank. Raises UserError where `by` is no figure of the table.
+    by: a column; by default the `bits_per_byte` column that most architectures have. Who is ahead
+    of whom stands in its `:ahead_of`; an entry's rank runs from one more than those ahead of it to
+    all but those behind it ("1–3"). A figure without interval is sorted but has no rank. Raises
+    UserError where `by` is no figure of the table.
     """
     by = by or quality_column(table)
     if by is None:
@@ -208,15 +201,19 @@ def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
         )
     sign = -1.0 if MEASURES[column.measure].better == "higher" else 1.0
     table = table.sort_values(by, ascending=sign > 0, na_position="last", kind="stable")
-    if f"{by}:low" not in table:
+    if f"{by}:ahead_of" not in table:
         return table.assign(rank="").set_index("rank").reset_index()
-    ends = sign * table[[f"{by}:low", f"{by}:high"]]
-    best, worst = ends.min(axis=1), ends.max(axis=1)
+    behind = {
+        arch: [] if worse == "" else str(worse).split("; ")
+        for arch, worse in zip(table["arch"], table[f"{by}:ahead_of"], strict=True)
+        if not pd.isna(worse)
+    }
     ranks = []
-    for low, high in zip(best, worst, strict=True):
-        first = 1 + int((worst < low).sum())
-        last = int(best.notna().sum()) - int((best > high).sum())
-        ranks.append("" if isnan(low) else str(first) if first == last else f"{first}–{last}")
+    for arch in table["arch"]:
+        first = 1 + sum(arch in worse for worse in behind.values())
+        last = len(behind) - len(behind.get(arch, ()))
+        one = str(first) if first == last else f"{first}–{last}"
+        ranks.append(one if arch in behind else "")
     return table.assign(rank=ranks).set_index("rank").reset_index()
 
 
@@ -289,11 +286,12 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
 
     median = "tpot_p50_ms" if best("tpot_p50_ms") else "tpot_ms"
     short, long = best(median), best(median, longest=True)
+    per_token = "TPOT p50 ms" if median == "tpot_p50_ms" else "TPOT ms"
     chosen += [
         ("kB/token", best("state_bytes_per_token"), 1e-3, 2),
         ("state MB", best("state_bytes", longest=True), 1e-6, 1),
-        ("TPOT ms", short, 1, 2),
-        ("TPOT ms", long if long != short else None, 1, 2),
+        (per_token, short, 1, 2),
+        (per_token, long if long != short else None, 1, 2),
         ("token/s", best("output_tok_per_s", most_users=True), 1, 0),
         ("MBU %", best("mbu", longest=True), 100, 0),
     ]
@@ -319,15 +317,14 @@ def to_table(table: pd.DataFrame) -> Table:
     return drawn
 
 
-def _names(rows: pd.DataFrame) -> "pd.Series[Any]":
+def column_names(rows: pd.DataFrame) -> "pd.Series[Any]":
     """The column name of each row, with the qualifiers that vary within measure and scale."""
     names = pd.Series("", index=rows.index, dtype="object")
     for (measure, scale), group in rows.groupby(["measure", "scale"], sort=False):
         varying = [q for q in QUALIFIERS if group[q].nunique(dropna=False) > 1]
         if "stage" in varying and not _stages_collide(group):
             varying.remove("stage")
-        # A recall task is trained until it is solved: there, tokens are an outcome.
-        if "tokens" in varying and "mqar" in set(group["stage"]):
+        if "tokens" in varying and UNTIL_SOLVED in set(group["stage"]):
             varying.remove("tokens")
         for _, same in group.groupby(["batch", "context", *varying], dropna=False, sort=False):
             one: dict[str, Any] = {str(k): v for k, v in same.iloc[0].items()}

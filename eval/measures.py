@@ -8,11 +8,15 @@ from typing import Literal, NamedTuple
 
 
 class Measure(NamedTuple):
-    """unit as printed; better: which direction wins, None where neither does."""
+    """unit as printed; better: which direction wins, None where neither does.
+
+    share: a part of a whole, from 0 to 1.
+    """
 
     unit: str
     better: Literal["lower", "higher"] | None
     meaning: str
+    share: bool = False
 
 
 MEASURES: dict[str, Measure] = {
@@ -20,7 +24,9 @@ MEASURES: dict[str, Measure] = {
     "bits_per_byte": Measure("bit/byte", "lower", "-Σ log2 p over bytes of held-out text"),
     "document_bits_per_byte": Measure("bit/byte", "lower", "one held-out document; n: its bytes"),
     "loss_at_position": Measure("nat", "lower", "mean loss of held-out tokens, by position"),
-    "mqar_accuracy": Measure("", "higher", "multi-query associative recall, test sequences"),
+    "mqar_accuracy": Measure(
+        "", "higher", "multi-query associative recall, test sequences", share=True
+    ),
     "mqar_steps_to_99": Measure("step", "lower", "training steps until 99 % recall"),
     # training
     "train_loss": Measure("nat", "lower", "smoothed training loss at the end"),
@@ -30,14 +36,17 @@ MEASURES: dict[str, Measure] = {
     "sweep_score": Measure("bit/byte", "lower", "dev score of one learning rate of the sweep"),
     "mlp_hidden": Measure("", None, "MLP width that equalises parameters"),
     # serving
-    "ttft_ms": Measure("ms", "lower", "request in to first token out (prefill, first sample)"),
+    "ttft_ms": Measure("ms", "lower", "median: request in to first token out (prefill, sample)"),
     "tpot_ms": Measure("ms", "lower", "mean time per output token after the first"),
     "tpot_p50_ms": Measure("ms", "lower", "median over decode steps"),
+    "tpot_p90_ms": Measure("ms", "lower", "90th percentile over decode steps"),
     "tpot_p99_ms": Measure("ms", "lower", "99th percentile over decode steps"),
     "itl_ms": Measure("ms", "lower", "gap between two streamed chunks"),
-    "output_tok_per_s": Measure("token/s", "higher", "over all sequences of the batch"),
+    "output_tok_per_s": Measure(
+        "token/s", "higher", "over all sequences of the batch, from tpot_ms"
+    ),
     "output_tok_per_s_per_user": Measure("token/s", "higher", "per sequence, 1000 / tpot_ms"),
-    "nocache_tpot_ms": Measure("ms", "lower", "time per token recomputing every prefix"),
+    "nocache_tpot_ms": Measure("ms", "lower", "median time per token recomputing every prefix"),
     "cached_tpot_ms": Measure("ms", "lower", "the same tokens with state kept"),
     "compile_s": Measure("s", "lower", "warm-up and compilation, kept out of every latency"),
     "agreement_error": Measure("", "lower", "extend against float32 forward, gates latencies"),
@@ -57,8 +66,8 @@ MEASURES: dict[str, Measure] = {
     "arith_intensity_meas": Measure("FLOP/byte", "higher", "step_flops_meas / step_bytes_meas"),
     "prefill_intensity_pred": Measure("FLOP/byte", "higher", "the same for one prefill"),
     "tpot_pred_ms": Measure("ms", "lower", "bytes or FLOPs, and a launch, of each op"),
-    "mbu": Measure("", "higher", "step_bytes / (tpot · measured copy bandwidth)"),
-    "mfu": Measure("", "higher", "step_flops / (tpot · measured matrix rate)"),
+    "mbu": Measure("", "higher", "step_bytes / (tpot_p50 · measured copy bandwidth)"),
+    "mfu": Measure("", "higher", "step_flops / (tpot_p50 · measured matrix rate)"),
     # machine
     "copy_bytes_per_s": Measure("byte/s", "higher", "measured copy bandwidth, read + write"),
     "product_bytes_per_s": Measure("byte/s", "higher", "measured, product of `batch` rows, matrix"),

@@ -34,8 +34,9 @@ def predict(
 
     launch_us: what every operation costs beside its work, on top of what was measured of this
     machine. price_per_hour: by hardware key.
-    `fits` says whether weights and states of the batch fit in the part's memory;
-    `max_sequences` how many would. Raises UserError on unknown names.
+    `fits` says whether weights and states of the batch fit in the part's memory,
+    `max_sequences` how many would; a batch that does not fit has no price. Raises UserError on
+    unknown names.
     """
     prices = price_per_hour or {}
     rows = []
@@ -43,8 +44,8 @@ def predict(
         cost = model.cost(step)
         tpot_ms = step_ms(cost, part.roofline, launch_us)
         state_bytes = model.state_bytes(step.context)
-        room = part.memory_bytes - resident_bytes(model)
-        sequences = max(0, room // state_bytes) if state_bytes else None
+        sequences = room(part, resident_bytes(model), state_bytes)
+        fits = sequences is None or sequences >= step.batch
         row: Prediction = {
             "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
             "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
@@ -55,11 +56,11 @@ def predict(
             "output_tok_per_s": 1e3 * step.batch / tpot_ms,
             "output_tok_per_s_per_user": 1e3 / tpot_ms,
             "bound_by": bound_by(cost, part.roofline, launch_us),
-            "max_sequences": sequences, "fits": room >= step.batch * state_bytes,
+            "max_sequences": sequences, "fits": fits,
         }  # fmt: skip
         if part.key in prices:
-            # $ per hour over tokens per hour, for a million of them.
-            row["usd_per_million_tok"] = prices[part.key] / 3.6e6 * tpot_ms / step.batch * 1e6
+            usd = usd_per_million_tok(prices[part.key], tpot_ms, step.batch)
+            row["usd_per_million_tok"] = usd if fits else None
         rows.append(row)
     return rows
 
@@ -160,6 +161,19 @@ def compute_bound_batch(op: OpCost, batch: int, roofline: Roofline) -> float | N
 def resident_bytes(model: Model) -> int:
     """Bytes of all weights in memory, whether a step reads them or not."""
     return sum(p.nbytes for p in model.parameters())
+
+
+def room(part: Hardware, weight_bytes: float, state_bytes: float) -> int | None:
+    """How many sequences fit beside the weights; None where they all do, having no state."""
+    left = part.memory_bytes - weight_bytes
+    if left < 0:
+        return 0
+    return int(left // state_bytes) if state_bytes else None
+
+
+def usd_per_million_tok(price_per_hour: float, tpot_ms: float, batch: int) -> float:
+    """$ per hour over tokens per hour, for a million of them."""
+    return price_per_hour / 3.6e6 * tpot_ms / batch * 1e6
 
 
 def parse_counts(text: str) -> list[int]:

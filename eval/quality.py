@@ -1,13 +1,14 @@
 """Held-out quality: bits per byte with an interval, loss by position, and recall.
 
-Bits per byte compares models across tokenizers. Its interval resamples documents (10,000 times):
-it covers evaluation noise alone, so runs over several seeds give the interval over seeds instead,
-and models scored on the same documents are compared by `eval.paired`.
+Bits per byte compares models across tokenizers. Documents are what is drawn independently, tokens
+of one document are not, so intervals are Student's over documents (of recall: Wilson's over
+sequences). They cover evaluation noise alone: runs over several seeds give the interval over seeds
+instead, and models scored on the same documents are compared by `eval.paired`.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -15,11 +16,10 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model
+from eval.statistics import weighted_mean
 from kernels.cross_entropy import token_losses
 from train.mqar import MqarSpec, mqar_batch
 from train.tokens import IGNORED, Part, TokenSet, held_out_batches
-
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,8 @@ def over_documents(scores: Sequence[DocumentScore]) -> Estimate:
     value = float(bits.sum() / size.sum())
     if count < 2:
         return Estimate(value, math.nan, math.nan, count)
-    chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    resampled = bits[chosen].sum(1) / size[chosen].sum(1)
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return Estimate(value, float(low), float(high), count)
+    half = weighted_mean(bits / size, size).half
+    return Estimate(value, max(0.0, value - half), value + half, count)
 
 
 def bits_per_byte(
@@ -106,24 +104,27 @@ def loss_by_position(
 ) -> dict[int, Estimate]:
     """Mean loss in nats of the tokens at positions of each octave, by its last position + 1.
 
-    Windows are `reach` long, which may lie beyond the trained length.
+    Windows are `reach` long, which may lie beyond the trained length. Intervals are over documents.
     """
-    sums: dict[int, list[float]] = {}
-    squares: dict[int, float] = {}
-    for losses, valid, _ in _scored(model, tokens, part, reach, max_tokens):
+    count = len(tokens.document_bytes)
+    sums: dict[int, np.ndarray] = {}
+    for losses, valid, document in _scored(model, tokens, part, reach, max_tokens):
         for first, last in octaves(losses.shape[1]):
-            chosen = losses[:, first:last][valid[:, first:last]].double()
-            total, n = sums.setdefault(last, [0.0, 0.0])
-            sums[last] = [total + chosen.sum().item(), n + chosen.numel()]
-            squares[last] = squares.get(last, 0.0) + chosen.square().sum().item()
-    found = {}
-    for last, (total, n) in sorted(sums.items()):
-        if n < 2:
+            chosen = valid[:, first:last]
+            total = (losses[:, first:last] * chosen).sum(1).double().numpy()
+            found = sums.setdefault(last, np.zeros((2, count)))
+            np.add.at(found[0], document.numpy(), total)
+            np.add.at(found[1], document.numpy(), chosen.sum(1).double().numpy())
+    curve = {}
+    for last, (nats, scored) in sorted(sums.items()):
+        there = scored > 0
+        if not there.any():
             continue
-        mean = total / n
-        half = 1.96 * math.sqrt(max(0.0, squares[last] / n - mean**2) / n)
-        found[last] = Estimate(mean, mean - half, mean + half, int(n))
-    return found
+        mean, n = float(nats.sum() / scored.sum()), int(there.sum())
+        half = math.nan if n < 2 else weighted_mean(nats[there] / scored[there], scored[there]).half
+        low = mean - half
+        curve[last] = Estimate(mean, low if math.isnan(low) else max(0.0, low), mean + half, n)
+    return curve
 
 
 def octaves(length: int) -> list[tuple[int, int]]:
@@ -135,24 +136,40 @@ def octaves(length: int) -> list[tuple[int, int]]:
 
 
 def mqar_accuracy(model: Model, spec: MqarSpec, *, sequences: int, seed: int) -> Estimate:
-    """Share of queries answered, Wilson 95 % interval over queries."""
+    """Share of queries answered, 95 % interval over sequences (`clustered_share`)."""
     device = model.embedding.weight.device
-    right = asked = 0
+    right, asked = [], []
     with torch.inference_mode():
         for step in range(max(1, sequences // 128)):
             inputs, targets = mqar_batch(spec, 128, seed=seed, step=step, split="test")
             at = targets != IGNORED
             hidden = model.hidden_states(inputs.to(device))[at.to(device)]
-            answers = model.logits(hidden).argmax(-1).cpu()
-            right += int((answers == targets[at]).sum())
-            asked += int(at.sum())
-    return wilson(right, asked)
+            answers = torch.full_like(targets, IGNORED)
+            answers[at] = model.logits(hidden).argmax(-1).cpu()
+            right += ((answers == targets) & at).sum(1).tolist()
+            asked += at.sum(1).tolist()
+    return clustered_share(np.array(right, dtype=float), np.array(asked, dtype=float))
 
 
-def wilson(right: int, asked: int) -> Estimate:
-    """A proportion with its Wilson score interval (95 %)."""
+def clustered_share(right: np.ndarray, asked: np.ndarray) -> Estimate:
+    """A proportion of what was asked in clusters, by cluster, with its Wilson interval.
+
+    The queries of one cluster may succeed and fail together: they count as fewer by the design
+    effect, their mean's variance over that of independent queries.
+    """
+    total = float(asked.sum())
+    p = float(right.sum()) / total
+    effect = 1.0
+    if 0 < p < 1 and len(asked) > 1:
+        error = weighted_mean(right / asked, asked).error
+        effect = max(1.0, error**2 * total / (p * (1 - p)))
+    return replace(wilson(p * total / effect, total / effect), n=int(total))
+
+
+def wilson(right: float, asked: float) -> Estimate:
+    """A proportion of independent trials with its Wilson score interval (95 %)."""
     z = 1.959964
     p = right / asked
     middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
     half = z / (1 + z * z / asked) * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked**2))
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), asked)
+    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), int(asked))

@@ -19,7 +19,8 @@ import vl_convert
 from archs.errors import UserError
 from eval.claims import claims as check_claims
 from eval.families import families_of
-from eval.isoquality import iso_quality_cost, long_enough, trained_sizes
+from eval.isoquality import iso_quality_cost
+from eval.ladder import long_enough, trained_sizes
 from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wide
 from eval.measures import MEASURES
 from eval.pictures.canvas import Palette
@@ -158,9 +159,10 @@ def _leaderboard(long: pd.DataFrame, table: pd.DataFrame) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     quality = quality_column(table)
     note = (
-        "A rank is a range: an architecture is ahead of another only where their whole 95 % "
-        "intervals are apart, so those whose ranges meet are not told apart. Intervals of bits "
-        "per byte are over seeds, or with one seed over the documents that all models share. "
+        "A rank is a range: from one more than the architectures that are ahead to all but those "
+        "that are behind, by a test of each pair that is corrected for all pairs, so that chance "
+        "alone makes a rank in at most 5 % of tables. ± is the 95 % interval of one figure: over "
+        "seeds, or with one seed over the documents that all models share. "
         if quality
         else "Without bits per byte there is no rank. "
     )
@@ -222,16 +224,20 @@ def _isoquality(long: pd.DataFrame) -> str:
         for name, digits in (("tpot_ms", 2), ("output_tok_per_s", 0), ("state_bytes", 0)):
             value = float(str(row[name]))
             cells.append(_cell(f"{value:,.{digits}f}", repr(value)))
+        most = row["max_sequences"]
+        text = "all" if most is None else f"{most:,}"
+        cells.append(_cell(text, str(most), "" if row["fits"] else "failed"))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = (
         f"How many times {escape(reference)}'s parameters each needs for {escape(reference)}'s "
-        "loss, by one fit to all sizes (95 % interval over seeds), and what a decode step then "
+        "loss, by one fit to all sizes (95 % interval), and what a decode step then "
         f"takes by the roofline: {row['scale']} shapes of that depth, {row['hardware']}, batch "
-        f"{row['batch']}, {row['context']:,} tokens. The shape has {row['extrapolation']:,.0f} "
-        "times the parameters of the largest model trained here: read it as a direction."
+        f"{row['batch']}, {row['context']:,} tokens (where fewer sequences fit in memory, it is "
+        f"what such a step would take). {escape(str(row['note']))}"
     )
     heads = [_head("architecture", kind="text"), _head("parameters needed", "ratio")]
     heads += [_head("TPOT ms"), _head("token/s"), _head("state bytes", "a sequence")]
+    heads += [_head("sequences", "that fit")]
     return f'<p class="soft">{note}</p>\n{_table(heads, rows)}'
 
 

@@ -67,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One measurement of a cell; low and high are its 95 % interval, where there is one."""
+    """One measurement of a cell; low and high are its 95 % interval, and nothing else."""
 
     measure: str
     value: float | None = None
@@ -101,7 +101,7 @@ COLUMNS = [
 ]  # fmt: skip
 NUMBERS = ("value", "low", "high")
 #: Of the table that is written here (`eval.schema`).
-SCHEMA = 2
+SCHEMA = 3
 #: The measure under which a cell that produced nothing is recorded.
 CELL_FAILED = "cell"
 

@@ -16,6 +16,7 @@ import pandas as pd
 from archs.errors import UserError
 from eval.measures import MEASURES
 from eval.results import CELL_FAILED, COLUMNS, SCHEMA, Status
+from eval.seeds import keys_of
 
 OURS = "name a run folder or its results.csv"
 Kind = Literal["text", "integer", "number", "count"]
@@ -40,7 +41,7 @@ LONG: dict[str, Column] = {
     "position": Column("count", "token position, of curves over positions"),
     "measure": Column("text", "one of the measures below"),
     "value": Column("number", "the figure in the measure's unit; empty where it failed"),
-    "low": Column("number", "lower end of the 95 % interval, where there is one"),
+    "low": Column("number", "lower end of the 95 % interval, where there is one; nothing else"),
     "high": Column("number", "upper end"),
     "n": Column("integer", "samples in the figure"),
     "status": Column("text", ", ".join(Status) + "; a latency stands only beside ok"),
@@ -62,6 +63,15 @@ LONG: dict[str, Column] = {
 }
 assert list(LONG) == COLUMNS
 
+#: Measures whose low and high were percentiles or extremes before version 3.
+SPREAD_BEFORE_3 = ("tpot_ms", "ttft_ms", "cached_tpot_ms", "nocache_tpot_ms")
+#: The largest integer that every reader of a CSV keeps exactly, 2^53 - 1.
+MOST = 9007199254740991
+#: What makes two rows of one cell the same figure, with `NEEDED`.
+FIGURE = (
+    "arch", "scale", "seed", "batch", "context", "position", "measure", "corpus", "tokens",
+    "dtype", "kernel_backend", "note",
+)  # fmt: skip
 #: Columns that a row cannot do without.
 NEEDED = ("cell", "stage", "hardware", "commit", "config_hash")
 
@@ -136,8 +146,15 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[Fault]]:
             faults += [Fault(i + 2, f"{name} is empty; it needs an integer") for i in _where(empty)]
             broken = np.isfinite(numbers) & (numbers % 1 != 0)
             faults += [Fault(i + 2, f"{name}='{text[i]}' is no integer") for i in _where(broken)]
-            numbers = numbers.where(np.isfinite(numbers), 0).astype(int)
+            large = np.isfinite(numbers) & (numbers.abs() > MOST)
+            faults += [
+                Fault(i + 2, f"{name}='{text[i]}' exceeds {MOST}; it could not be kept exactly")
+                for i in _where(large)
+            ]
+            numbers = numbers.where(np.isfinite(numbers) & ~large, 0).astype(int)
         table[name] = numbers
+    spread = (table["schema"] < 3) & table["measure"].isin(SPREAD_BEFORE_3)
+    table.loc[spread, ["low", "high"]] = np.nan
     return table, faults
 
 
@@ -180,9 +197,49 @@ def _implausible(table: pd.DataFrame) -> Iterator[Fault]:
             yield Fault(i + 2, f"{name} is empty")
     for i in _where((table["arch"] == "") & (table["stage"] != "hardware")):
         yield Fault(i + 2, "arch is empty; only figures of the machine have none")
+    yield from _contradictions(table[ok])
+    yield from _torn(table)
     for i, text in enumerate(table["started_at"]):
         if not _is_time(text):
             yield Fault(i + 2, f"started_at='{text}' is not an ISO 8601 time with a zone")
+
+
+def _contradictions(good: pd.DataFrame) -> Iterator[Fault]:
+    """Figures that stand twice with different values."""
+    first: dict[tuple[object, ...], tuple[int, float]] = {}
+    keys = keys_of(good, [*NEEDED, *FIGURE])
+    for i, key, value in zip(good.index, keys, good["value"], strict=True):
+        line, known = first.setdefault(key, (int(i) + 2, value))
+        if value != known and not (pd.isna(value) and pd.isna(known)):
+            yield Fault(
+                int(i) + 2, f"value={value:g}, but row {line} gives {known:g} for the same figure"
+            )
+
+
+def _torn(table: pd.DataFrame) -> Iterator[Fault]:
+    """Cells of which rows are missing: those recorded together are numbered 1/n to n/n."""
+    cells: dict[tuple[str, int], dict[int, set[object]]] = {}
+    last: dict[tuple[str, int], int] = {}
+    unread = set()
+    origins = keys_of(table, ["hardware", "config_hash", "started_at"])
+    for i, (cell, text) in enumerate(zip(table["cell"], table["row"], strict=True)):
+        number, _, total = text.partition("/")
+        if not (number.isdecimal() and total.isdecimal() and 0 < int(number) <= int(total) <= MOST):
+            yield Fault(i + 2, f"row='{text}' is not the number of a row in its cell, such as 2/9")
+            unread.add(cell)
+            continue
+        key = cell, int(total)
+        cells.setdefault(key, {}).setdefault(int(number), set()).add(origins.iloc[i])
+        last[key] = i + 2
+    for (cell, total), rows in cells.items():
+        times = max(len(found) for found in rows.values())
+        complete = sum(len(found) == times for found in rows.values())
+        if complete < total and cell not in unread:
+            first = next(n for n in range(1, total + 1) if len(rows.get(n, ())) < times)
+            yield Fault(
+                last[cell, total], f"cell '{cell}' lacks {total - complete} of its {total} rows, "
+                f"such as {first}/{total}",
+            )  # fmt: skip
 
 
 def _is_time(text: str) -> bool:
@@ -218,15 +275,30 @@ def document() -> str:
         "## leaderboard.csv: one architecture a row",
         "",
         "Made from results tables. `measure@scale`, `measure@scale/b8/c4096` (batch, context) hold "
-        "means over seeds; `:low` and `:high` their 95 % interval, `:n` the seeds, `:status` of "
-        "cells that failed. What else differs within a measure (stage, dtype, backend, hardware, "
-        "corpus, tokens) joins the name, so that unlike figures are never averaged. `rank` is a "
-        "range where intervals overlap. Provenance stands once a row, several values joined by "
-        "`; `.",
+        "means over seeds; `:n` the seeds, `:status` of cells that failed. What else differs "
+        "within a measure (stage, dtype, backend, hardware, corpus, tokens) joins the name, so "
+        "that unlike figures are never averaged. So does the run, where runs of several "
+        "configurations trained, or where two runs found other values for one figure. Provenance "
+        "stands once a row, several values joined by `; `.",
+        "",
+        "`:low` and `:high` are the 95 % interval of that one figure: Student's over seeds; with "
+        "one seed, of bits per byte Student's over the documents that all models share (what "
+        "documents do to all of them alike is taken out), of recall Wilson's over sequences. "
+        "results.csv holds the interval of bits per byte over documents as they are.",
+        "",
+        "`:ahead_of` names those that the row is better than, by Student's t of each pair (paired "
+        "by document, or over seeds with their noise pooled) with Holm's correction for all pairs: "
+        "of tables of equal models at most 5 % name any. `rank` follows from it: one more than "
+        "those ahead, up to all but those behind. Two intervals may be apart without a rank "
+        "between them, and may overlap a little with one.",
         "",
         "## Versions",
         "",
-        "- 2: the column `schema`.",
+        "- 3: `low` and `high` are 95 % intervals alone, and throughput follows from the mean time "
+        "per token.",
+        "- 2: the column `schema`. `low` and `high` of tpot_ms were percentiles of its steps, of "
+        "ttft_ms, cached_tpot_ms and nocache_tpot_ms the least and the largest of repeats: such "
+        "ends are dropped when read. Throughput followed from the median.",
         "- 1: as 2, without it.",
     ]
     return "\n".join(lines) + "\n"

@@ -67,8 +67,14 @@ def _table(rows: Sequence[Cells], columns: Sequence[tuple[str, str, float]]) -> 
         number = any(isinstance(row.get(key), int | float) for row in rows)
         drawn.add_column(title, justify="right" if number else "left")
     for row in rows:
-        drawn.add_row(*[_text(row.get(key, ""), scale) for _, key, scale in columns])
+        drawn.add_row(*[_cell(row, key, scale) for _, key, scale in columns])
     out.print(drawn)
+
+
+def _cell(row: Cells, key: str, scale: float) -> str:
+    if key == "usd_per_million_tok" and row.get("fits") is False:
+        return f"does not fit; {row['max_sequences']:,} would"
+    return _text(row.get(key, ""), scale)
 
 
 def _text(value: object, scale: float) -> str:

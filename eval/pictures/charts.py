@@ -73,7 +73,7 @@ def latency_against_context(f: Figures, setting: Setting) -> Chart | None:
     batch = min(contexts[contexts == contexts.max()].index.astype(int))
     data = data[data["batch"] == batch]
     return curves(
-        f, data, ("context", "context, tokens", "d"), ("tpot_ms", "time per output token", "ms"),
+        f, data, ("context", "context, tokens", "d"), ("tpot_ms", f.per_token, "ms"),
         "Latency against context", f"batch {batch} · {setting}",
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def throughput_against_latency(f: Figures, setting: Setting) -> Chart | None:
     x = Axis.around(list(data["tpot_ms"]), pad=0.12)
     y = Axis.around(list(data["output_tok_per_s"]), vertical=True)
     base = alt.Chart(data).encode(
-        along_x("tpot_ms", x, "time per output token", unit="ms"),
+        along_x("tpot_ms", x, f.per_token, unit="ms"),
         along_y("output_tok_per_s", y, "output of the whole batch", number="~s", unit="token/s"),
         f.palette.colour(),
         tooltip=tips("arch", "batch", "context", "tpot_ms", "output_tok_per_s"),
@@ -112,8 +112,8 @@ def throughput_against_latency(f: Figures, setting: Setting) -> Chart | None:
 
 def roofline(f: Figures, setting: Setting) -> Chart | None:
     """Attainable and attained FLOP/s over arithmetic intensity."""
-    bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
-    rate = f.machine(setting.hardware, "matrix_flops_per_s")
+    bandwidth = f.machine(setting, "copy_bytes_per_s")
+    rate = f.machine(setting, "matrix_flops_per_s")
     data = f.at(setting, "tpot_ms", "step_flops", "step_bytes").rename(columns={"tpot_ms": "ms"})
     if data.empty or not bandwidth or not rate:
         return None
@@ -198,7 +198,7 @@ def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:
     data = f.at(setting, "tpot_ms", "tpot_pred_ms")
     how = "roofline of each operation"
     if data.empty:
-        bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
+        bandwidth = f.machine(setting, "copy_bytes_per_s")
         data = f.at(setting, "tpot_ms", "step_bytes")
         if data.empty or not bandwidth:
             return None
@@ -221,7 +221,7 @@ def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:
     pick = alt.selection_point(fields=["arch"], bind="legend")
     points = alt.Chart(data).mark_point(filled=True, size=65).encode(
         along_x("tpot_pred_ms", both, "predicted time per output token", unit="ms"),
-        along_y("tpot_ms", y, "measured time per output token", unit="ms"),
+        along_y("tpot_ms", y, f"measured {f.per_token}", unit="ms"),
         f.palette.colour(legend=True), f.palette.shape(legend=True),
         opacity=alt.condition(pick, alt.value(0.9), alt.value(0.06)),
         tooltip=tips("arch", "batch", "context", "tpot_pred_ms", "tpot_ms", "ratio"),

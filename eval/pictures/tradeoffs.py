@@ -9,7 +9,7 @@ import pandas as pd
 from eval.accelerators import ACCELERATORS
 from eval.crossover import between
 from eval.figures import Figures, Setting, exponent
-from eval.isoquality import fit_ladder, long_enough, trained_sizes
+from eval.ladder import fit_ladder, long_enough, mixed, trained_sizes
 from eval.leaderboard import short_count
 from eval.pictures.canvas import FAINT, INK, Axis, end_labels, point_labels, themed
 from eval.pictures.marks import Chart, along_x, along_y, curves, named, stands, tips
@@ -22,7 +22,7 @@ EQUAL = 0.05
 
 def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
     """What every token of context adds to a step, over the bytes that it adds to the state."""
-    bandwidth = f.machine(setting.hardware, "copy_bytes_per_s")
+    bandwidth = f.machine(setting, "copy_bytes_per_s")
     data = f.at(setting, "tpot_ms")
     contexts = data.groupby("batch")["context"].nunique()
     slopes = f.declared(setting.scale, "state_bytes_per_token")
@@ -59,7 +59,7 @@ def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
         )
         + named(point_labels(places, x, y, [corners]), x, y, f.palette),
         "What a token of context costs",
-        f"batch {batch}, slope of time per token over context · line: bytes ÷ copy bandwidth",
+        f"batch {batch}, slope of {f.per_token} over context · line: bytes ÷ copy bandwidth",
         str(setting),
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def loss_against_size(f: Figures, setting: Setting | None) -> Chart | None:
     """Loss over parameters, with the curves that are fitted to all of them at once."""
     points = trained_sizes(f.long)
     points = points[points["arch"].isin(long_enough(points))]
-    if points["arch"].nunique() < 2:
+    if points["arch"].nunique() < 2 or mixed(points):
         return None
     fit = fit_ladder(points)
     means = points.groupby(["arch", "parameters"], as_index=False)["loss"].mean()

@@ -9,6 +9,7 @@ from archs.errors import UserError
 from eval.crossover import crossovers, measured_crossovers
 from eval.leaderboard import merge
 from eval.predict import predict
+from eval.results import COLUMNS
 
 COMMITTED = Path(__file__).parents[2] / "leaderboards" / "cpu-2-threads" / "2026-11-23"
 
@@ -36,11 +37,12 @@ def test_an_architecture_that_is_always_ahead() -> None:
     assert [r["verdict"] for r in crossovers("mha", "mqa", "8b", ["h200"], [64])] == ["never"]
 
 
-def timed(arch: str, pairs: list[tuple[int, float]]) -> pd.DataFrame:
+def timed(arch: str, pairs: list[tuple[int, float]], run: str = "a") -> pd.DataFrame:
     rows = [
         {
-            "arch": arch, "measure": "tpot_p50_ms", "value": ms, "context": context, "batch": 1,
-            "scale": "70m", "hardware": "x", "kernel_backend": "torch",
+            **dict.fromkeys(COLUMNS, ""), "arch": arch, "measure": "tpot_p50_ms", "value": ms,
+            "context": context, "batch": 1, "scale": "70m", "hardware": "x", "status": "ok",
+            "kernel_backend": "torch", "stage": "decode", "run": run,
         }
         for context, ms in pairs
     ]  # fmt: skip
@@ -49,8 +51,16 @@ def timed(arch: str, pairs: list[tuple[int, float]]) -> pd.DataFrame:
 
 def test_the_measured_crossover_is_interpolated() -> None:
     flat, rising = timed("gdn", [(100, 5.0), (200, 5.0)]), timed("gqa", [(100, 4.0), (200, 8.0)])
-    [row] = measured_crossovers(pd.concat([flat, rising]), "gdn", "gqa")
+    [row] = measured_crossovers(pd.concat([flat, rising], ignore_index=True), "gdn", "gqa")
     assert (row["verdict"], row["context"], row["timed_to"]) == ("from", 125, 200)
+
+
+def test_two_runs_that_differ_give_a_crossover_each() -> None:
+    rising = [(100, 4.0), (200, 8.0)]
+    slow = timed("gdn", [(100, 6.0), (200, 6.0)]), timed("gqa", rising)
+    fast = timed("gdn", [(100, 5.0), (200, 5.0)], "b"), timed("gqa", rising, "b")
+    rows = measured_crossovers(pd.concat([*slow, *fast], ignore_index=True), "gdn", "gqa")
+    assert {row["source"]: row["context"] for row in rows} == {"a": 150, "b": 125}
 
 
 def test_committed_results_hold_a_crossover() -> None:

@@ -1,4 +1,4 @@
-"""The wide table: unlike figures never meet, and only intervals that are apart make a rank."""
+"""The wide table: unlike figures never meet, and only leads beyond chance make a rank."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
+from eval.figures import Figures
 from eval.leaderboard import Column, headlines, merge, rank, to_table, wide
 from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status
 from eval.schema import load_long
-from eval.seeds import student_t_interval, student_t_quantile
+from eval.statistics import student_t_mean
+from eval.tidy import tidy
 from tests.eval.synthetic import ARCHS, HERE, write_run
 
 BITS = "bits_per_byte@tiny/c128"
@@ -73,19 +75,12 @@ def test_a_figure_is_the_one_that_was_recorded(tmp_path: Path) -> None:
 def test_seeds_are_averaged_with_student_s_interval(tmp_path: Path) -> None:
     cells = [scored("gqa", x - 0.5, x + 0.5, seed) for seed, x in enumerate((1.0, 2.0, 4.5))]
     row = wide(merge([record(tmp_path, *cells)])).iloc[0]
-    mean, half = student_t_interval([1.0, 2.0, 4.5])
-    assert mean == 2.5
+    half = student_t_mean([1.0, 2.0, 4.5]).half
     assert half == pytest.approx(4.302653 * (3.25 / 3) ** 0.5, rel=1e-6)
     assert row[BITS] == 2.5
     assert row[f"{BITS}:high"] - row[BITS] == pytest.approx(half)
+    assert row[f"{BITS}:low"] == 0.0
     assert row[f"{BITS}:n"] == 3
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.70620), (2, 4.302653), (4, 2.776445), (29, 2.045230)]
-)
-def test_student_t_quantiles(freedom: int, quantile: float) -> None:
-    assert student_t_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-6)
 
 
 def test_columns_are_parsed_as_they_are_printed() -> None:
@@ -124,14 +119,60 @@ def test_unlike_settings_never_overwrite_each_other(
     assert any(value in str(c) for c in columns)
 
 
-def test_the_same_figure_is_taken_from_the_last_run(tmp_path: Path) -> None:
+def test_runs_that_contradict_each_other_keep_their_figures(tmp_path: Path) -> None:
     first = record(tmp_path / "a", timed("gqa", 1.0), timed("mha", 2.0))
     second = record(tmp_path / "b", timed("gqa", 9.0))
-    for order, expected in (([first, second], 9.0), ([second, first], 1.0)):
+    for order in ([first, second], [second, first]):
         table = wide(merge(order)).set_index("arch")
-        assert table.at["gqa", "tpot_ms@70m/b1/c256"] == expected
-        assert table.at["mha", "tpot_ms@70m/b1/c256"] == 2.0
+        assert table.at["gqa", "tpot_ms@70m/b1/c256/a"] == 1.0
+        assert table.at["gqa", "tpot_ms@70m/b1/c256/b"] == 9.0
+        assert table.at["mha", "tpot_ms@70m/b1/c256/a"] == 2.0
+        assert isnan(table.at["mha", "tpot_ms@70m/b1/c256/b"])
     assert wide(merge([first, second])).set_index("arch").at["mha", "run"] == "a"
+
+
+def test_runs_that_agree_share_a_column(tmp_path: Path) -> None:
+    first = record(tmp_path / "a", timed("gqa", 1.0), timed("mha", 2.0))
+    other = replace(HERE, config_hash="another")
+    second = record(tmp_path / "b", timed("gqa", 1.0), timed("swa", 3.0), where=other)
+    table = wide(merge([first, second])).set_index("arch")
+    assert table["tpot_ms@70m/b1/c256"].to_dict() == {"gqa": 1.0, "mha": 2.0, "swa": 3.0}
+
+
+def test_trainings_of_another_configuration_are_no_seeds(tmp_path: Path) -> None:
+    """Steps, vocabulary, optimiser and rates are in the configuration alone."""
+    other = replace(HERE, config_hash="another")
+    first = record(tmp_path / "a", scored("gqa", 0.9, 1.1), scored("gqa", 0.8, 1.0, seed=1))
+    second = record(tmp_path / "b", scored("gqa", 1.9, 2.1, seed=2), where=other)
+    row = wide(merge([first, second])).iloc[0]
+    assert (row[f"{BITS}/a"], row[f"{BITS}/b"]) == (pytest.approx(0.95), 2.0)
+    assert row[f"{BITS}/a:n"] == 2
+    figures = Figures(merge([first, second])).quality("bits_per_byte")[1]
+    assert list(figures["value"]) == [2.0]
+    again = merge([first, second])
+    pd.testing.assert_frame_equal(tidy(again), again)
+
+
+def test_committed_runs_of_two_recipes_stand_side_by_side() -> None:
+    cpu = Path(__file__).parent.parent.parent / "leaderboards" / "cpu-2-threads"
+    runs = ("2026-11-23", "2026-11-24-small")
+    row = wide(merge([cpu / run for run in runs])).set_index("arch").loc["mamba1"]
+    recall = {str(c): row[c] for c in row.index if str(c).startswith("mqar_accuracy@")}
+    values = {name.rpartition("/")[2]: v for name, v in recall.items() if ":" not in name}
+    assert {run: round(100 * values[run], 1) for run in runs} == {runs[0]: 35.5, runs[1]: 99.6}
+    assert all(v <= 1 for name, v in recall.items() if name.endswith(":high"))
+    apart = {c.rpartition("/")[2] for c in map(str, row.index) if c.startswith("tpot_p50_ms@70m/")}
+    assert set(runs) <= apart
+
+
+def test_the_interval_of_a_share_stays_within_0_and_1(tmp_path: Path) -> None:
+    cells = []
+    for seed, value in enumerate((0.355, 0.996)):
+        row = Row(measure="mqar_accuracy", value=value, context=32)
+        cells.append((Cell(arch="gqa", stage="mqar", scale="mqar", seed=seed), About(), [row]))
+    row = wide(merge([record(tmp_path, *cells)])).iloc[0]
+    ends = row["mqar_accuracy@mqar/c32:low"], row["mqar_accuracy@mqar/c32:high"]
+    assert ends == (0.0, 1.0)
 
 
 def test_runs_join_by_architecture(tmp_path: Path) -> None:
@@ -146,22 +187,33 @@ def test_runs_join_by_architecture(tmp_path: Path) -> None:
 # -- ranks --
 
 
-def test_only_intervals_that_are_apart_make_a_rank(tmp_path: Path) -> None:
+def test_only_leads_beyond_chance_make_a_rank(tmp_path: Path) -> None:
     cells = [scored("mha", 1.0, 1.2), scored("gqa", 1.1, 1.5), scored("mqa", 1.4, 1.6),
              scored("swa", 1.7, 1.8)]  # fmt: skip
-    assert ranks(record(tmp_path, *cells)) == {"mha": "1–2", "gqa": "1–3", "mqa": "2–3", "swa": "4"}
+    folder = record(tmp_path, *cells)
+    assert ranks(folder) == {"mha": "1–2", "gqa": "1–3", "mqa": "2–3", "swa": "4"}
+    ahead = board(folder).set_index("arch")[f"{BITS}:ahead_of"].to_dict()
+    assert {arch: set(filter(None, worse.split("; "))) for arch, worse in ahead.items()} == {
+        "mha": {"mqa", "swa"}, "gqa": {"swa"}, "mqa": {"swa"}, "swa": set(),
+    }  # fmt: skip
 
 
-def test_intervals_that_touch_are_not_apart(tmp_path: Path) -> None:
-    cells = [scored("mha", 1.0, 1.5), scored("gqa", 1.5, 2.0)]
-    assert ranks(record(tmp_path, *cells)) == {"mha": "1–2", "gqa": "1–2"}
+def test_a_rank_is_corrected_for_all_pairs(tmp_path: Path) -> None:
+    """A lead of 2.3 standard errors counts between two, not among thirteen."""
+    pair = [scored("mha", 1.0, 1.2), scored("gqa", 1.165, 1.365)]
+    assert ranks(record(tmp_path / "two", *pair)) == {"mha": "1", "gqa": "2"}
+    many = [*pair, *(scored(arch, 1.08, 1.28) for arch in ARCHS[2:])]
+    assert set(ranks(record(tmp_path / "many", *many)).values()) == {"1–13"}
 
 
 def test_a_figure_without_interval_has_no_rank(tmp_path: Path) -> None:
     alone = record(tmp_path / "alone", scored("mha", None, None))
     assert ranks(alone) == {"mha": ""}
-    mixed = record(tmp_path / "mixed", scored("mha", None, None), scored("gqa", 1.0, 1.1))
-    assert ranks(mixed) == {"gqa": "1", "mha": ""}
+    mixed = record(
+        tmp_path / "mixed", scored("mha", None, None), scored("gqa", 1.0, 1.1),
+        scored("swa", 2.0, 2.1),
+    )  # fmt: skip
+    assert ranks(mixed) == {"gqa": "1", "mha": "", "swa": "2"}
 
 
 def test_higher_is_better_where_it_is(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from eval.doctor import OPTIONAL, diagnose
 from eval.hardware import ProductRate, Roofline, measure_roofline, now_s
 from eval.measures import MEASURES
 from eval.predict import bound_by, parse_counts, predict, predict_ops, resident_bytes, step_ms
-from tests.eval.conftest import STUB_ROOFLINE
+from tests.eval.conftest import STUB_ROOFLINE, Command
 
 ROOFLINE = Roofline(copy_bytes_per_s=100.0, matrix_flops_per_s=1000.0, dtype=torch.float32)
 
@@ -200,6 +200,17 @@ def test_what_fits_is_what_memory_holds() -> None:
     rows = predict(["mha"], "1b", ["l4"], [most, most + 1], [8192])
     assert [r["fits"] for r in rows] == [True, False]
     assert predict(["mha"], "1b", ["l4"], [1], [2**30])[0]["max_sequences"] == 0
+
+
+def test_a_batch_that_does_not_fit_has_no_price(decodebench: Command) -> None:
+    """8b, 64 sequences of 128k tokens: 1.1 TB of state on 80 GB."""
+    price = {"h100": 2.5}
+    (row,) = predict(["gqa"], "8b", ["h100"], [64], [131072], price_per_hour=price)
+    assert (row["fits"], row["max_sequences"], row["usd_per_million_tok"]) == (False, 3, None)
+    (row,) = predict(["gqa"], "8b", ["h100"], [3], [131072], price_per_hour=price)
+    assert row["fits"] and isinstance(row["usd_per_million_tok"], float)
+    shape = ("predict", "--arch", "gqa", "--scale", "8b", "--batch", "64", "--context", "128k")
+    assert "does not fit; 3 would" in decodebench(*shape, "--price", "2.5").out
 
 
 def test_prices_become_dollars_per_million_tokens() -> None:

@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import eval.quality
 from archs.backbone import Model
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.quality import (
     DocumentScore,
     bits_per_byte,
+    clustered_share,
     loss_by_position,
     mqar_accuracy,
     octaves,
@@ -105,16 +108,18 @@ def test_one_document_has_no_interval() -> None:
     assert math.isnan(found.low) and math.isnan(found.high)
 
 
-def test_the_interval_over_documents_is_the_bootstrap_s() -> None:
-    """Even sizes and normal scores: 1.96 standard errors on both sides."""
-    values = np.random.default_rng(1).normal(2.0, 0.3, 400)
-    scores = [DocumentScore(d, float(v) * 50, 50.0) for d, v in enumerate(values)]
-    found = over_documents(scores)
-    half = 1.96 * values.std() / math.sqrt(len(values))
-    assert found.value == pytest.approx(values.mean())
-    assert found.high - found.value == pytest.approx(half, rel=0.05)
-    assert found.value - found.low == pytest.approx(half, rel=0.05)
-    assert over_documents(scores) == found
+@pytest.mark.parametrize("count", [2, 3, 5, 9, 40])
+def test_the_interval_over_documents_covers_what_it_says(count: int) -> None:
+    """Documents of two- to threefold sizes; a bootstrap covers 31 % of two documents."""
+    noise, hits = np.random.default_rng(count), 0
+    for _ in range(600):
+        sizes = 1000 * np.exp(noise.normal(0, 0.4, count))
+        values = noise.normal(2.0, 0.3, count)
+        found = over_documents(
+            [DocumentScore(d, values[d] * sizes[d], sizes[d]) for d in range(count)]
+        )
+        hits += found.low <= 2.0 <= found.high
+    assert 0.92 <= hits / 600 <= 0.98
 
 
 def test_large_documents_weigh_more() -> None:
@@ -139,10 +144,26 @@ def test_loss_by_position_is_the_mean_over_documents(model: Model, tokens: Token
     assert list(found) == [8, 16, 32]
     for first, last in ((0, 8), (8, 16), (16, 32)):
         chosen = np.array([x for window in windows for x in window[first:last]])
-        assert found[last].n == len(chosen)
+        assert found[last].n == sum(length > first for length in LENGTHS[1:])
         assert found[last].value == pytest.approx(chosen.mean(), rel=1e-5)
-        half = 1.96 * chosen.std() / math.sqrt(len(chosen))
-        assert found[last].high - found[last].value == pytest.approx(half, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_tokens_of_a_document_are_not_taken_as_independent(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hard documents are hard at every position: 40 windows are not 320 tokens of evidence."""
+    noise, hits = np.random.default_rng(count), 0
+    document = torch.arange(count).repeat_interleave(4)
+    held = SimpleNamespace(document_bytes=[0] * count)
+    for _ in range(400):
+        hard = torch.from_numpy(noise.normal(3.0, 0.3, count))[document]
+        losses = hard[:, None] + torch.from_numpy(noise.normal(0, 1, (len(document), 8)))
+        scored = [(losses, torch.ones_like(losses, dtype=torch.bool), document)]
+        monkeypatch.setattr(eval.quality, "_scored", lambda *_, scored=scored: scored)
+        found = loss_by_position(None, held, part="test", reach=8)[8]  # type: ignore[arg-type]
+        hits += found.low <= 3.0 <= found.high
+    assert 0.92 <= hits / 400 <= 0.98
 
 
 # -- recall --
@@ -193,3 +214,14 @@ def test_recall_of_one_who_looks_up_and_of_one_who_does_not(model: Model) -> Non
     guessed = mqar_accuracy(model, replace(task, vocab=10), sequences=128, seed=0)
     assert guessed.value < 0.6
     assert guessed.n == 128 * 4
+
+
+def test_queries_of_one_sequence_are_not_taken_as_independent() -> None:
+    """Whole sequences succeed or fail: 64 of them are 64 trials, not 512."""
+    noise = np.random.default_rng(0)
+    asked = np.full(64, 8.0)
+    found = [clustered_share(8.0 * (noise.random(64) < 0.7), asked) for _ in range(400)]
+    assert 0.92 <= sum(one.low <= 0.7 <= one.high for one in found) / 400 <= 0.98
+    assert found[0].n == 512
+    apart = [clustered_share(noise.binomial(8, 0.7, 64).astype(float), asked) for _ in range(400)]
+    assert 0.92 <= sum(one.low <= 0.7 <= one.high for one in apart) / 400 <= 0.98

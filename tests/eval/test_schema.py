@@ -53,6 +53,9 @@ def test_a_sound_table_has_no_faults(table: Path) -> None:
     [
         ({"value": "fast"}, "value='fast' is not a number"),
         ({"batch": "1.5"}, "batch='1.5' is no integer"),
+        ({"seed": "99999999999999999999"}, "seed='99999999999999999999' exceeds 900719"),
+        ({"tokens": "9007199254740993"}, "tokens='9007199254740993' exceeds 900719"),
+        ({"row": "0/9"}, "row='0/9' is not the number of a row in its cell"),
         ({"n": ""}, "n is empty; it needs an integer"),
         ({"measure": "tpot"}, "unknown measure 'tpot'; did you mean 'tpot_ms'?"),
         ({"status": "okay"}, "unknown status 'okay'; did you mean 'ok'?"),
@@ -79,6 +82,27 @@ def test_a_fault_is_told_with_its_row(table: Path, values: dict[str, str], what:
     assert what in fault.what
 
 
+def test_a_figure_that_stands_twice_with_another_value_is_told(table: Path) -> None:
+    lines = table.read_text().splitlines()
+    at = next(i for i, text in enumerate(lines) if ",tpot_p50_ms," in text)
+    table.write_text("\n".join([*lines, lines[at]]) + "\n")
+    assert check_long(table) == []
+    put(table, len(lines) + 1, value="12345.0")
+    (fault,) = check_long(table)
+    assert fault.line == len(lines) + 1
+    assert fault.what.startswith(f"value=12345, but row {at + 1} gives ")
+
+
+def test_a_cell_without_its_last_rows_is_told(table: Path) -> None:
+    lines = table.read_text().splitlines()
+    cell, number = lines[-1].split(",")[:2]
+    total = int(number.partition("/")[2])
+    table.write_text("\n".join(lines[:-2]) + "\n")
+    (fault,) = check_long(table)
+    assert fault.line == len(lines) - 2
+    assert fault.what == f"cell '{cell}' lacks 2 of its {total} rows, such as {total - 1}/{total}"
+
+
 def test_all_faults_are_told_in_the_order_of_the_rows(table: Path) -> None:
     put(table, 9, measure="speed")
     put(table, 5, value="x")
@@ -93,6 +117,15 @@ def test_a_table_without_the_column_is_of_version_1(table: Path) -> None:
     table.write_text("\n".join(lines) + "\n")
     assert check_long(table) == []
     assert set(load_long(table)["schema"]) == {1}
+
+
+def test_spreads_of_earlier_versions_are_not_read_as_intervals() -> None:
+    """Committed tables of version 2: percentiles of steps, extremes of three repeats."""
+    path = ROOT / "leaderboards" / "cpu-2-threads" / "2026-11-23" / "results.csv"
+    table = load_long(path)
+    held = table[table["low"].notna()]
+    assert set(held["measure"]) == {"bits_per_byte", "loss_at_position", "mqar_accuracy"}
+    assert (table["measure"] == "tpot_ms").any()
 
 
 def test_a_newer_table_is_refused(table: Path) -> None:

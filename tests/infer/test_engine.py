@@ -9,7 +9,7 @@ import torch
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from eval.conformance import CHECK_SCALE
-from infer.engine import Engine
+from infer.engine import Engine, Generation
 from infer.sampling import NoTokenError, Sampler, Sampling
 
 ARCHS = [*REGISTRY, *HYBRIDS]
@@ -56,6 +56,14 @@ def test_sequences_stop_on_their_own() -> None:
             expected = all_tokens[: all_tokens.index(stop) + 1]
         assert got == expected
     assert engine.store.allocated_bytes == 0
+
+
+def test_throughput_counts_what_was_made() -> None:
+    """Two sequences, of which one ends after its second token: four tokens in three steps."""
+    made = Generation([[5, 0], [5, 6, 7, 8]], ttft_ms=9.0, step_ms=[2.0, 1.0, 1.0])
+    assert made.output_tok_per_s == pytest.approx(1e3 * 4 / 4)
+    assert made.tpot_ms == pytest.approx(4 / 3)
+    assert math.isnan(Generation([[5]], ttft_ms=9.0).output_tok_per_s)
 
 
 def test_sampling_is_repeatable_and_follows_its_distribution() -> None:
