@@ -329,7 +329,10 @@ class Workshop:
         label = "torch-compile" if plan.compiled else backend
         about = self._about(cell.arch, model, kernel_backend=label)
         try:
-            agreed = agreement(model, backend=backend, compiled=plan.compiled)
+            agreed = agreement(
+                model, context=max(plan.contexts), batches=(cell.batch,), backend=backend,
+                compiled=plan.compiled,
+            )  # fmt: skip
         except NoFormError as why:
             raise CellFailure(Status.UNSUPPORTED, about, str(why)) from None
         if not agreed.holds:
