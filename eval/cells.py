@@ -1,5 +1,6 @@
 """The cells of a suite: one method trains, asks or times one architecture and returns its rows."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 from archs.backbone import Model
 from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
-from archs.registry import ModelSpec, layer_names
+from archs.registry import ModelSpec, is_pattern, layer_names
 from archs.sizes import Scale, get_scale
 from eval.agreement import agreement
 from eval.cell_rows import (
@@ -309,7 +310,7 @@ class Workshop:
 
     def _mqar_spec(self, arch: str, plan: MqarPlan) -> ModelSpec:
         """Two layers (a hybrid: one period of its pattern), no MLP, one short conv for all."""
-        period = sum(int(n) for n in arch.rpartition("=")[2].split(":")) if "=" in arch else 1
+        period = sum(int(n) for n in arch.rpartition("=")[2].split(":")) if is_pattern(arch) else 1
         scale = Scale(
             name="mqar", d_model=plan.d_model, n_layers=max(plan.n_layers, period),
             head_dim=plan.head_dim, vocab_size=plan.vocab, seq_len=plan.seq_len,
@@ -398,4 +399,7 @@ class Workshop:
 
     def _folder_of(self, arch: str, name: str) -> Path:
         plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
+        if ".py" in arch:
+            # Paths that differ in other characters only are other architectures.
+            plain += "-" + hashlib.sha256(arch.encode()).hexdigest()[:8]
         return self.out / "cells" / plain / name

@@ -221,6 +221,16 @@ def test_a_wrong_mixer_fails_its_cell(
     assert caught.value.status == Status.INCORRECT
 
 
+def test_files_whose_paths_look_alike_have_folders_of_their_own(
+    suite: Suite, tmp_path: Path
+) -> None:
+    workshop = Workshop(suite, tmp_path / "out", CPU, None)
+    archs = ("sub/x.py", "sub_x.py", "sub.x.py", "sub/x.py:gqa=1:1", "gdn:gqa=3:1", "gqa")
+    cells = [Cell(arch=a, stage="train", scale="tiny", seed=0) for a in archs]
+    assert len({workshop._folder(cell) for cell in cells}) == len(archs)
+    assert workshop._folder(cells[-2]).parent.name == "gdn_gqa_3_1"
+
+
 # -- timings --
 
 
