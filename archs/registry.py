@@ -67,6 +67,12 @@ def is_pattern(arch: str) -> bool:
     return "=" in arch and not arch.endswith(".py")
 
 
+def folder_name(arch: str) -> str:
+    """A folder's name for an architecture; paths that differ in any character have two."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
+    return f"{plain}-{_digest(arch)[:8]}" if ".py" in arch else plain
+
+
 def layer_names(arch: str, n_layers: int) -> list[str]:
     """The mixer of each layer: the pattern, repeated. Raises UserError on a bad pattern."""
     if not is_pattern(arch):
@@ -163,6 +169,10 @@ class ModelSpec:
             return cast(model, dtype)
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 _FILES: dict[Path, Entry] = {}
 
 
@@ -176,8 +186,7 @@ def _load_file(path: Path) -> Entry:
             f"architecture file '{path}' does not exist; give a registry name or a file"
         )
     # Files of one name in two folders must not take each other's place among the modules.
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
-    module_name = f"decodebench_user_{path.stem}_{digest}"
+    module_name = f"decodebench_user_{path.stem}_{_digest(str(path))[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"architecture file '{path}' cannot be imported as Python")

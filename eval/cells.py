@@ -1,6 +1,5 @@
 """The cells of a suite: one method trains, asks or times one architecture and returns its rows."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +11,7 @@ import torch
 from archs.backbone import Model
 from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
-from archs.registry import ModelSpec, is_pattern, layer_names
+from archs.registry import ModelSpec, folder_name, is_pattern, layer_names
 from archs.sizes import Scale, get_scale
 from eval.agreement import agreement
 from eval.cell_rows import (
@@ -398,8 +397,4 @@ class Workshop:
         return self._folder_of(cell.arch, f"sweep-{cell.scale}")
 
     def _folder_of(self, arch: str, name: str) -> Path:
-        plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
-        if ".py" in arch:
-            # Paths that differ in other characters only are other architectures.
-            plain += "-" + hashlib.sha256(arch.encode()).hexdigest()[:8]
-        return self.out / "cells" / plain / name
+        return self.out / "cells" / folder_name(arch) / name
