@@ -16,9 +16,15 @@ from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.conv import convolve
 from archs.ops.gated_delta import gated_delta
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
+from archs.recurrent import (
+    RECURRENT_LIMIT,
+    chunk_vector_flops,
+    fill_dt_bias,
+    fill_log_uniform,
+    fill_ones,
+)
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.gdn import gdn_chunk_matrix_flops, gdn_step_matrix_flops
+from kernels.gdn import CHUNK, gdn_chunk_matrix_flops, gdn_step_matrix_flops
 from kernels.norm import OutputNorm
 
 if TYPE_CHECKING:
@@ -121,23 +127,27 @@ class GatedDeltaNet(Mixer):
         """FLOPs and bytes of one step."""
         c, spec = self.config, self.state_spec()
         heads, n, p = c.value_heads, c.key_dim, c.value_dim
+        values = step.tokens * heads * p
         if step.new_tokens <= RECURRENT_LIMIT:
             matrix = gdn_step_matrix_flops(step.batch, step.new_tokens, heads, n, p)
+            vector = 3 * values * n
         else:
             matrix = gdn_chunk_matrix_flops(step.batch, step.new_tokens, heads, c.key_heads, n, p)
-        values = step.tokens * heads * p
+            vector = chunk_vector_flops(
+                step, CHUNK, heads, n, p, per_score=5, per_token=4 * n + 3 * p
+            )
         small = (self.A_log, self.dt_bias, self.norm_weight)
         return Cost.of(
             linear_cost("q, k, v, gates", self.q_k_v_z_b_a, step.tokens),
             OpCost(
                 name="short conv",
-                vector_flops=step.tokens * (2 * self.conv_weight.numel() + 5 * values),
+                vector_flops=step.tokens * self.conv_weight.shape[0] * (2 * c.conv_width + 5),
                 weight_bytes=self.conv_weight.nbytes,
             ),
             OpCost(
                 name="gated delta rule",
                 matrix_flops=matrix,
-                vector_flops=3 * values * n,
+                vector_flops=vector,
                 state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
                 state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
             ),

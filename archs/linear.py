@@ -17,9 +17,9 @@ from archs.errors import UserError
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.decay import retention
-from archs.recurrent import RECURRENT_LIMIT, fill_ones
+from archs.recurrent import RECURRENT_LIMIT, chunk_vector_flops, fill_ones
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.decay_scan import decay_chunk_matrix_flops, decay_step_matrix_flops
+from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm import OutputNorm
 
 if TYPE_CHECKING:
@@ -116,20 +116,22 @@ class LinearAttention(Mixer):
         """FLOPs and bytes of one step."""
         c, spec = self.config, self.state_spec()
         size = (c.n_heads, c.key_dim, c.value_dim)
+        values = step.tokens * c.n_heads * c.value_dim
         if step.new_tokens <= RECURRENT_LIMIT:
             matrix = decay_step_matrix_flops(step.batch, step.new_tokens, *size)
+            vector = 3 * values * c.key_dim
         else:
             matrix = decay_chunk_matrix_flops(
                 step.batch, step.new_tokens, c.n_heads, c.n_heads, c.key_dim, c.value_dim
             )
-        values = step.tokens * c.n_heads * c.value_dim
+            vector = chunk_vector_flops(step, CHUNK, *size, per_score=3, per_token=3 * c.value_dim)
         return Cost.of(
             linear_cost("q, k, v, gate", self.q_k_v_gate, step.tokens),
             OpCost(name="rope", vector_flops=6 * step.tokens * c.n_heads * c.key_dim),
             OpCost(
                 name="retention",
                 matrix_flops=matrix,
-                vector_flops=3 * values * c.key_dim,
+                vector_flops=vector,
                 state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
                 state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
             ),

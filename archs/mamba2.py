@@ -16,9 +16,15 @@ from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.conv import convolve
 from archs.ops.decay import ssd
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
+from archs.recurrent import (
+    RECURRENT_LIMIT,
+    chunk_vector_flops,
+    fill_dt_bias,
+    fill_log_uniform,
+    fill_ones,
+)
 from archs.spec import LayerState, StateSpec, TensorSpec
-from kernels.decay_scan import decay_chunk_matrix_flops, decay_step_matrix_flops
+from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm import OutputNorm
 
 if TYPE_CHECKING:
@@ -127,9 +133,13 @@ class Mamba2(Mixer):
         n, p = c.state_dim, c.head_dim
         if step.new_tokens <= RECURRENT_LIMIT:
             matrix = decay_step_matrix_flops(step.batch, step.new_tokens, c.n_heads, n, p)
+            vector = step.tokens * self.inner * (3 * n + 4)
         else:
             matrix = decay_chunk_matrix_flops(
                 step.batch, step.new_tokens, c.n_heads, c.groups, n, p
+            )
+            vector = 4 * step.tokens * self.inner + chunk_vector_flops(
+                step, CHUNK, c.n_heads, n, p, per_score=3, per_token=3 * p
             )
         small = (self.A_log, self.D, self.dt_bias, self.norm_weight)
         return Cost.of(
@@ -142,7 +152,7 @@ class Mamba2(Mixer):
             OpCost(
                 name="state-space duality",
                 matrix_flops=matrix,
-                vector_flops=step.tokens * self.inner * (3 * n + 4),
+                vector_flops=vector,
                 state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
                 state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
             ),

@@ -5,8 +5,23 @@ import math
 import torch
 from torch import Tensor
 
+from archs.cost import Step
+
 #: Up to this many new tokens the recurrent form is used, above it the chunked one.
 RECURRENT_LIMIT = 8
+
+
+def chunk_vector_flops(
+    step: Step, chunk: int, heads: int, n: int, p: int, *, per_score: int, per_token: int
+) -> int:
+    """Arithmetic of a chunked scan beside its products, to first order.
+
+    per_score: FLOPs of one of a chunk's [C, C] scores and decays; per_token: of one token of one
+    head. The states [N, P] between chunks take one multiply-add each.
+    """
+    size = min(chunk, step.new_tokens)
+    chunks = step.batch * -(-step.new_tokens // size)
+    return chunks * heads * (per_score * size * size + per_token * size + 2 * n * p)
 
 
 def masked(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ A name is a registry entry, the path of a Python file that defines one `Mixer`, 
 pattern over both: `gdn:gqa=3:1` repeats three `gdn` layers and one `gqa` layer.
 """
 
+import hashlib
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -61,9 +62,20 @@ def entry_of(name: str) -> Entry:
     raise unknown_name("arch", name, REGISTRY)
 
 
+def is_pattern(arch: str) -> bool:
+    """Whether a name is a layer pattern: it ends in counts, which no file's path does."""
+    return "=" in arch and not arch.endswith(".py")
+
+
+def folder_name(arch: str) -> str:
+    """A folder's name for an architecture; paths that differ in any character have two."""
+    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
+    return f"{plain}-{_digest(arch)[:8]}" if ".py" in arch else plain
+
+
 def layer_names(arch: str, n_layers: int) -> list[str]:
     """The mixer of each layer: the pattern, repeated. Raises UserError on a bad pattern."""
-    if "=" not in arch:
+    if not is_pattern(arch):
         entry_of(arch)
         return [arch] * n_layers
     left, _, right = arch.rpartition("=")
@@ -157,6 +169,10 @@ class ModelSpec:
             return cast(model, dtype)
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 _FILES: dict[Path, Entry] = {}
 
 
@@ -169,7 +185,8 @@ def _load_file(path: Path) -> Entry:
         raise UserError(
             f"architecture file '{path}' does not exist; give a registry name or a file"
         )
-    module_name = f"decodebench_user_{path.stem}"
+    # Files of one name in two folders must not take each other's place among the modules.
+    module_name = f"decodebench_user_{path.stem}_{_digest(str(path))[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"architecture file '{path}' cannot be imported as Python")

@@ -6,7 +6,8 @@ of the delta rule lift small outputs, rounding included. So what runs may be as 
 as the torch forms of the same weights and dtype are, and half as much again.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from archs.backbone import Model
 from archs.backends import NoFormError
 from archs.mixer import Shared
-from infer.engine import Engine
+from infer.engine import PAGE_SIZE, Engine
 
 #: Largest error that is rounding whatever the model: orders of summation differ between forms.
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -26,8 +27,14 @@ SLACK = 1.5
 #: After the prompt: single steps (as written, captured and replayed, with graphs) and a draft.
 SHORT_PIECES = (1, 1, 5, 1, 1, 1)
 #: Then steps of one sequence alone, whose products have a kernel of their own: as written, captured
-#: and replayed, too. The torch forms know no such difference.
+#: and replayed, too.
 ALONE = 4
+#: Then steps of all sequences, whose lengths are different ones by now.
+RAGGED = 2
+#: A batch of three or more takes the same forms and layouts whatever its size.
+COMPANY = 3
+#: Pages that a sequence takes at least, where what is timed takes as many.
+PAGES = 2
 LEAST_ON_GPU = 1200
 
 
@@ -58,19 +65,23 @@ class Agreement:
 def agreement(
     model: Model,
     *,
-    tokens: int | None = None,
+    context: int | None = None,
+    batches: Sequence[int] = (2,),
     seed: int = 0,
     backend: str = "torch",
     compiled: bool = False,
 ) -> Agreement:
     """How well extend (prefill, decode, a short piece) agrees with forward.
 
-    tokens: length of the sequences (None: enough to reach every path that is timed).
+    context: the longest that will be timed (None: any). The sequences are shorter, but long enough
+    for every path that is timed: windows that have wrapped, several pages, splits on a GPU.
+    batches: the sizes that will be timed; each goes through an engine laid out for it, with up to
+    `COMPANY` sequences. Where the step serves such batches, lengths that differ are held too.
     backend, compiled: single tokens go through the step that will be timed, graphs included.
     Raises NoFormError where the backend has no form for the model, or its kernels refuse the shape.
     """
     try:
-        return _agreement(model, tokens, seed, backend, compiled)
+        return _agreement(model, context, batches, seed, backend, compiled)
     except ValueError as why:
         # Kernels refuse a shape before any launch, naming it and the rule; torch forms do not.
         if backend == "torch":
@@ -80,14 +91,17 @@ def agreement(
 
 @torch.inference_mode()
 def _agreement(
-    model: Model, tokens: int | None, seed: int, backend: str, compiled: bool
-) -> Agreement:
+    model: Model, context: int | None, batches: Sequence[int], seed: int, backend: str,
+    compiled: bool,
+) -> Agreement:  # fmt: skip
     device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
-    tokens = tokens or _telling_length(model)
+    companies = sorted({min(batch, COMPANY) for batch in batches})
+    tokens = _telling_length(model, context)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.vocab_size, (2, tokens), generator=generator).to(device)
-    alone = 0 if backend == "torch" else ALONE
-    first = tokens - sum(SHORT_PIECES) - alone
+    ids = torch.randint(model.vocab_size, (companies[-1], tokens), generator=generator).to(device)
+    # A compiled step is timed on plain batches and compiles for each size anew.
+    alone, ragged = (0, 0) if compiled else (ALONE, RAGGED)
+    first = tokens - sum(SHORT_PIECES) - alone - ragged
     model.use("torch")
     truth = exact_logits(model, ids, first - 1)
     limit = FLOOR[dtype]
@@ -95,24 +109,51 @@ def _agreement(
         rounded = model.logits(model.hidden_states(ids)[:, first - 1 :])
         limit = max(limit, SLACK * _error((rounded, truth)))
         del rounded
-    engine = Engine(model, max_sequences=2, max_context=tokens, backend=backend, compiled=compiled)
-    slots = [engine.store.add(), engine.store.add()]
+    errors = []
+    for company in companies:
+        engine = Engine(
+            model, max_sequences=company, max_context=tokens, backend=backend, compiled=compiled
+        )
+        errors.append(_error(*_pairs(engine, ids[:company], truth[:company], first, alone, ragged)))
+        del engine
+    return Agreement(math.nan if any(map(math.isnan, errors)) else max(errors), limit)
+
+
+def _pairs(
+    engine: Engine, ids: Tensor, truth: Tensor, first: int, alone: int, ragged: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Logits of the engine and the truth: prompt, pieces, one sequence alone, then all again.
+
+    ids: [B, T]; truth: [B, T - first + 1, V], from position first - 1 on.
+    """
+    slots = [engine.store.add() for _ in ids]
     pieces = [engine.prefill(slots, ids[:, :first].tolist())[:, None]]
+    at = first
     for size in SHORT_PIECES:
-        piece = ids[:, first : first + size]
+        piece = ids[:, at : at + size]
         # Cloned: the next replay of a graph writes to the same logits.
         pieces.append(
             engine.extend_last(slots, piece)[:, None].clone()
             if size == 1
             else engine.extend(slots, piece)
         )
-        first += size
-    both = torch.cat(pieces, 1)
-    pairs = [(both, truth[:, : both.shape[1]])]
-    for at in range(first, tokens):
-        last = engine.extend_last(slots[:1], ids[:1, at : at + 1]).clone()
-        pairs.append((last, truth[:1, at - tokens]))
-    return Agreement(_error(*pairs), limit)
+        at += size
+    together = torch.cat(pieces, 1)
+    pairs = [(together, truth[:, : together.shape[1]])]
+    ends = [at] * len(slots)
+
+    def step(rows: slice) -> None:
+        here = ends[rows]
+        tokens = torch.stack([ids[b, end] for b, end in enumerate(here)])[:, None]
+        last = engine.extend_last(slots[rows], tokens).clone()
+        pairs.append((last, torch.stack([truth[b, n - first + 1] for b, n in enumerate(here)])))
+        ends[rows] = [end + 1 for end in here]
+
+    for _ in range(alone):
+        step(slice(1))
+    for _ in range(ragged):
+        step(slice(None))
+    return pairs
 
 
 def exact_logits(model: Model, ids: Tensor, first: int) -> Tensor:
@@ -149,11 +190,18 @@ def _error(*pairs: tuple[Tensor, Tensor]) -> float:
     return float(torch.cat(away).max())
 
 
-def _telling_length(model: Model) -> int:
-    """Tokens after which what is timed has been at work. On a GPU: several splits of a context,
-    their combination, and windows that have wrapped; elsewhere there is one path for all lengths.
+def _telling_length(model: Model, context: int | None) -> int:
+    """Tokens after which what is timed at `context` has been at work: several pages, windows
+    that have wrapped; on a GPU also several splits of a context and their combination.
     """
-    if model.embedding.weight.device.type != "cuda":
-        return 37
-    windows = [spec.window or 0 for spec in model.state_specs()]
-    return max(LEAST_ON_GPU, *windows) + 64
+    pages = PAGES
+    for spec in model.state_specs():
+        if spec.window is not None:
+            # A ring holds the window and the page that is being filled.
+            sinks, ring = (-(-rows // PAGE_SIZE) for rows in (spec.sinks, spec.window - 1))
+            pages = max(pages, sinks + ring + 1)
+    single = sum(SHORT_PIECES) + ALONE + RAGGED
+    enough = pages * PAGE_SIZE + 2 * single
+    if model.embedding.weight.device.type == "cuda":
+        return max(LEAST_ON_GPU + 64, enough)
+    return enough if context is None else max(2 * single, min(enough, context))

@@ -11,7 +11,7 @@ import torch
 from archs.backbone import Model
 from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
-from archs.registry import ModelSpec, layer_names
+from archs.registry import ModelSpec, folder_name, is_pattern, layer_names
 from archs.sizes import Scale, get_scale
 from eval.agreement import agreement
 from eval.cell_rows import (
@@ -309,7 +309,7 @@ class Workshop:
 
     def _mqar_spec(self, arch: str, plan: MqarPlan) -> ModelSpec:
         """Two layers (a hybrid: one period of its pattern), no MLP, one short conv for all."""
-        period = sum(int(n) for n in arch.rpartition("=")[2].split(":")) if "=" in arch else 1
+        period = sum(int(n) for n in arch.rpartition("=")[2].split(":")) if is_pattern(arch) else 1
         scale = Scale(
             name="mqar", d_model=plan.d_model, n_layers=max(plan.n_layers, period),
             head_dim=plan.head_dim, vocab_size=plan.vocab, seq_len=plan.seq_len,
@@ -329,7 +329,10 @@ class Workshop:
         label = "torch-compile" if plan.compiled else backend
         about = self._about(cell.arch, model, kernel_backend=label)
         try:
-            agreed = agreement(model, backend=backend, compiled=plan.compiled)
+            agreed = agreement(
+                model, context=max(plan.contexts), batches=(cell.batch,), backend=backend,
+                compiled=plan.compiled,
+            )  # fmt: skip
         except NoFormError as why:
             raise CellFailure(Status.UNSUPPORTED, about, str(why)) from None
         if not agreed.holds:
@@ -394,5 +397,4 @@ class Workshop:
         return self._folder_of(cell.arch, f"sweep-{cell.scale}")
 
     def _folder_of(self, arch: str, name: str) -> Path:
-        plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
-        return self.out / "cells" / plain / name
+        return self.out / "cells" / folder_name(arch) / name

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.markup import escape
 
 from archs.backends import BACKENDS
 from archs.errors import UserError
@@ -46,7 +47,7 @@ def check(arch: str, seed: int = 0, json_: Json = False) -> None:
         verdicts.append({"check": verdict.name, "passed": verdict.passed, "detail": verdict.detail})
         if not json_:
             mark = MARKS[verdict.passed]
-            out.print(f"{mark} {verdict.name}: {verdict.detail}", highlight=False)
+            out.print(f"{mark} {verdict.name}: {escape(verdict.detail)}", highlight=False)
     if json_:
         print(json.dumps(verdicts, indent=2))
     if any(v["passed"] is False for v in verdicts):

@@ -126,7 +126,9 @@ def bench_archs(
             "arch": arch, "kernel_backend": "torch-compile" if compiled else backend
         }  # fmt: skip
         try:
-            found = agreement(model, backend=backend, compiled=compiled)
+            found = agreement(
+                model, context=max(contexts), batches=batches, backend=backend, compiled=compiled
+            )
         except NoFormError as why:
             rows.append({**about, "status": "unsupported", "note": str(why)})
             continue

@@ -51,7 +51,7 @@ def decode_bench(benchmark: Any) -> DecodeBench:
         chosen = resolve_backend(backend, where)
         model = _model(arch, scale, str(where))
         try:
-            _require_correct(model, chosen, compiled)
+            _require_correct(model, batch, context, chosen, compiled)
         except NoFormError as why:
             pytest.skip(str(why))
         step, engine = _step_at(model, batch, context, rounds, chosen, compiled)
@@ -81,10 +81,10 @@ def _model(arch: str, scale: str, device: str) -> Model:
     return build_to_serve(ModelSpec(arch=arch, scale=get_scale(scale)), where, dtype)
 
 
-def _require_correct(model: Model, backend: str, compiled: bool) -> None:
+def _require_correct(model: Model, batch: int, context: int, backend: str, compiled: bool) -> None:
     from eval.agreement import agreement
 
-    found = agreement(model, backend=backend, compiled=compiled)
+    found = agreement(model, context=context, batches=(batch,), backend=backend, compiled=compiled)
     if not found.holds:
         pytest.fail(found.why_not)
 

@@ -24,6 +24,8 @@ from infer.store import StateStore
 from infer.view import StepView
 from kernels.nucleus import greedy
 
+#: Rows of a page where nobody says otherwise.
+PAGE_SIZE = 64
 #: Rows of a page that kernels can read come in multiples of this; some libraries want more.
 PAGE_MULTIPLE = 16
 PAGE_MULTIPLES = {"flash-attn": 256}
@@ -92,7 +94,7 @@ class Engine:
             )
         if graphs and plain:
             raise UserError("graphs=True needs states on the device; take backend=triton")
-        page_size = page_size or max(64, 1 if plain else multiple)
+        page_size = page_size or max(PAGE_SIZE, 1 if plain else multiple)
         if not plain and page_size % multiple:
             raise UserError(
                 f"page_size={page_size} must be a multiple of {multiple} for backend {backend}; "

@@ -216,12 +216,12 @@ class StateStore:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of pages in use and of the fixed state of open sequences."""
-        paged = sum(
-            self.tables[self._key(s)].used * self.page_size * s.token_bytes
-            for s in self.specs
-            if s.per_token and s.owner is None
-        )
+        """Bytes of pages in use and of the fixed state of open sequences, from the tensors."""
+        paged = 0
+        for spec, pools in zip(self.specs, self.pools, strict=True):
+            for pool in pools.values():
+                table = self.table_of(spec)
+                paged += table.used * (pool.nbytes // table.n_pages)
         open_slots = len(self.lengths) - len(self._free_slots)
         fixed = sum(
             t[0].nbytes for tensors in (*self.slots, *self.history) for t in tensors.values()

@@ -43,6 +43,8 @@ def attention(
             f"causal=True needs as many rows as new tokens ({rows} != {new}) and no mask"
         )
     scale = dim**-0.5 if scale is None else scale
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
     per_group = heads // groups
     if new == 1:
         packed = q.view(batch, groups, per_group, dim)
@@ -60,7 +62,10 @@ def attention(
         v = F.pad(v, (0, width - v_dim))
     if new <= PACK_LIMIT and per_group > 1 and not causal:
         packed = q.unflatten(2, (groups, per_group)).transpose(1, 2).flatten(2, 3)
-        seen = None if mask is None else mask.repeat_interleave(per_group, 2)
+        # One row for every query head of a token; a row that all tokens share stays one.
+        seen = mask
+        if mask is not None and mask.shape[2] > 1:
+            seen = mask.repeat_interleave(per_group, 2)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
         out = out.unflatten(2, (new, per_group)).transpose(1, 2).flatten(2, 3)
     else:

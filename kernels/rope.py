@@ -33,16 +33,30 @@ def rope_table(positions_upto: int, dim: int, theta: float, device: torch.device
     return table
 
 
+def _pairs(x: Tensor) -> Tensor | None:
+    """x [..., d] seen as complex [..., d/2]; None where odd strides or offsets forbid the view."""
+    *others, last = x.stride()
+    if last != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in others):
+        return None
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate x [B, T, H, d] by angles [T, 1, d/2] or [1 or B, T, 1, d/2]; differentiable."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    wide = x.float()
+    pairs = _pairs(wide)
+    if pairs is None:
+        # `contiguous` would keep a slice that starts at an odd offset.
+        copy = wide.clone(memory_format=torch.contiguous_format)
+        pairs = torch.view_as_complex(copy.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
 def apply_rope_(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate x [B, T, H, d] in place (it may be a slice); returns x."""
-    if x.dtype == torch.float32:
-        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(angles)
+    pairs = _pairs(x) if x.dtype == torch.float32 else None
+    if pairs is not None:
+        pairs.mul_(angles)
         return x
     return x.copy_(apply_rope(x, angles))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from archs.backbone import Model
 from archs.errors import UserError
-from archs.registry import ModelSpec
+from archs.registry import ModelSpec, is_pattern
 from archs.sizes import Scale
 from train.optim import Optimizer
 from train.recipe import UNHASHED, Recipe
@@ -175,7 +175,7 @@ def load_model(
     """
     metadata, tensors = _read(path, "model.")
     spec = metadata.identity.spec
-    names = spec.arch.rpartition("=")[0] or spec.arch
+    names = spec.arch.rpartition("=")[0] if is_pattern(spec.arch) else spec.arch
     if arch is not None:
         options = {arch if k == spec.arch else k: v for k, v in spec.overrides.items()}
         spec = replace(spec, arch=arch, overrides=options)

@@ -23,6 +23,8 @@ SHAPES = [
     pytest.param(
         2, {"rank": 5, "nope_dim": 4, "rope_dim": 2, "v_dim": 9, "q_rank": 7}, id="wide-values"
     ),
+    pytest.param(3, {"rank": 17, "nope_dim": 6, "rope_dim": 4, "v_dim": 6}, id="odd-rank"),
+    pytest.param(3, {"rank": 13, "nope_dim": 5, "rope_dim": 4, "v_dim": 6}, id="odd-heads"),
 ]
 
 

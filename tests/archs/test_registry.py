@@ -75,6 +75,15 @@ def test_parameters_are_equal_within_one_percent(arch: str, scale: str) -> None:
 
 
 @pytest.mark.parametrize("scale", list(SCALES))
+def test_any_two_architectures_are_within_what_the_readme_says(scale: str) -> None:
+    deep = get_scale(scale)
+    sizes = [
+        ModelSpec(arch=arch, scale=deep).outline().non_embedding_parameters() for arch in NAMES
+    ]
+    assert max(sizes) / min(sizes) <= 1.013
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
 def test_budget_is_what_mha_holds(scale: str) -> None:
     model = ModelSpec(arch="mha", scale=get_scale(scale)).outline()
     assert model.non_embedding_parameters() == get_scale(scale).parameter_budget
@@ -146,6 +155,26 @@ def test_file_may_stand_in_a_pattern_and_takes_overrides(tmp_path: Path) -> None
     file.write_text(GOOD_FILE)
     spec = ModelSpec(arch=f"{file}:gqa=3:1", scale=TINY, overrides={str(file): {"window": 5}})
     assert [s.window for s in spec.outline().state_specs()] == [5, 5, 5, None]
+
+
+def test_a_path_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=3"
+    folder.mkdir()
+    file = folder / "mine.py"
+    file.write_text(GOOD_FILE)
+    assert layer_names(str(file), 2) == [str(file)] * 2
+    assert layer_names(f"{file}:gqa=1:1", 2) == [str(file), "gqa"]
+    with pytest.raises(UserError, match="does not exist"):
+        layer_names(str(folder / "other.py"), 2)
+
+
+def test_files_of_one_name_have_modules_of_their_own(tmp_path: Path) -> None:
+    modules = set()
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(GOOD_FILE)
+        modules.add(entry_of(str(tmp_path / folder / "mine.py")).mixer.__module__)
+    assert len(modules) == 2
 
 
 def test_files_of_one_name_stay_apart(tmp_path: Path) -> None:

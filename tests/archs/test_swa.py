@@ -32,6 +32,7 @@ def small_scale(heads: int, head_dim: int, window: int, n_layers: int = 2) -> Sc
         pytest.param(4, 2, 6, 5, 43, [17, 40], id="grouped-chunks-beyond-the-window"),
         pytest.param(2, 2, 10, 16, 57, [16, 32, 49], id="chunks-of-a-window"),
         pytest.param(2, 1, 8, 2, 9, [3], id="window-of-two"),
+        pytest.param(4, 2, 8, 3, 8, [4], id="grouped-and-short"),
         pytest.param(2, 2, 8, 64, 23, [9], id="window-longer-than-the-context"),
     ],
 )

@@ -33,6 +33,7 @@ from eval.suite import Suite
 from infer.compiled import CompiledStep
 from infer.engine import Engine
 from infer.memory import DoesNotFitError
+from infer.table_step import TableStep
 from kernels import gemv
 from tests.eval.conftest import Command
 from tests.kernels.interpreter import interpreted
@@ -74,6 +75,94 @@ def test_a_wrong_extend_does_not_agree(
 ) -> None:
     forget(monkeypatch, Attention, single=single)
     assert not agreement(model).holds
+
+
+def _shifted(self: TableStep) -> Tensor:
+    """Ring positions that are one page off."""
+    return RING_POSITIONS(self) - 64
+
+
+RING_POSITIONS = TableStep._ring_positions
+
+
+@pytest.mark.parametrize("arch", ["swa", "swa:gqa=3:1"])
+def test_a_ring_that_is_wrong_is_seen_before_it_is_timed(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at: dict[str, Any] = {
+        "scale": "tiny", "batches": [2], "contexts": [16, 4096], "steps": 1, "prompt": 0,
+        "device": CPU,
+    }  # fmt: skip
+    assert [row["status"] for row in bench_archs([arch], **at)] == ["ok", "ok"]
+    monkeypatch.setattr(TableStep, "_ring_positions", _shifted)
+    [row] = bench_archs([arch], **at)
+    assert row["status"] == "incorrect" and row["agreement_error"] > 0.01
+
+
+def test_a_window_with_sinks_is_held_where_it_has_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec(
+        arch="swa", scale=replace(TINY, vocab_size=257), overrides={"swa": {"sinks": 70}}
+    )
+    model = spec.build().eval()
+    assert agreement(model).holds
+    monkeypatch.setattr(TableStep, "_ring_positions", _shifted)
+    assert not agreement(model).holds
+
+
+def test_a_context_without_a_ring_is_not_held_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate costs no more than what is timed: at 48 tokens nothing wraps."""
+    monkeypatch.setattr(TableStep, "_ring_positions", _shifted)
+    model = ModelSpec(arch="swa", scale=replace(TINY, vocab_size=257)).build().eval()
+    assert agreement(model, context=48).holds
+
+
+def test_the_gate_costs_no_more_at_a_longer_context(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    honest = Model.extend_hidden
+
+    def count(self: Model, tokens: Tensor, states: Any) -> Tensor:
+        seen.append(tokens.numel())
+        return honest(self, tokens, states)
+
+    monkeypatch.setattr(Model, "extend_hidden", count)
+    totals = []
+    for context, batch in ((4096, 3), (131_072, 64)):
+        seen.clear()
+        assert agreement(model, context=context, batches=(batch,)).holds
+        totals.append(sum(seen))
+    assert totals[0] == totals[1] < 600
+
+
+def test_lengths_that_differ_are_held_to_the_truth(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain_mask(self: TableStep) -> tuple[int, Tensor | None]:
+        end, mask = VISIBLE(self)
+        return end, mask if self.step.uniform or mask is None else torch.ones_like(mask)
+
+    monkeypatch.setattr(TableStep, "visible", plain_mask)
+    assert not agreement(model).holds
+    assert agreement(model, batches=(1,)).holds
+
+
+VISIBLE = TableStep.visible
+
+
+@pytest.mark.parametrize(("batches", "holds"), [((1, 2), True), ((1, 8), False)], ids=str)
+def test_the_company_that_is_timed_is_held_to_the_truth(
+    model: Model, monkeypatch: pytest.MonkeyPatch, batches: tuple[int, ...], holds: bool
+) -> None:
+    """Three rows and more are laid out otherwise than one or two."""
+    honest = Model.extend_last
+
+    def extend_last(self: Model, tokens: Tensor, states: Any) -> Tensor:
+        logits: Tensor = honest(self, tokens, states)
+        return 1.5 * logits if len(tokens) > 2 else logits
+
+    monkeypatch.setattr(Model, "extend_last", extend_last)
+    assert agreement(model, batches=batches).holds is holds
 
 
 def test_nan_does_not_agree(model: Model) -> None:
@@ -130,6 +219,16 @@ def test_a_wrong_mixer_fails_its_cell(
     with pytest.raises(CellFailure, match="latencies withheld") as caught:
         workshop.decode(cell, watch)
     assert caught.value.status == Status.INCORRECT
+
+
+def test_files_whose_paths_look_alike_have_folders_of_their_own(
+    suite: Suite, tmp_path: Path
+) -> None:
+    workshop = Workshop(suite, tmp_path / "out", CPU, None)
+    archs = ("sub/x.py", "sub_x.py", "sub.x.py", "sub/x.py:gqa=1:1", "gdn:gqa=3:1", "gqa")
+    cells = [Cell(arch=a, stage="train", scale="tiny", seed=0) for a in archs]
+    assert len({workshop._folder(cell) for cell in cells}) == len(archs)
+    assert workshop._folder(cells[-2]).parent.name == "gdn_gqa_3_1"
 
 
 # -- timings --
@@ -289,7 +388,7 @@ def test_steps_of_one_sequence_are_held_to_the_truth_too(
     monkeypatch.setattr("archs.backbone.column_major", lambda *_: False)
     model = ModelSpec(arch=arch, scale=CHECK_SCALE).build().eval()
     with interpreted():
-        assert agreement(model, backend="triton").holds
+        assert agreement(model, context=37, backend="triton").holds
         honest = gemv.gemv
         monkeypatch.setattr(gemv, "gemv", lambda x, w: 1.1 * honest(x, w))
-        assert not agreement(model, backend="triton").holds
+        assert not agreement(model, context=37, backend="triton").holds

@@ -16,14 +16,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY
 from archs.spec import LayerState
-from eval.conformance import (
-    CHECK_SCALE,
-    Subject,
-    check_fork,
-    check_padding,
-    check_rollback,
-    error_of,
-)
+from eval.conformance import CHECK_SCALE, Subject, error_of
+from eval.conformance.laws import check_fork, check_padding, check_rollback
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from infer.sampling import Sampling

@@ -22,6 +22,23 @@ def test_attention_equals_the_oracle(
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("new", [1, 4, 8, 9])
+@pytest.mark.parametrize("v_dim", [8, 5])
+@pytest.mark.parametrize(
+    "shape",
+    ["{S}", "1,{S}", "{K},{S}", "1,{K},{S}", "1,1,{S}", "1,1,{K},{S}", "2,1,1,{S}", "2,1,{K},1"],
+)
+def test_masks_broadcast_to_batch_tokens_and_rows(shape: str, v_dim: int, new: int) -> None:
+    rows = 11
+    q, k, v = torch.randn(2, new, 4, 8), torch.randn(2, 2, rows, 8), torch.randn(2, 2, rows, v_dim)
+    mask = torch.rand([int(n) for n in shape.format(K=new, S=rows).split(",")]) > 0.4
+    mask[..., 0] = True
+    whole = mask.broadcast_to(2, 1, new, rows)
+    got = attention(q, k, v, mask=mask)
+    expected = attention_ref(q, k, v, scale=8**-0.5, mask=whole)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("new", [1, 9, 64])
 def test_causal_is_the_lower_triangle(new: int) -> None:
     q, k, v = torch.randn(2, new, 4, 6), torch.randn(2, 2, new, 6), torch.randn(2, 2, new, 6)

@@ -114,6 +114,22 @@ def test_a_model_is_rebuilt_from_the_file_alone(tmp_path: Path) -> None:
     assert half.embedding.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["{file}", "{file}:gqa=1:1"], ids=["file", "pattern"])
+def test_a_checkpoint_makes_no_code_run_that_nobody_named(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "lr=3" / "mine.py"
+    file.parent.mkdir()
+    file.write_text((ROOT / "tests" / "data" / "decayed_sum.py").read_text())
+    scale = SPEC.scale.with_options({"n_layers": 2})
+    spec = replace(SPEC, arch=name.format(file=file), scale=scale)
+    trained = small_run(tmp_path, spec=spec)
+    path = tmp_path / CHECKPOINT_NAME
+    with pytest.raises(UserError, match="code is only loaded from a file you name"):
+        load_model(path)
+    tokens = torch.arange(7)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(path, arch=spec.arch)(tokens), trained(tokens))
+
+
 def test_the_width_in_use_is_kept_and_the_hash_follows_what_matters() -> None:
     ruled = ModelSpec(arch="gqa", scale=get_scale("tiny"))
     explicit = replace(ruled, hidden=ruled.mlp_hidden())
