@@ -73,7 +73,7 @@ def test_what_the_user_can_mend_ends_the_run(
         begin(worker, item)
 
     monkeypatch.setattr(processes._Worker, "begin", spoiled)
-    with pytest.raises(UserError, match="text.txt"):
+    with pytest.raises(UserError, match=r"text\.txt"):
         run(suite, tmp_path / "out", workers=2)
 
 
