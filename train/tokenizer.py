@@ -5,6 +5,7 @@ Every UTF-8 text comes back exactly. Token 0 is <|endoftext|>, the end of each d
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ class Tokenizer:
     """Text to ids and back."""
 
     def __init__(self, backend: Backend, name: str) -> None:
+        # Inside a document the separator is ordinary text: only `eot_id` ends one. The setting is
+        # not part of a tokenizer's file, so it is made here for trained and cached ones alike.
+        backend.encode_special_tokens = True
         self._backend = backend
         self.name = name
         self.eot_id = int(backend.token_to_id(SEPARATOR) or 0)
@@ -31,6 +35,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids."""
         return int(self._backend.get_vocab_size())
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int64 [vocab_size]; none for the end of text."""
+        size = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._backend.get_vocab().items():
+            # A byte-level vocabulary writes every byte as one character.
+            size[index] = len(token)
+        size[self.eot_id] = 0
+        return size
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int64 [n]; a separator inside the text is text."""
@@ -89,6 +103,4 @@ def _train(corpus: Corpus, vocab_size: int) -> Backend:
         show_progress=False,
     )
     backend.train_from_iterator(corpus.train, trainer, length=len(corpus.train))
-    # Inside a document the separator is ordinary text: only `eot_id` ends one.
-    backend.encode_special_tokens = True
     return backend

@@ -33,17 +33,19 @@ class TokenNote:
     dtype: str
     train_tokens: int
     held_out_offsets: list[int]
-    held_out_bytes: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSet:
-    """Memory-mapped tokens. Held-out document i is tokens offsets[i]:offsets[i+1]."""
+    """Memory-mapped tokens. Held-out document i is tokens offsets[i]:offsets[i+1].
+
+    token_bytes: UTF-8 bytes that each id stands for, int64 [vocab_size].
+    """
 
     train: np.ndarray
     held_out: np.ndarray
     offsets: tuple[int, ...]
-    document_bytes: tuple[int, ...]
+    token_bytes: np.ndarray
     eot_id: int
     vocab_size: int
     name: str
@@ -62,7 +64,7 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> TokenSet:
         train=np.memmap(folder / "train.bin", dtype=dtype, mode="r"),
         held_out=np.memmap(folder / "held_out.bin", dtype=dtype, mode="r"),
         offsets=tuple(note.held_out_offsets),
-        document_bytes=tuple(note.held_out_bytes),
+        token_bytes=tokenizer.token_bytes,
         eot_id=tokenizer.eot_id,
         vocab_size=tokenizer.vocab_size,
         name=name,
@@ -81,7 +83,6 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> TokenNote:
         dtype=np.dtype(dtype).name,
         train_tokens=sum(len(ids) for ids in train),
         held_out_offsets=offsets,
-        held_out_bytes=[len(text.encode()) for text in corpus.held_out],
     )
     _replace(folder / "train.bin", np.concatenate(train).astype(dtype).tobytes())
     _replace(folder / "held_out.bin", np.concatenate(held_out).astype(dtype).tobytes())

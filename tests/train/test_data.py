@@ -156,10 +156,27 @@ def test_any_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
-def test_the_separator_inside_a_document_is_text(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a<|endoftext|>b")
-    assert tokenizer.eot_id not in ids.tolist()
-    assert tokenizer.decode(ids.tolist()) == "a<|endoftext|>b"
+@settings(max_examples=80, deadline=None)
+@given(text=st.text())
+def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes[tokenizer.eot_id] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a<|endoftext|>b", "<|endoftext|>a", "a<|endoftext|>", "<|endoftext|><|endoftext|>", "a\r\nb"],
+)
+def test_trained_and_cached_tokenizers_are_one(tmp_path: Path, text: str) -> None:
+    """The separator inside a document is text."""
+    trained = train_or_load(CORPUS, 300, tmp_path)
+    cached = train_or_load(CORPUS, 300, tmp_path)
+    for tokenizer in (trained, cached):
+        ids = tokenizer.encode(text).tolist()
+        assert ids == trained.encode(text).tolist()
+        assert tokenizer.eot_id not in ids
+        assert tokenizer.decode(ids) == text
 
 
 def test_training_is_repeatable_and_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
@@ -205,7 +222,7 @@ def test_batches_are_a_function_of_seed_and_step(tokens: TokenSet) -> None:
 
 def test_an_epoch_sees_every_window_once() -> None:
     stream = np.arange(1009, dtype=np.uint16)
-    numbered = TokenSet(stream, stream[:1], (0, 1), (1,), 0, 1009, "numbered")
+    numbered = TokenSet(stream, stream[:1], (0, 1), np.ones(1009), 0, 1009, "numbered")
     batches = Batches(numbered, batch=2, seq_len=16, seed=0)
     steps = batches.windows // 2
     starts = torch.cat([batches.batch_at(s)[0][:, 0] for s in range(steps)]).tolist()
