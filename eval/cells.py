@@ -34,7 +34,6 @@ from eval.hardware import Roofline, measure_roofline
 from eval.paired import DOCUMENTS
 from eval.progress import Watch
 from eval.quality import (
-    Estimate,
     bits_per_byte,
     document_scores,
     loss_by_position,
@@ -258,13 +257,16 @@ class Workshop:
         return rows
 
     def mqar(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
-        """Recall, trained until it is solved or the steps end, at each rate until one solves it."""
+        """Recall, trained until it is solved or the steps end, at each rate until one solves it.
+
+        When to stop and which rate to take is decided on development sequences.
+        """
         plan = self.suite.mqar
         assert plan is not None
         spec = self._mqar_spec(cell.arch, plan)
         task = MqarSpec(vocab=plan.vocab, seq_len=plan.seq_len, pairs=plan.pairs)
         data = MqarBatches(task, plan.batch, cell.seed)
-        best: tuple[Estimate, int, float] | None = None
+        best: tuple[float, Model, int, float] | None = None
         about = self._about(
             cell.arch, spec.outline(), corpus="mqar",
             kernel_backend=resolve_backend(AUTO, self.device),
@@ -280,7 +282,9 @@ class Workshop:
                 model, data, recipe, self._folder(cell) / f"lr_{rate:g}", spec=spec,
                 data_fingerprint=str(task), deadline=self.deadline, progress=reporter(watch),
                 eval_fn=lambda m: {
-                    "accuracy": mqar_accuracy(m, task, sequences=128, seed=cell.seed + 1).value
+                    "accuracy": mqar_accuracy(
+                        m, task, part="dev", sequences=128, seed=cell.seed
+                    ).value
                 },
                 enough=lambda found: found.get("accuracy", 0.0) >= SOLVED + 0.003,
             )  # fmt: skip
@@ -288,16 +292,19 @@ class Workshop:
                 raise CellFailure(Status.ERROR, about, "stopped", stopped=True)
             if result.status != "ok":
                 continue
-            accuracy = mqar_accuracy(
-                model.eval(), task, sequences=plan.test_sequences, seed=cell.seed
-            )
-            if best is None or accuracy.value > best[0].value:
-                best = accuracy, result.steps, rate
-            if accuracy.value >= SOLVED:
+            chosen_by = mqar_accuracy(
+                model.eval(), task, part="dev", sequences=plan.test_sequences, seed=cell.seed
+            ).value
+            if best is None or chosen_by > best[0]:
+                best = chosen_by, model, result.steps, rate
+            if chosen_by >= SOLVED:
                 break
         if best is None:
             raise CellFailure(Status.NAN, about, "training failed at every learning rate")
-        accuracy, steps, rate = best
+        _, model, steps, rate = best
+        accuracy = mqar_accuracy(
+            model, task, part="test", sequences=plan.test_sequences, seed=cell.seed
+        )
         about = replace(about, tokens=steps * plan.batch * plan.seq_len)
         rows = [
             estimate_row("mqar_accuracy", accuracy, context=plan.seq_len),

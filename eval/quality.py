@@ -134,13 +134,15 @@ def octaves(length: int) -> list[tuple[int, int]]:
     return list(pairwise(edges)) if length >= 8 else []
 
 
-def mqar_accuracy(model: Model, spec: MqarSpec, *, sequences: int, seed: int) -> Estimate:
+def mqar_accuracy(
+    model: Model, spec: MqarSpec, *, part: Part, sequences: int, seed: int
+) -> Estimate:
     """Share of queries answered, Wilson 95 % interval over queries."""
     device = model.embedding.weight.device
     right = asked = 0
     with torch.inference_mode():
         for step in range(max(1, sequences // 128)):
-            inputs, targets = mqar_batch(spec, 128, seed=seed, step=step, split="test")
+            inputs, targets = mqar_batch(spec, 128, seed=seed, step=step, split=part)
             at = targets != IGNORED
             hidden = model.hidden_states(inputs.to(device))[at.to(device)]
             answers = model.logits(hidden).argmax(-1).cpu()

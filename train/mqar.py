@@ -6,14 +6,17 @@ function of (spec, seed, step, split).
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from archs.errors import UserError
+from archs.errors import UserError, unknown_name
 
 IGNORED = -100
+#: Training, choosing (when to stop, which rate) and reporting see sequences of their own.
+Split = Literal["train", "test", "dev"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +43,12 @@ class MqarSpec:
 
 
 def mqar_batch(
-    spec: MqarSpec, batch: int, *, seed: int, step: int, split: str = "train"
+    spec: MqarSpec, batch: int, *, seed: int, step: int, split: Split = "train"
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets, int64 [batch, seq_len]; targets IGNORED except at queries."""
-    if split not in ("train", "test"):
-        raise UserError(f"split '{split}' must be 'train' or 'test'")
-    random = np.random.default_rng((seed, step, split == "test"))
+    if split not in get_args(Split):
+        raise unknown_name("split", split, get_args(Split))
+    random = np.random.default_rng((seed, step, get_args(Split).index(split)))
     n, half = spec.pairs, spec.vocab // 2
     keys = _distinct(random, batch, half - 1, n, None) + 1
     values = _distinct(random, batch, half, n, None) + half

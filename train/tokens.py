@@ -121,7 +121,8 @@ class Batches:
         if self.windows < batch:
             raise UserError(
                 f"the corpus has {len(tokens.train)} training tokens, too few for a batch of "
-                f"{batch} x {seq_len}; take a larger corpus, a smaller batch or seq_len"
+                f"{batch} x {seq_len}; it must have {(batch + 1) * seq_len + 1}: take a larger "
+                "corpus, a smaller batch or seq_len"
             )
         self._order = lru_cache(maxsize=2)(self._epoch)
 
@@ -157,10 +158,15 @@ class HeldOutBatch:
 
 
 def held_out_documents(tokens: TokenSet, part: Part) -> list[int]:
-    """Every fourth held-out document is for choosing ("dev"), the others for reporting."""
+    """Every fourth held-out document is for choosing ("dev"), the others for reporting.
+
+    Raises UserError where one document would have to be both.
+    """
     count = len(tokens.offsets) - 1
     if count < 2:
-        return list(range(count))
+        raise UserError(
+            f"{count} held-out documents cannot give development and test text; hold out two"
+        )
     return [d for d in range(count) if (d % 4 == 0) == (part == "dev")]
 
 

@@ -218,8 +218,8 @@ class Oracle(torch.nn.Module):
 
 def test_recall_of_one_who_looks_up_and_of_one_who_does_not(model: Model) -> None:
     task = MqarSpec(vocab=64, seq_len=32, pairs=4)
-    looked_up = mqar_accuracy(Oracle(64), task, sequences=256, seed=0)  # type: ignore[arg-type]
+    looked_up = mqar_accuracy(Oracle(64), task, part="test", sequences=256, seed=0)  # type: ignore[arg-type]
     assert (looked_up.value, looked_up.n) == (1.0, 256 * 4)
-    guessed = mqar_accuracy(model, replace(task, vocab=10), sequences=128, seed=0)
+    guessed = mqar_accuracy(model, replace(task, vocab=10), part="dev", sequences=128, seed=0)
     assert guessed.value < 0.6
     assert guessed.n == 128 * 4
