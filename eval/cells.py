@@ -1,6 +1,5 @@
 """The cells of a suite: one method trains, asks or times one architecture and returns its rows."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from archs.backbone import Model
 from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
 from archs.registry import ModelSpec, layer_names
-from archs.sizes import Scale, get_scale
+from archs.sizes import get_scale
 from eval.agreement import agreement
 from eval.cell_rows import (
     counted_rows,
@@ -41,12 +40,11 @@ from eval.quality import (
     over_documents,
 )
 from eval.results import About, Cell, Row, Status
-from eval.suite import DecodePlan, MqarPlan, Suite, TrainPlan
+from eval.suite import DecodePlan, Suite, TrainPlan
 from infer.engine import Engine
 from train.corpus import load_corpus
 from train.loop import train
-from train.mqar import MqarBatches, MqarSpec
-from train.recipe import Recipe
+from train.mqar import MqarBatches
 from train.sweep import sweep
 from train.tokenizer import train_or_load
 from train.tokens import Batches, TokenSet, prepare
@@ -109,12 +107,6 @@ class Workshop:
             **more,
         )
 
-    def _spec(self, arch: str, scale: Scale, extra: Mapping[str, Any] | None = None) -> ModelSpec:
-        names = set(layer_names(arch, scale.n_layers))
-        wanted = {**self.suite.overrides, **(extra or {})}
-        overrides = {name: options for name, options in wanted.items() if name in names}
-        return ModelSpec(arch=arch, scale=scale, overrides=overrides)
-
     # -- machine and prediction ----------------------------------------------------------------
 
     def hardware(self, watch: Watch) -> tuple[About, list[Row]]:
@@ -124,7 +116,7 @@ class Workshop:
 
     def cost(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
         """State and intensity from the declarations alone."""
-        model = self._spec(cell.arch, get_scale(cell.scale)).outline(self.serving_dtype)
+        model = self.suite.model(cell.arch, get_scale(cell.scale)).outline(self.serving_dtype)
         specs = model.state_specs()
         rows = [
             Row(measure="state_bytes_per_token", value=sum(s.bytes_per_token for s in specs)),
@@ -153,8 +145,7 @@ class Workshop:
         plan = self.suite.train
         assert plan is not None
         tokens = self.tokens
-        scale = replace(get_scale(cell.scale), seq_len=plan.seq_len, vocab_size=tokens.vocab_size)
-        spec = self._spec(cell.arch, scale)
+        spec = self.suite.trained_model(cell.arch, cell.scale, tokens.vocab_size)
         model = self._to_train(spec, cell.seed)
         about = self._about(
             cell.arch, model, corpus=self.suite.corpus.spec,
@@ -170,7 +161,7 @@ class Workshop:
                 # The sweep has made this very run: it is taken up where it ended.
                 folder = self._sweep_folder(cell) / f"lr_{rate:g}"
         result = train(
-            model, data, self._recipe(plan, rate, rates, cell.seed), folder,
+            model, data, plan.recipe(cell.scale, rate, cell.seed), folder,
             spec=spec, data_fingerprint=tokens.name, deadline=self.deadline,
             progress=reporter(watch),
         )  # fmt: skip
@@ -191,17 +182,6 @@ class Workshop:
         model = spec.build(seed=seed, device=str(self.device))
         return model.use(resolve_backend(AUTO, self.device))
 
-    def _recipe(self, plan: TrainPlan, rate: float, rates: tuple[float, ...], seed: int) -> Recipe:
-        return Recipe.from_dict(
-            {
-                "steps": plan.steps, "batch": plan.batch, "seq_len": plan.seq_len,
-                "optimizer": plan.optimizer, "schedule": plan.schedule,
-                "grad_accum": plan.grad_accum, "autocast": plan.autocast,
-                "checkpoint_every": plan.checkpoint_every, "learning_rate": rate,
-                "learning_rates": list(rates), "seed": seed,
-            }
-        )  # fmt: skip
-
     def _best_rate(
         self, cell: Cell, spec: ModelSpec, plan: TrainPlan, watch: Watch, about: About,
         rows: list[Row],
@@ -211,7 +191,7 @@ class Workshop:
         data = Batches(self.tokens, batch=plan.batch, seq_len=plan.seq_len, seed=seed)
         found = sweep(
             lambda: self._to_train(spec, seed),
-            data, self._recipe(plan, rates[0], rates, seed),
+            data, plan.recipe(cell.scale, rates[0], seed),
             lambda model: self._dev_score(model, plan),
             self._sweep_folder(cell),
             spec=spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
@@ -263,8 +243,7 @@ class Workshop:
         """
         plan = self.suite.mqar
         assert plan is not None
-        spec = self._mqar_spec(cell.arch, plan)
-        task = MqarSpec(vocab=plan.vocab, seq_len=plan.seq_len, pairs=plan.pairs)
+        spec, task = self.suite.mqar_model(cell.arch), plan.task
         data = MqarBatches(task, plan.batch, cell.seed)
         best: tuple[float, Model, int, float] | None = None
         about = self._about(
@@ -273,14 +252,10 @@ class Workshop:
         )  # fmt: skip
         for rate in plan.learning_rates:
             model = self._to_train(spec, cell.seed)
-            recipe = Recipe(
-                steps=plan.steps, batch=plan.batch, seq_len=plan.seq_len, learning_rate=rate,
-                weight_decay=0.1, eval_every=plan.eval_every, checkpoint_every=0, seed=cell.seed,
-                warmup=0.1, log_every=plan.eval_every,
-            )  # fmt: skip
             result = train(
-                model, data, recipe, self._folder(cell) / f"lr_{rate:g}", spec=spec,
-                data_fingerprint=str(task), deadline=self.deadline, progress=reporter(watch),
+                model, data, plan.recipe(rate, cell.seed), self._folder(cell) / f"lr_{rate:g}",
+                spec=spec, data_fingerprint=str(task), deadline=self.deadline,
+                progress=reporter(watch),
                 eval_fn=lambda m: {
                     "accuracy": mqar_accuracy(
                         m, task, part="dev", sequences=128, seed=cell.seed
@@ -314,23 +289,12 @@ class Workshop:
             rows.append(Row(measure="mqar_steps_to_99", value=steps))
         return about, rows
 
-    def _mqar_spec(self, arch: str, plan: MqarPlan) -> ModelSpec:
-        """Two layers (a hybrid: one period of its pattern), no MLP, one short conv for all."""
-        period = sum(int(n) for n in arch.rpartition("=")[2].split(":")) if "=" in arch else 1
-        scale = Scale(
-            name="mqar", d_model=plan.d_model, n_layers=max(plan.n_layers, period),
-            head_dim=plan.head_dim, vocab_size=plan.vocab, seq_len=plan.seq_len,
-            window=plan.window,
-        )  # fmt: skip
-        spec = self._spec(arch, scale, plan.overrides)
-        return replace(spec, hidden=0, short_conv=plan.short_conv)
-
     # -- serving ---------------------------------------------------------------------------------
 
     def decode(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
         """Correctness first, then decode over contexts, prefill, and the no-state baseline."""
         plan = self.suite.decode[cell.section]
-        spec = self._spec(cell.arch, get_scale(plan.scale))
+        spec = self.suite.model(cell.arch, get_scale(plan.scale))
         model = build_to_serve(spec, self.device, self.serving_dtype)
         backend = resolve_backend(plan.backend, self.device)
         label = "torch-compile" if plan.compiled else backend

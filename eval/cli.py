@@ -74,8 +74,6 @@ def run(
     json_: Json = False,
 ) -> None:
     """Run a whole suite: train, ask, time, rank, report. A stopped run resumes."""
-    from dataclasses import replace
-
     from eval.cells import Workshop
     from eval.leaderboard import rank, to_table, wide
     from eval.progress import Progress
@@ -86,7 +84,7 @@ def run(
 
     chosen = load_suite(suite)
     if arch:
-        chosen = replace(chosen, archs=tuple(arch))
+        chosen = chosen.only(arch)
     folder = out_dir or Path("runs") / chosen.name
     where = resolve_device(device)
     if dry_run:

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from archs.backends import NoFormError, resolve_backend
+from archs.checks import require_at_least, require_some
 from archs.cost import Cost
 from archs.errors import UserError
 from archs.registry import ModelSpec
@@ -26,7 +27,7 @@ from eval.decode import (
 )
 from eval.quality import bits_per_byte, loss_by_position
 from train.checkpoint import load_model, read_metadata
-from train.corpus import load_corpus
+from train.corpus import check_spec, load_corpus
 from train.loop import StepReport, train
 from train.recipe import Recipe
 from train.tokenizer import train_or_load
@@ -57,13 +58,14 @@ def train_one(
     console: Console,
 ) -> dict[str, object]:
     """Train one architecture and score it on held-out text."""
-    shape = get_scale(scale)
-    tokens = load_tokens(corpus, vocab_size or shape.vocab_size)
-    shape = replace(shape, vocab_size=tokens.vocab_size, seq_len=seq_len or shape.seq_len)
-    spec = ModelSpec(arch=arch, scale=shape)
-    model = spec.build(seed=recipe["seed"], device=str(device))
-    model.use(resolve_backend(backend, device))
+    given = {"vocab_size": vocab_size, "seq_len": seq_len}
+    shape = get_scale(scale).with_options({k: v for k, v in given.items() if v is not None})
     plan = Recipe.from_dict({**recipe, "seq_len": shape.seq_len})
+    backend = resolve_backend(backend, device)
+    ModelSpec(arch=arch, scale=shape).outline()
+    tokens = load_tokens(corpus, shape.vocab_size)
+    spec = ModelSpec(arch=arch, scale=replace(shape, vocab_size=tokens.vocab_size))
+    model = spec.build(seed=plan.seed, device=str(device)).use(backend)
 
     def show(report: StepReport) -> None:
         console.print(
@@ -113,8 +115,13 @@ def bench_archs(
     where weights or state do not fit in memory.
     """
     backend = resolve_backend(backend, device)
-    if steps < 1 or prompt < 0:
-        raise UserError(f"steps={steps}, prompt={prompt}: take steps >= 1 and prompt >= 0")
+    for name, values in (("archs", archs), ("batches", batches), ("contexts", contexts)):
+        require_some(name, values)
+    for name, value, least in (
+        ("batches", list(batches), 1), ("contexts", list(contexts), 1), ("steps", steps, 1),
+        ("prompt", prompt, 0),
+    ):  # fmt: skip
+        require_at_least(name, value, least)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
     counts = Counters(device) if counters else None
@@ -191,6 +198,9 @@ def score_checkpoint(
     arch: the architecture file of a checkpoint that was trained from one.
     Raises UserError when the corpus gives another tokenizer than the model was trained with.
     """
+    if max_tokens is not None:
+        require_at_least("max_tokens", max_tokens, 1)
+    check_spec(corpus)
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoint.safetensors"
     metadata = read_metadata(checkpoint)

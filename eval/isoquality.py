@@ -25,7 +25,7 @@ from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.accelerators import hardware_of
-from eval.predict import step_ms
+from eval.predict import require_grid, require_prices, step_ms
 
 Array = NDArray[np.float64]
 #: Where Huber's loss on log L turns from a square to a line.
@@ -227,6 +227,8 @@ def iso_quality_cost(
     tokens where a price is given, and `extrapolation`: the shape's parameters over the ladder's
     largest. Raises UserError on unknown names and on ladders that are too short.
     """
+    require_grid(hardware=hardware, batches=batches, contexts=contexts)
+    require_prices(price_per_hour or {}, hardware)
     points = ladder_points(results)
     ratios = size_ratios(points, reference)
     shape, prices = get_scale(scale), price_per_hour or {}

@@ -146,7 +146,8 @@ def _split(documents: list[str], spec: str) -> tuple[list[str], list[str]]:
         raise UserError(
             f"corpus '{spec}' is too small to hold out development and test text "
             f"({len(documents)} documents, the longest of {max(map(len, documents))} characters); "
-            f"give it one of {LEAST_CHARACTERS} characters, or {first + HELD_OUT_EVERY + 1} documents"
+            f"give it one of {LEAST_CHARACTERS} characters, or {first + HELD_OUT_EVERY + 1} "
+            "documents"
         )
     return train, held_out
 

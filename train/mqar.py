@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from archs.checks import at_least, positive
 from archs.errors import UserError, unknown_name
 
 IGNORED = -100
@@ -32,14 +33,15 @@ class MqarSpec:
     power_a: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.seq_len % 2 or 4 * self.pairs > self.seq_len or self.pairs < 1:
+        at_least(self, 1, "pairs", "seq_len", "vocab")
+        if self.seq_len % 2 or 4 * self.pairs > self.seq_len:
             raise UserError(
-                f"seq_len={self.seq_len} must be even and at least 4 x pairs={self.pairs}"
+                f"seq_len={self.seq_len} must be even and at least 4 x pairs={self.pairs}; change "
+                "one of them"
             )
         if self.vocab // 2 - 1 < self.pairs:
             raise UserError(f"vocab={self.vocab} has too few keys for pairs={self.pairs}; raise it")
-        if self.power_a <= 0:
-            raise UserError(f"power_a={self.power_a} must be positive")
+        positive(self, "power_a")
 
 
 def mqar_batch(

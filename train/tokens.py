@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from archs.checks import require_at_least
 from archs.errors import UserError
 from train.corpus import Corpus
 from train.tokenizer import Tokenizer
@@ -112,6 +113,9 @@ class Batches:
     """Training batches: windows of the token stream, each once per epoch, shuffled by seed."""
 
     def __init__(self, tokens: TokenSet, *, batch: int, seq_len: int, seed: int) -> None:
+        require_at_least("batch", batch, 1)
+        require_at_least("seq_len", seq_len, 1)
+        require_at_least("seed", seed, 0)
         self.tokens = tokens
         self.batch = batch
         self.seq_len = seq_len
@@ -176,7 +180,11 @@ def held_out_batches(
     """Windows of held-out documents; a document's first token is predicted from end of text.
 
     `max_tokens` takes that many scored tokens, an equal share from the start of each document.
+    Raises UserError on sizes below one.
     """
+    for name, value in (("seq_len", seq_len), ("batch", batch), ("max_tokens", max_tokens)):
+        if value is not None:
+            require_at_least(name, value, 1)
     documents = held_out_documents(tokens, part)
     share = None if max_tokens is None else max(1, max_tokens // len(documents))
     rows: list[tuple[np.ndarray, int]] = []
