@@ -115,8 +115,6 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         return parse(hint, value, where)
     if hint is float and _is_number(value):
-        if not math.isfinite(value):
-            raise UserError(f"{where} must be a finite number, not {value!r}")
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where} must be of type {hint.__name__}, not {value!r}")

@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
 from eval import predict as prediction
 from eval.claims import claims as check_claims
 from eval.commands import bench_archs
+from eval.console import err
 from eval.crossover import crossovers, measured_crossovers
 from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
@@ -50,8 +50,7 @@ def compare(
     """
     chosen = load_suite(suite).only(archs)
     folder = Path(out)
-    progress = Progress(Console(stderr=True, highlight=False))
-    run_suite(chosen, folder, device=resolve_device(device), fresh=fresh, progress=progress)
+    run_suite(chosen, folder, device=resolve_device(device), fresh=fresh, progress=Progress(err))
     return load_long(folder / "results.csv")
 
 

@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 
 from archs.errors import UserError
-from eval.show import Json, out, show, show_prediction, write_csv
+from eval.console import out
+from eval.show import Json, show, show_prediction, write_csv
 
 
 def archs(json_: Json = False, scale: str = "tiny") -> None:
@@ -145,7 +146,7 @@ def report(run_dir: Path) -> None:
     """Write a run folder's report.html, leaderboard.csv and plots again from its results."""
     from eval.report import write_report
 
-    out.print(str(write_report(run_dir)), highlight=False, soft_wrap=True)
+    out.print(str(write_report(run_dir)), soft_wrap=True)
 
 
 def leaderboard(
@@ -204,7 +205,7 @@ def _check(runs: list[Path], json_: bool) -> None:
         for fault in faults:
             out.print(
                 f"{fault['file']} row {fault['row']}: {fault['fault']}",
-                highlight=False, soft_wrap=True, markup=False,
+                soft_wrap=True,
             )  # fmt: skip
     if faults:
         raise typer.Exit(1)
@@ -236,4 +237,4 @@ def doctor(json_: Json = False) -> None:
         print(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
-        out.print(f"{name}: {value}", highlight=False)
+        out.print(f"{name}: {value}")

@@ -14,6 +14,7 @@ from archs.backends import NoFormError, resolve_backend
 from archs.checks import require_at_least, require_some
 from archs.cost import Cost
 from archs.errors import UserError
+from archs.files import make_folder
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.agreement import agreement
@@ -63,6 +64,7 @@ def train_one(
     plan = Recipe.from_dict({**recipe, "seq_len": shape.seq_len})
     backend = resolve_backend(backend, device)
     ModelSpec(arch=arch, scale=shape).outline()
+    make_folder(out)
     tokens = load_tokens(corpus, shape.vocab_size)
     spec = ModelSpec(arch=arch, scale=replace(shape, vocab_size=tokens.vocab_size))
     model = spec.build(seed=plan.seed, device=str(device)).use(backend)

@@ -48,8 +48,9 @@ class Progress:
             yield
             return
         self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[rate]}", markup=False), TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"), console=self.console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=self._total, rate="", left="")
@@ -71,9 +72,7 @@ class Progress:
             seconds = time.monotonic() - began
             self.console.print(
                 f"[{100 * self._done / self._total:3.0f}%] {label}: {watch.found}{seconds:.1f} s"
-                f"{self._left()}",
-                markup=False,
-                highlight=False,
+                f"{self._left()}"
             )
 
     def show(self, within: float, text: str) -> None:

@@ -6,7 +6,6 @@ its status. Cells go stage by stage, so that a short time budget leaves every ar
 the same columns.
 """
 
-import errno
 import shutil
 import time
 import traceback
@@ -20,6 +19,7 @@ import tomli_w
 import torch
 
 from archs.errors import UserError
+from archs.files import REFUSALS, read_text, refused, refusing, write
 from eval.cells import CellFailure, Workshop
 from eval.progress import Progress, Watch
 from eval.results import (
@@ -55,7 +55,7 @@ class Planned:
 def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
     """Make or check the run folder. Raises UserError when it belongs to something else."""
     config = out / "config.toml"
-    try:
+    with refusing(out, "written"):
         if out.exists() and any(out.iterdir()) and not config.exists():
             raise UserError(f"'{out}' is not empty and not a run folder; choose another --out")
         if fresh:
@@ -63,18 +63,14 @@ def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         text = f"# config_hash = {suite.config_hash}\n" + tomli_w.dumps(suite.as_toml())
         if config.exists():
-            held = config.read_text(encoding="utf-8")
+            held = read_text(config)
             if held != text:
                 raise UserError(
                     f"'{out}' belongs to another configuration ({_hash_in(held)}, this is "
                     f"{suite.config_hash}); choose another --out, or --fresh to replace it"
                 )
         else:
-            temporary = out / "config.toml.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(config)
-    except OSError as error:
-        raise UserError(f"run folder '{out}' cannot be written: {error.strerror}") from error
+            write(config, text)
 
 
 def _remove_own(out: Path) -> None:
@@ -189,10 +185,11 @@ def _guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] |
         # The user's to mend (a full disk, a bad corpus): finished cells stay, this one reruns.
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            # Not the architecture's fault: a row would say so for ever.
+            why = refused(error, error.filename or out, "used")
             raise UserError(
-                f"the disk is full ({_one_line(error)}); finished cells are kept, free some space "
-                "and run the same command again"
+                f"{why}; finished cells are kept, run the same command again to go on"
             ) from error
         with suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
             log.write(f"{item.cell}\n{traceback.format_exc()}\n")

@@ -17,6 +17,7 @@ from typing import Any
 from archs.backends import AUTO, BACKENDS
 from archs.checks import at_least, parse, some
 from archs.errors import UserError, unknown_name
+from archs.files import read_text
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
 from train.corpus import check_spec
@@ -326,7 +327,7 @@ def load_suite(name_or_path: str) -> Suite:
     if not path.is_file():
         raise UserError(f"suite file '{path}' does not exist; give a name or a .toml file")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"suite file '{path}' is not valid TOML: {error}") from None
     return parse(Suite, {"name": path.stem, **data}, str(path))

@@ -22,6 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from archs.errors import UserError, unknown_name
+from archs.files import read
 
 #: Between documents of one file.
 SEPARATOR = "<|endoftext|>"
@@ -184,7 +185,8 @@ def _stdlib(_: str) -> tuple[Iterable[str], str]:
         if not skipped.intersection(f.relative_to(root).parts) and f.stat().st_size
     ]
     version = sysconfig.get_python_version()
-    return (f.read_text("utf-8", errors="replace") for f in files), f"Python {version} library"
+    texts = (read(f).decode("utf-8", errors="replace") for f in files)
+    return texts, f"Python {version} library"
 
 
 def _path(pattern: str) -> tuple[Iterable[str], str]:
@@ -236,10 +238,13 @@ def _documents(path: Path) -> list[str]:
 def _read(path: Path) -> str:
     """A text file, decompressed by its suffix. Raises UserError naming file and byte."""
     unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
+    packed = read(path)
     try:
-        raw = unpack(path.read_bytes())
+        raw = unpack(packed)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from error
+        raise UserError(
+            f"'{path}' cannot be read: {error}; restore it or leave it out of the corpus"
+        ) from error
     zero = raw.find(b"\x00")
     if zero >= 0:
         raise UserError(f"'{path}' is not text: NUL byte at {zero}; leave it out of the corpus")

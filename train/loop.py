@@ -21,6 +21,7 @@ from torch import Tensor
 
 from archs.backbone import Model
 from archs.errors import UserError
+from archs.files import refusing
 from archs.registry import ModelSpec
 from kernels.cross_entropy import IGNORED, linear_cross_entropy
 from train.checkpoint import Identity, Progress, resume, save_checkpoint
@@ -152,7 +153,8 @@ class _Run:
         if resume_run and self.checkpoint.exists():
             self.progress = resume(self.checkpoint, self.model, self.optimizer, identity)
         else:
-            self.checkpoint.unlink(missing_ok=True)
+            with refusing(self.checkpoint, "removed"):
+                self.checkpoint.unlink(missing_ok=True)
             torch.manual_seed(self.recipe.seed)
 
     def open_log(self) -> None:

@@ -135,7 +135,63 @@ def test_weights_beyond_memory_are_refused_before_they_are_made(
 def test_an_unwritable_leaderboard_names_the_reason(decodebench: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "run", seeds=1, archs=("gqa",))
     outcome = decodebench("leaderboard", "run", "--out", "nowhere/board.csv")
-    outcome.refuses("'nowhere/board.csv'", "non-existent")
+    outcome.refuses("'nowhere/board.csv'", "No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        ("run --suite unreadable.toml", ("'unreadable.toml' cannot be read", "permissions")),
+        ("run --suite latin.toml", ("'latin.toml' is not UTF-8 text",)),
+        ("run --suite micro.toml --out file", ("'file' cannot be written", "Not a directory")),
+        ("run --suite micro.toml --out file/out", ("'file/out' cannot be written",)),
+        ("train --arch gqa --corpus path:text.txt --out file", ("'file' cannot be made a folder",)),
+        ("leaderboard run --page run", ("'run' cannot be written: Is a directory",)),
+        ("leaderboard run --page /dev/full", ("'/dev/full' cannot be written: No space left",)),
+        ("leaderboard run --out none/a.csv", ("'none/a.csv' cannot be written",)),
+        ("predict --arch gqa --out file/a.csv", ("'file/a.csv' cannot be written",)),
+        ("predict --arch gqa --picture file/a.png", ("'file' cannot be made a folder",)),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_clear_line(
+    decodebench: Command, tmp_path: Path, arguments: str, fragments: tuple[str, ...]
+) -> None:
+    write_suite(tmp_path)
+    write_run(tmp_path / "run", seeds=1, archs=("gqa",))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "latin.toml").write_bytes(b"name = '\xe9'")
+    (tmp_path / "unreadable.toml").symlink_to("/proc/self/mem")
+    short = TRAIN if arguments.startswith("train") else ()
+    decodebench(*arguments.split(), *short).refuses(*fragments)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_in_place_of_the_cache_is_refused(
+    decodebench: Command, tmp_path: Path, stub_roofline: Roofline
+) -> None:
+    """And is no failure of the architecture."""
+    suite = write_suite(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".cache").write_text("mine")
+    short = ("--corpus", "path:text.txt", *TRAIN)
+    decodebench("train", "--arch", "gqa", *short).refuses("runs/.cache' cannot be made a folder")
+    (tmp_path / ".cache").write_text("mine")
+    stopped = decodebench("run", "--suite", suite, "--out", "out", "--json")
+    stopped.refuses(".cache' cannot be made a folder")
+    assert "cell,,error" not in (tmp_path / "out" / "results.csv").read_text()
+
+
+def test_a_page_is_written_through_a_link(decodebench: Command, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", seeds=1, archs=("gqa",))
+    (tmp_path / "real.html").write_text("before")
+    (tmp_path / "link.html").symlink_to("real.html")
+    for option, name in (("--page", "link.html"), ("--out", "board.csv")):
+        (tmp_path / "board.csv").unlink(missing_ok=True)
+        assert decodebench("leaderboard", "run", option, name).code == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "real.html").read_text().startswith("<!doctype html>")
+    outcome = decodebench("leaderboard", "run", "--out", "/dev/stdout", "--json")
+    assert outcome.out.startswith("rank,arch,")
 
 
 def test_quality_on_another_corpus_is_refused(decodebench: Command, tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 """Corpora, tokenizer, token files and batches: exact, repeatable, and clear about bad input."""
 
+import errno
 import gzip
 import lzma
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -23,6 +27,8 @@ from train.tokens import (
     held_out_documents,
     prepare,
 )
+
+Damage = Callable[[bytes], bytes]
 
 TEXT = "the quick brown fox jumps over the lazy dog, again and again.\n"
 DOCUMENTS = tuple(f"document {i}: {TEXT * (i + 3)}" for i in range(8))
@@ -289,8 +295,12 @@ def test_trained_and_cached_tokenizers_are_one(tmp_path: Path, text: str) -> Non
 def test_training_is_repeatable_and_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     first = train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist()
     (file,) = tmp_path.glob("*.json")
-    file.write_text(file.read_text()[:100])
-    assert train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist() == first
+    whole = file.read_text()
+    for damaged in (whole[:100], whole.replace("0,", "1,", 1), "[]", "{}", '{"tokenizer": 3}'):
+        assert damaged != whole
+        file.write_text(damaged)
+        assert train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist() == first
+        assert file.read_text() == whole
 
 
 def test_a_vocabulary_must_hold_the_bytes(tmp_path: Path) -> None:
@@ -307,14 +317,55 @@ def test_documents_are_joined_by_end_of_text(tokens: TokenSet, tokenizer: Tokeni
     assert tokenizer.decode(tokens.train[: len(tokenizer.encode(DOCUMENTS[0]))]) == DOCUMENTS[0]
 
 
-@pytest.mark.parametrize("damage", ["train.bin", "note.json"])
+def cut(content: bytes) -> bytes:
+    return content[:-1]
+
+
+def zero(content: bytes) -> bytes:
+    return bytes(len(content))
+
+
+def shift(content: bytes) -> bytes:
+    """Another byte in the middle."""
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, zero, shift])
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "note.json"])
 def test_damaged_token_files_are_made_again(
-    tokens: TokenSet, tokenizer: Tokenizer, tmp_path: Path, damage: str
+    tokens: TokenSet, tokenizer: Tokenizer, tmp_path: Path, name: str, damage: Damage
 ) -> None:
     prepare(CORPUS, tokenizer, tmp_path)
-    (file,) = tmp_path.glob(f"*/{damage}")
-    file.write_bytes(file.read_bytes()[:-1])
+    (file,) = tmp_path.glob(f"*/{name}")
+    file.write_bytes(damage(file.read_bytes()))
+    again = prepare(CORPUS, tokenizer, tmp_path)
+    assert np.array_equal(again.train, tokens.train)
+    assert np.array_equal(again.held_out, tokens.held_out)
+    assert again.offsets == tokens.offsets
+
+
+@pytest.mark.parametrize("note", ["[]", "3", '{"dtype": 3}', '{"dtype": "uint16"}', "\x00"])
+def test_a_foreign_note_is_no_note(
+    tokens: TokenSet, tokenizer: Tokenizer, tmp_path: Path, note: str
+) -> None:
+    prepare(CORPUS, tokenizer, tmp_path)
+    (file,) = tmp_path.glob("*/note.json")
+    file.write_text(note)
     assert np.array_equal(prepare(CORPUS, tokenizer, tmp_path).train, tokens.train)
+
+
+def test_a_disk_that_is_full_while_tokenizing_is_one_line(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"train.bin' cannot be written: No space left.*; free"):
+        prepare(CORPUS, tokenizer, tmp_path)
+    with pytest.raises(UserError, match=r"json' cannot be written: No space left.*; free some"):
+        train_or_load(CORPUS, 300, tmp_path)
 
 
 def test_batches_are_a_function_of_seed_and_step(tokens: TokenSet) -> None:
