@@ -26,8 +26,8 @@ from eval.counters import Counters
 from eval.decode import (
     build_to_serve,
     decode_cost,
-    measure_decode,
     measure_ttft_ms,
+    measure_what_fits,
 )
 from eval.hardware import Roofline, measure_roofline
 from eval.paired import DOCUMENTS
@@ -40,11 +40,13 @@ from eval.quality import (
     over_documents,
 )
 from eval.results import About, Cell, Row, Status
-from eval.suite import DecodePlan, Suite, TrainPlan
+from eval.suite import Suite, TrainPlan
 from infer.engine import Engine
+from infer.memory import require_memory
 from train.corpus import load_corpus
-from train.loop import train
+from train.loop import train, training_bytes
 from train.mqar import MqarBatches
+from train.recipe import Recipe
 from train.sweep import sweep
 from train.tokenizer import train_or_load
 from train.tokens import Batches, TokenSet, prepare
@@ -146,14 +148,14 @@ class Workshop:
         assert plan is not None
         tokens = self.tokens
         spec = self.suite.trained_model(cell.arch, cell.scale, tokens.vocab_size)
-        model = self._to_train(spec, cell.seed)
+        rates = plan.rates_at(cell.scale)
+        model = self._to_train(spec, plan.recipe(cell.scale, rates[0], cell.seed))
         about = self._about(
             cell.arch, model, corpus=self.suite.corpus.spec,
             tokens=plan.steps * plan.batch * plan.seq_len, kernel_backend=model.backend,
         )  # fmt: skip
         data = Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=cell.seed)
         rows: list[Row] = []
-        rates = plan.rates_at(cell.scale)
         rate, folder = rates[0], self._folder(cell)
         if len(rates) > 1:
             rate = self._best_rate(cell, spec, plan, watch, about, rows)
@@ -178,8 +180,11 @@ class Workshop:
         ]
         return about, rows + self._quality(model.eval(), plan)
 
-    def _to_train(self, spec: ModelSpec, seed: int) -> Model:
-        model = spec.build(seed=seed, device=str(self.device))
+    def _to_train(self, spec: ModelSpec, recipe: Recipe) -> Model:
+        """A new model. Raises DoesNotFitError where its training would not fit in memory."""
+        wanted = training_bytes(spec.outline(), recipe)
+        require_memory(wanted, self.device, f"training {spec.arch} at scale {spec.scale.name}")
+        model = spec.build(seed=recipe.seed, device=str(self.device))
         return model.use(resolve_backend(AUTO, self.device))
 
     def _best_rate(
@@ -189,9 +194,10 @@ class Workshop:
         """The sweep's best rate on development documents, with its curve as rows."""
         seed, rates = plan.seeds[0], plan.rates_at(cell.scale)
         data = Batches(self.tokens, batch=plan.batch, seq_len=plan.seq_len, seed=seed)
+        recipe = plan.recipe(cell.scale, rates[0], seed)
         found = sweep(
-            lambda: self._to_train(spec, seed),
-            data, plan.recipe(cell.scale, rates[0], seed),
+            lambda: self._to_train(spec, recipe),
+            data, recipe,
             lambda model: self._dev_score(model, plan),
             self._sweep_folder(cell),
             spec=spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
@@ -251,9 +257,10 @@ class Workshop:
             kernel_backend=resolve_backend(AUTO, self.device),
         )  # fmt: skip
         for rate in plan.learning_rates:
-            model = self._to_train(spec, cell.seed)
+            recipe = plan.recipe(rate, cell.seed)
+            model = self._to_train(spec, recipe)
             result = train(
-                model, data, plan.recipe(rate, cell.seed), self._folder(cell) / f"lr_{rate:g}",
+                model, data, recipe, self._folder(cell) / f"lr_{rate:g}",
                 spec=spec, data_fingerprint=str(task), deadline=self.deadline,
                 progress=reporter(watch),
                 eval_fn=lambda m: {
@@ -307,10 +314,14 @@ class Workshop:
             raise CellFailure(Status.INCORRECT, about, agreed.why_not)
         watch.at(0.1, "correct")
         rows = [Row(measure="agreement_error", value=agreed.error)]
-        timings = measure_decode(
+        timings, too_long = measure_what_fits(
             model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
             compiled=plan.compiled,
         )  # fmt: skip
+        rows += [
+            Row(measure="tpot_ms", status=Status.OOM, batch=cell.batch, context=context, note=note)
+            for context, note in too_long.items()
+        ]
         if label != "torch":
             rows.append(Row(measure="compile_s", value=timings[0].warmup_ms / 1e3,
                             batch=cell.batch, context=timings[0].context))  # fmt: skip
@@ -328,7 +339,8 @@ class Workshop:
                     context=plan.prompt),
             ]  # fmt: skip
         if plan.no_cache and cell.batch == min(plan.batches):
-            rows += self._baseline_rows(model, plan, cell.batch, backend)
+            short = [context for context in plan.contexts if context not in too_long]
+            rows += self._baseline_rows(model, short, plan.no_cache, cell.batch, backend)
         if plan.counters:
             del model
             watch.at(0.9, "counters")
@@ -340,17 +352,19 @@ class Workshop:
                 rows += counted_rows(self.counters.count(work), work)
         return about, rows
 
-    def _baseline_rows(self, model: Model, plan: DecodePlan, batch: int, backend: str) -> list[Row]:
-        """The next plan.no_cache tokens after each context, with and without the state."""
+    def _baseline_rows(
+        self, model: Model, contexts: list[int], count: int, batch: int, backend: str
+    ) -> list[Row]:
+        """The next `count` tokens after each context, with and without the state."""
         generator = torch.Generator().manual_seed(1)
         rows = []
-        for context in plan.contexts:
+        for context in contexts:
             ids = torch.randint(model.vocab_size, (batch, context), generator=generator).tolist()
             engine = Engine(
-                model, max_sequences=batch, max_context=context + plan.no_cache, backend=backend
+                model, max_sequences=batch, max_context=context + count, backend=backend
             )
-            kept = engine.generate(ids, plan.no_cache)
-            bare = engine.generate_without_state(ids, plan.no_cache)
+            kept = engine.generate(ids, count)
+            bare = engine.generate_without_state(ids, count)
             at: dict[str, Any] = {"batch": batch, "context": context}
             rows += [
                 median_row("cached_tpot_ms", kept.step_ms, **at),

@@ -23,13 +23,14 @@ from eval.counters import Counters, Figure
 from eval.decode import (
     build_to_serve,
     decode_cost,
-    measure_decode,
     measure_ttft_ms,
+    measure_what_fits,
 )
 from eval.quality import bits_per_byte, loss_by_position
+from infer.memory import require_memory
 from train.checkpoint import load_model, read_metadata
 from train.corpus import check_spec, load_corpus
-from train.loop import StepReport, train
+from train.loop import StepReport, train, training_bytes
 from train.recipe import Recipe
 from train.tokenizer import train_or_load
 from train.tokens import Batches, TokenSet, prepare
@@ -63,7 +64,8 @@ def train_one(
     shape = get_scale(scale).with_options({k: v for k, v in given.items() if v is not None})
     plan = Recipe.from_dict({**recipe, "seq_len": shape.seq_len})
     backend = resolve_backend(backend, device)
-    ModelSpec(arch=arch, scale=shape).outline()
+    outline = ModelSpec(arch=arch, scale=shape).outline()
+    require_memory(training_bytes(outline, plan), device, f"training {arch} at scale {scale}")
     make_folder(out)
     tokens = load_tokens(corpus, shape.vocab_size)
     spec = ModelSpec(arch=arch, scale=replace(shape, vocab_size=tokens.vocab_size))
@@ -113,8 +115,8 @@ def bench_archs(
     counters: also bytes and FLOPs of a step, predicted and by the GPU's counters (None where they
       are missing, with `counters_note` saying why).
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
-    Raises UserError on counts that time nothing, on a backend that this device cannot run, and
-    where weights or state do not fit in memory.
+    Contexts whose state does not fit in memory are rows of status "oom". Raises UserError on counts
+    that time nothing, on a backend that this device cannot run, and where nothing fits.
     """
     backend = resolve_backend(backend, device)
     for name, values in (("archs", archs), ("batches", batches), ("contexts", contexts)):
@@ -146,10 +148,15 @@ def bench_archs(
             ttft: list[float] = []
             if prompt:
                 _, ttft = measure_ttft_ms(model, batch=batch, prompt=prompt, backend=backend)
-            for t in measure_decode(
+            timings, too_long = measure_what_fits(
                 model, batch=batch, contexts=contexts, steps=steps, backend=backend,
                 compiled=compiled,
-            ):  # fmt: skip
+            )  # fmt: skip
+            rows += [
+                {**about, "scale": scale, "batch": batch, "context": c, "status": "oom", "note": n}
+                for c, n in too_long.items()
+            ]
+            for t in timings:
                 p50 = t.percentile_ms(50)
                 row: dict[str, object] = {
                     **about, "scale": scale, "batch": batch, "context": t.context,

@@ -21,6 +21,7 @@ import torch
 from archs.errors import UserError
 from archs.files import REFUSALS, read_text, refused, refusing, write
 from eval.cells import CellFailure, Workshop
+from eval.decode import out_of_memory
 from eval.progress import Progress, Watch
 from eval.results import (
     CELL_FAILED,
@@ -33,8 +34,6 @@ from eval.results import (
 )
 from eval.schema import load_long
 from eval.suite import Suite
-from infer.memory import DoesNotFitError
-from infer.pages import StoreFullError
 
 #: What a run folder may hold of ours: the only names that --fresh removes. The configuration is
 #: the last of them, so that a folder emptied in part is still known as ours.
@@ -179,12 +178,12 @@ def _guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] |
         if failure.stopped:
             return About(), None
         return failure.about, [Row(measure=CELL_FAILED, status=failure.status, note=str(failure))]
-    except (DoesNotFitError, StoreFullError, MemoryError, torch.OutOfMemoryError) as error:
-        return About(), [Row(measure=CELL_FAILED, status=Status.OOM, note=_one_line(error))]
-    except UserError:
-        # The user's to mend (a full disk, a bad corpus): finished cells stay, this one reruns.
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            return About(), [Row(measure=CELL_FAILED, status=Status.OOM, note=_one_line(error))]
+        if isinstance(error, UserError):
+            # The user's to mend (a full disk, a bad corpus): finished cells stay, this one reruns.
+            raise
         if isinstance(error, OSError) and error.errno in REFUSALS:
             # Not the architecture's fault: a row would say so for ever.
             why = refused(error, error.filename or out, "used")
@@ -193,10 +192,8 @@ def _guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] |
             ) from error
         with suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
             log.write(f"{item.cell}\n{traceback.format_exc()}\n")
-        # On a CPU, torch has no exception of its own for this.
-        status = Status.OOM if "can't allocate memory" in str(error) else Status.ERROR
         note = f"{type(error).__name__}: {_one_line(error)}"
-        return About(), [Row(measure=CELL_FAILED, status=status, note=note)]
+        return About(), [Row(measure=CELL_FAILED, status=Status.ERROR, note=note)]
 
 
 def has_architecture(out: Path) -> bool:

@@ -78,6 +78,15 @@ def next_token_loss(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, targets.flatten())
 
 
+def training_bytes(model: Model, recipe: Recipe) -> int:
+    """The least that training holds: weights, gradients and the optimizer's averages.
+
+    A model without storage (`ModelSpec.outline`) will do. Activations come on top.
+    """
+    averages = {"adamw": 2, "muon": 1}[recipe.optimizer]
+    return (2 + averages) * sum(p.nbytes for p in model.parameters())
+
+
 def train(
     model: Model,
     data: Batches,

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from archs.gqa import Attention
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
 from eval.hardware import Roofline
 from eval.options import parse_duration_s
 from tests.eval.conftest import Command
@@ -130,6 +132,23 @@ def test_weights_beyond_memory_are_refused_before_they_are_made(
     decodebench("bench", "--arch", "gqa", "--scale", "tiny").refuses(
         "gqa at scale tiny needs", "free"
     )
+
+
+def test_training_beyond_memory_is_refused_before_anything_is_made(
+    decodebench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and two averages: 16 bytes a parameter."""
+    monkeypatch.setattr("infer.memory.free_bytes", lambda _: 20 << 30)
+    shape = get_scale("8b")
+    count = sum(p.numel() for p in ModelSpec(arch="gqa", scale=shape).outline().parameters())
+    outcome = decodebench("train", "--arch", "gqa", "--scale", "8b")
+    outcome.refuses(f"gqa at scale 8b needs {16 * count / 2**30:.2f} GiB but 20.00 GiB", "lower")
+
+
+def test_bench_times_the_contexts_that_fit(decodebench: Command) -> None:
+    argv = ("--arch", "gqa", "--scale", "tiny", "--context", "16,100000m", "--steps", "2")
+    rows = rows_of(decodebench("bench", *argv, "--json").out)
+    assert {row["context"]: row["status"] for row in rows} == {16: "ok", 100_000 << 20: "oom"}
 
 
 def test_an_unwritable_leaderboard_names_the_reason(decodebench: Command, tmp_path: Path) -> None:
