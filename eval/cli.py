@@ -36,9 +36,7 @@ def _outcome() -> tuple[int, str]:
 
         code = run_app()
         sys.stdout.flush()
-    except Exception as error:
-        return _verdict(error)
-    except KeyboardInterrupt as error:
+    except (Exception, KeyboardInterrupt) as error:
         return _verdict(error)
     return _verdict(KeyboardInterrupt()) if code == INTERRUPTED else (code, "")
 

@@ -342,7 +342,7 @@ def test_short_runs_warm_up_longer_but_not_forever(steps: int, warmup: int) -> N
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"steps": "9"}, "steps must be of type int, not '9'"),
         ({"steps": True}, "steps must be of type int, not True"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
         ({"learning_rate": 0}, "learning_rate=0.0 must be positive"),
         ({"learning_rates": ["x"]}, "learning_rates must be of type float, not 'x'"),
         ({"learning_rates": [1e-3, -1.0]}, "learning_rates=-1.0 must be positive"),
