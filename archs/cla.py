@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from archs.errors import UserError
+from archs.checks import at_least
 from archs.gqa import Attention, AttentionConfig, GroupedConfig
 from archs.layers import Projection
 from archs.mixer import Place, Shared
@@ -26,8 +26,7 @@ class CrossLayerConfig(GroupedConfig):
 
     def __post_init__(self) -> None:
         AttentionConfig.__post_init__(self)
-        if self.group < 1:
-            raise UserError(f"group={self.group} must be at least 1 (1: every layer owns its KV)")
+        at_least(self, 1, "group")
 
 
 class CrossLayerAttention(Attention):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
@@ -43,6 +44,8 @@ class GatedDeltaConfig(MixerConfig):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "key_heads", "value_heads", "key_dim", "value_dim", "conv_width")
+        positive(self, "eps")
         require_divisible("value_heads", self.value_heads, "key_heads", self.key_heads)
 
     @classmethod

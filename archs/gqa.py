@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection
@@ -41,6 +42,9 @@ class AttentionConfig(MixerConfig):
     sinks: int = 0
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "n_heads", "head_dim", "kv_heads", "window")
+        at_least(self, 0, "sinks")
+        positive(self, "rope_theta")
         require_divisible("n_heads", self.n_heads, "kv_heads", self.kv_heads)
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} is odd; rotary pairs need an even one")

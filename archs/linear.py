@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost
-from archs.errors import UserError
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.decay import retention
@@ -41,9 +41,10 @@ class LinearConfig(MixerConfig):
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "n_heads", "key_dim", "value_dim")
+        positive(self, "rope_theta", "eps")
         require_divisible("key_dim", self.key_dim, "rotary pair", 2)
-        if self.longest < 16:
-            raise UserError(f"longest={self.longest} must be at least 16 tokens")
+        at_least(self, 16, "longest")
 
     @classmethod
     def defaults(cls, scale: "Scale") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archs.checks import at_least
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared
@@ -31,6 +32,9 @@ class Mamba1Config(MixerConfig):
     dt_rank: int
     state_dim: int = 16
     conv_width: int = 4
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "inner", "dt_rank", "state_dim", "conv_width")
 
     @classmethod
     def defaults(cls, scale: "Scale") -> dict[str, Any]:

@@ -8,11 +8,12 @@ calls gives the same outputs and the same state as one `forward`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from archs.checks import convert
 from archs.cost import Cost, Step
 from archs.errors import UserError, unknown_name
 from archs.spec import LayerState, StateSpec
@@ -48,12 +49,17 @@ class MixerConfig:
 
     @classmethod
     def at(cls, scale: "Scale", overrides: Mapping[str, Any]) -> Self:
-        """This mixer's configuration at `scale`; an unknown key raises and names the nearest."""
+        """This mixer's configuration at `scale`.
+
+        Raises UserError on an unknown option, naming the nearest, and on one of another type.
+        """
         known = {f.name for f in fields(cls)}
-        for key in overrides:
+        values = cls.defaults(scale)
+        for key, value in overrides.items():
             if key not in known:
                 raise unknown_name(f"{cls.__qualname__} option", key, known)
-        return cls(**{**cls.defaults(scale), **overrides})
+            values[key] = convert(get_type_hints(cls)[key], value, f"{cls.__qualname__}: {key}")
+        return cls(**values)
 
 
 class Mixer(nn.Module):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection, RMSNorm
@@ -50,10 +51,8 @@ class LatentConfig(MixerConfig):
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "rank", "nope_dim", "rope_dim", "v_dim", "q_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+        at_least(self, 1, "n_heads", "rank", "nope_dim", "rope_dim", "v_dim", "q_rank")
+        positive(self, "rope_theta")
         if self.rope_dim % 2:
             raise UserError(f"rope_dim={self.rope_dim} is odd; rotary pairs need an even one")
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from archs.backbone import Model, cast, initialise
+from archs.checks import at_least
 from archs.cla import CrossLayerAttention, CrossLayerConfig
 from archs.errors import UserError, unknown_name
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
@@ -73,11 +74,11 @@ def folder_name(arch: str) -> str:
     return f"{plain}-{_digest(arch)[:8]}" if ".py" in arch else plain
 
 
-def layer_names(arch: str, n_layers: int) -> list[str]:
-    """The mixer of each layer: the pattern, repeated. Raises UserError on a bad pattern."""
+def pattern_of(arch: str) -> list[tuple[str, int]]:
+    """The mixers of one period with how many layers each has. Raises UserError on a bad pattern."""
     if not is_pattern(arch):
         entry_of(arch)
-        return [arch] * n_layers
+        return [(arch, 1)]
     left, _, right = arch.rpartition("=")
     names, counts = left.split(":"), right.split(":")
     if len(names) != len(counts) or not all(c.isdecimal() and int(c) > 0 for c in counts):
@@ -86,12 +87,19 @@ def layer_names(arch: str, n_layers: int) -> list[str]:
         )
     for name in names:
         entry_of(name)
-    period = [n for n, c in zip(names, counts, strict=True) for _ in range(int(c))]
-    if len(period) > n_layers:
+    return [(name, int(count)) for name, count in zip(names, counts, strict=True)]
+
+
+def layer_names(arch: str, n_layers: int) -> list[str]:
+    """The mixer of each layer: the pattern, repeated. Raises UserError on a bad pattern."""
+    pattern = pattern_of(arch)
+    layers = sum(count for _, count in pattern)
+    if layers > n_layers:
         raise UserError(
-            f"pattern '{arch}' has {len(period)} layers but the scale only {n_layers}; "
+            f"pattern '{arch}' has {layers} layers but the scale only {n_layers}; "
             "shorten the pattern or take a deeper scale"
         )
+    period = [name for name, count in pattern for _ in range(count)]
     return [period[i % len(period)] for i in range(n_layers)]
 
 
@@ -110,10 +118,13 @@ class ModelSpec:
     hidden: int | None = None
     short_conv: int = 0
 
+    def __post_init__(self) -> None:
+        at_least(self, 0, "hidden", "short_conv")
+
     def build(
         self, *, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Model:
-        """The model with initial weights. Raises UserError on impossible shapes."""
+        """The model with initial weights. Raises UserError on impossible shapes and options."""
         model = self._assemble(dtype, self.mlp_hidden())
         model.to_empty(device=device)
         initialise(model, seed)

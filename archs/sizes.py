@@ -8,6 +8,7 @@ parameters to those of `mha` at the same scale.
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from archs.checks import at_least, positive
 from archs.errors import UserError, unknown_name
 
 
@@ -26,9 +27,9 @@ class Scale:
     window: int = 64
 
     def __post_init__(self) -> None:
-        for field in ("d_model", "n_layers", "head_dim", "vocab_size", "seq_len", "window"):
-            if getattr(self, field) < 1:
-                raise UserError(f"{field}={getattr(self, field)} must be at least 1")
+        at_least(self, 1, "d_model", "n_layers", "head_dim", "vocab_size", "seq_len", "window")
+        at_least(self, 1, "mlp_multiple")
+        positive(self, "mlp_ratio")
         if self.d_model % self.head_dim:
             raise UserError(
                 f"d_model={self.d_model} is not divisible by head_dim={self.head_dim}; "

@@ -11,19 +11,19 @@ on bad input, with the remedy in its message.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-import torch
-from rich.console import Console
 
 from eval import predict as prediction
 from eval.claims import claims as check_claims
 from eval.commands import bench_archs
+from eval.console import err
 from eval.crossover import crossovers, measured_crossovers
 from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
+from eval.options import resolve_device
 from eval.processes import cores
 from eval.progress import Progress
 from eval.run import run_suite
@@ -47,13 +47,13 @@ def compare(
     """Run a suite over `archs` (names, patterns, files) and return the long table of results.
 
     suite: a shipped name or a TOML file. A folder `out` of the same comparison resumes.
+    device: cpu, cuda, or auto for a GPU where there is one.
     """
-    chosen = replace(load_suite(suite), archs=tuple(archs))
+    chosen = load_suite(suite).only(archs)
     folder = Path(out)
-    progress = Progress(Console(stderr=True, highlight=False))
     run_suite(
-        chosen, folder, device=torch.device(device), fresh=fresh, workers=cores(),
-        progress=progress,
+        chosen, folder, device=resolve_device(device), fresh=fresh, workers=cores(),
+        progress=Progress(err),
     )  # fmt: skip
     return load_long(folder / "results.csv")
 
@@ -87,7 +87,7 @@ def bench(
     """
     rows = bench_archs(
         list(archs), scale=scale, batches=batches, contexts=contexts, steps=steps, prompt=prompt,
-        device=torch.device(device), backend=backend, compiled=compiled, counters=counters,
+        device=resolve_device(device), backend=backend, compiled=compiled, counters=counters,
     )  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -1,6 +1,5 @@
 """The cells of a suite: one method trains, asks or times one architecture and returns its rows."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch
 from archs.backbone import Model
 from archs.backends import AUTO, NoFormError, resolve_backend
 from archs.cost import Step
-from archs.registry import ModelSpec, folder_name, is_pattern, layer_names
-from archs.sizes import Scale, get_scale
+from archs.registry import ModelSpec, folder_name, layer_names
+from archs.sizes import get_scale
 from eval.agreement import agreement
 from eval.cell_rows import (
     counted_rows,
@@ -27,14 +26,13 @@ from eval.counters import Counters
 from eval.decode import (
     build_to_serve,
     decode_cost,
-    measure_decode,
     measure_ttft_ms,
+    measure_what_fits,
 )
 from eval.hardware import Roofline, measure_roofline
 from eval.paired import DOCUMENTS
 from eval.progress import Watch
 from eval.quality import (
-    Estimate,
     bits_per_byte,
     document_scores,
     loss_by_position,
@@ -42,11 +40,12 @@ from eval.quality import (
     over_documents,
 )
 from eval.results import About, Cell, Row, Status
-from eval.suite import DecodePlan, MqarPlan, Suite, TrainPlan
+from eval.suite import Suite, TrainPlan
 from infer.engine import Engine
+from infer.memory import require_memory
 from train.corpus import load_corpus
-from train.loop import train
-from train.mqar import MqarBatches, MqarSpec
+from train.loop import train, training_bytes
+from train.mqar import MqarBatches
 from train.recipe import Recipe
 from train.sweep import sweep
 from train.tokenizer import train_or_load
@@ -110,12 +109,6 @@ class Workshop:
             **more,
         )
 
-    def _spec(self, arch: str, scale: Scale, extra: Mapping[str, Any] | None = None) -> ModelSpec:
-        names = set(layer_names(arch, scale.n_layers))
-        wanted = {**self.suite.overrides, **(extra or {})}
-        overrides = {name: options for name, options in wanted.items() if name in names}
-        return ModelSpec(arch=arch, scale=scale, overrides=overrides)
-
     # -- machine and prediction ----------------------------------------------------------------
 
     def hardware(self, watch: Watch) -> tuple[About, list[Row]]:
@@ -125,7 +118,7 @@ class Workshop:
 
     def cost(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
         """State and intensity from the declarations alone."""
-        model = self._spec(cell.arch, get_scale(cell.scale)).outline(self.serving_dtype)
+        model = self.suite.model(cell.arch, get_scale(cell.scale)).outline(self.serving_dtype)
         specs = model.state_specs()
         rows = [
             Row(measure="state_bytes_per_token", value=sum(s.bytes_per_token for s in specs)),
@@ -154,16 +147,15 @@ class Workshop:
         plan = self.suite.train
         assert plan is not None
         tokens = self.tokens
-        scale = replace(get_scale(cell.scale), seq_len=plan.seq_len, vocab_size=tokens.vocab_size)
-        spec = self._spec(cell.arch, scale)
-        model = self._to_train(spec, cell.seed)
+        spec = self.suite.trained_model(cell.arch, cell.scale, tokens.vocab_size)
+        rates = plan.rates_at(cell.scale)
+        model = self._to_train(spec, plan.recipe(cell.scale, rates[0], cell.seed))
         about = self._about(
             cell.arch, model, corpus=self.suite.corpus.spec,
             tokens=plan.steps * plan.batch * plan.seq_len, kernel_backend=model.backend,
         )  # fmt: skip
         data = Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=cell.seed)
         rows: list[Row] = []
-        rates = plan.rates_at(cell.scale)
         rate, folder = rates[0], self._folder(cell)
         if len(rates) > 1:
             rate = self._best_rate(cell, spec, plan, watch, about, rows)
@@ -171,7 +163,7 @@ class Workshop:
                 # The sweep has made this very run: it is taken up where it ended.
                 folder = self._sweep_folder(cell) / f"lr_{rate:g}"
         result = train(
-            model, data, self._recipe(plan, rate, rates, cell.seed), folder,
+            model, data, plan.recipe(cell.scale, rate, cell.seed), folder,
             spec=spec, data_fingerprint=tokens.name, deadline=self.deadline,
             progress=reporter(watch),
         )  # fmt: skip
@@ -188,20 +180,12 @@ class Workshop:
         ]
         return about, rows + self._quality(model.eval(), plan)
 
-    def _to_train(self, spec: ModelSpec, seed: int) -> Model:
-        model = spec.build(seed=seed, device=str(self.device))
+    def _to_train(self, spec: ModelSpec, recipe: Recipe) -> Model:
+        """A new model. Raises DoesNotFitError where its training would not fit in memory."""
+        wanted = training_bytes(spec.outline(), recipe)
+        require_memory(wanted, self.device, f"training {spec.arch} at scale {spec.scale.name}")
+        model = spec.build(seed=recipe.seed, device=str(self.device))
         return model.use(resolve_backend(AUTO, self.device))
-
-    def _recipe(self, plan: TrainPlan, rate: float, rates: tuple[float, ...], seed: int) -> Recipe:
-        return Recipe.from_dict(
-            {
-                "steps": plan.steps, "batch": plan.batch, "seq_len": plan.seq_len,
-                "optimizer": plan.optimizer, "schedule": plan.schedule,
-                "grad_accum": plan.grad_accum, "autocast": plan.autocast,
-                "checkpoint_every": plan.checkpoint_every, "learning_rate": rate,
-                "learning_rates": list(rates), "seed": seed,
-            }
-        )  # fmt: skip
 
     def _best_rate(
         self, cell: Cell, spec: ModelSpec, plan: TrainPlan, watch: Watch, about: About,
@@ -210,9 +194,10 @@ class Workshop:
         """The sweep's best rate on development documents, with its curve as rows."""
         seed, rates = plan.seeds[0], plan.rates_at(cell.scale)
         data = Batches(self.tokens, batch=plan.batch, seq_len=plan.seq_len, seed=seed)
+        recipe = plan.recipe(cell.scale, rates[0], seed)
         found = sweep(
-            lambda: self._to_train(spec, seed),
-            data, self._recipe(plan, rates[0], rates, seed),
+            lambda: self._to_train(spec, recipe),
+            data, recipe,
             lambda model: self._dev_score(model, plan),
             self._sweep_folder(cell),
             spec=spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
@@ -258,29 +243,30 @@ class Workshop:
         return rows
 
     def mqar(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
-        """Recall, trained until it is solved or the steps end, at each rate until one solves it."""
+        """Recall, trained until it is solved or the steps end, at each rate until one solves it.
+
+        When to stop and which rate to take is decided on development sequences.
+        """
         plan = self.suite.mqar
         assert plan is not None
-        spec = self._mqar_spec(cell.arch, plan)
-        task = MqarSpec(vocab=plan.vocab, seq_len=plan.seq_len, pairs=plan.pairs)
+        spec, task = self.suite.mqar_model(cell.arch), plan.task
         data = MqarBatches(task, plan.batch, cell.seed)
-        best: tuple[Estimate, int, float] | None = None
+        best: tuple[float, Model, int, float] | None = None
         about = self._about(
             cell.arch, spec.outline(), corpus="mqar",
             kernel_backend=resolve_backend(AUTO, self.device),
         )  # fmt: skip
         for rate in plan.learning_rates:
-            model = self._to_train(spec, cell.seed)
-            recipe = Recipe(
-                steps=plan.steps, batch=plan.batch, seq_len=plan.seq_len, learning_rate=rate,
-                weight_decay=0.1, eval_every=plan.eval_every, checkpoint_every=0, seed=cell.seed,
-                warmup=0.1, log_every=plan.eval_every,
-            )  # fmt: skip
+            recipe = plan.recipe(rate, cell.seed)
+            model = self._to_train(spec, recipe)
             result = train(
-                model, data, recipe, self._folder(cell) / f"lr_{rate:g}", spec=spec,
-                data_fingerprint=str(task), deadline=self.deadline, progress=reporter(watch),
+                model, data, recipe, self._folder(cell) / f"lr_{rate:g}",
+                spec=spec, data_fingerprint=str(task), deadline=self.deadline,
+                progress=reporter(watch),
                 eval_fn=lambda m: {
-                    "accuracy": mqar_accuracy(m, task, sequences=128, seed=cell.seed + 1).value
+                    "accuracy": mqar_accuracy(
+                        m, task, part="dev", sequences=128, seed=cell.seed
+                    ).value
                 },
                 enough=lambda found: found.get("accuracy", 0.0) >= SOLVED + 0.003,
             )  # fmt: skip
@@ -288,16 +274,19 @@ class Workshop:
                 raise CellFailure(Status.ERROR, about, "stopped", stopped=True)
             if result.status != "ok":
                 continue
-            accuracy = mqar_accuracy(
-                model.eval(), task, sequences=plan.test_sequences, seed=cell.seed
-            )
-            if best is None or accuracy.value > best[0].value:
-                best = accuracy, result.steps, rate
-            if accuracy.value >= SOLVED:
+            chosen_by = mqar_accuracy(
+                model.eval(), task, part="dev", sequences=plan.test_sequences, seed=cell.seed
+            ).value
+            if best is None or chosen_by > best[0]:
+                best = chosen_by, model, result.steps, rate
+            if chosen_by >= SOLVED:
                 break
         if best is None:
             raise CellFailure(Status.NAN, about, "training failed at every learning rate")
-        accuracy, steps, rate = best
+        _, model, steps, rate = best
+        accuracy = mqar_accuracy(
+            model, task, part="test", sequences=plan.test_sequences, seed=cell.seed
+        )
         about = replace(about, tokens=steps * plan.batch * plan.seq_len)
         rows = [
             estimate_row("mqar_accuracy", accuracy, context=plan.seq_len),
@@ -307,23 +296,12 @@ class Workshop:
             rows.append(Row(measure="mqar_steps_to_99", value=steps))
         return about, rows
 
-    def _mqar_spec(self, arch: str, plan: MqarPlan) -> ModelSpec:
-        """Two layers (a hybrid: one period of its pattern), no MLP, one short conv for all."""
-        period = sum(int(n) for n in arch.rpartition("=")[2].split(":")) if is_pattern(arch) else 1
-        scale = Scale(
-            name="mqar", d_model=plan.d_model, n_layers=max(plan.n_layers, period),
-            head_dim=plan.head_dim, vocab_size=plan.vocab, seq_len=plan.seq_len,
-            window=plan.window,
-        )  # fmt: skip
-        spec = self._spec(arch, scale, plan.overrides)
-        return replace(spec, hidden=0, short_conv=plan.short_conv)
-
     # -- serving ---------------------------------------------------------------------------------
 
     def decode(self, cell: Cell, watch: Watch) -> tuple[About, list[Row]]:
         """Correctness first, then decode over contexts, prefill, and the no-state baseline."""
         plan = self.suite.decode[cell.section]
-        spec = self._spec(cell.arch, get_scale(plan.scale))
+        spec = self.suite.model(cell.arch, get_scale(plan.scale))
         model = build_to_serve(spec, self.device, self.serving_dtype)
         backend = resolve_backend(plan.backend, self.device)
         label = "torch-compile" if plan.compiled else backend
@@ -339,10 +317,14 @@ class Workshop:
             raise CellFailure(Status.INCORRECT, about, agreed.why_not)
         watch.at(0.1, "correct")
         rows = [Row(measure="agreement_error", value=agreed.error)]
-        timings = measure_decode(
+        timings, too_long = measure_what_fits(
             model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
             compiled=plan.compiled,
         )  # fmt: skip
+        rows += [
+            Row(measure="tpot_ms", status=Status.OOM, batch=cell.batch, context=context, note=note)
+            for context, note in too_long.items()
+        ]
         if label != "torch":
             rows.append(Row(measure="compile_s", value=timings[0].warmup_ms / 1e3,
                             batch=cell.batch, context=timings[0].context))  # fmt: skip
@@ -360,7 +342,8 @@ class Workshop:
                     context=plan.prompt),
             ]  # fmt: skip
         if plan.no_cache and cell.batch == min(plan.batches):
-            rows += self._baseline_rows(model, plan, cell.batch, backend)
+            short = [context for context in plan.contexts if context not in too_long]
+            rows += self._baseline_rows(model, short, plan.no_cache, cell.batch, backend)
         if plan.counters:
             del model
             watch.at(0.9, "counters")
@@ -372,17 +355,19 @@ class Workshop:
                 rows += counted_rows(self.counters.count(work), work)
         return about, rows
 
-    def _baseline_rows(self, model: Model, plan: DecodePlan, batch: int, backend: str) -> list[Row]:
-        """The next plan.no_cache tokens after each context, with and without the state."""
+    def _baseline_rows(
+        self, model: Model, contexts: list[int], count: int, batch: int, backend: str
+    ) -> list[Row]:
+        """The next `count` tokens after each context, with and without the state."""
         generator = torch.Generator().manual_seed(1)
         rows = []
-        for context in plan.contexts:
+        for context in contexts:
             ids = torch.randint(model.vocab_size, (batch, context), generator=generator).tolist()
             engine = Engine(
-                model, max_sequences=batch, max_context=context + plan.no_cache, backend=backend
+                model, max_sequences=batch, max_context=context + count, backend=backend
             )
-            kept = engine.generate(ids, plan.no_cache)
-            bare = engine.generate_without_state(ids, plan.no_cache)
+            kept = engine.generate(ids, count)
+            bare = engine.generate_without_state(ids, count)
             at: dict[str, Any] = {"batch": batch, "context": context}
             rows += [
                 median_row("cached_tpot_ms", kept.step_ms, **at),

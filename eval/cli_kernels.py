@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from archs.errors import UserError
-from eval.options import err
-from eval.show import Json, out, show, write_csv
+from eval.console import err, out
+from eval.show import Json, show, write_csv
 
 if TYPE_CHECKING:
     from eval.gpu.proof import Proof
@@ -91,9 +91,9 @@ def _prepare(folder: Path, names: list[str], targets: list[str]) -> None:
     out.print(f"{count} kernels in '{folder}', {seconds:.0f} s of compilation")
     for kind, found in report["not_ok"].items():
         for line in found:
-            out.print(f"{kind}: {line}", markup=False)
+            out.print(f"{kind}: {line}")
     for kind, what in report["faults"]:
-        out.print(f"in a capture: {kind} {what}", markup=False)
+        out.print(f"in a capture: {kind} {what}")
 
 
 def planned(names: list[str]) -> list[dict[str, object]]:

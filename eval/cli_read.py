@@ -1,7 +1,6 @@
 """Commands of `decodebench` that train and time nothing: what is known, predicted or recorded."""
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,8 @@ import typer
 from rich.table import Table
 
 from archs.errors import UserError
-from eval.show import Json, out, show, show_prediction, write_csv
+from eval.console import out
+from eval.show import Json, show, show_prediction, write_csv
 
 
 def archs(json_: Json = False, scale: str = "tiny") -> None:
@@ -72,8 +72,6 @@ def predict(
     parts = hardware.split(",")
     names = arch or list(REGISTRY)
     grid = (names, scale, parts, parse_counts(batch), parse_counts(context))
-    if not 0 <= launch_us < math.inf:
-        raise UserError(f"launch_us={launch_us} must be zero or more microseconds")
     if by_op and (price or picture):
         raise UserError("--by-op has no price and no picture; leave out --price and --picture")
     if by_op:
@@ -154,7 +152,7 @@ def report(run_dir: Path) -> None:
     """Write a run folder's report.html, leaderboard.csv and plots again from its results."""
     from eval.report import write_report
 
-    out.print(str(write_report(run_dir)), highlight=False, soft_wrap=True)
+    out.print(str(write_report(run_dir)), soft_wrap=True)
 
 
 def leaderboard(
@@ -213,7 +211,7 @@ def _check(runs: list[Path], json_: bool) -> None:
         for fault in faults:
             out.print(
                 f"{fault['file']} row {fault['row']}: {fault['fault']}",
-                highlight=False, soft_wrap=True, markup=False,
+                soft_wrap=True,
             )  # fmt: skip
     if faults:
         raise typer.Exit(1)
@@ -245,4 +243,4 @@ def doctor(json_: Json = False) -> None:
         print(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
-        out.print(f"{name}: {value}", highlight=False)
+        out.print(f"{name}: {value}")

@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 
 from archs.backends import NoFormError, resolve_backend
+from archs.checks import require_at_least, require_some
 from archs.cost import Cost
 from archs.errors import UserError
+from archs.files import make_folder
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.agreement import agreement
@@ -22,13 +24,14 @@ from eval.counters import Counters, Figure
 from eval.decode import (
     build_to_serve,
     decode_cost,
-    measure_decode,
     measure_ttft_ms,
+    measure_what_fits,
 )
 from eval.quality import bits_per_byte, loss_by_position
+from infer.memory import require_memory
 from train.checkpoint import load_model, read_metadata
-from train.corpus import load_corpus
-from train.loop import StepReport, train
+from train.corpus import check_spec, load_corpus
+from train.loop import StepReport, train, training_bytes
 from train.recipe import Recipe
 from train.tokenizer import train_or_load
 from train.tokens import Batches, TokenSet, prepare
@@ -58,13 +61,16 @@ def train_one(
     console: Console,
 ) -> dict[str, object]:
     """Train one architecture and score it on held-out text."""
-    shape = get_scale(scale)
-    tokens = load_tokens(corpus, vocab_size or shape.vocab_size)
-    shape = replace(shape, vocab_size=tokens.vocab_size, seq_len=seq_len or shape.seq_len)
-    spec = ModelSpec(arch=arch, scale=shape)
-    model = spec.build(seed=recipe["seed"], device=str(device))
-    model.use(resolve_backend(backend, device))
+    given = {"vocab_size": vocab_size, "seq_len": seq_len}
+    shape = get_scale(scale).with_options({k: v for k, v in given.items() if v is not None})
     plan = Recipe.from_dict({**recipe, "seq_len": shape.seq_len})
+    backend = resolve_backend(backend, device)
+    outline = ModelSpec(arch=arch, scale=shape).outline()
+    require_memory(training_bytes(outline, plan), device, f"training {arch} at scale {scale}")
+    make_folder(out)
+    tokens = load_tokens(corpus, shape.vocab_size)
+    spec = ModelSpec(arch=arch, scale=replace(shape, vocab_size=tokens.vocab_size))
+    model = spec.build(seed=plan.seed, device=str(device)).use(backend)
 
     def show(report: StepReport) -> None:
         console.print(
@@ -110,12 +116,17 @@ def bench_archs(
     counters: also bytes and FLOPs of a step, predicted and by the GPU's counters (None where they
       are missing, with `counters_note` saying why).
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
-    Raises UserError on counts that time nothing, on a backend that this device cannot run, and
-    where weights or state do not fit in memory.
+    Contexts whose state does not fit in memory are rows of status "oom". Raises UserError on counts
+    that time nothing, on a backend that this device cannot run, and where nothing fits.
     """
     backend = resolve_backend(backend, device)
-    if steps < 1 or prompt < 0:
-        raise UserError(f"steps={steps}, prompt={prompt}: take steps >= 1 and prompt >= 0")
+    for name, values in (("archs", archs), ("batches", batches), ("contexts", contexts)):
+        require_some(name, values)
+    for name, value, least in (
+        ("batches", list(batches), 1), ("contexts", list(contexts), 1), ("steps", steps, 1),
+        ("prompt", prompt, 0),
+    ):  # fmt: skip
+        require_at_least(name, value, least)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
     counts = Counters(device) if counters else None
@@ -140,10 +151,15 @@ def bench_archs(
             ttft: list[float] = []
             if prompt:
                 _, ttft = measure_ttft_ms(model, batch=batch, prompt=prompt, backend=backend)
-            for t in measure_decode(
+            timings, too_long = measure_what_fits(
                 model, batch=batch, contexts=contexts, steps=steps, backend=backend,
                 compiled=compiled,
-            ):  # fmt: skip
+            )  # fmt: skip
+            rows += [
+                {**about, "scale": scale, "batch": batch, "context": c, "status": "oom", "note": n}
+                for c, n in too_long.items()
+            ]
+            for t in timings:
                 p50 = t.percentile_ms(50)
                 row: dict[str, object] = {
                     **about, "scale": scale, "batch": batch, "context": t.context,
@@ -194,6 +210,9 @@ def score_checkpoint(
     arch: the architecture file of a checkpoint that was trained from one.
     Raises UserError when the corpus gives another tokenizer than the model was trained with.
     """
+    if max_tokens is not None:
+        require_at_least("max_tokens", max_tokens, 1)
+    check_spec(corpus)
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoint.safetensors"
     metadata = read_metadata(checkpoint)

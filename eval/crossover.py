@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
+from archs.checks import require_at_least
 from archs.cost import Step
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.accelerators import Hardware, hardware_of
-from eval.predict import step_ms
+from eval.predict import require_grid, step_ms
 from eval.tidy import tidy
 
 Crossover = dict[str, object]
@@ -39,6 +40,10 @@ def crossovers(
     `longest`), "never", or "until" (faster below the context, not from it on). Raises UserError
     on unknown names.
     """
+    hardware, batches = list(hardware), list(batches)
+    require_grid(hardware=hardware, batches=batches)
+    require_at_least("longest", longest, 1)
+    require_at_least("launch_us", launch_us, 0)
     rows = []
     for part in (hardware_of(key, dtype) for key in hardware):
         for batch in batches:

@@ -20,7 +20,8 @@ from eval.calls import CountCalls
 from eval.hardware import now_s
 from infer.clock import StepClock
 from infer.engine import Engine
-from infer.memory import require_memory
+from infer.memory import DoesNotFitError, require_memory
+from infer.pages import StoreFullError
 from infer.sampling import Sampler, Sampling, fed
 
 
@@ -136,6 +137,33 @@ def measure_decode(
             )
         )  # fmt: skip
     return timings
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory does not suffice."""
+    kinds = (DoesNotFitError, StoreFullError, MemoryError, torch.OutOfMemoryError)
+    # On a CPU, torch has no exception of its own for this.
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def measure_what_fits(
+    model: Model, *, batch: int, contexts: Sequence[int], steps: int, backend: str, compiled: bool
+) -> tuple[list[DecodeTiming], dict[int, str]]:
+    """`measure_decode` of the contexts that fit in memory, and why the others do not.
+
+    Raises what the shortest one raised where none fits.
+    """
+    left, too_long = sorted(contexts), dict[int, str]()
+    while True:
+        try:
+            timings = measure_decode(
+                model, batch=batch, contexts=left, steps=steps, backend=backend, compiled=compiled
+            )
+            return timings, too_long
+        except Exception as error:
+            if len(left) == 1 or not out_of_memory(error):
+                raise
+            too_long[left.pop()] = " ".join(str(error).split())[:300]
 
 
 def measure_ttft_ms(

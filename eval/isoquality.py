@@ -15,7 +15,14 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.accelerators import hardware_of
 from eval.ladder import ladder_points, size_ratios
-from eval.predict import resident_bytes, room, step_ms, usd_per_million_tok
+from eval.predict import (
+    require_grid,
+    require_prices,
+    resident_bytes,
+    room,
+    step_ms,
+    usd_per_million_tok,
+)
 
 #: Times the ladder's largest model up to which a fit of it is evidence.
 REACH = 2.0
@@ -40,6 +47,8 @@ def iso_quality_cost(
     parameters over the ladder's largest, and a `note` where that is far. Raises UserError on
     unknown names and on ladders that are too short or were not trained alike.
     """
+    require_grid(hardware=hardware, batches=batches, contexts=contexts)
+    require_prices(price_per_hour or {}, hardware)
     points = ladder_points(results)
     ratios = size_ratios(points, reference)
     shape, prices = get_scale(scale), price_per_hour or {}

@@ -18,6 +18,7 @@ from typing import Any, Self
 import pandas as pd
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from archs.errors import UserError
 from eval.families import families_of
@@ -307,7 +308,7 @@ def to_table(table: pd.DataFrame) -> Table:
     drawn.add_column("arch", no_wrap=True)
     for headline in shown:
         where = headline.where.replace(" ", "\n", 1)
-        title = f"{headline.title}\n[dim]{where}[/dim]"
+        title = Text.assemble(f"{headline.title}\n", (where, "dim"))
         drawn.add_column(title, justify="right", no_wrap=True)
     drawn.add_column("status")
     for _, row in ranked.iterrows():

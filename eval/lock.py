@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from archs.errors import UserError
+from archs.files import refusing
 
 
 @contextmanager
@@ -15,11 +16,9 @@ def only_writer(folder: Path) -> Iterator[None]:
 
     Raises UserError where another process holds it, or it cannot be made.
     """
-    try:
+    with refusing(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"folder '{folder}' cannot be written: {error.strerror}") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

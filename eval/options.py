@@ -1,13 +1,9 @@
-"""What commands share of their options: the device, durations, and where progress is shown."""
+"""What commands share of their options: the device and durations."""
 
 import math
 from typing import Any
 
-from rich.console import Console
-
 from archs.errors import UserError
-
-err = Console(stderr=True, highlight=False)
 
 
 def resolve_device(name: str) -> Any:

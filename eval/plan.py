@@ -1,6 +1,5 @@
 """The cells of a suite in the order in which they run, and what becomes of one that fails."""
 
-import errno
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -8,14 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
-
 from archs.errors import UserError
+from archs.files import REFUSALS, refused
 from eval.cells import CellFailure, Workshop
+from eval.decode import out_of_memory
 from eval.progress import Watch
 from eval.results import CELL_FAILED, About, Cell, Row, Status
-from infer.memory import DoesNotFitError
-from infer.pages import StoreFullError
 from infer.sampling import NoTokenError
 
 #: Stages that train a model: their cells are not timed.
@@ -89,32 +86,36 @@ def _words(cell: Cell) -> Iterator[str]:
 
 
 def guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] | None]:
-    """The cell's rows, or one row that says how it failed; None when the budget stopped it."""
+    """The cell's rows, or one row that says how it failed; None when the budget stopped it.
+
+    Raises UserError on what the user can mend (a full disk, a bad corpus): the cell runs again.
+    """
     try:
         return item.work(watch)
     except CellFailure as failure:
         if failure.stopped:
             return About(), None
-        return failure.about, [Row(measure=CELL_FAILED, status=failure.status, note=str(failure))]
-    except NoTokenError as error:
-        return About(), [Row(measure=CELL_FAILED, status=Status.NAN, note=_one_line(error))]
-    except (DoesNotFitError, StoreFullError, MemoryError, torch.OutOfMemoryError) as error:
-        return About(), [Row(measure=CELL_FAILED, status=Status.OOM, note=_one_line(error))]
-    except UserError:
-        # The user's to mend (a full disk, a bad corpus): finished cells stay, this one reruns.
-        raise
+        return failure.about, [_failed(failure.status, str(failure))]
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if out_of_memory(error):
+            return About(), [_failed(Status.OOM, _one_line(error))]
+        if isinstance(error, NoTokenError):
+            return About(), [_failed(Status.NAN, _one_line(error))]
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            # Not the architecture's fault: a row would say so for ever.
+            why = refused(error, error.filename or out, "used")
             raise UserError(
-                f"the disk is full ({_one_line(error)}); finished cells are kept, free some space "
-                "and run the same command again"
+                f"{why}; finished cells are kept, run the same command again to go on"
             ) from error
         with suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
             log.write(f"{item.cell}\n{traceback.format_exc()}\n")
-        # On a CPU, torch has no exception of its own for this.
-        status = Status.OOM if "can't allocate memory" in str(error) else Status.ERROR
-        note = f"{type(error).__name__}: {_one_line(error)}"
-        return About(), [Row(measure=CELL_FAILED, status=status, note=note)]
+        return About(), [_failed(Status.ERROR, f"{type(error).__name__}: {_one_line(error)}")]
+
+
+def _failed(status: Status, note: str) -> Row:
+    return Row(measure=CELL_FAILED, status=status, note=note)
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,11 +6,12 @@ once. Figures of the table's parts rest on datasheets: they are the least a step
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from archs.backbone import Model
+from archs.checks import require_at_least, require_positive, require_some
 from archs.cost import Cost, OpCost, Step
-from archs.errors import UserError
+from archs.errors import UserError, unknown_name
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.accelerators import Hardware, hardware_of
@@ -38,7 +39,10 @@ def predict(
     `max_sequences` how many would; a batch that does not fit has no price. Raises UserError on
     unknown names.
     """
+    hardware = list(hardware)
     prices = price_per_hour or {}
+    require_prices(prices, hardware)
+    require_at_least("launch_us", launch_us, 0)
     rows = []
     for arch, model, part, step in _grid(archs, scale, hardware, batches, contexts, dtype):
         cost = model.cost(step)
@@ -80,6 +84,7 @@ def predict_ops(
     `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
     a bare product with weights, none where every sequence brings bytes of its own.
     """
+    require_at_least("launch_us", launch_us, 0)
     rows: list[Prediction] = []
     for arch, model, part, step in _grid(archs, scale, hardware, batches, contexts, dtype):
         ops = Counter(model.cost(step).ops)
@@ -108,7 +113,9 @@ def _grid(
     contexts: Iterable[int],
     dtype: str,
 ) -> Iterator[tuple[str, Model, Hardware, Step]]:
-    batches = list(batches)
+    archs, hardware = list(archs), list(hardware)
+    batches, contexts = list(batches), list(contexts)
+    require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)
     parts = [hardware_of(key, dtype, batches) for key in hardware]
     steps = [Step(b, 1, c) for b in batches for c in contexts]
     shape = get_scale(scale)
@@ -117,6 +124,24 @@ def _grid(
             model = ModelSpec(arch=arch, scale=shape).outline(part.roofline.dtype)
             for step in steps:
                 yield arch, model, part, step
+
+
+def require_grid(
+    *, batches: Sequence[int], contexts: Sequence[int] = (0,), **names: Sequence[str]
+) -> None:
+    """Raise UserError unless every list has entries, each once, and counts that can be."""
+    for name, values in (*names.items(), ("batches", batches), ("contexts", contexts)):
+        require_some(name, values)
+    require_at_least("batches", list(batches), 1)
+    require_at_least("contexts", list(contexts), 0)
+
+
+def require_prices(prices: Mapping[str, float], hardware: Iterable[str]) -> None:
+    """Raise UserError on prices that are not positive, or of parts that are not asked for."""
+    for part, price in prices.items():
+        require_positive(f"price of '{part}'", price)
+        if part not in hardware:
+            raise unknown_name("part with a price", part, hardware)
 
 
 def op_ms(op: OpCost, roofline: Roofline, launch_us: float = 0.0) -> float:

@@ -1,5 +1,6 @@
 """The picture of a prediction: time per token against what varies, a panel for each part."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import altair as alt
 import pandas as pd
 
 from archs.errors import UserError
+from archs.files import make_folder, write
 from eval.predict import Prediction
 
 SUFFIXES = (".png", ".svg", ".html")
@@ -35,8 +37,7 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
         .facet(column=alt.Column("hardware:N", title=f"predicted, {table['scale'].iloc[0]} shapes"))
     )
     options = {"inline": True} if path.suffix == ".html" else {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        chart.save(str(path), **options)
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from error
+    drawn: io.BytesIO | io.StringIO = io.BytesIO() if path.suffix == ".png" else io.StringIO()
+    chart.save(drawn, format=path.suffix.removeprefix("."), **options)
+    make_folder(path.parent)
+    write(path, drawn.getvalue())

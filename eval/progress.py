@@ -52,8 +52,9 @@ class Progress:
             yield
             return
         self._bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[rate]}", markup=False), TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"), console=self.console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=self._total, rate="", left="")

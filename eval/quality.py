@@ -35,7 +35,7 @@ class Estimate:
 def _scored(
     model: Model, tokens: TokenSet, part: Part, seq_len: int, max_tokens: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Losses in nats [B, T], whether each was scored [B, T], and documents [B]."""
+    """Losses in nats [B, T], targets [B, T] (IGNORED: not scored), and documents [B]."""
     device = model.embedding.weight.device
     batch = max(1, 4096 // seq_len)
     with torch.inference_mode():
@@ -45,34 +45,33 @@ def _scored(
             hidden = model.hidden_states(rows.inputs.to(device))
             targets = rows.targets.to(device)
             losses = token_losses(hidden.flatten(0, 1), model.embedding.weight, targets.flatten())
-            yield losses.view_as(targets).cpu(), rows.targets != IGNORED, rows.document
+            yield losses.view_as(targets).cpu(), rows.targets, rows.document
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentScore:
-    """Bits that a model needs for the scored part of one document, and that part's bytes."""
+    """Bits that a model needs for the scored tokens of one document, and their UTF-8 bytes."""
 
     document: int
     bits: float
-    size_bytes: float
+    size_bytes: int
 
 
 def document_scores(
     model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None
 ) -> list[DocumentScore]:
     """The held-out documents, each scored in windows of `seq_len`."""
-    count = len(tokens.document_bytes)
-    nats, scored = np.zeros(count), np.zeros(count)
-    for losses, valid, document in _scored(model, tokens, part, seq_len, max_tokens):
+    count = len(tokens.offsets) - 1
+    nats, size = np.zeros(count), np.zeros(count, dtype=np.int64)
+    for losses, targets, document in _scored(model, tokens, part, seq_len, max_tokens):
+        valid = targets != IGNORED
         total = (losses * valid).sum(1).double().numpy()
         np.add.at(nats, document.numpy(), total)
-        np.add.at(scored, document.numpy(), valid.sum(1).double().numpy())
-    lengths = np.diff(np.asarray(tokens.offsets))
-    # A document scored in part counts the bytes of that part, at its own bytes per token.
-    size = np.asarray(tokens.document_bytes) * scored / np.maximum(lengths, 1)
+        bytes_of = tokens.token_bytes[targets.where(valid, tokens.eot_id).numpy()]
+        np.add.at(size, document.numpy(), (bytes_of * valid.numpy()).sum(1))
     return [
-        DocumentScore(int(d), float(nats[d]) / math.log(2), float(size[d]))
-        for d in np.flatnonzero(scored)
+        DocumentScore(int(d), float(nats[d]) / math.log(2), int(size[d]))
+        for d in np.flatnonzero(size)
     ]
 
 
@@ -106,9 +105,10 @@ def loss_by_position(
 
     Windows are `reach` long, which may lie beyond the trained length. Intervals are over documents.
     """
-    count = len(tokens.document_bytes)
+    count = len(tokens.offsets) - 1
     sums: dict[int, np.ndarray] = {}
-    for losses, valid, document in _scored(model, tokens, part, reach, max_tokens):
+    for losses, targets, document in _scored(model, tokens, part, reach, max_tokens):
+        valid = targets != IGNORED
         for first, last in octaves(losses.shape[1]):
             chosen = valid[:, first:last]
             total = (losses[:, first:last] * chosen).sum(1).double().numpy()
@@ -135,13 +135,15 @@ def octaves(length: int) -> list[tuple[int, int]]:
     return list(pairwise(edges)) if length >= 8 else []
 
 
-def mqar_accuracy(model: Model, spec: MqarSpec, *, sequences: int, seed: int) -> Estimate:
+def mqar_accuracy(
+    model: Model, spec: MqarSpec, *, part: Part, sequences: int, seed: int
+) -> Estimate:
     """Share of queries answered, 95 % interval over sequences (`clustered_share`)."""
     device = model.embedding.weight.device
     right, asked = [], []
     with torch.inference_mode():
         for step in range(max(1, sequences // 128)):
-            inputs, targets = mqar_batch(spec, 128, seed=seed, step=step, split="test")
+            inputs, targets = mqar_batch(spec, 128, seed=seed, step=step, split=part)
             at = targets != IGNORED
             hidden = model.hidden_states(inputs.to(device))[at.to(device)]
             answers = torch.full_like(targets, IGNORED)

@@ -17,6 +17,7 @@ import pandas as pd
 import vl_convert
 
 from archs.errors import UserError
+from archs.files import make_folder, read_text, refusing, write
 from eval.claims import claims as check_claims
 from eval.families import families_of
 from eval.isoquality import iso_quality_cost
@@ -45,25 +46,18 @@ def write_report(run_dir: Path) -> Path:
     table = rank(wide(long))
     drawn = _drawn(long)
     config = run_dir / "config.toml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    text = read_text(config) if config.is_file() else ""
     page = _page(run_dir.resolve().name, long, table, drawn, text, kernel_section(run_dir))
     report = run_dir / "report.html"
-    try:
-        _replace(run_dir / "leaderboard.csv", table.to_csv(index=False).encode())
-        _write_plots(run_dir / "plots", drawn)
-        _replace(report, page.encode())
-    except OSError as error:
-        raise UserError(f"'{run_dir}' cannot take the report: {error.strerror}") from error
+    write(run_dir / "leaderboard.csv", table.to_csv(index=False))
+    _write_plots(run_dir / "plots", drawn)
+    write(report, page)
     return report
 
 
 def write_page(long: pd.DataFrame, path: Path) -> None:
     """The same page for the long table of several runs. Raises UserError when the disk refuses."""
-    page = _page(path.stem, long, rank(wide(long)), _drawn(long), "")
-    try:
-        _replace(path, page.encode())
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}") from error
+    write(path, _page(path.stem, long, rank(wide(long)), _drawn(long), ""))
 
 
 #: Pictures with their charts as Vega-Lite; None where a picture could not be drawn.
@@ -77,25 +71,16 @@ def _drawn(long: pd.DataFrame) -> Drawn:
 
 def _write_plots(folder: Path, drawn: Drawn) -> None:
     """Each chart as SVG and as PNG at twice its size; pictures no longer drawn are removed."""
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     specs = {picture.name: spec for picture, spec in drawn if spec is not None}
     for old in (*folder.glob("*.svg"), *folder.glob("*.png")):
         if old.stem not in specs:
-            old.unlink()
+            with refusing(old, "removed"):
+                old.unlink()
     for name, spec in specs.items():
         svg = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
-        _replace(folder / f"{name}.svg", svg.encode())
-        _replace(folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write(folder / f"{name}.svg", svg)
+        write(folder / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
 
 
 def _page(

@@ -17,6 +17,7 @@ import tomli_w
 import torch
 
 from archs.errors import UserError
+from archs.files import read_text, refusing, write
 from eval.cells import Workshop
 from eval.lock import only_writer
 from eval.plan import TRAINED, Planned, guarded, plan
@@ -36,7 +37,7 @@ OWN_NAMES = (
 def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
     """Make or check the run folder. Raises UserError when it belongs to something else."""
     config = out / "config.toml"
-    try:
+    with refusing(out, "written"):
         if out.exists() and any(out.iterdir()) and not config.exists():
             raise UserError(f"'{out}' is not empty and not a run folder; choose another --out")
         if fresh:
@@ -44,18 +45,14 @@ def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         text = f"# config_hash = {suite.config_hash}\n" + tomli_w.dumps(suite.as_toml())
         if config.exists():
-            held = config.read_text(encoding="utf-8")
+            held = read_text(config)
             if held != text:
                 raise UserError(
                     f"'{out}' belongs to another configuration ({_hash_in(held)}, this is "
                     f"{suite.config_hash}); choose another --out, or --fresh to replace it"
                 )
         else:
-            temporary = out / "config.toml.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(config)
-    except OSError as error:
-        raise UserError(f"run folder '{out}' cannot be written: {error.strerror}") from error
+            write(config, text)
 
 
 def _remove_own(out: Path) -> None:

@@ -2,21 +2,18 @@
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from archs.errors import UserError
+from archs.files import write
+from eval.console import out
 
 if TYPE_CHECKING:
     import pandas as pd
-
-out = Console() if sys.stdout.isatty() else Console(width=160)
 
 #: The option that every command with rows has.
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -55,10 +52,7 @@ def show_prediction(rows: Sequence[Cells], as_json: bool) -> None:
 
 def write_csv(table: "pd.DataFrame", path: Path) -> None:
     """Write a table. Raises UserError where the file cannot be written."""
-    try:
-        table.to_csv(path, index=False)
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from error
+    write(path, table.to_csv(index=False))
 
 
 def _table(rows: Sequence[Cells], columns: Sequence[tuple[str, str, float]]) -> None:

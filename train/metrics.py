@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from archs.errors import UserError
+from archs.files import make_folder, read, refused, refusing
 
 
 class MetricsLog:
@@ -32,19 +33,18 @@ class MetricsLog:
             for event in read_metrics(self.path):
                 if event.get("step", 0) <= after_step:
                     kept.append(json.dumps(event) + "\n")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
+        with refusing(self.path, "written"):
             self._file = self.path.open("w", buffering=1, encoding="utf-8")
             self._file.writelines(kept)
             self._file.flush()
-        except OSError as error:
-            raise self._refused(error) from error
         if find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(self.path.parent / "tensorboard"), purge_step=after_step
-            )
+            with refusing(self.path.parent, "written"):
+                self._board = SummaryWriter(
+                    str(self.path.parent / "tensorboard"), purge_step=after_step
+                )
             self.loggers = ["jsonl", "tensorboard"]
 
     def write(self, event: str, **values: Any) -> None:
@@ -56,7 +56,9 @@ class MetricsLog:
             self._file.write(json.dumps({"event": event, **clean}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise self._refused(error) from error
+            raise UserError(
+                f"{refused(error, self.path, 'written')}; finished checkpoints are untouched"
+            ) from error
         if self._board is not None and event in ("step", "eval"):
             for key, value in values.items():
                 if isinstance(value, int | float) and key != "step":
@@ -71,21 +73,18 @@ class MetricsLog:
             self._board.close()
             self._board = None
 
-    def _refused(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {self.path}: {error.strerror or error}; free some space or choose "
-            "another run folder. Finished checkpoints are untouched"
-        )
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The events of a log; a last line that a kill cut short is left out."""
+    """The events of a log, up to a line that a kill cut short or that is none of ours."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read(path).decode("utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not (isinstance(event, dict) and isinstance(event.get("step", 0), int)):
+            break
+        events.append(event)
     return events
 
 

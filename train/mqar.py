@@ -6,14 +6,18 @@ function of (spec, seed, step, split).
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from archs.errors import UserError
+from archs.checks import at_least, positive
+from archs.errors import UserError, unknown_name
 
 IGNORED = -100
+#: Training, choosing (when to stop, which rate) and reporting see sequences of their own.
+Split = Literal["train", "test", "dev"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,23 +33,24 @@ class MqarSpec:
     power_a: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.seq_len % 2 or 4 * self.pairs > self.seq_len or self.pairs < 1:
+        at_least(self, 1, "pairs", "seq_len", "vocab")
+        if self.seq_len % 2 or 4 * self.pairs > self.seq_len:
             raise UserError(
-                f"seq_len={self.seq_len} must be even and at least 4 x pairs={self.pairs}"
+                f"seq_len={self.seq_len} must be even and at least 4 x pairs={self.pairs}; change "
+                "one of them"
             )
         if self.vocab // 2 - 1 < self.pairs:
             raise UserError(f"vocab={self.vocab} has too few keys for pairs={self.pairs}; raise it")
-        if self.power_a <= 0:
-            raise UserError(f"power_a={self.power_a} must be positive")
+        positive(self, "power_a")
 
 
 def mqar_batch(
-    spec: MqarSpec, batch: int, *, seed: int, step: int, split: str = "train"
+    spec: MqarSpec, batch: int, *, seed: int, step: int, split: Split = "train"
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets, int64 [batch, seq_len]; targets IGNORED except at queries."""
-    if split not in ("train", "test"):
-        raise UserError(f"split '{split}' must be 'train' or 'test'")
-    random = np.random.default_rng((seed, step, split == "test"))
+    if split not in get_args(Split):
+        raise unknown_name("split", split, get_args(Split))
+    random = np.random.default_rng((seed, step, get_args(Split).index(split)))
     n, half = spec.pairs, spec.vocab // 2
     keys = _distinct(random, batch, half - 1, n, None) + 1
     values = _distinct(random, batch, half, n, None) + half

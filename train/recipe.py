@@ -8,9 +8,10 @@ suites as a plain dict.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
+from archs.checks import at_least, parse, positive
 from archs.errors import UserError, unknown_name
 
 OptimizerName = Literal["adamw", "muon"]
@@ -56,20 +57,13 @@ class Recipe:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "seq_len", "grad_accum"):
-            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
-        for name in ("log_every", "eval_every", "checkpoint_every", "seed"):
-            _require(name, getattr(self, name), "at least 0", getattr(self, name) >= 0)
-        for name in ("weight_decay", "clip"):
-            _require(name, getattr(self, name), "at least 0", _within(getattr(self, name), 0))
-        for name in ("learning_rate", "eps"):
-            value = getattr(self, name)
-            _require(name, value, "positive and finite", value > 0 and math.isfinite(value))
-        for rate in self.learning_rates:
-            _require("learning_rates", rate, "positive", rate > 0 and math.isfinite(rate))
+        at_least(self, 1, "steps", "batch", "seq_len", "grad_accum")
+        at_least(self, 0, "log_every", "eval_every", "checkpoint_every", "seed")
+        at_least(self, 0, "weight_decay", "clip")
+        positive(self, "learning_rate", "learning_rates", "eps")
         for name in ("warmup", "decay", "floor"):
             value = getattr(self, name)
-            _require(name, value, "a fraction between 0 and 1", _within(value, 0, 1))
+            _require(name, value, "a fraction between 0 and 1", 0 <= value <= 1)
         _require(
             "betas",
             self.betas,
@@ -121,22 +115,11 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The recipe of a plain dict. Raises UserError on unknown keys and wrong types."""
-        kinds = {f.name: f.type for f in fields(cls)}
-        for key in data:
-            if key not in kinds:
-                raise unknown_name("recipe option", key, kinds)
-        missing = [name for name in ("steps", "batch", "seq_len") if name not in data]
-        if missing:
-            raise UserError(f"the recipe lacks {', '.join(missing)}; set it, as in steps = 1000")
-        return cls(**{key: _converted(key, value, kinds[key]) for key, value in data.items()})
+        return parse(cls, data, "the recipe")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values; `from_dict` restores it."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
-
-
-def _within(value: float, low: float, high: float = math.inf) -> bool:
-    return low <= value <= high and math.isfinite(value)
 
 
 def _require(name: str, value: object, rule: str, holds: bool) -> None:
@@ -147,24 +130,3 @@ def _require(name: str, value: object, rule: str, holds: bool) -> None:
 def _require_choice(name: str, value: str, choices: Any) -> None:
     if value not in get_args(choices):
         raise unknown_name(name, value, get_args(choices))
-
-
-def _converted(key: str, value: Any, kind: Any) -> Any:
-    """`value` as the field's type: whole numbers pass as floats, lists as tuples."""
-
-    def is_number(v: Any) -> bool:
-        return isinstance(v, int | float) and not isinstance(v, bool)
-
-    if kind is int and is_number(value) and isinstance(value, int):
-        return value
-    if kind is float and is_number(value):
-        return float(value)
-    if kind not in (int, float):
-        if isinstance(value, str) and get_args(kind) and isinstance(get_args(kind)[0], str):
-            return value
-        if isinstance(value, list | tuple) and all(map(is_number, value)):
-            return tuple(float(v) for v in value)
-    wanted = {int: "a whole number", float: "a number"}.get(kind)
-    if wanted is None:
-        wanted = "a name" if isinstance(get_args(kind)[0], str) else "a list of numbers"
-    raise UserError(f"{key}={value!r} must be {wanted}; change it in the recipe")

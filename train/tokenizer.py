@@ -3,8 +3,10 @@
 Every UTF-8 text comes back exactly. Token 0 is <|endoftext|>, the end of each document.
 """
 
-import os
+import hashlib
+import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from archs.errors import UserError
+from archs.files import make_folder, read, write
 from train.corpus import SEPARATOR, Corpus
 
 #: The 256 bytes and the end of text.
@@ -23,6 +26,9 @@ class Tokenizer:
     """Text to ids and back."""
 
     def __init__(self, backend: Backend, name: str) -> None:
+        # Inside a document the separator is ordinary text: only `eot_id` ends one. The setting is
+        # not part of a tokenizer's file, so it is made here for trained and cached ones alike.
+        backend.encode_special_tokens = True
         self._backend = backend
         self.name = name
         self.eot_id = int(backend.token_to_id(SEPARATOR) or 0)
@@ -31,6 +37,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids."""
         return int(self._backend.get_vocab_size())
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for, int64 [vocab_size]; none for the end of text."""
+        size = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._backend.get_vocab().items():
+            # A byte-level vocabulary writes every byte as one character.
+            size[index] = len(token)
+        size[self.eot_id] = 0
+        return size
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text, int64 [n]; a separator inside the text is text."""
@@ -49,8 +65,8 @@ class Tokenizer:
 def train_or_load(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer:
     """The tokenizer of a corpus's training documents; trained once, then read from the cache.
 
-    A cached file that does not parse or has another size is trained again. Raises UserError when
-    `vocab_size` cannot hold the bytes.
+    A cached file that is not as it was written is made again. Raises UserError when `vocab_size`
+    cannot hold the bytes, and when the disk refuses.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
@@ -59,23 +75,27 @@ def train_or_load(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer
         )
     name = f"bpe{vocab_size}-{corpus.fingerprint[:16]}-{tokenizers.__version__}"
     path = cache_dir / f"{name}.json"
-    cached = _load(path, vocab_size) if path.exists() else None
+    cached = _load(path) if path.exists() else None
     if cached is None:
         cached = _train(corpus, vocab_size)
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(cached.to_str(), encoding="utf-8")
-        os.replace(temporary, path)
+        make_folder(cache_dir)
+        text = cached.to_str()
+        write(path, json.dumps({"sha256": _digest(text), "tokenizer": text}))
     return Tokenizer(cached, name)
 
 
-def _load(path: Path, vocab_size: int) -> Backend | None:
+def _load(path: Path) -> Backend | None:
+    """The tokenizer of a cached file; None where it is damaged."""
     try:
-        backend = Backend.from_str(path.read_text(encoding="utf-8"))
-    except Exception:
-        # `tokenizers` raises bare Exception on a damaged file; the caller trains it again.
+        held = json.loads(read(path))
+        text = held["tokenizer"]
+        return Backend.from_str(text) if held["sha256"] == _digest(text) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return backend if backend.get_vocab_size() <= vocab_size else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _train(corpus: Corpus, vocab_size: int) -> Backend:
@@ -89,6 +109,4 @@ def _train(corpus: Corpus, vocab_size: int) -> Backend:
         show_progress=False,
     )
     backend.train_from_iterator(corpus.train, trainer, length=len(corpus.train))
-    # Inside a document the separator is ordinary text: only `eot_id` ends one.
-    backend.encode_special_tokens = True
     return backend

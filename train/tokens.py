@@ -7,8 +7,7 @@ a resumed run needs nothing but its step.
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,32 +17,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from archs.checks import parse, require_at_least
 from archs.errors import UserError
+from archs.files import make_folder, read, write
 from train.corpus import Corpus
 from train.tokenizer import Tokenizer
 
 IGNORED = -100
+FILES = ("train.bin", "held_out.bin")
 Part = Literal["dev", "test"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenNote:
-    """What a pair of token files holds; checked before they are used again."""
+    """What a pair of token files holds; checked before they are used again.
+
+    sha256: of both files and of the other fields.
+    """
 
     dtype: str
-    train_tokens: int
+    sha256: str
     held_out_offsets: list[int]
-    held_out_bytes: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenSet:
-    """Memory-mapped tokens. Held-out document i is tokens offsets[i]:offsets[i+1]."""
+    """Memory-mapped tokens. Held-out document i is tokens offsets[i]:offsets[i+1].
+
+    token_bytes: UTF-8 bytes that each id stands for, int64 [vocab_size].
+    """
 
     train: np.ndarray
     held_out: np.ndarray
     offsets: tuple[int, ...]
-    document_bytes: tuple[int, ...]
+    token_bytes: np.ndarray
     eot_id: int
     vocab_size: int
     name: str
@@ -59,10 +66,10 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> TokenSet:
         note = _write(corpus, tokenizer, folder)
     dtype = np.dtype(note.dtype)
     return TokenSet(
-        train=np.memmap(folder / "train.bin", dtype=dtype, mode="r"),
-        held_out=np.memmap(folder / "held_out.bin", dtype=dtype, mode="r"),
+        train=np.memmap(folder / FILES[0], dtype=dtype, mode="r"),
+        held_out=np.memmap(folder / FILES[1], dtype=dtype, mode="r"),
         offsets=tuple(note.held_out_offsets),
-        document_bytes=tuple(note.held_out_bytes),
+        token_bytes=tokenizer.token_bytes,
         eot_id=tokenizer.eot_id,
         vocab_size=tokenizer.vocab_size,
         name=name,
@@ -71,46 +78,52 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path) -> TokenSet:
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> TokenNote:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     train = []
     for ids in tokenizer.encode_batch(corpus.train):
         train += [ids, np.asarray([tokenizer.eot_id])]
     held_out = tokenizer.encode_batch(corpus.held_out)
     offsets = [0, *np.cumsum([len(ids) for ids in held_out]).tolist()]
+    contents = [np.concatenate(part).astype(dtype).tobytes() for part in (train, held_out)]
     note = TokenNote(
         dtype=np.dtype(dtype).name,
-        train_tokens=sum(len(ids) for ids in train),
+        sha256=_digest(contents, np.dtype(dtype).name, offsets),
         held_out_offsets=offsets,
-        held_out_bytes=[len(text.encode()) for text in corpus.held_out],
     )
-    _replace(folder / "train.bin", np.concatenate(train).astype(dtype).tobytes())
-    _replace(folder / "held_out.bin", np.concatenate(held_out).astype(dtype).tobytes())
-    _replace(folder / "note.json", json.dumps(asdict(note)).encode())
+    for name, content in zip(FILES, contents, strict=True):
+        write(folder / name, content)
+    write(folder / "note.json", json.dumps(asdict(note)))
     return note
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _digest(contents: Sequence[bytes], dtype: str, offsets: Sequence[int]) -> str:
+    digest = hashlib.sha256(json.dumps([dtype, offsets]).encode())
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _valid_note(folder: Path) -> TokenNote | None:
-    """The note of complete files, or None when they must be made (again)."""
-    try:
-        note = TokenNote(**json.loads((folder / "note.json").read_text()))
-        size = np.dtype(note.dtype).itemsize
-        whole = (folder / "train.bin").stat().st_size == note.train_tokens * size
-        whole &= (folder / "held_out.bin").stat().st_size == note.held_out_offsets[-1] * size
-    except (OSError, ValueError, TypeError, IndexError):
+    """The note of files that are as they were written; None when they must be made (again)."""
+    paths = [folder / name for name in ("note.json", *FILES)]
+    if not all(path.is_file() for path in paths):
         return None
-    return note if whole else None
+    held, *contents = map(read, paths)
+    try:
+        note = parse(TokenNote, json.loads(held), "note")
+    except ValueError:
+        return None
+    found = _digest(contents, note.dtype, note.held_out_offsets)
+    return note if note.sha256 == found else None
 
 
 class Batches:
     """Training batches: windows of the token stream, each once per epoch, shuffled by seed."""
 
     def __init__(self, tokens: TokenSet, *, batch: int, seq_len: int, seed: int) -> None:
+        require_at_least("batch", batch, 1)
+        require_at_least("seq_len", seq_len, 1)
+        require_at_least("seed", seed, 0)
         self.tokens = tokens
         self.batch = batch
         self.seq_len = seq_len
@@ -120,7 +133,8 @@ class Batches:
         if self.windows < batch:
             raise UserError(
                 f"the corpus has {len(tokens.train)} training tokens, too few for a batch of "
-                f"{batch} x {seq_len}; take a larger corpus, a smaller batch or seq_len"
+                f"{batch} x {seq_len}; it must have {(batch + 1) * seq_len + 1}: take a larger "
+                "corpus, a smaller batch or seq_len"
             )
         self._order = lru_cache(maxsize=2)(self._epoch)
 
@@ -156,10 +170,15 @@ class HeldOutBatch:
 
 
 def held_out_documents(tokens: TokenSet, part: Part) -> list[int]:
-    """Every fourth held-out document is for choosing ("dev"), the others for reporting."""
+    """Every fourth held-out document is for choosing ("dev"), the others for reporting.
+
+    Raises UserError where one document would have to be both.
+    """
     count = len(tokens.offsets) - 1
     if count < 2:
-        return list(range(count))
+        raise UserError(
+            f"{count} held-out documents cannot give development and test text; hold out two"
+        )
     return [d for d in range(count) if (d % 4 == 0) == (part == "dev")]
 
 
@@ -169,7 +188,11 @@ def held_out_batches(
     """Windows of held-out documents; a document's first token is predicted from end of text.
 
     `max_tokens` takes that many scored tokens, an equal share from the start of each document.
+    Raises UserError on sizes below one.
     """
+    for name, value in (("seq_len", seq_len), ("batch", batch), ("max_tokens", max_tokens)):
+        if value is not None:
+            require_at_least(name, value, 1)
     documents = held_out_documents(tokens, part)
     share = None if max_tokens is None else max(1, max_tokens // len(documents))
     rows: list[tuple[np.ndarray, int]] = []

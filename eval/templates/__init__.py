@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from archs.errors import UserError
+from archs.files import read_text, write
 
 SOURCE = Path(__file__).parent / "new_mixer.py.txt"
 
@@ -17,8 +18,5 @@ def write_template(name: str, folder: Path = Path(), *, force: bool = False) -> 
     if path.exists() and not force:
         raise UserError(f"'{path}' exists already; choose another name or give --force")
     class_name = "".join(part.capitalize() for part in name.split("_"))
-    try:
-        path.write_text(SOURCE.read_text(encoding="utf-8").replace("NewMixer", class_name))
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error.strerror}") from error
+    write(path, read_text(SOURCE).replace("NewMixer", class_name))
     return path

@@ -1,5 +1,6 @@
 """The Python API: the same figures as the command, as tables."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,42 @@ def test_equal_loss_has_a_cost_for_every_architecture_of_a_ladder(results: pd.Da
     assert found["size_ratio"]["gqa"] == pytest.approx(1)
     assert found["size_ratio_high"]["gdn"] < 1
     assert (found["usd_per_million_tok"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: api.predict(["gqa"], contexts=()), "contexts is empty"),
+        (lambda: api.predict(["gqa"], batches=()), "batches is empty"),
+        (lambda: api.predict([], contexts=(1,)), "archs is empty"),
+        (lambda: api.predict(["gqa"], hardware=()), "hardware is empty"),
+        (lambda: api.predict(["gqa"], batches=(0,)), "batches=0 must be at least 1"),
+        (lambda: api.predict(["gqa"], contexts=(-1,)), "contexts=-1 must be at least 0"),
+        (lambda: api.predict(["gqa"], launch_us=-5), "launch_us=-5 must be at least 0"),
+        (lambda: api.predict(["gqa"], launch_us=math.nan), "launch_us=nan must be at least 0"),
+        (
+            lambda: api.predict(["gqa"], price_per_hour={"h100": math.nan}),
+            "price of 'h100'=nan must be positive",
+        ),
+        (lambda: api.predict(["gqa"], price_per_hour={"h100": -1.0}), "must be positive"),
+        (lambda: api.predict(["gqa"], price_per_hour={"h10": 1.0}), "'h10'. Did you mean 'h100'"),
+        (lambda: api.predict_ops(["gqa"], contexts=()), "contexts is empty"),
+        (lambda: api.crossover("gqa", "mla", batches=()), "batches is empty"),
+        (lambda: api.crossover("gqa", "mla", hardware=()), "hardware is empty"),
+        (lambda: api.bench([], scale="tiny"), "archs is empty"),
+        (lambda: api.bench(["gqa"], scale="tiny", contexts=()), "contexts is empty"),
+        (lambda: api.bench(["gqa"], scale="tiny", batches=(0,)), "batches=0 must be at least 1"),
+        (lambda: api.bench(["gqa"], scale="tiny", device="gpu"), "device 'gpu'"),
+        (lambda: api.compare(["gqa"], device="gpu"), "device 'gpu'"),
+        (lambda: api.compare([]), "archs is empty"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_values_that_cannot_be_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def test_the_device_may_be_chosen_for_me() -> None:
+    timed = api.bench(["linear"], scale="tiny", contexts=(8,), steps=2, device="auto")
+    assert set(timed["status"]) == {"ok"}

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from archs.gqa import Attention
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
 from eval.hardware import Roofline
 from eval.options import parse_duration_s
 from tests.eval.conftest import Command
@@ -65,8 +67,27 @@ def rows_of(text: str) -> list[dict[str, Any]]:
         ("bench --arch gqa --context 100g", ("'100g'", "not a positive count", "4k")),
         ("bench --arch gqa --scale tiny --context 100000m", ("GiB", "free", "lower the batch")),
         ("bench --arch gqa --scale tiny --batch 0", ("'0'", "positive count")),
-        ("bench --arch gqa --scale tiny --steps 0", ("steps=0", "steps >= 1")),
+        ("bench --arch gqa --scale tiny --steps 0", ("steps=0", "at least 1")),
+        ("bench --arch gqa --arch gqa", ("archs names 'gqa' twice",)),
+        ("bench --arch gqa --batch 1,1", ("batches names 1 twice",)),
         ("predict --context 8:2", ("'8:2'", "low:high")),
+        ("predict --context 8,8", ("contexts names 8 twice",)),
+        ("predict --launch-us -5", ("launch_us=-5.0 must be at least 0",)),
+        ("predict --launch-us nan", ("launch_us=nan must be at least 0",)),
+        ("predict --price nan", ("price 'nan'", "positive number")),
+        ("predict --price=-1", ("price '-1'", "positive number")),
+        ("train --arch gqa --seq-len 0", ("seq_len=0 must be at least 1",)),
+        ("train --arch gqa --vocab-size 0", ("vocab_size=0 must be at least 1",)),
+        ("train --arch gqa --vocab-size 99", ("vocab_size=99 is below 257",)),
+        ("train --arch gqa --steps -4", ("steps=-4 must be at least 1",)),
+        ("train --arch gqa --batch 0", ("batch=0 must be at least 1",)),
+        ("train --arch gqa --seed -1", ("seed=-1 must be at least 0",)),
+        ("train --arch gqa --learning-rate nan", ("learning_rate", "finite", "nan")),
+        ("train --arch gqa --optimizer adam", ("'adam'", "Did you mean 'adamw'?")),
+        ("train --arch gqa --corpus sotu:zzz", ("corpus 'sotu:zzz' takes no source", "sotu")),
+        ("quality folder --max-tokens -5", ("max_tokens=-5 must be at least 1",)),
+        ("quality folder --max-tokens 0", ("max_tokens=0 must be at least 1",)),
+        ("quality folder --corpus stdlib:x", ("corpus 'stdlib:x' takes no source",)),
         ("quality none.safetensors", ("none.safetensors", "does not exist", "train it first")),
         ("quality folder", ("folder/checkpoint.safetensors", "does not exist")),
         ("quality torn.safetensors", ("torn.safetensors", "damaged", "restore it")),
@@ -113,10 +134,83 @@ def test_weights_beyond_memory_are_refused_before_they_are_made(
     )
 
 
+def test_training_beyond_memory_is_refused_before_anything_is_made(
+    decodebench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and two averages: 16 bytes a parameter."""
+    monkeypatch.setattr("infer.memory.free_bytes", lambda _: 20 << 30)
+    shape = get_scale("8b")
+    count = sum(p.numel() for p in ModelSpec(arch="gqa", scale=shape).outline().parameters())
+    outcome = decodebench("train", "--arch", "gqa", "--scale", "8b")
+    outcome.refuses(f"gqa at scale 8b needs {16 * count / 2**30:.2f} GiB but 20.00 GiB", "lower")
+
+
+def test_bench_times_the_contexts_that_fit(decodebench: Command) -> None:
+    argv = ("--arch", "gqa", "--scale", "tiny", "--context", "16,100000m", "--steps", "2")
+    rows = rows_of(decodebench("bench", *argv, "--json").out)
+    assert {row["context"]: row["status"] for row in rows} == {16: "ok", 100_000 << 20: "oom"}
+
+
 def test_an_unwritable_leaderboard_names_the_reason(decodebench: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "run", seeds=1, archs=("gqa",))
     outcome = decodebench("leaderboard", "run", "--out", "nowhere/board.csv")
-    outcome.refuses("'nowhere/board.csv'", "non-existent")
+    outcome.refuses("'nowhere/board.csv'", "No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        ("run --suite unreadable.toml", ("'unreadable.toml' cannot be read", "permissions")),
+        ("run --suite latin.toml", ("'latin.toml' is not UTF-8 text",)),
+        ("run --suite micro.toml --out file", ("'file' cannot be written", "Not a directory")),
+        ("run --suite micro.toml --out file/out", ("'file/out' cannot be written",)),
+        ("train --arch gqa --corpus path:text.txt --out file", ("'file' cannot be made a folder",)),
+        ("leaderboard run --page run", ("'run' cannot be written: Is a directory",)),
+        ("leaderboard run --page /dev/full", ("'/dev/full' cannot be written: No space left",)),
+        ("leaderboard run --out none/a.csv", ("'none/a.csv' cannot be written",)),
+        ("predict --arch gqa --out file/a.csv", ("'file/a.csv' cannot be written",)),
+        ("predict --arch gqa --picture file/a.png", ("'file' cannot be made a folder",)),
+    ],
+)
+def test_files_that_cannot_be_used_are_one_clear_line(
+    decodebench: Command, tmp_path: Path, arguments: str, fragments: tuple[str, ...]
+) -> None:
+    write_suite(tmp_path)
+    write_run(tmp_path / "run", seeds=1, archs=("gqa",))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "latin.toml").write_bytes(b"name = '\xe9'")
+    (tmp_path / "unreadable.toml").symlink_to("/proc/self/mem")
+    short = TRAIN if arguments.startswith("train") else ()
+    decodebench(*arguments.split(), *short).refuses(*fragments)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_file_in_place_of_the_cache_is_refused(
+    decodebench: Command, tmp_path: Path, stub_roofline: Roofline
+) -> None:
+    """And is no failure of the architecture."""
+    suite = write_suite(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / ".cache").write_text("mine")
+    short = ("--corpus", "path:text.txt", *TRAIN)
+    decodebench("train", "--arch", "gqa", *short).refuses("runs/.cache' cannot be made a folder")
+    (tmp_path / ".cache").write_text("mine")
+    stopped = decodebench("run", "--suite", suite, "--out", "out", "--json")
+    stopped.refuses(".cache' cannot be made a folder")
+    assert "cell,,error" not in (tmp_path / "out" / "results.csv").read_text()
+
+
+def test_a_page_is_written_through_a_link(decodebench: Command, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", seeds=1, archs=("gqa",))
+    (tmp_path / "real.html").write_text("before")
+    (tmp_path / "link.html").symlink_to("real.html")
+    for option, name in (("--page", "link.html"), ("--out", "board.csv")):
+        (tmp_path / "board.csv").unlink(missing_ok=True)
+        assert decodebench("leaderboard", "run", option, name).code == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "real.html").read_text().startswith("<!doctype html>")
+    outcome = decodebench("leaderboard", "run", "--out", "/dev/stdout", "--json")
+    assert outcome.out.startswith("rank,arch,")
 
 
 def test_quality_on_another_corpus_is_refused(decodebench: Command, tmp_path: Path) -> None:

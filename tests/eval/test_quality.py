@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,19 +17,23 @@ from eval.quality import (
     DocumentScore,
     bits_per_byte,
     clustered_share,
+    document_scores,
     loss_by_position,
     mqar_accuracy,
     octaves,
     over_documents,
     wilson,
 )
+from train.corpus import Corpus
 from train.mqar import MqarSpec
-from train.tokens import TokenSet
+from train.tokenizer import train_or_load
+from train.tokens import TokenSet, prepare
 
 VOCAB = 11
 #: Tokens of four held-out documents; the first is for development, the others are the test part.
 LENGTHS = (9, 40, 13, 21)
-BYTES = (30, 130, 50, 61)
+#: Bytes of each token id.
+TOKEN_BYTES = np.array([0, 1, 1, 1, 2, 3, 5, 8, 2, 4, 1])
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def tokens() -> TokenSet:
     held_out = np.random.default_rng(0).integers(1, VOCAB, sum(LENGTHS)).astype(np.uint16)
     return TokenSet(
         train=held_out, held_out=held_out, offsets=(0, *np.cumsum(LENGTHS).tolist()),
-        document_bytes=BYTES, eot_id=0, vocab_size=VOCAB, name="made-up",
+        token_bytes=TOKEN_BYTES, eot_id=0, vocab_size=VOCAB, name="made-up",
     )  # fmt: skip
 
 
@@ -60,6 +65,12 @@ def nats_of(model: Model, tokens: TokenSet, document: int, window: int) -> list[
     return losses
 
 
+def bytes_of(tokens: TokenSet, document: int, count: int | None = None) -> int:
+    """UTF-8 bytes of a document's first `count` tokens."""
+    first, last = tokens.offsets[document : document + 2]
+    return sum(TOKEN_BYTES[t] for t in tokens.held_out[first:last][:count].tolist())
+
+
 # -- bits per byte --
 
 
@@ -69,7 +80,8 @@ def test_bits_per_byte_is_what_the_losses_add_up_to(
 ) -> None:
     found = bits_per_byte(model, tokens, part="test", seq_len=window)
     nats = sum(sum(nats_of(model, tokens, d, window)) for d in (1, 2, 3))
-    assert found.value == pytest.approx(nats / math.log(2) / sum(BYTES[1:]), rel=1e-5)
+    size = sum(bytes_of(tokens, d) for d in (1, 2, 3))
+    assert found.value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
     assert found.n == 3
     assert found.low <= found.value <= found.high
     assert found.high > found.low
@@ -78,7 +90,7 @@ def test_bits_per_byte_is_what_the_losses_add_up_to(
 def test_development_text_is_apart_from_test_text(model: Model, tokens: TokenSet) -> None:
     found = bits_per_byte(model, tokens, part="dev", seq_len=16)
     nats = sum(nats_of(model, tokens, 0, 16))
-    assert found.value == pytest.approx(nats / math.log(2) / BYTES[0], rel=1e-5)
+    assert found.value == pytest.approx(nats / math.log(2) / bytes_of(tokens, 0), rel=1e-5)
     assert found.n == 1
 
 
@@ -88,7 +100,7 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary(
     with torch.no_grad():
         model.embedding.weight.zero_()
     found = bits_per_byte(model, tokens, part="test", seq_len=16)
-    expected = math.log2(VOCAB) * sum(LENGTHS[1:]) / sum(BYTES[1:])
+    expected = math.log2(VOCAB) * sum(LENGTHS[1:]) / sum(bytes_of(tokens, d) for d in (1, 2, 3))
     assert found.value == pytest.approx(expected, rel=1e-6)
 
 
@@ -98,12 +110,30 @@ def test_a_document_scored_in_part_counts_the_bytes_of_that_part(
     """15 tokens are five of each document."""
     found = bits_per_byte(model, tokens, part="test", seq_len=16, max_tokens=15)
     nats = sum(sum(nats_of(model, tokens, d, 16)[:5]) for d in (1, 2, 3))
-    size = sum(BYTES[d] * 5 / LENGTHS[d] for d in (1, 2, 3))
+    size = sum(bytes_of(tokens, d, 5) for d in (1, 2, 3))
     assert found.value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+def test_bytes_are_those_of_the_scored_text(tmp_path: Path) -> None:
+    """Documents that begin with three bytes a character and go on with one: 20 tokens of each."""
+    texts = tuple(f"{chr(0x4E00 + i) * 40}{'plain ascii words ' * 40}" for i in range(4))
+    corpus = Corpus("mixed", ("plain ascii words " * 50,), texts, "here")
+    tokenizer = train_or_load(corpus, 300, tmp_path)
+    tokens = prepare(corpus, tokenizer, tmp_path)
+    scale = replace(get_scale("tiny"), n_layers=1, vocab_size=tokens.vocab_size)
+    model = ModelSpec(arch="gqa", scale=scale, hidden=16).build().eval()
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    scores = document_scores(model, tokens, part="test", seq_len=16, max_tokens=60)
+    assert [(s.document, s.size_bytes) for s in scores] == [(1, 20), (2, 20), (3, 20)]
+    found = bits_per_byte(model, tokens, part="test", seq_len=16, max_tokens=60)
+    assert found.value == pytest.approx(math.log2(tokens.vocab_size), rel=1e-6)
+    whole = document_scores(model, tokens, part="test", seq_len=16)
+    assert [s.size_bytes for s in whole] == [len(text.encode()) for text in texts[1:]]
+
+
 def test_one_document_has_no_interval() -> None:
-    found = over_documents([DocumentScore(0, 300.0, 100.0)])
+    found = over_documents([DocumentScore(0, 300.0, 100)])
     assert (found.value, found.n) == (3.0, 1)
     assert math.isnan(found.low) and math.isnan(found.high)
 
@@ -123,7 +153,7 @@ def test_the_interval_over_documents_covers_what_it_says(count: int) -> None:
 
 
 def test_large_documents_weigh_more() -> None:
-    found = over_documents([DocumentScore(0, 100.0, 100.0), DocumentScore(1, 900.0, 300.0)])
+    found = over_documents([DocumentScore(0, 100.0, 100), DocumentScore(1, 900.0, 300)])
     assert found.value == 2.5
 
 
@@ -209,9 +239,9 @@ class Oracle(torch.nn.Module):
 
 def test_recall_of_one_who_looks_up_and_of_one_who_does_not(model: Model) -> None:
     task = MqarSpec(vocab=64, seq_len=32, pairs=4)
-    looked_up = mqar_accuracy(Oracle(64), task, sequences=256, seed=0)  # type: ignore[arg-type]
+    looked_up = mqar_accuracy(Oracle(64), task, part="test", sequences=256, seed=0)  # type: ignore[arg-type]
     assert (looked_up.value, looked_up.n) == (1.0, 256 * 4)
-    guessed = mqar_accuracy(model, replace(task, vocab=10), sequences=128, seed=0)
+    guessed = mqar_accuracy(model, replace(task, vocab=10), part="dev", sequences=128, seed=0)
     assert guessed.value < 0.6
     assert guessed.n == 128 * 4
 

@@ -1,6 +1,7 @@
 """The report: one page that loads nothing, says everything, and trusts no name."""
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -227,16 +228,15 @@ def test_a_full_disk_keeps_the_earlier_report(
 ) -> None:
     write_report(record(tmp_path, timed("gqa", 1.25)))
     before = (tmp_path / at).read_bytes()
-    honest = Path.write_bytes
+    honest = os.replace
 
-    def full(path: Path, content: bytes) -> int:
-        if not path.name.startswith(at):
-            return honest(path, content)
-        honest(path, content[:10])
-        raise OSError(28, "No space left on device")
+    def full(source: Path, target: Path) -> None:
+        if target.name == at:
+            raise OSError(28, "No space left on device")
+        honest(source, target)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match="cannot take the report: No space left on device"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
         write_report(tmp_path)
     assert (tmp_path / at).read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))

@@ -12,8 +12,9 @@ import torch
 from archs.errors import UserError
 from archs.gqa import Attention
 from archs.linear import LinearAttention
+from archs.registry import ModelSpec
 from eval.run import OWN_NAMES, prepare_folder
-from eval.schema import load_long
+from eval.schema import check_long, load_long
 from eval.suite import Suite, load_suite
 from tests.eval.conftest import Command
 from tests.eval.micro import cells_of, run, write_suite
@@ -173,7 +174,7 @@ def test_out_of_memory_is_a_status(
     def exhaust(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("eval.cells.measure_decode", exhaust)
+    monkeypatch.setattr("eval.decode.measure_decode", exhaust)
     assert run(suite, tmp_path / "out")
     assert status_of(tmp_path / "out", "decode", "gqa") == {"oom"}
     assert status_of(tmp_path / "out", "train", "gqa") == {"ok"}
@@ -184,6 +185,32 @@ def test_a_state_beyond_memory_is_out_of_memory(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("contexts = [16, 32]", "contexts = [100000000000]"))
     assert run(load_suite(str(path)), tmp_path / "out")
     assert status_of(tmp_path / "out", "decode", "gqa") == {"oom"}
+
+
+def test_a_context_that_does_not_fit_leaves_the_others(tmp_path: Path) -> None:
+    path = write_suite(tmp_path)
+    path.write_text(path.read_text().replace("[16, 32]", "[16, 100000000000, 32, 200000000000]"))
+    assert run(load_suite(str(path)), tmp_path / "out")
+    long = load_long(tmp_path / "out" / "results.csv")
+    tpot = long[(long["measure"] == "tpot_ms") & (long["batch"] == 1)]
+    by_context = dict(zip(tpot["context"], tpot["status"], strict=True))
+    assert by_context == {16: "ok", 32: "ok", 100_000_000_000: "oom", 200_000_000_000: "oom"}
+    assert tpot["note"].str.contains("GiB of cpu memory are free").sum() == 2
+    timed = long[long["measure"].isin(["nocache_tpot_ms", "ttft_ms"])]
+    assert set(timed["status"]) == {"ok"}
+    assert not check_long(tmp_path / "out" / "results.csv")
+
+
+def test_training_beyond_memory_is_refused_before_it_is_made(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("infer.memory.free_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr(ModelSpec, "build", wreck)
+    assert run(replace(suite, decode=()), tmp_path / "out")
+    for stage in ("train", "mqar"):
+        assert status_of(tmp_path / "out", stage, "gqa") == {"oom" if stage == "train" else "error"}
+    long = load_long(tmp_path / "out" / "results.csv")
+    assert long["note"].str.contains("training gqa at scale tiny needs .* GiB but 0.00 GiB").any()
 
 
 def test_training_that_diverges_is_a_status(tmp_path: Path) -> None:

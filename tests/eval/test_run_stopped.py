@@ -110,10 +110,23 @@ def test_a_disk_that_fills_within_a_cell_fails_no_cell(
 
     with monkeypatch.context() as patch:
         patch.setattr("eval.cells.prepare", full)
-        with pytest.raises(UserError, match=r"disk is full .*finished cells are kept"):
+        with pytest.raises(UserError, match=r"No space left.*; free .*finished cells are kept"):
             run(suite, tmp_path / "out")
     assert len(cells_of(tmp_path / "out")) == 2
     assert run(suite, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+def test_a_file_system_that_refuses_within_a_cell_fails_no_cell(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number), "the/cache")
+
+    monkeypatch.setattr("eval.cells.prepare", refuse)
+    with pytest.raises(UserError, match=r"'the/cache' cannot be used.*finished cells are kept"):
+        run(suite, tmp_path / "out")
+    assert len(cells_of(tmp_path / "out")) == 2
 
 
 def stop(tmp_path: Path, stage: str, sent: signal.Signals) -> tuple[int, str]:

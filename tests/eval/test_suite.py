@@ -107,7 +107,7 @@ OFF = [
     (GQA + '[[decode]]\nscale="tiny"\ncontext=[8]', "Did you mean 'contexts'"),
     ("name = 'x'", r"mine.toml lacks 'archs'; add it"),
     (GQA + '[train]\nscale = "tiny"', r"mine.toml: train lacks 'steps'; add it"),
-    ("archs = []" + DECODE, "names no archs; list at least one"),
+    ("archs = []" + DECODE, "mine.toml: archs is empty; it needs at least one"),
     (GQA, "suite mine measures nothing; add train, mqar or decode"),
     ('archs = "gqa"' + DECODE, r"archs must be a list, not 'gqa'"),
     ('archs = ["gqa", 3]' + DECODE, r"archs must be of type str, not 3"),
@@ -120,18 +120,65 @@ OFF = [
     (GQA + TRAIN.replace('"tiny"', '"tinny"'), r"scale 'tinny'.*'tiny'"),
     (GQA + TRAIN.replace("= 3", "= 3.5"), r"steps must be of type int, not 3.5"),
     (GQA + TRAIN.replace("= 3\n", "= true\n"), r"steps must be of type int, not True"),
-    (GQA + TRAIN.replace("[1]", "[]"), "need at least one entry"),
-    (GQA + TRAIN.replace("[1]", "[1, 2]"), "need train.sweep_steps >= 1"),
+    (GQA + TRAIN.replace("[1]", "[]"), "train: learning_rates is empty"),
+    (GQA + TRAIN.replace("[1]", "[1, 2]"), "need sweep_steps >= 1"),
+    (GQA + TRAIN.replace("[1]", "[1, 1]"), "learning_rates names 1.0 twice"),
+    (GQA + TRAIN.replace("[1]", "[nan]"), "learning_rate=nan must be positive"),
+    (GQA + TRAIN.replace("[1]", "[-1]"), "learning_rate=-1.0 must be positive"),
+    (GQA + TRAIN.replace("steps = 3", "steps = -4"), "train: .*steps=-4 must be at least 1"),
+    (GQA + TRAIN.replace("batch = 2", "batch = 0"), "train: .*batch=0 must be at least 1"),
+    (GQA + TRAIN.replace("seq_len = 32", "seq_len = 0"), "seq_len=0 must be at least 1"),
+    (GQA + TRAIN + "grad_accum = 3", "batch=2 is not divisible by grad_accum=3"),
+    (GQA + TRAIN + "checkpoint_every = -1", "checkpoint_every=-1 must be at least 0"),
+    (GQA + TRAIN + 'optimizer = "adam"', "'adam'. Did you mean 'adamw'"),
+    (GQA + TRAIN + 'schedule = "wds"', "'wds'. Did you mean 'wsd'"),
+    (GQA + TRAIN + 'autocast = "fp8"', "'fp8'"),
+    (GQA + TRAIN + "seeds = []", "seeds is empty"),
+    (GQA + TRAIN + "seeds = [0, 0]", "seeds names 0 twice"),
+    (GQA + TRAIN + "seeds = [-1]", "seed=-1 must be at least 0"),
+    (GQA + TRAIN + "sweep_steps = -1", "sweep_steps=-1 must be at least 0"),
+    (GQA + TRAIN + 'ladder = ["nan"]', "scale 'nan'. Did you mean 'nano'"),
+    (GQA + DECODE + "[corpus]\nvocab_size = 256", "corpus: vocab_size=256 must be at least 257"),
+    (GQA + DECODE + '[corpus]\nspec = "sotu:zzz"', "corpus 'sotu:zzz' takes no source"),
+    (GQA + DECODE + '[corpus]\nspec = "path:"', "corpus 'path:' names no source"),
+    (GQA + "[mqar]\nsteps = 0", "mqar: steps=0 must be at least 1"),
+    (GQA + "[mqar]\nbatch = 0", "mqar: batch=0 must be at least 1"),
+    (GQA + "[mqar]\nlearning_rates = []", "mqar: learning_rates is empty"),
+    (GQA + "[mqar]\nlearning_rates = [inf]", "learning_rate=inf must be positive"),
+    (GQA + "[mqar]\nseeds = [1, 1]", "seeds names 1 twice"),
+    (GQA + "[mqar]\nseq_len = 31", "seq_len=31 must be even"),
+    (GQA + "[mqar]\nvocab = 8", "vocab=8 has too few keys"),
+    (GQA + "[mqar]\nhead_dim = 48", "d_model=64 is not divisible by head_dim=48"),
+    (GQA + "[mqar]\nhead_dim = 0", "head_dim=0 must be at least 1"),
+    (GQA + "[mqar]\nn_layers = 0", "n_layers=0 must be at least 1"),
+    (GQA + "[mqar]\nwindow = 0", "window=0 must be at least 1"),
+    (GQA + "[mqar]\nshort_conv = -1", "short_conv=-1 must be at least 0"),
+    (GQA + "[mqar]\ntest_sequences = 0", "test_sequences=0 must be at least 1"),
+    (GQA + "[mqar]\neval_every = -1", "_every=-1 must be at least 0"),
+    (GQA + "[mqar.overrides.gqa]\nkv_heads = 3", "is not divisible by kv_heads=3"),
+    (GQA + "[mqar.overrides.swa]\nwindow = 4", "overrides of 'swa', which no architecture"),
+    (GQA + DECODE + "[overrides.mla]\nrank = 8", "overrides of 'mla', which .*have gqa"),
+    (GQA + DECODE + "[overrides.gqa]\nkv_heads = 'two'", "kv_heads must be of type int, not 'two'"),
+    (GQA + DECODE + "[overrides.gqa]\nkv_heads = 3", "n_heads=8 is not divisible by kv_heads=3"),
+    (GQA + DECODE + "[overrides.gqa]\nkv_heads = 0", "kv_heads=0 must be at least 1"),
+    (GQA + DECODE + "[overrides.gqa]\nwindow = -5", "window=-5 must be at least 1"),
+    (GQA + DECODE + "[overrides.gqa]\nrope_theta = nan", "rope_theta=nan must be positive"),
+    (GQA + DECODE + "[overrides.gqa]\nkv_head = 2", "'kv_head'. Did you mean 'kv_heads'"),
+    (GQA + DECODE + "[overrides.gqa]\nhead_dim = 512", "not within 1 %"),
+    ("archs = ['linear']" + TRAIN.replace("seq_len = 32", "seq_len = 8"), "longest=8 must be at"),
+    ("archs = ['gqa', 'mla', 'gqa']" + DECODE, "archs names 'gqa' twice"),
     (GQA + 'train = "tiny"', r"train must be a table, not 'tiny'"),
     (GQA + '[decode]\nscale = "tiny"', "decode must be a list"),
     (GQA + DECODE.replace("70m", "71m"), r"scale '71m'. Did you mean '70m'"),
-    (GQA + DECODE + "batches = [0]", "decode.batches .* all of them >= 1"),
-    (GQA + DECODE + "contexts = [256, -1]", "all of them >= 1"),
-    (GQA + DECODE + "contexts = []", "need entries"),
-    (GQA + DECODE + "steps = 1", "decode needs steps >= 2"),
-    (GQA + DECODE + "prompt = -1", "prompt >= 0"),
-    (GQA + DECODE + "no_cache = 1", "no_cache 0 or >= 2"),
-    (GQA + TRAIN + "[quality]\nreach = 0", "reach >= 1"),
+    (GQA + DECODE + "batches = [0]", "decode: batches=0 must be at least 1"),
+    (GQA + DECODE + "contexts = [256, -1]", "decode: contexts=-1 must be at least 1"),
+    (GQA + DECODE + "contexts = []", "contexts is empty"),
+    (GQA + DECODE + "batches = [1, 1]", "batches names 1 twice"),
+    (GQA + DECODE + "steps = 1", "decode: steps=1 must be at least 2"),
+    (GQA + DECODE + "prompt = -1", "prompt=-1 must be at least 0"),
+    (GQA + DECODE + "no_cache = 1", "no_cache=1 times no step; set 0 for none, or 2"),
+    (GQA + TRAIN + "[quality]\nreach = 0", "reach=0 must be at least 1"),
+    (GQA + TRAIN + "[quality]\nmax_tokens = -5", "max_tokens=-5 must be at least 1"),
     ('archs = ["gqa"', "is not valid TOML"),
 ]
 
@@ -141,6 +188,18 @@ def test_what_is_off_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_suite(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+def test_a_suite_over_other_architectures_keeps_their_overrides_alone(tmp_path: Path) -> None:
+    text = "archs = ['gqa', 'swa']\n[mqar]\n[mqar.overrides.swa]\nwindow = 4\n[overrides.gqa]\n"
+    suite = load_suite(write(tmp_path, text + "kv_heads = 1"))
+    hybrid = suite.only(["gdn:gqa=3:1"])
+    assert hybrid.archs == ("gdn:gqa=3:1",)
+    assert hybrid.overrides == {"gqa": {"kv_heads": 1}}
+    assert hybrid.mqar and hybrid.mqar.overrides == {}
+    assert suite.only(["mamba2"]).overrides == {}
+    with pytest.raises(UserError, match="archs is empty"):
+        suite.only([])
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

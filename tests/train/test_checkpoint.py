@@ -1,6 +1,7 @@
 """Checkpoints: a killed run ends with the same weights, and bad files give one clear line."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from archs.backbone import Model, lay_out
@@ -179,6 +181,57 @@ def test_absent_and_foreign_files(tmp_path: Path) -> None:
         load_model(altered)
 
 
+def places(values: object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key of nested mappings, and the whole."""
+    yield path
+    if isinstance(values, dict):
+        for key, inner in values.items():
+            yield from places(inner, (*path, key))
+
+
+def test_metadata_of_other_types_is_refused(saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    true = json.loads(metadata["checkpoint"])
+    refused = 0
+    for path in places(true):
+        for wrong in (None, True, [], {}, {"a": 1}, "x", -1, float("nan")):
+            held = json.loads(metadata["checkpoint"])
+            inner = held
+            for key in path[:-1]:
+                inner = inner[key]
+            if path:
+                inner[path[-1]] = wrong
+            text = json.dumps(held if path else wrong)
+            save_file({"weight": torch.zeros(2)}, saved, {**metadata, "checkpoint": text})
+            try:
+                read_metadata(saved)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 4 * len(list(places(true)))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("rng.cpu", None),
+        ("rng.cpu", torch.zeros(3)),
+        ("optimizer.embedding.weight.exp_avg", None),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(
+    saved: Path, name: str, wrong: torch.Tensor | None
+) -> None:
+    with safe_open(saved, "pt") as file:
+        metadata, keys = file.metadata(), list(file.keys())
+        tensors = {key: file.get_tensor(key) for key in keys if key != name}
+    save_file(tensors if wrong is None else {**tensors, name: wrong}, saved, metadata)
+    model = SPEC.build()
+    with pytest.raises(UserError, match="checkpoint"):
+        resume(saved, model, Optimizer(model, RECIPE), replace(IDENTITY, data=""))
+
+
 def test_another_run_in_the_folder_names_both_and_the_difference(saved: Path) -> None:
     other = replace(SPEC, arch="mqa")
     with pytest.raises(UserError) as caught:
@@ -234,7 +287,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, failing, full)
-    with pytest.raises(UserError, match=r"cannot write .*No space left on device; free some"):
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device; free some"):
         save_checkpoint(saved, model, Optimizer(model, RECIPE), IDENTITY, Progress(step=1))
     assert saved.read_bytes() == before
     assert {p.name for p in saved.parent.iterdir()} == {CHECKPOINT_NAME, "metrics.jsonl"}

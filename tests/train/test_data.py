@@ -1,10 +1,10 @@
-"""Corpora, tokenizer, token files and batches: exact, repeatable, and clear about bad input."""
+"""Tokenizer, token files and batches: exact, repeatable, and clear about bad input."""
 
-import gzip
-import lzma
-import sys
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archs.errors import UserError
-from train.corpus import Corpus, load_corpus
+from train.corpus import Corpus
 from train.tokenizer import Tokenizer, train_or_load
 from train.tokens import (
     IGNORED,
@@ -23,6 +23,8 @@ from train.tokens import (
     held_out_documents,
     prepare,
 )
+
+Damage = Callable[[bytes], bytes]
 
 TEXT = "the quick brown fox jumps over the lazy dog, again and again.\n"
 DOCUMENTS = tuple(f"document {i}: {TEXT * (i + 3)}" for i in range(8))
@@ -44,109 +46,6 @@ def tokens(tokenizer: Tokenizer, cache: Path) -> TokenSet:
     return prepare(CORPUS, tokenizer, cache)
 
 
-# -- corpora --
-
-
-def test_sotu_is_split_by_document_over_the_whole_range() -> None:
-    corpus = load_corpus("sotu")
-    assert len(corpus.held_out) >= 10
-    assert not set(corpus.train) & set(corpus.held_out)
-    share = sum(map(len, corpus.held_out)) / sum(map(len, corpus.train))
-    assert 0.03 < share < 0.09
-    assert load_corpus("sotu").fingerprint == corpus.fingerprint
-
-
-def test_stdlib_needs_no_download() -> None:
-    corpus = load_corpus("stdlib")
-    assert len(corpus.train) > 100 and any("def " in text for text in corpus.held_out)
-
-
-def test_path_reads_plain_gz_xz_and_separated_documents(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(f"{TEXT * 30}\n<|endoftext|>\n{TEXT * 31}")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress((TEXT * 32).encode()))
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "c.txt.xz").write_bytes(lzma.compress((TEXT * 33).encode()))
-    corpus = load_corpus(f"path:{tmp_path}/**/*.txt*")
-    assert len(corpus.train) == 4
-    for kept, held in zip(corpus.train, corpus.held_out, strict=True):
-        assert kept.endswith("\n") and held.startswith("the quick")
-
-
-def test_a_corpus_that_is_split_already_stays_so(tmp_path: Path) -> None:
-    (tmp_path / "train.txt.xz").write_bytes(lzma.compress(b"a1\n<|endoftext|>\na2"))
-    (tmp_path / "valid-x.txt").write_text("x1\n<|endoftext|>\nx2\n<|endoftext|>\nx3")
-    (tmp_path / "valid-y.txt").write_text("y1")
-    (tmp_path / "README.md").write_text("not of it")
-    corpus = load_corpus(f"split:{tmp_path}")
-    assert corpus.train == ("a1", "a2")
-    assert corpus.held_out == ("x1", "y1", "x2", "x3")
-    (tmp_path / "valid-x.txt").unlink()
-    (tmp_path / "valid-y.txt").unlink()
-    with pytest.raises(UserError, match=r"no text in '.*/valid\*.txt'"):
-        load_corpus(f"split:{tmp_path}")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("nul.txt", b"text\x00more", "NUL byte at 4"),
-        ("latin.txt", "caf\u00e9".encode("latin-1"), "byte 0xe9 at 3"),
-        ("broken.txt.gz", b"not gzip", "cannot be read"),
-        ("empty.txt", b" \n", "is empty"),
-        ("short.txt", b"word", "too little text"),
-    ],
-)
-def test_what_is_not_text_is_refused(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        load_corpus(f"path:{tmp_path / name}")
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("sottu", "Did you mean 'sotu'"),
-        ("path:/no/such/*.txt", "matches no file"),
-        ("path:", "names no source"),
-        ("split:", "names no source"),
-        ("split:/no/such", r"no text in '/no/such/train\*.txt'"),
-        ("hf:", "names no source"),
-    ],
-)
-def test_unknown_corpora_are_refused(spec: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_corpus(spec)
-
-
-def test_hub_corpora_stream_and_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> object:
-        asked.append((name, config, split, streaming))
-        if name == "gone":
-            raise ConnectionError("no route to the hub")
-        column = "text" if name == "fine" else "body"
-        return ({column: f"{i} {TEXT}"} for i in range(40))
-
-    module = SimpleNamespace(load_dataset=load_dataset, __spec__=SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    corpus = load_corpus("hf:fine:en")
-    assert asked == [("fine", "en", "train", True)]
-    assert len(corpus.train) == 38 and len(corpus.held_out) == 2
-    with pytest.raises(UserError, match="no column 'text'"):
-        load_corpus("hf:other")
-    with pytest.raises(UserError, match="no route to the hub"):
-        load_corpus("hf:gone")
-
-
-def test_hub_corpora_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -e '.\[hub\]'"):
-        load_corpus("hf:any")
-
-
 # -- tokenizer --
 
 
@@ -156,17 +55,38 @@ def test_any_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
-def test_the_separator_inside_a_document_is_text(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("a<|endoftext|>b")
-    assert tokenizer.eot_id not in ids.tolist()
-    assert tokenizer.decode(ids.tolist()) == "a<|endoftext|>b"
+@settings(max_examples=80, deadline=None)
+@given(text=st.text())
+def test_the_bytes_of_tokens_are_those_of_their_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes[tokenizer.eot_id] == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a<|endoftext|>b", "<|endoftext|>a", "a<|endoftext|>", "<|endoftext|><|endoftext|>", "a\r\nb"],
+)
+def test_trained_and_cached_tokenizers_are_one(tmp_path: Path, text: str) -> None:
+    """The separator inside a document is text."""
+    trained = train_or_load(CORPUS, 300, tmp_path)
+    cached = train_or_load(CORPUS, 300, tmp_path)
+    for tokenizer in (trained, cached):
+        ids = tokenizer.encode(text).tolist()
+        assert ids == trained.encode(text).tolist()
+        assert tokenizer.eot_id not in ids
+        assert tokenizer.decode(ids) == text
 
 
 def test_training_is_repeatable_and_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     first = train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist()
     (file,) = tmp_path.glob("*.json")
-    file.write_text(file.read_text()[:100])
-    assert train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist() == first
+    whole = file.read_text()
+    for damaged in (whole[:100], whole.replace("0,", "1,", 1), "[]", "{}", '{"tokenizer": 3}'):
+        assert damaged != whole
+        file.write_text(damaged)
+        assert train_or_load(CORPUS, 300, tmp_path).encode(TEXT).tolist() == first
+        assert file.read_text() == whole
 
 
 def test_a_vocabulary_must_hold_the_bytes(tmp_path: Path) -> None:
@@ -183,14 +103,55 @@ def test_documents_are_joined_by_end_of_text(tokens: TokenSet, tokenizer: Tokeni
     assert tokenizer.decode(tokens.train[: len(tokenizer.encode(DOCUMENTS[0]))]) == DOCUMENTS[0]
 
 
-@pytest.mark.parametrize("damage", ["train.bin", "note.json"])
+def cut(content: bytes) -> bytes:
+    return content[:-1]
+
+
+def zero(content: bytes) -> bytes:
+    return bytes(len(content))
+
+
+def shift(content: bytes) -> bytes:
+    """Another byte in the middle."""
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, zero, shift])
+@pytest.mark.parametrize("name", ["train.bin", "held_out.bin", "note.json"])
 def test_damaged_token_files_are_made_again(
-    tokens: TokenSet, tokenizer: Tokenizer, tmp_path: Path, damage: str
+    tokens: TokenSet, tokenizer: Tokenizer, tmp_path: Path, name: str, damage: Damage
 ) -> None:
     prepare(CORPUS, tokenizer, tmp_path)
-    (file,) = tmp_path.glob(f"*/{damage}")
-    file.write_bytes(file.read_bytes()[:-1])
+    (file,) = tmp_path.glob(f"*/{name}")
+    file.write_bytes(damage(file.read_bytes()))
+    again = prepare(CORPUS, tokenizer, tmp_path)
+    assert np.array_equal(again.train, tokens.train)
+    assert np.array_equal(again.held_out, tokens.held_out)
+    assert again.offsets == tokens.offsets
+
+
+@pytest.mark.parametrize("note", ["[]", "3", '{"dtype": 3}', '{"dtype": "uint16"}', "\x00"])
+def test_a_foreign_note_is_no_note(
+    tokens: TokenSet, tokenizer: Tokenizer, tmp_path: Path, note: str
+) -> None:
+    prepare(CORPUS, tokenizer, tmp_path)
+    (file,) = tmp_path.glob("*/note.json")
+    file.write_text(note)
     assert np.array_equal(prepare(CORPUS, tokenizer, tmp_path).train, tokens.train)
+
+
+def test_a_disk_that_is_full_while_tokenizing_is_one_line(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"train.bin' cannot be written: No space left.*; free"):
+        prepare(CORPUS, tokenizer, tmp_path)
+    with pytest.raises(UserError, match=r"json' cannot be written: No space left.*; free some"):
+        train_or_load(CORPUS, 300, tmp_path)
 
 
 def test_batches_are_a_function_of_seed_and_step(tokens: TokenSet) -> None:
@@ -205,7 +166,7 @@ def test_batches_are_a_function_of_seed_and_step(tokens: TokenSet) -> None:
 
 def test_an_epoch_sees_every_window_once() -> None:
     stream = np.arange(1009, dtype=np.uint16)
-    numbered = TokenSet(stream, stream[:1], (0, 1), (1,), 0, 1009, "numbered")
+    numbered = TokenSet(stream, stream[:1], (0, 1), np.ones(1009), 0, 1009, "numbered")
     batches = Batches(numbered, batch=2, seq_len=16, seed=0)
     steps = batches.windows // 2
     starts = torch.cat([batches.batch_at(s)[0][:, 0] for s in range(steps)]).tolist()
@@ -218,7 +179,7 @@ def test_an_epoch_sees_every_window_once() -> None:
 
 
 def test_a_corpus_shorter_than_a_batch_is_refused(tokens: TokenSet) -> None:
-    with pytest.raises(UserError, match="too few for a batch of 4 x 100000"):
+    with pytest.raises(UserError, match="too few for a batch of 4 x 100000; it must have 500001"):
         Batches(tokens, batch=4, seq_len=100_000, seed=0)
 
 

@@ -340,11 +340,14 @@ def test_short_runs_warm_up_longer_but_not_forever(steps: int, warmup: int) -> N
         ({"optimizer": "adam"}, "Did you mean 'adamw'"),
         ({"schedule": "wds"}, "Unknown schedule 'wds'"),
         ({"steps": 0}, "steps=0 must be at least 1"),
-        ({"steps": "9"}, "steps='9' must be a whole number"),
-        ({"steps": True}, "steps=True must be a whole number"),
+        ({"steps": "9"}, "steps must be of type int, not '9'"),
+        ({"steps": True}, "steps must be of type int, not True"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
-        ({"learning_rates": ["x"]}, "learning_rates.* must be a list of numbers"),
+        ({"learning_rate": 0}, "learning_rate=0.0 must be positive"),
+        ({"learning_rates": ["x"]}, "learning_rates must be of type float, not 'x'"),
+        ({"learning_rates": [1e-3, -1.0]}, "learning_rates=-1.0 must be positive"),
         ({"betas": [0.9, 1.0]}, "betas"),
+        ({"betas": [0.9]}, "betas must have 2 entries, not 1"),
         ({"batch": 6, "grad_accum": 4}, "batch=6 is not divisible by grad_accum=4"),
         ({"warmup": 0.6, "decay": 0.6}, "make one of them smaller"),
         ({"floor": 1.5}, "floor=1.5 must be a fraction"),
@@ -359,5 +362,5 @@ def test_bad_recipes_name_value_and_rule(options: dict[str, object], message: st
 def test_recipe_survives_json() -> None:
     recipe = replace(LONG, learning_rates=(1e-3, 2e-3), optimizer="muon")
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    with pytest.raises(UserError, match="lacks batch, seq_len"):
+    with pytest.raises(UserError, match="the recipe lacks 'batch'; add it"):
         Recipe.from_dict({"steps": 5})

@@ -30,7 +30,9 @@ def test_batches_repeat_and_splits_differ() -> None:
     a = mqar_batch(spec, 4, seed=1, step=2)[0]
     assert torch.equal(a, mqar_batch(spec, 4, seed=1, step=2)[0])
     assert torch.equal(a, MqarBatches(spec, 4, 1).batch_at(2)[0])
-    assert not torch.equal(a, mqar_batch(spec, 4, seed=1, step=2, split="test")[0])
+    others = [mqar_batch(spec, 4, seed=1, step=2, split=split)[0] for split in ("dev", "test")]
+    assert not torch.equal(a, others[0]) and not torch.equal(a, others[1])
+    assert not torch.equal(*others)
     assert not torch.equal(a, mqar_batch(spec, 4, seed=1, step=3)[0])
 
 
@@ -66,5 +68,5 @@ def test_most_pairs_lie_beyond_the_tiny_suites_window() -> None:
 def test_impossible_tasks_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         MqarSpec(**options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="split 'dev'"):
-        mqar_batch(MqarSpec(), 1, seed=0, step=0, split="dev")
+    with pytest.raises(UserError, match="Unknown split 'valid'"):
+        mqar_batch(MqarSpec(), 1, seed=0, step=0, split="valid")  # type: ignore[arg-type]
