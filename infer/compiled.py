@@ -150,7 +150,13 @@ class CompiledStep:
                 "another engine laid the model's weights out anew after this step was compiled; "
                 "open a new engine"
             )
-        rows = {key: _rows(step, table) for key, table in step.tables.items()}
+        if not step.plain:
+            raise UserError(
+                f"sequences of lengths {step.lengths} in slots {step.slots} are no plain batch, "
+                "which compiled decode needs (one length, adjacent slots, no forks, no padding); "
+                "open the engine with compiled=False"
+            )
+        rows = {key: _rows(table) for key, table in step.tables.items()}
         if self._tables is None:
             # The first step runs as written and tells which rotary tables the layers ask for.
             logits = self.model.extend_last(tokens, step.layers)
@@ -179,11 +185,6 @@ class CompiledStep:
         return self._held[first, count]
 
 
-def _rows(step: StepView, table: TableStep) -> Rows:
-    if table.row is None:
-        raise UserError(
-            f"sequences of lengths {step.lengths} in slots {step.slots} are no plain batch, "
-            "which compiled decode needs (one length, adjacent slots, no forks); "
-            "open the engine with compiled=False"
-        )
+def _rows(table: TableStep) -> Rows:
+    assert table.row is not None
     return Rows(table.row, *table.visible())

@@ -118,6 +118,14 @@ class StepView:
         return list[LayerState](views)
 
     @property
+    def plain(self) -> bool:
+        """Whether the step is one view of the store, whatever the layers remember: one length,
+        adjacent slots, no padding, and new rows that lie side by side in every table.
+        """
+        lined_up = self.uniform and self.full and self.adjacent
+        return lined_up and all(table.row is not None for table in self.tables.values())
+
+    @property
     def rotary(self) -> list[tuple[int, float]]:
         """The (dim, theta) of the rotary tables that layers have asked for in this step."""
         return list(self._rope)
