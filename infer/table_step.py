@@ -148,7 +148,9 @@ class TableStep:
         ends = torch.tensor([n + c for n, c in zip(step.lengths, step.counts, strict=True)])
         last = ((ends - 1) // table.page_size - sinks)[:, None]
         ring = torch.arange(table.ring)[None]
-        page = last - (last - ring) % table.ring + sinks
+        # Counted from the first page past the sinks; below it the ring has not come round yet.
+        page = last - (last - ring) % table.ring
+        page = torch.where(page >= 0, page + sinks, -1)
         page = torch.cat((torch.arange(sinks).expand(len(step.slots), -1), page), 1)
         position = page[:, :, None] * table.page_size + torch.arange(table.page_size)
         fresh = (page >= 0)[:, :, None]

@@ -87,3 +87,22 @@ def test_bad_prompts_and_lengths_are_refused() -> None:
     assert engine.store.allocated_bytes == 0
     with pytest.raises(UserError, match="one length"):
         engine.generate_without_state([[1], [1, 2]], 4)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 5])
+@pytest.mark.parametrize(("window", "sinks"), [(2, 1), (4, 3), (3, 6), (5, 0)])
+def test_a_short_sequence_beside_a_long_one_sees_what_it_sees_alone(
+    window: int, sinks: int, page_size: int
+) -> None:
+    overrides = {"swa": {"window": window, "sinks": sinks}}
+    model = ModelSpec(arch="swa", scale=CHECK_SCALE, overrides=overrides).build(seed=3)
+    options = {"max_context": 64, "page_size": page_size}
+    tokens = torch.randint(256, (2, 40 + 12), generator=torch.Generator().manual_seed(1))
+    together, alone = Engine(model, max_sequences=2, **options), Engine(model, **options)
+    slots = [together.store.add(), together.store.add()]
+    together.extend(slots[:1], tokens[:1, :40])
+    short = alone.store.add()
+    for at in range(12):
+        fed = torch.stack((tokens[0, 40 + at], tokens[1, at]))[:, None]
+        beside = together.extend_last(slots, fed)[1]
+        torch.testing.assert_close(beside, alone.extend_last([short], fed[1:])[0])
