@@ -166,6 +166,8 @@ class CompiledStep:
                 for dim, theta in step.rotary
             }
             return logits
+        # Compiled code writes where it pleases.
+        step.wrote_rows = step.wrote_fixed = True
         angles = {key: table.narrow(1, step.start, 1) for key, table in self._tables.items()}
         specs = step.store.specs
         return self._run(self.model, specs, tokens, step.start, angles, rows, self._layers(step))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from archs.recurrent import RECURRENT_LIMIT
 from archs.spec import LayerState, Seen, StateSpec
-from infer.pages import PageTable, StoreFullError
+from infer.pages import PageTable
 from infer.table_step import TableStep
 from kernels.rope import rope_table
 
@@ -34,12 +34,6 @@ class Store(Protocol):
 
     def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
         """The home rows of `count` slots."""
-        ...
-
-    def reserve(
-        self, table: PageTable, slot: int, length: int, count: int, copies: list[tuple[int, int]]
-    ) -> None:
-        """Make rows writable; appends the pages to copy first."""
         ...
 
 
@@ -72,17 +66,19 @@ class StepView:
         if self.new is not None:
             self.valid = torch.arange(new_tokens, device=device) < self.new[:, None]
         self.each = keeps_each(store.lookback, new_tokens)
+        #: Whether rows, and fixed tensors, may have been written to: what cannot be undone.
+        self.wrote_rows = self.wrote_fixed = False
+        self.committed = False
         self.tables = {key: TableStep(self, table) for key, table in store.tables.items()}
-        try:
-            for table in self.tables.values():
-                table.reserve()
-        except StoreFullError:
-            # Sequences that have their own pages by now must have what was in the shared ones.
-            self.copy_shared()
-            raise
+
+    def reserve(self) -> None:
+        """Make the new rows writable. Raises StoreFullError, with part of the work done."""
+        for table in self.tables.values():
+            table.reserve()
 
     def copy_shared(self, *, joined: bool = True) -> None:
         """Copy what is shared and will be written to; joined: in steps that join rows, too."""
+        self.wrote_rows = True
         for spec, pools in zip(self.store.specs, self.store.pools, strict=True):
             if spec.owner is None and spec.per_token:
                 table = self.tables[spec.window, spec.sinks]
@@ -174,6 +170,7 @@ class _LayerView:
     def append(self, name: str, rows: Tensor) -> Seen:
         if self.table is None:
             raise ValueError(f"layer {self.index} declares no per-token tensor '{name}' of its own")
+        self.step.wrote_rows = True
         pool = self.step.store.pools[self.index][name]
         rows = rows if rows.dtype == pool.dtype else rows.to(pool.dtype)
         home = None
@@ -187,6 +184,8 @@ class _LayerView:
         return (self.owner or self)._seen[name]
 
     def get(self, name: str) -> Tensor:
+        # What is returned may be written into.
+        self.step.wrote_fixed = True
         pool = self.step.store.slots[self.index][name]
         slots = self.step.slots
         if self.step.adjacent:
@@ -198,6 +197,7 @@ class _LayerView:
 
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         store, slots = self.step.store, self.step.slots
+        self.step.wrote_fixed = True
         pool = store.slots[self.index][name]
         at = torch.tensor(slots, device=pool.device) if not self.step.adjacent else None
         if at is not None:
