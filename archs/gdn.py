@@ -16,7 +16,7 @@ from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.conv import convolve
 from archs.ops.gated_delta import gated_delta
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones, memory_dtype
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.gdn import gdn_chunk_matrix_flops, gdn_step_matrix_flops
 from kernels.norm import OutputNorm
@@ -113,7 +113,9 @@ class GatedDeltaNet(Mixer):
             dtype=self.conv_weight.dtype,
         )
         memory = TensorSpec(
-            name="memory", shape=(c.value_heads, c.key_dim, c.value_dim), dtype=torch.float32
+            name="memory",
+            shape=(c.value_heads, c.key_dim, c.value_dim),
+            dtype=memory_dtype(self.out.weight),
         )
         return StateSpec(fixed=(tail, memory))
 

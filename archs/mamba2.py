@@ -16,7 +16,7 @@ from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.conv import convolve
 from archs.ops.decay import ssd
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_log_uniform, fill_ones, memory_dtype
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.decay_scan import decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm import OutputNorm
@@ -117,7 +117,9 @@ class Mamba2(Mixer):
             dtype=self.conv_weight.dtype,
         )
         ssm = TensorSpec(
-            name="ssm", shape=(c.n_heads, c.state_dim, c.head_dim), dtype=torch.float32
+            name="ssm",
+            shape=(c.n_heads, c.state_dim, c.head_dim),
+            dtype=memory_dtype(self.out.weight),
         )
         return StateSpec(fixed=(tail, ssm))
 

@@ -78,7 +78,7 @@ class TracedState:
     def append(self, name: str, rows: Tensor) -> Seen:
         """As `LayerState.append`."""
         home, at = self.held.homes[name], self.rows
-        assert at is not None
+        assert at is not None and rows.dtype == home.dtype
         home.narrow(-2, at.row, 1).copy_(rows_last(rows))
         seen = Seen(home.narrow(-2, 0, at.visible), at.mask, False)
         self._seen[name] = seen
@@ -94,6 +94,7 @@ class TracedState:
 
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         """As `LayerState.put`."""
+        assert value.dtype == self.held.slots[name].dtype
         self.held.slots[name].copy_(value)
 
 

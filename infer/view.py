@@ -14,6 +14,7 @@ from torch import Tensor
 
 from archs.recurrent import RECURRENT_LIMIT
 from archs.spec import LayerState, Seen, StateSpec
+from infer.fit import require_fit, rows_shape
 from infer.pages import PageTable
 from infer.table_step import TableStep
 from kernels.rope import rope_table
@@ -170,9 +171,10 @@ class _LayerView:
     def append(self, name: str, rows: Tensor) -> Seen:
         if self.table is None:
             raise ValueError(f"layer {self.index} declares no per-token tensor '{name}' of its own")
-        self.step.wrote_rows = True
         pool = self.step.store.pools[self.index][name]
-        rows = rows if rows.dtype == pool.dtype else rows.to(pool.dtype)
+        batch = len(self.step.slots), self.step.new_tokens
+        require_fit(self.index, name, rows, (*batch, *rows_shape(pool)), pool)
+        self.step.wrote_rows = True
         home = None
         if self.table.identity:
             home = self.step.store.home(self.index, name, self.step.slots[0], len(rows))
@@ -197,11 +199,15 @@ class _LayerView:
 
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         store, slots = self.step.store, self.step.slots
-        self.step.wrote_fixed = True
         pool = store.slots[self.index][name]
+        require_fit(self.index, name, value, (len(slots), *pool.shape[1:]), pool)
+        if each is not None:
+            shape = len(slots), self.step.new_tokens, *pool.shape[1:]
+            require_fit(self.index, name, each, shape, pool)
+        self.step.wrote_fixed = True
         at = torch.tensor(slots, device=pool.device) if not self.step.adjacent else None
         if at is not None:
-            pool.index_copy_(0, at, value.to(pool.dtype))
+            pool.index_copy_(0, at, value)
         elif value is not self._given.get(name):
             pool.narrow(0, slots[0], len(slots)).copy_(value)
         if store.lookback:

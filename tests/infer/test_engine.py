@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from archs.backbone import cast
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from eval.conformance import CHECK_SCALE
@@ -35,6 +36,18 @@ def test_generate_leaves_nothing_behind_and_counts_its_steps() -> None:
     assert len(result.step_ms) == 6
     assert result.ttft_ms > 0
     assert result.peak_state_bytes >= engine.store.declared_bytes(26)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_float64_model_keeps_its_state_in_float64(arch: str) -> None:
+    model = cast(ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3), torch.float64)
+    engine = Engine(model, max_context=64, page_size=5)
+    slot = engine.store.add()
+    tokens = torch.randint(256, (1, 37), generator=torch.Generator().manual_seed(1))
+    pieces = [engine.extend([slot], piece) for piece in tokens.split([19, 1, 1, 12, 4], 1)]
+    held = [t for layer in engine.store.snapshot(slot) for t in layer.values()]
+    assert {t.dtype for t in held} == {torch.float64}
+    torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=0, atol=1e-6)
 
 
 def test_a_chunked_prefill_gives_the_same_tokens() -> None:
