@@ -6,8 +6,10 @@ page is taken from home while it is free there: a plain batch then is the identi
 the store reads as one strided view instead of a gather.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from math import ceil
 
 import torch
@@ -68,14 +70,20 @@ class PageTable:
         #: Every slot's home range exists, so a batch at home can be read as one view.
         self.has_homes = self.n_pages == slots * self.pages_per_slot
         self.refs = [0] * self.n_pages
-        self.used = 0
+        #: Free pages, the next to give away first: from the end, then what was freed longest ago,
+        #: so that home pages stay free for their slots.
+        self._free = OrderedDict.fromkeys(reversed(range(self.n_pages)))
         self.tables: list[dict[int, int]] = [{} for _ in range(slots)]
         self.at_home = [True] * slots
         #: First page past the sinks that each slot's window has not passed.
         self.first_page = [self.sink_pages] * slots
         #: Slots whose table gained or swapped a page since somebody last emptied this set.
         self.changed: set[int] = set()
-        self._spare = 0
+
+    @property
+    def used(self) -> int:
+        """Pages that some sequence holds."""
+        return self.n_pages - len(self._free)
 
     @property
     def rows_per_slot(self) -> int:
@@ -122,11 +130,9 @@ class PageTable:
                 visible = self.first_kept(end)
                 oldest = max(length, visible)
             self._drop_below(slot, max(0, visible) // self.page_size, change)
-        wanted = set(range(oldest // self.page_size, (end - 1) // self.page_size + 1))
-        wanted |= set(
-            range(length // self.page_size, min(self.sink_pages, ceil(end / self.page_size)))
-        )
-        for page in sorted(wanted):
+        first, last = oldest // self.page_size, (end - 1) // self.page_size
+        sunk = range(length // self.page_size, min(self.sink_pages, last + 1, first))
+        for page in chain(sunk, range(first, last + 1)):
             held = table.get(page)
             if held is not None and self.refs[held] == 1:
                 continue
@@ -185,11 +191,13 @@ class PageTable:
         if self.window is not None:
             self._drop_below(slot, self.first_kept(length) // self.page_size)
 
-    def truncate(self, slot: int, length: int) -> None:
-        """Forget everything from position `length` on."""
+    def truncate(self, slot: int, length: int, end: int) -> None:
+        """Forget positions length..end of a sequence of `end` tokens."""
         table = self.tables[slot]
-        for page in [p for p in table if p * self.page_size >= length]:
-            self._drop(table.pop(page))
+        for page in range(ceil(length / self.page_size), ceil(end / self.page_size)):
+            held = table.pop(page, None)
+            if held is not None:
+                self._drop(held)
 
     def fork(self, source: int, target: int) -> None:
         """Let `target` share all pages of `source`."""
@@ -228,28 +236,25 @@ class PageTable:
 
     def _take(self, slot: int, page: int) -> int:
         home = self.home(slot, page)
-        if home < self.n_pages and self.refs[home] == 0:
+        if home in self._free:
             return self._claim(home)
         self.at_home[slot] = False
-        for offset in range(self.n_pages):
-            candidate = (self._spare - offset) % self.n_pages
-            if self.refs[candidate] == 0:
-                self._spare = candidate
-                return self._claim(candidate)
-        raise StoreFullError(
-            f"all {self.n_pages} pages of {self.page_size} tokens are in use; "
-            "release a sequence, or make the store larger"
-        )
+        if not self._free:
+            raise StoreFullError(
+                f"all {self.n_pages} pages of {self.page_size} tokens are in use; "
+                "release a sequence, or make the store larger"
+            )
+        return self._claim(next(iter(self._free)))
 
     def _claim(self, page: int) -> int:
+        del self._free[page]
         self.refs[page] = 1
-        self.used += 1
         return page
 
     def _drop(self, page: int) -> None:
         self.refs[page] -= 1
         if self.refs[page] == 0:
-            self.used -= 1
+            self._free[page] = None
 
     def _drop_below(self, slot: int, first: int, change: Change | None = None) -> None:
         table = self.tables[slot]

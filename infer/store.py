@@ -13,6 +13,7 @@ later use of it says.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from archs.spec import StateSpec, TensorSpec
 from infer.memory import require_memory
 from infer.pages import PageTable, StoreFullError
 from infer.synthetic import synthesise
+from infer.undo import undo
 from infer.view import StepView
 
 TableKey = tuple[int | None, int]
@@ -59,7 +61,9 @@ class StateStore:
         self.device = torch.device(device)
         self.lengths = [0] * max_sequences
         self.oldest = [0] * max_sequences
-        self._free_slots = list(range(max_sequences))[::-1]
+        #: A heap: the lowest slot is opened first, so that batches are adjacent slots.
+        self._free_slots = list(range(max_sequences))
+        self._open = [False] * max_sequences
         #: Sequences whose state a failed step has overwritten.
         self._lost: set[int] = set()
         self._step: StepView | None = None
@@ -86,6 +90,11 @@ class StateStore:
             for fixed in self.slots
         ]
         self._homes: dict[tuple[int, str, int, int], Tensor] = {}
+        # Counted from the tensors, and once: they stay, and a step adds up its bytes.
+        self._page_bytes = {key: self._bytes_of_a_page(key) for key in self.tables}
+        self._fixed_bytes = sum(
+            t[0].nbytes for tensors in (*self.slots, *self.history) for t in tensors.values()
+        )
         self.peak_bytes = 0
 
     # -- sequences ---------------------------------------------------------------------------
@@ -114,12 +123,13 @@ class StateStore:
         """Open an empty sequence and return its slot. Raises StoreFullError."""
         if not self._free_slots:
             raise StoreFullError(f"all {len(self.lengths)} sequence slots are in use; release one")
-        slot = self._free_slots[-1]
+        slot = self._free_slots[0]
         for fixed in (*self.slots, *self.history):
             for tensor in fixed.values():
                 tensor[slot].zero_()
         self.lengths[slot] = self.oldest[slot] = 0
-        self._free_slots.pop()
+        heappop(self._free_slots)
+        self._open[slot] = True
         self._note_peak()
         return slot
 
@@ -129,8 +139,8 @@ class StateStore:
         for table in self.tables.values():
             table.release(slot)
         self._lost.discard(slot)
-        self._free_slots.append(slot)
-        self._free_slots.sort(reverse=True)
+        self._open[slot] = False
+        heappush(self._free_slots, slot)
 
     def fork(self, slot: int) -> int:
         """A second sequence with the same past: pages shared, fixed state copied."""
@@ -162,7 +172,7 @@ class StateStore:
         if tokens == 0:
             return
         for table in self.tables.values():
-            table.truncate(slot, length)
+            table.truncate(slot, length, self.lengths[slot])
         for fixed, history in zip(self.slots, self.history, strict=True):
             for name, ring in history.items():
                 fixed[name][slot].copy_(ring[slot, length % (self.lookback + 1)])
@@ -256,34 +266,9 @@ class StateStore:
             # Interrupted in `commit`: every layer has run, so the step is finished instead.
             self.commit(step)
             return
-        lengths = dict(zip(step.slots, step.lengths, strict=True))
-        for table in step.tables.values():
-            self._lost |= table.table.undo(table.change, lengths, written=step.wrote_rows)
-        if step.wrote_fixed and any(self.slots):
-            self._lost |= self._restore_fixed(step)
-        for slot in step.slots:
-            reach = [table.reach(slot) for table in self.tables.values()]
-            self.oldest[slot] = max(self.oldest[slot], *reach, 0)
+        self._lost |= undo(step)
         self._step = None
         step.close()
-
-    def _restore_fixed(self, step: StepView) -> set[int]:
-        """Bring fixed tensors back to what they were before a step; returns the slots that cannot.
-
-        The ring of snapshots holds the value at the step's start unless the step came round to it.
-        """
-        size, lost = self.lookback + 1, set()
-        for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
-            overwritten = count >= size if step.each else count % size == 0
-            if not self.lookback or overwritten:
-                lost.add(slot)
-                continue
-            for fixed, history in zip(self.slots, self.history, strict=True):
-                for name, ring in history.items():
-                    fixed[name][slot].copy_(ring[slot, length % size])
-            oldest = length + count - self.lookback if step.each else length
-            self.oldest[slot] = max(self.oldest[slot], oldest)
-        return lost
 
     def fill(self, slots: Sequence[int], length: int) -> None:
         """Give sequences `length` more tokens of synthetic state, for timing steps at that context.
@@ -327,16 +312,14 @@ class StateStore:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of pages in use and of the fixed state of open sequences."""
-        paged = sum(
-            self.tables[self._key(s)].used * self.page_size * s.token_bytes
-            for s in self.specs
-            if s.per_token and s.owner is None
-        )
-        open_slots = len(self.lengths) - len(self._free_slots)
-        fixed = sum(
-            t[0].nbytes for tensors in (*self.slots, *self.history) for t in tensors.values()
-        )
-        return paged + open_slots * fixed
+        paged = sum(table.used * self._page_bytes[key] for key, table in self.tables.items())
+        return paged + (len(self.lengths) - len(self._free_slots)) * self._fixed_bytes
+
+    def _bytes_of_a_page(self, key: TableKey) -> int:
+        """Bytes of one page of a table in the pools of all its layers."""
+        layers = zip(self.specs, self.pools, strict=True)
+        pools = [p for s, named in layers if self._key(s) == key for p in named.values()]
+        return sum(pool.nbytes for pool in pools) // self.tables[key].n_pages
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -378,7 +361,7 @@ class StateStore:
 
     def _require_open(self, slot: int, *, lost: bool = False) -> None:
         """Raise unless a sequence is open and in no open step; lost: one that was lost will do."""
-        if slot in self._free_slots or not 0 <= slot < len(self.lengths):
+        if not 0 <= slot < len(self.lengths) or not self._open[slot]:
             raise UserError(f"sequence {slot} is not open; `add` or `fork` one first")
         if self._step is not None and slot in self._step.slots:
             self._require_idle()

@@ -28,6 +28,7 @@ class Store(Protocol):
     max_context: int
     lookback: int
     lengths: list[int]
+    oldest: list[int]
     tables: dict[tuple[int | None, int], PageTable]
     pools: list[dict[str, Tensor]]
     slots: list[dict[str, Tensor]]
