@@ -133,11 +133,13 @@ def test_a_rollback_after_a_failed_step_is_right_or_refused(
         assert refused == beyond
 
 
-@pytest.mark.parametrize(("arch", "count"), [("gdn", 1), ("swa", 20)])
+@pytest.mark.parametrize(
+    ("arch", "count", "lookback"), [("gdn", 1, 0), ("swa", 20, 0), ("gdn", 4, 3), ("gdn", 20, 3)]
+)
 def test_a_sequence_whose_state_was_overwritten_says_so_until_it_is_released(
-    arch: str, count: int, monkeypatch: pytest.MonkeyPatch
+    arch: str, count: int, lookback: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_for(arch)
+    engine = engine_for(arch, lookback=lookback)
     a, b = engine.store.add(), engine.store.add()
     engine.extend([a, b], ids(2, 19))
     before = engine.store.snapshot(b)
