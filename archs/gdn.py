@@ -23,6 +23,7 @@ from archs.recurrent import (
     fill_dt_bias,
     fill_log_uniform,
     fill_ones,
+    memory_dtype,
 )
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.gdn import CHUNK, gdn_chunk_matrix_flops, gdn_step_matrix_flops
@@ -122,7 +123,9 @@ class GatedDeltaNet(Mixer):
             dtype=self.conv_weight.dtype,
         )
         memory = TensorSpec(
-            name="memory", shape=(c.value_heads, c.key_dim, c.value_dim), dtype=torch.float32
+            name="memory",
+            shape=(c.value_heads, c.key_dim, c.value_dim),
+            dtype=memory_dtype(self.out.weight),
         )
         return StateSpec(fixed=(tail, memory))
 

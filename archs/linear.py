@@ -17,7 +17,7 @@ from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
 from archs.ops.decay import retention
-from archs.recurrent import RECURRENT_LIMIT, chunk_vector_flops, fill_ones
+from archs.recurrent import RECURRENT_LIMIT, chunk_vector_flops, fill_ones, memory_dtype
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm import OutputNorm
@@ -111,7 +111,9 @@ class LinearAttention(Mixer):
         """One key-by-value matrix per head."""
         c = self.config
         shape = (c.n_heads, c.key_dim, c.value_dim)
-        return StateSpec(fixed=(TensorSpec(name="memory", shape=shape, dtype=torch.float32),))
+        return StateSpec(
+            fixed=(TensorSpec(name="memory", shape=shape, dtype=memory_dtype(self.out.weight)),)
+        )
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

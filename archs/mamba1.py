@@ -16,7 +16,7 @@ from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared
 from archs.ops.conv import convolve
 from archs.ops.selective import selective
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_ones
+from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_ones, memory_dtype
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.selective_scan import selective_scan_matrix_flops, selective_step_matrix_flops
 
@@ -101,7 +101,9 @@ class Mamba1(Mixer):
         tail = TensorSpec(
             name="conv", shape=(c.conv_width - 1, c.inner), dtype=self.conv_weight.dtype
         )
-        ssm = TensorSpec(name="ssm", shape=(c.inner, c.state_dim), dtype=torch.float32)
+        ssm = TensorSpec(
+            name="ssm", shape=(c.inner, c.state_dim), dtype=memory_dtype(self.out.weight)
+        )
         return StateSpec(fixed=(tail, ssm))
 
     def cost(self, step: Step) -> Cost:

@@ -23,6 +23,7 @@ from archs.recurrent import (
     fill_dt_bias,
     fill_log_uniform,
     fill_ones,
+    memory_dtype,
 )
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
@@ -126,7 +127,9 @@ class Mamba2(Mixer):
             dtype=self.conv_weight.dtype,
         )
         ssm = TensorSpec(
-            name="ssm", shape=(c.n_heads, c.state_dim, c.head_dim), dtype=torch.float32
+            name="ssm",
+            shape=(c.n_heads, c.state_dim, c.head_dim),
+            dtype=memory_dtype(self.out.weight),
         )
         return StateSpec(fixed=(tail, ssm))
 

@@ -31,6 +31,11 @@ def masked(values: Tensor, valid: Tensor | None) -> Tensor:
     return values.masked_fill(~valid.reshape(*valid.shape, *[1] * (values.dim() - 2)), 0)
 
 
+def memory_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a recurrent state: float32, or float64 in a model of float64."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def fill_dt_bias(
     tensor: Tensor,
     generator: torch.Generator,

@@ -254,7 +254,10 @@ class LayerState(Protocol):
         ...
 
     def append(self, name: str, rows: Tensor) -> Rows:
-        """Store the new rows [B, K, *shape] and return all rows the new tokens may see."""
+        """Store the new rows [B, K, *shape] and return all rows the new tokens may see.
+
+        Raises UserError for another shape or dtype than was declared, as `put` does.
+        """
         ...
 
     def seen(self, name: str) -> Rows:
@@ -282,8 +285,11 @@ class KernelState(LayerState, Protocol):
         """Tokens of each sequence before this step, int32 [B]."""
         ...
 
-    def pages(self, name: str) -> Pages | None:
-        """Where a kernel may write new rows; None where they must go through `append`."""
+    def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
+        """Where a kernel may write new rows in `dtype`; None where they must go through `append`.
+
+        Raises UserError where another dtype was declared.
+        """
         ...
 
     def written(self, name: str) -> Rows:

@@ -78,7 +78,7 @@ class TracedState:
     def append(self, name: str, rows: Tensor) -> Seen:
         """As `LayerState.append`."""
         home, at = self.held.homes[name], self.rows
-        assert at is not None
+        assert at is not None and rows.dtype == home.dtype
         home.narrow(-2, at.row, 1).copy_(rows_last(rows))
         seen = Seen(home.narrow(-2, 0, at.visible), at.mask, False)
         self._seen[name] = seen
@@ -94,6 +94,7 @@ class TracedState:
 
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         """As `LayerState.put`."""
+        assert value.dtype == self.held.slots[name].dtype
         self.held.slots[name].copy_(value)
 
 
@@ -150,7 +151,13 @@ class CompiledStep:
                 "another engine laid the model's weights out anew after this step was compiled; "
                 "open a new engine"
             )
-        rows = {key: _rows(step, table) for key, table in step.tables.items()}
+        if not step.plain:
+            raise UserError(
+                f"sequences of lengths {step.lengths} in slots {step.slots} are no plain batch, "
+                "which compiled decode needs (one length, adjacent slots, no forks, no padding); "
+                "open the engine with compiled=False"
+            )
+        rows = {key: _rows(table) for key, table in step.tables.items()}
         if self._tables is None:
             # The first step runs as written and tells which rotary tables the layers ask for.
             logits = self.model.extend_last(tokens, step.layers)
@@ -160,6 +167,8 @@ class CompiledStep:
                 for dim, theta in step.rotary
             }
             return logits
+        # Compiled code writes where it pleases.
+        step.wrote_rows = step.wrote_fixed = True
         angles = {key: table.narrow(1, step.start, 1) for key, table in self._tables.items()}
         specs = step.store.specs
         return self._run(self.model, specs, tokens, step.start, angles, rows, self._layers(step))
@@ -179,11 +188,6 @@ class CompiledStep:
         return self._held[first, count]
 
 
-def _rows(step: StepView, table: TableStep) -> Rows:
-    if table.row is None:
-        raise UserError(
-            f"sequences of lengths {step.lengths} in slots {step.slots} are no plain batch, "
-            "which compiled decode needs (one length, adjacent slots, no forks); "
-            "open the engine with compiled=False"
-        )
+def _rows(table: TableStep) -> Rows:
+    assert table.row is not None
     return Rows(table.row, *table.visible())

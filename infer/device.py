@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.spec import LayerState, PagedSeen, Pages, Rows, Slots
+from infer.fit import require_dtype, require_fit, rows_shape
 from infer.store import StateStore, TableKey
 from infer.table_step import TableStep
 from infer.view import StepView, keeps_each
@@ -46,6 +47,8 @@ class DeviceState:
 
         Small copies from pageable memory: the driver stages them and does not wait for the device.
         """
+        # From here on kernels write where they please.
+        step.wrote_rows = step.wrote_fixed = True
         for key, table in self.store.tables.items():
             for slot in table.changed:
                 row = table.row_of(slot, self.max_pages)
@@ -209,9 +212,10 @@ class _DeviceLayer:
     def gathered(self) -> bool:
         return any(seen.gathered for seen in self._seen.values())
 
-    def pages(self, name: str) -> Pages | None:
+    def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
         if name not in self.step.store.pools[self.index]:
             raise ValueError(f"layer {self.index} declares no per-token tensor '{name}' of its own")
+        require_dtype(self.index, name, dtype, self.step.store.pools[self.index][name])
         if self._joins is not None:
             return None
         step, spec = self.step, self.step.store.specs[self.index]
@@ -227,12 +231,15 @@ class _DeviceLayer:
         )
 
     def written(self, name: str) -> Rows:
-        pages = self.pages(name)
+        pages = self.pages(name, self.step.store.pools[self.index][name].dtype)
         assert pages is not None
         return self._see(name, pages, self.step.bound)
 
     def append(self, name: str, rows: Tensor) -> Rows:
-        pages = self.pages(name)
+        pages = self.pages(name, rows.dtype)
+        pool = self.step.store.pools[self.index][name]
+        batch = self.step.slots32.shape[0], self.step.new_tokens
+        require_fit(self.index, name, rows, (*batch, *rows_shape(pool)), pool)
         if pages is None:
             return self._join(name, rows)
         from kernels.page_write import page_write
@@ -257,7 +264,7 @@ class _DeviceLayer:
         index, lengths = table.past_to_join()
         bound = max(lengths) + new
         pages = -(-bound // JOINED_PAGE)
-        fresh = rows.to(pool.dtype).movedim((0, 1), (-3, -2))
+        fresh = rows.movedim((0, 1), (-3, -2))
         batch, size = len(lengths), pages * JOINED_PAGE
         joined = pool.new_zeros(*pool.shape[:-2], batch, size, pool.shape[-1])
         if index is not None:
@@ -317,10 +324,13 @@ class _DeviceLayer:
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         step = self.step
         pool = step.store.slots[self.index][name]
-        pool.index_copy_(0, step.slots, value.to(pool.dtype))
+        batch = step.slots32.shape[0]
+        require_fit(self.index, name, value, (batch, *pool.shape[1:]), pool)
+        pool.index_copy_(0, step.slots, value)
         if step.each:
             if each is None:
                 raise ValueError(f"'{name}' needs its value after each token (state.each)")
+            require_fit(self.index, name, each, (batch, step.new_tokens, *pool.shape[1:]), pool)
             self._remember(name, each)
         elif step.store.lookback:
             self._keep(name)
@@ -336,7 +346,7 @@ class _DeviceLayer:
         empty = (step.count == 0).reshape(-1, *[1] * (each.dim() - 1))
         value = torch.where(empty, pool[step.slots][:, None], each[batch, at.clamp(min=0)])
         length = step.past.long()[:, None] + at + 1
-        ring[step.slots[:, None], length % ring.shape[1]] = value.to(ring.dtype)
+        ring[step.slots[:, None], length % ring.shape[1]] = value
 
     def _keep(self, name: str) -> None:
         """Keep the value after the whole step for a rollback."""

@@ -6,7 +6,7 @@ looks at each one (`stop`, `on_token`), the host does not wait between decode st
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 
 import torch
@@ -132,49 +132,70 @@ class Engine:
         with closing(device.view(self._on_device, step)) as view:
             return run(tokens, view.layers)
 
-    def _begin(self, slots: Sequence[int], new_tokens: int, new: Tensor | None) -> StepView:
+    def _step(
+        self, slots: Sequence[int], tokens: Tensor, new: Tensor | None
+    ) -> AbstractContextManager[StepView]:
+        """A step of the store for these tokens; checks what can be checked without waiting."""
         if self.model.backend != self.backend:
             raise UserError(
                 f"the model was put on backend {self.model.backend} after this engine was opened "
                 f"on {self.backend}; open a new engine"
             )
-        return self.store.begin(slots, new_tokens, new)
+        if tokens.dim() != 2 or len(tokens) != len(slots):
+            raise UserError(
+                f"tokens of shape {list(tokens.shape)} for {len(slots)} sequences; give [B, K], a "
+                "row for each sequence"
+            )
+        if tokens.numel() and not tokens.is_cuda:
+            lowest, highest = tokens.aminmax()
+            self._check_ids(int(lowest), int(highest))
+        return self.store.step(slots, tokens.shape[1], new)
+
+    def _check_ids(self, lowest: int, highest: int) -> None:
+        if lowest < 0 or highest >= self.model.vocab_size:
+            raise UserError(
+                f"token ids from {lowest} to {highest} do not lie in 0..{self.model.vocab_size - 1}"
+                "; take the tokenizer that the model was trained with"
+            )
 
     @torch.inference_mode()
     def extend(self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
-        """Logits [B, K, V] of K new tokens [B, K] per sequence (`new` [B] of them valid)."""
-        step = self._begin(slots, tokens.shape[1], new)
-        logits = self._run(self.model.extend, tokens, step)
-        self.store.commit(step)
-        return logits
+        """Logits [B, K, V] of K new tokens [B, K] per sequence (`new` [B] of them valid).
+
+        Where it fails the sequences are as before, or lost (`StateStore.abort`).
+        Raises UserError on shapes, counts and contexts that do not fit and on ids beyond the
+        vocabulary (ids on a GPU are not looked at), StoreFullError without pages.
+        """
+        with self._step(slots, tokens, new) as step:
+            return self._run(self.model.extend, tokens, step)
 
     @torch.inference_mode()
     def extend_last(
         self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, V] of each sequence's last valid token.
+        """Logits [B, V] of each sequence's last valid token; otherwise as `extend`.
 
         Those of a replayed graph are valid until the next step.
         """
-        step = self._begin(slots, tokens.shape[1], new)
-        single = tokens.shape[1] == 1 and new is None
-        if self.compiled is not None and tokens.shape[1] == 1:
-            logits = self.compiled(tokens, step)
-        elif self.graphed is not None and single:
-            logits = self.graphed(tokens, step)
-        else:
-            logits = self._run(self.model.extend_last, tokens, step)
-        self.store.commit(step)
-        return logits
+        single = tokens.shape[1:] == (1,)
+        with self._step(slots, tokens, new) as step:
+            if self.compiled is not None and single:
+                return self.compiled(tokens, step)
+            if self.graphed is not None and single and new is None:
+                return self.graphed(tokens, step)
+            return self._run(self.model.extend_last, tokens, step)
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Extend empty or held sequences by their prompts; logits [B, V] of their last tokens.
 
-        Prompts of different lengths are right-padded; long ones go in chunks.
+        Prompts of different lengths are right-padded; long ones go in chunks, and where the store
+        has no page for a chunk, those before it stay. Raises as `extend`, ids on a GPU included.
         """
         lengths = [len(p) for p in prompts]
         if not lengths or min(lengths) == 0:
             raise UserError("a prompt is empty; give every sequence at least one token")
+        self._check_ids(min(map(min, prompts)), max(map(max, prompts)))
+        self.store.check_context(slots, lengths)
         chunk = self.prefill_chunk or max(lengths)
         logits: Tensor | None = None
         for start in range(0, max(lengths), chunk):
@@ -208,12 +229,12 @@ class Engine:
         sampler = Sampler(sampling or Sampling(), self.device, backend=self.backend)
         uniforms = sampler.uniforms(prompts, max_new_tokens)
         watched = stop is not None or on_token is not None
-        slots = [self.store.add() for _ in prompts]
         out: list[list[int]] = [[] for _ in prompts]
-        live = list(range(len(prompts)))
         unseen: list[Tensor] = []
         clock = StepClock(self.device)
-        try:
+        with self.store.sequences(len(prompts)) as slots:
+            # Indices of the sequences that go on; `slots` keeps only theirs.
+            live = list(range(len(prompts)))
             clock.mark()
             logits = self.prefill(slots, prompts)
             chosen = sampler(logits, None if uniforms is None else uniforms[0])
@@ -230,22 +251,18 @@ class Engine:
                 clock.mark()
                 if made == max_new_tokens:
                     break
-                if stop is not None:
-                    ended = [n for n, token in enumerate(tokens) if token == stop]
-                    if ended:
-                        kept = [n for n in range(len(live)) if n not in ended]
-                        for n in ended:
-                            self.store.release(slots[live[n]])
-                        live = [live[n] for n in kept]
-                        chosen = chosen[kept]
-                        uniforms = None if uniforms is None else uniforms[:, kept]
+                if stop is not None and stop in tokens:
+                    kept = [n for n, token in enumerate(tokens) if token != stop]
+                    for n in reversed(range(len(live))):
+                        if n not in kept:
+                            self.store.release(slots.pop(n))
+                    live = [live[n] for n in kept]
+                    chosen = chosen[kept]
+                    uniforms = None if uniforms is None else uniforms[:, kept]
                     if not live:
                         break
-                logits = self.extend_last([slots[i] for i in live], fed(chosen))
+                logits = self.extend_last(slots, fed(chosen))
                 chosen = sampler(logits, None if uniforms is None else uniforms[made])
-        finally:
-            for i in live:
-                self.store.release(slots[i])
         if unseen:
             out = torch.stack(unseen, 1).tolist()
             for row in zip(*out, strict=True):

@@ -6,6 +6,10 @@ page is taken from home while it is free there: a plain batch then is the identi
 the store reads as one strided view instead of a gather.
 """
 
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from math import ceil
 
 import torch
@@ -14,6 +18,27 @@ from torch import Tensor
 
 class StoreFullError(RuntimeError):
     """No free page is left; release a sequence or make the store larger."""
+
+
+#: A page of a sequence and where it lies: slot, logical page, pool page.
+Placed = tuple[int, int, int]
+
+
+@dataclass(slots=True)
+class Change:
+    """What a step did to a table, so that it can be undone.
+
+    copies: (source, target) pool pages; the source is shared and is copied before it is written.
+    gained: pages taken; left: pages that the window passed; parted: shared pages replaced by
+      pages of the sequence's own.
+    before: slot, whether it was at home, its first page past the sinks.
+    """
+
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    gained: list[Placed] = field(default_factory=list)
+    left: list[Placed] = field(default_factory=list)
+    parted: list[Placed] = field(default_factory=list)
+    before: list[tuple[int, bool, int]] = field(default_factory=list)
 
 
 class PageTable:
@@ -45,12 +70,20 @@ class PageTable:
         #: Every slot's home range exists, so a batch at home can be read as one view.
         self.has_homes = self.n_pages == slots * self.pages_per_slot
         self.refs = [0] * self.n_pages
-        self.used = 0
+        #: Free pages, the next to give away first: from the end, then what was freed longest ago,
+        #: so that home pages stay free for their slots.
+        self._free = OrderedDict.fromkeys(reversed(range(self.n_pages)))
         self.tables: list[dict[int, int]] = [{} for _ in range(slots)]
         self.at_home = [True] * slots
+        #: First page past the sinks that each slot's window has not passed.
+        self.first_page = [self.sink_pages] * slots
         #: Slots whose table gained or swapped a page since somebody last emptied this set.
         self.changed: set[int] = set()
-        self._spare = 0
+
+    @property
+    def used(self) -> int:
+        """Pages that some sequence holds."""
+        return self.n_pages - len(self._free)
 
     @property
     def rows_per_slot(self) -> int:
@@ -79,15 +112,15 @@ class PageTable:
         page, offset = divmod(position, self.page_size)
         return self.home(0, page) * self.page_size + offset
 
-    def reserve(self, slot: int, length: int, new: int, copies: list[tuple[int, int]]) -> None:
+    def reserve(self, slot: int, length: int, new: int, change: Change) -> None:
         """Make the rows of positions length..length+new writable.
 
-        Pages that no new token can see are freed first. Appends the (source, destination) pool
-        pages to copy because the source is shared. Raises StoreFullError; what was appended by
-        then must still be copied.
+        Pages that no new token can see are freed first. Everything done is added to `change`.
+        Raises StoreFullError; `undo` then takes back what was done by then.
         """
         if new == 0:
             return
+        change.before.append((slot, self.at_home[slot], self.first_page[slot]))
         table = self.tables[slot]
         end = length + new
         oldest = length
@@ -96,33 +129,75 @@ class PageTable:
             if not self.fits_ring(new):
                 visible = self.first_kept(end)
                 oldest = max(length, visible)
-            self._drop_below(slot, max(0, visible) // self.page_size)
-        wanted = set(range(oldest // self.page_size, (end - 1) // self.page_size + 1))
-        wanted |= set(
-            range(length // self.page_size, min(self.sink_pages, ceil(end / self.page_size)))
-        )
-        for page in sorted(wanted):
+            self._drop_below(slot, max(0, visible) // self.page_size, change)
+        first, last = oldest // self.page_size, (end - 1) // self.page_size
+        sunk = range(length // self.page_size, min(self.sink_pages, last + 1, first))
+        for page in chain(sunk, range(first, last + 1)):
             held = table.get(page)
-            if held is None:
-                table[page] = self._take(slot, page)
-                self.changed.add(slot)
-            elif self.refs[held] > 1:
-                self.changed.add(slot)
-                fresh = self._take(slot, page)
-                copies.append((held, fresh))
+            if held is not None and self.refs[held] == 1:
+                continue
+            fresh = self._take(slot, page)
+            change.gained.append((slot, page, fresh))
+            table[page] = fresh
+            self.changed.add(slot)
+            if held is not None:
+                change.copies.append((held, fresh))
+                change.parted.append((slot, page, held))
                 self._drop(held)
-                table[page] = fresh
+
+    def undo(self, change: Change, lengths: Mapping[int, int], *, written: bool) -> set[int]:
+        """Take back what a step did; returns the slots whose visible rows it has overwritten.
+
+        lengths: tokens of the step's slots before it. written: whether rows may have been written,
+        so that pages that were freed and taken again no longer hold what they held.
+        """
+        for slot, page, held in change.gained:
+            del self.tables[slot][page]
+            self._drop(held)
+        for slot, at_home, first_page in change.before:
+            self.at_home[slot], self.first_page[slot] = at_home, first_page
+            self.changed.add(slot)
+        taken = {held for _, _, held in change.gained} if written else set()
+        spoilt = set()
+        for slot, page, held in change.left:
+            if held in taken:
+                self.first_page[slot] = max(self.first_page[slot], page + 1)
+                assert self.window is not None
+                if (page + 1) * self.page_size > lengths[slot] - self.window + 1:
+                    spoilt.add(slot)
+        spoilt |= {slot for slot, _, held in change.parted if held in taken}
+        kept = [p for p in change.left if p[1] >= self.first_page[p[0]]]
+        for slot, page, held in (*kept, *change.parted):
+            if held not in taken:
+                self.tables[slot][page] = held
+                if self.refs[held]:
+                    self.refs[held] += 1
+                else:
+                    self._claim(held)
+        return spoilt
+
+    def oldest_row(self, slot: int) -> int:
+        """The position from which on all rows are held; before it only sinks are."""
+        first = self.first_page[slot]
+        return 0 if first == self.sink_pages else first * self.page_size
+
+    def reach(self, slot: int) -> int:
+        """The shortest length that a sequence can be cut to and find all rows that it sees."""
+        oldest = self.oldest_row(slot)
+        return 0 if self.window is None or oldest == 0 else oldest + self.window - 1
 
     def settle(self, slot: int, length: int) -> None:
         """Free what a sequence of `length` tokens no longer keeps."""
         if self.window is not None:
             self._drop_below(slot, self.first_kept(length) // self.page_size)
 
-    def truncate(self, slot: int, length: int) -> None:
-        """Forget everything from position `length` on."""
+    def truncate(self, slot: int, length: int, end: int) -> None:
+        """Forget positions length..end of a sequence of `end` tokens."""
         table = self.tables[slot]
-        for page in [p for p in table if p * self.page_size >= length]:
-            self._drop(table.pop(page))
+        for page in range(ceil(length / self.page_size), ceil(end / self.page_size)):
+            held = table.pop(page, None)
+            if held is not None:
+                self._drop(held)
 
     def fork(self, source: int, target: int) -> None:
         """Let `target` share all pages of `source`."""
@@ -132,6 +207,7 @@ class PageTable:
         self.tables[target] = dict(table)
         self.changed.add(target)
         self.at_home[target] = not table
+        self.first_page[target] = self.first_page[source]
 
     def release(self, slot: int) -> None:
         """Give all pages of a slot back."""
@@ -139,6 +215,7 @@ class PageTable:
             self._drop(held)
         self.tables[slot] = {}
         self.at_home[slot] = True
+        self.first_page[slot] = self.sink_pages
 
     def row_of(self, slot: int, pages: int) -> Tensor:
         """A slot's table as int32 [pages]; pages that are not held map to page 0."""
@@ -159,30 +236,32 @@ class PageTable:
 
     def _take(self, slot: int, page: int) -> int:
         home = self.home(slot, page)
-        if home < self.n_pages and self.refs[home] == 0:
+        if home in self._free:
             return self._claim(home)
         self.at_home[slot] = False
-        for offset in range(self.n_pages):
-            candidate = (self._spare - offset) % self.n_pages
-            if self.refs[candidate] == 0:
-                self._spare = candidate
-                return self._claim(candidate)
-        raise StoreFullError(
-            f"all {self.n_pages} pages of {self.page_size} tokens are in use; "
-            "release a sequence, or make the store larger"
-        )
+        if not self._free:
+            raise StoreFullError(
+                f"all {self.n_pages} pages of {self.page_size} tokens are in use; "
+                "release a sequence, or make the store larger"
+            )
+        return self._claim(next(iter(self._free)))
 
     def _claim(self, page: int) -> int:
+        del self._free[page]
         self.refs[page] = 1
-        self.used += 1
         return page
 
     def _drop(self, page: int) -> None:
         self.refs[page] -= 1
         if self.refs[page] == 0:
-            self.used -= 1
+            self._free[page] = None
 
-    def _drop_below(self, slot: int, first: int) -> None:
+    def _drop_below(self, slot: int, first: int, change: Change | None = None) -> None:
         table = self.tables[slot]
-        for page in [p for p in table if self.sink_pages <= p < first]:
-            self._drop(table.pop(page))
+        for page in range(self.first_page[slot], first):
+            held = table.pop(page, None)
+            if held is not None:
+                if change is not None:
+                    change.left.append((slot, page, held))
+                self._drop(held)
+        self.first_page[slot] = max(self.first_page[slot], first)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from archs.spec import NEVER, Seen
-from infer.pages import PageTable
+from infer.pages import Change, PageTable
 
 if TYPE_CHECKING:
     from infer.view import StepView
@@ -25,7 +25,7 @@ class TableStep:
         self.joins = not table.fits_ring(new) and not self.from_empty
         self._past: tuple[Tensor, Tensor] | None = self._past_rows() if self.joins else None
         # Copies of shared pages wait for `write`: a page freed here may still hold somebody's past.
-        self._copies: list[tuple[int, int]] = []
+        self.change = Change()
         self._target: tuple[Tensor, Tensor | slice] | None = None
         self._gather: tuple[Tensor, Tensor] | None = None
         self._mask: Tensor | None = None
@@ -35,7 +35,7 @@ class TableStep:
         """Make the new rows writable, and see what lies where. Raises StoreFullError."""
         step, table, new = self.step, self.table, self.step.new_tokens
         for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
-            step.store.reserve(table, slot, length, count, self._copies)
+            table.reserve(slot, length, count, self.change)
         self.identity = (
             step.adjacent and table.has_homes and all(table.at_home[s] for s in step.slots)
         )
@@ -64,14 +64,18 @@ class TableStep:
     @property
     def shares(self) -> bool:
         """Whether pages that are shared must be copied before they are written to."""
-        return bool(self._copies)
+        return bool(self.change.copies)
 
     def copy_shared(self, pool: Tensor) -> None:
         """Give the sequences of this step copies of the shared pages that they will write to."""
         size = self.table.page_size
-        for source, target in self._copies:
+        for source, target in self.change.copies:
             copied = pool[..., source * size : (source + 1) * size, :]
             pool[..., target * size : (target + 1) * size, :] = copied
+
+    def targets(self) -> Tensor:
+        """The pool rows that the step's valid tokens are kept in, int64 [n]."""
+        return self._targets()[0]
 
     def _targets(self) -> tuple[Tensor, Tensor | slice]:
         """Pool rows to write, and which of the flattened [B*K] new rows go there."""
@@ -148,7 +152,9 @@ class TableStep:
         ends = torch.tensor([n + c for n, c in zip(step.lengths, step.counts, strict=True)])
         last = ((ends - 1) // table.page_size - sinks)[:, None]
         ring = torch.arange(table.ring)[None]
-        page = last - (last - ring) % table.ring + sinks
+        # Counted from the first page past the sinks; below it the ring has not come round yet.
+        page = last - (last - ring) % table.ring
+        page = torch.where(page >= 0, page + sinks, -1)
         page = torch.cat((torch.arange(sinks).expand(len(step.slots), -1), page), 1)
         position = page[:, :, None] * table.page_size + torch.arange(table.page_size)
         fresh = (page >= 0)[:, :, None]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from archs.recurrent import RECURRENT_LIMIT
 from archs.spec import LayerState, Seen, StateSpec
-from infer.pages import PageTable, StoreFullError
+from infer.fit import require_fit, rows_shape
+from infer.pages import PageTable
 from infer.table_step import TableStep
 from kernels.rope import rope_table
 
@@ -27,6 +28,7 @@ class Store(Protocol):
     max_context: int
     lookback: int
     lengths: list[int]
+    oldest: list[int]
     tables: dict[tuple[int | None, int], PageTable]
     pools: list[dict[str, Tensor]]
     slots: list[dict[str, Tensor]]
@@ -34,12 +36,6 @@ class Store(Protocol):
 
     def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
         """The home rows of `count` slots."""
-        ...
-
-    def reserve(
-        self, table: PageTable, slot: int, length: int, count: int, copies: list[tuple[int, int]]
-    ) -> None:
-        """Make rows writable; appends the pages to copy first."""
         ...
 
 
@@ -72,17 +68,19 @@ class StepView:
         if self.new is not None:
             self.valid = torch.arange(new_tokens, device=device) < self.new[:, None]
         self.each = keeps_each(store.lookback, new_tokens)
+        #: Whether rows, and fixed tensors, may have been written to: what cannot be undone.
+        self.wrote_rows = self.wrote_fixed = False
+        self.committed = False
         self.tables = {key: TableStep(self, table) for key, table in store.tables.items()}
-        try:
-            for table in self.tables.values():
-                table.reserve()
-        except StoreFullError:
-            # Sequences that have their own pages by now must have what was in the shared ones.
-            self.copy_shared()
-            raise
+
+    def reserve(self) -> None:
+        """Make the new rows writable. Raises StoreFullError, with part of the work done."""
+        for table in self.tables.values():
+            table.reserve()
 
     def copy_shared(self, *, joined: bool = True) -> None:
         """Copy what is shared and will be written to; joined: in steps that join rows, too."""
+        self.wrote_rows = True
         for spec, pools in zip(self.store.specs, self.store.pools, strict=True):
             if spec.owner is None and spec.per_token:
                 table = self.tables[spec.window, spec.sinks]
@@ -116,6 +114,14 @@ class StepView:
                 table = self.tables[spec.window, spec.sinks] if spec.per_token else None
                 views.append(_LayerView(self, index, table, None))
         return list[LayerState](views)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the step is one view of the store, whatever the layers remember: one length,
+        adjacent slots, no padding, and new rows that lie side by side in every table.
+        """
+        lined_up = self.uniform and self.full and self.adjacent
+        return lined_up and all(table.row is not None for table in self.tables.values())
 
     @property
     def rotary(self) -> list[tuple[int, float]]:
@@ -167,7 +173,9 @@ class _LayerView:
         if self.table is None:
             raise ValueError(f"layer {self.index} declares no per-token tensor '{name}' of its own")
         pool = self.step.store.pools[self.index][name]
-        rows = rows if rows.dtype == pool.dtype else rows.to(pool.dtype)
+        batch = len(self.step.slots), self.step.new_tokens
+        require_fit(self.index, name, rows, (*batch, *rows_shape(pool)), pool)
+        self.step.wrote_rows = True
         home = None
         if self.table.identity:
             home = self.step.store.home(self.index, name, self.step.slots[0], len(rows))
@@ -179,6 +187,8 @@ class _LayerView:
         return (self.owner or self)._seen[name]
 
     def get(self, name: str) -> Tensor:
+        # What is returned may be written into.
+        self.step.wrote_fixed = True
         pool = self.step.store.slots[self.index][name]
         slots = self.step.slots
         if self.step.adjacent:
@@ -191,9 +201,14 @@ class _LayerView:
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         store, slots = self.step.store, self.step.slots
         pool = store.slots[self.index][name]
+        require_fit(self.index, name, value, (len(slots), *pool.shape[1:]), pool)
+        if each is not None:
+            shape = len(slots), self.step.new_tokens, *pool.shape[1:]
+            require_fit(self.index, name, each, shape, pool)
+        self.step.wrote_fixed = True
         at = torch.tensor(slots, device=pool.device) if not self.step.adjacent else None
         if at is not None:
-            pool.index_copy_(0, at, value.to(pool.dtype))
+            pool.index_copy_(0, at, value)
         elif value is not self._given.get(name):
             pool.narrow(0, slots[0], len(slots)).copy_(value)
         if store.lookback:

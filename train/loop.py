@@ -257,6 +257,7 @@ class _Run:
     def _step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One update; returns loss and gradient norm without waiting for them."""
         r = self.recipe
+        self.optimizer.take_back()
         total = torch.zeros((), device=self.device)
         all_targets = int((targets != IGNORED).sum())
         for x, y in zip(inputs.chunk(r.grad_accum), targets.chunk(r.grad_accum), strict=True):
@@ -318,10 +319,13 @@ class _Run:
         return p.steps_above >= DIVERGED_STEPS
 
     def _evaluate(self, eval_fn: EvalFunction) -> None:
+        backend = self.model.backend
         self.model.eval()
         with torch.no_grad():
             self.progress.evaluation = dict(eval_fn(self.model))
-        self.model.train()
+        # An evaluation may have opened an engine, which puts the model where it decodes best.
+        self.model.use(backend).train()
+        self.optimizer.take_back()
         self.log.write("eval", step=self.progress.step, **self.progress.evaluation)
 
     def _save(self) -> None:

@@ -5,7 +5,8 @@ Weight decay spares vectors and what a mixer calls delicate (decays, step sizes)
 semi-orthogonal matrix; its step is scaled to AdamW's typical size (arXiv 2502.16982), so both
 read one learning rate. A `Projection` holds several matrices; each is orthogonalised on its
 own, and parts of one shape go through as one batched product. State is plain tensors by
-parameter name. Build it after moving the model: parts are views of the parameters.
+parameter name. Build it after moving the model: parts are views of the parameters, and
+`take_back` holds the model to that.
 """
 
 import math
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from archs.backbone import Model, delicate_parameters
+from archs.backbone import Model, delicate_parameters, lay_out
 from archs.errors import UserError
 from archs.layers import Projection
 from train.recipe import Recipe
 
+#: Rows of a training batch, for the layout of weights: many.
+TRAINING_ROWS = 1 << 20
 #: A part of a projection with fewer rows or columns (gates, step sizes) is a bundle of vectors.
 MIN_MATRIX_SIDE = 32
 MUON_MOMENTUM = 0.95
@@ -81,12 +84,18 @@ def _split(whole: Part, sizes: tuple[int, ...]) -> Iterator[Part]:
 
 
 class Optimizer:
-    """The update rule of a recipe over all trainable parameters of a model."""
+    """The update rule of a recipe over all trainable parameters of a model.
+
+    Lays the weights out for training: fused AdamW pairs weight and gradient by their place in
+    memory, and an engine may have stored matrices by columns.
+    """
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
+        lay_out(model, TRAINING_ROWS)
         parts = parts_of(model, split=recipe.optimizer == "muon")
         #: The parameters themselves, for clipping.
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._homes = [p.data for p in self.parameters]
         self._parts = parts
         matrices = [p for p in parts if p.matrix]
         self._vectors = [p for p in parts if not p.matrix]
@@ -106,8 +115,29 @@ class Optimizer:
             fused=True,
         )
 
+    def take_back(self) -> None:
+        """Bring parameters that were stored elsewhere since (`lay_out`) back to their own memory.
+
+        Values stay; the loop calls it before each forward pass, so that sums keep their order, too.
+        Raises UserError where one changed its dtype or device.
+        """
+        for parameter, home in zip(self.parameters, self._homes, strict=True):
+            now = parameter.data
+            if now.data_ptr() == home.data_ptr() and now.stride() == home.stride():
+                continue
+            if (now.dtype, now.device) != (home.dtype, home.device):
+                raise UserError(
+                    f"a weight became {now.dtype} on {now.device} during training, which began in "
+                    f"{home.dtype} on {home.device}; evaluate a copy of the model"
+                )
+            grad = parameter.grad
+            parameter.data = home.copy_(now)
+            if grad is not None:
+                parameter.grad = torch.empty_like(home).copy_(grad)
+
     def step(self, learning_rate: float) -> None:
         """One update from the parameters' gradients."""
+        self.take_back()
         if self._muon is not None:
             for part in self._vectors:
                 part.bring_grad()

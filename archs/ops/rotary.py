@@ -41,7 +41,7 @@ def _append_triton(
     qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float
 ) -> tuple[Tensor, Rows]:
     state = cast(KernelState, state)
-    pages = state.pages(name)
+    pages = state.pages(name, qkv.dtype)
     if pages is None:
         return _append_torch(qkv, state, name, kv_heads, theta)
     from kernels.rope_append import rope_append

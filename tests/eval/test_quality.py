@@ -185,11 +185,11 @@ def test_tokens_of_a_document_are_not_taken_as_independent(
     """Hard documents are hard at every position: 40 windows are not 320 tokens of evidence."""
     noise, hits = np.random.default_rng(count), 0
     document = torch.arange(count).repeat_interleave(4)
-    held = SimpleNamespace(document_bytes=[0] * count)
+    held = SimpleNamespace(offsets=range(count + 1))
     for _ in range(400):
         hard = torch.from_numpy(noise.normal(3.0, 0.3, count))[document]
         losses = hard[:, None] + torch.from_numpy(noise.normal(0, 1, (len(document), 8)))
-        scored = [(losses, torch.ones_like(losses, dtype=torch.bool), document)]
+        scored = [(losses, torch.ones(losses.shape, dtype=torch.int64), document)]
         monkeypatch.setattr(eval.quality, "_scored", lambda *_, scored=scored: scored)
         found = loss_by_position(None, held, part="test", reach=8)[8]  # type: ignore[arg-type]
         hits += found.low <= 3.0 <= found.high

@@ -1,6 +1,7 @@
 """Compiled decode: the tokens of the plain engine, past windows and pages; clear refusals."""
 
 import pytest
+import torch
 
 from archs.errors import UserError
 from archs.registry import REGISTRY, ModelSpec
@@ -39,6 +40,30 @@ def test_a_ragged_batch_is_refused_with_a_remedy() -> None:
     with pytest.raises(UserError, match=r"lengths \[3, 1\].*compiled=False"):
         engine.generate([[1, 2, 3], [4]], 4)
     assert engine.store.allocated_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("prompts", "picked", "new"),
+    [([3, 3, 3], [0, 2], None), ([3, 3], [1, 0], None), ([9, 1], [0, 1], None),
+     ([3, 3], [0, 1], [1, 0])],
+    ids=["a subset", "another order", "unlike lengths", "padding"],
+)  # fmt: skip
+@pytest.mark.parametrize("arch", ["gdn", "gqa"])
+def test_a_batch_that_is_not_plain_is_refused_before_it_changes_anything(
+    arch: str, prompts: list[int], picked: list[int], new: list[int] | None
+) -> None:
+    model = ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3)
+    engine = Engine(model, max_sequences=3, max_context=64, page_size=8, compiled=True)
+    slots = [engine.store.add() for _ in prompts]
+    engine.prefill(slots, [[1] * n for n in prompts])
+    before, allocated = [engine.store.snapshot(s) for s in slots], engine.store.allocated_bytes
+    counts = None if new is None else torch.tensor(new)
+    with pytest.raises(UserError, match="no plain batch"):
+        engine.extend_last([slots[i] for i in picked], torch.tensor([[5]] * len(picked)), counts)
+    assert engine.store.allocated_bytes == allocated
+    for slot, layers in zip(slots, before, strict=True):
+        for held, now in zip(layers, engine.store.snapshot(slot), strict=True):
+            assert all(torch.equal(held[name], now[name]) for name in held)
 
 
 def test_lookback_is_refused_with_a_remedy() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from archs.backbone import cast
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from eval.conformance import CHECK_SCALE
@@ -38,6 +39,18 @@ def test_generate_leaves_nothing_behind_and_counts_its_steps() -> None:
     assert len(result.step_ms) == 6
     assert result.ttft_ms > 0
     assert result.peak_state_bytes >= engine.store.declared_bytes(26)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_float64_model_keeps_its_state_in_float64(arch: str) -> None:
+    model = cast(ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3), torch.float64)
+    engine = Engine(model, max_context=64, page_size=5)
+    slot = engine.store.add()
+    tokens = torch.randint(256, (1, 37), generator=torch.Generator().manual_seed(1))
+    pieces = [engine.extend([slot], piece) for piece in tokens.split([19, 1, 1, 12, 4], 1)]
+    held = [t for layer in engine.store.snapshot(slot) for t in layer.values()]
+    assert {t.dtype for t in held} == {torch.float64}
+    torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=0, atol=1e-6)
 
 
 def test_a_chunked_prefill_gives_the_same_tokens() -> None:
@@ -136,3 +149,22 @@ def test_bad_prompts_and_lengths_are_refused() -> None:
     assert engine.store.allocated_bytes == 0
     with pytest.raises(UserError, match="one length"):
         engine.generate_without_state([[1], [1, 2]], 4)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 5])
+@pytest.mark.parametrize(("window", "sinks"), [(2, 1), (4, 3), (3, 6), (5, 0)])
+def test_a_short_sequence_beside_a_long_one_sees_what_it_sees_alone(
+    window: int, sinks: int, page_size: int
+) -> None:
+    overrides = {"swa": {"window": window, "sinks": sinks}}
+    model = ModelSpec(arch="swa", scale=CHECK_SCALE, overrides=overrides).build(seed=3)
+    options = {"max_context": 64, "page_size": page_size}
+    tokens = torch.randint(256, (2, 40 + 12), generator=torch.Generator().manual_seed(1))
+    together, alone = Engine(model, max_sequences=2, **options), Engine(model, **options)
+    slots = [together.store.add(), together.store.add()]
+    together.extend(slots[:1], tokens[:1, :40])
+    short = alone.store.add()
+    for at in range(12):
+        fed = torch.stack((tokens[0, 40 + at], tokens[1, at]))[:, None]
+        beside = together.extend_last(slots, fed)[1]
+        torch.testing.assert_close(beside, alone.extend_last([short], fed[1:])[0])

@@ -1,0 +1,102 @@
+"""Host work per step: it grows with the batch, not with pools, layers or contexts."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import infer
+from archs.spec import StateSpec, TensorSpec
+from infer.store import StateStore
+
+KV = TensorSpec(name="kv", shape=(1, 1), dtype=torch.float16)
+OURS = str(Path(infer.__path__[0]))
+
+
+def bytecodes(work: Callable[[], object]) -> int:
+    """Instructions that our code executes in `work`: exact, and blind to the machine's load."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def step_at(
+    *, batch: int = 8, layers: int = 2, context: int = 32, window: int | None = None,
+    spare: int = 0,
+) -> int:  # fmt: skip
+    """Instructions of a step in which every sequence gains a page."""
+    store = StateStore(
+        [StateSpec(per_token=(KV,), window=window)] * layers, max_sequences=batch + spare,
+        max_context=2 * context, page_size=8,
+    )  # fmt: skip
+    slots = [store.add() for _ in range(batch)]
+    store.fill(slots, context)
+    return bytecodes(lambda: store.commit(store.begin(slots, 1)))
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_step_takes_no_more_work_at_longer_contexts(window: int | None) -> None:
+    assert step_at(window=window, context=4096) <= 1.05 * step_at(window=window, context=64)
+
+
+def test_a_step_takes_no_more_work_for_a_wider_window() -> None:
+    assert step_at(context=4096, window=2048) <= 1.05 * step_at(context=4096, window=24)
+
+
+def test_a_step_takes_no_more_work_with_more_layers() -> None:
+    assert step_at(layers=64) <= 1.05 * step_at(layers=2)
+
+
+def test_work_grows_with_the_batch_and_no_faster() -> None:
+    assert step_at(batch=64) <= 8.4 * step_at(batch=8)
+
+
+def test_open_slots_beside_the_batch_take_no_work() -> None:
+    assert step_at(spare=500) <= 1.05 * step_at()
+
+
+def last_page_of(pages: int) -> int:
+    """Instructions of a step that needs the one page that is free, far from those taken lately."""
+    store = StateStore(
+        [StateSpec(per_token=(KV,))], max_sequences=3, max_context=pages, page_size=1, pages=pages
+    )
+    first, second, third = (store.add() for _ in range(3))
+    for slot, length in ((second, 1), (third, pages // 2 - 1), (first, pages // 2)):
+        store.fill([slot], length)
+    store.release(second)
+    work = bytecodes(lambda: store.commit(store.begin([first], 1)))
+    assert store.tables[None, 0].used == pages
+    return work
+
+
+def test_a_free_page_is_found_without_a_search() -> None:
+    assert last_page_of(2048) <= 1.05 * last_page_of(32)
+
+
+def test_a_rollback_takes_no_more_work_at_longer_contexts() -> None:
+    def work(context: int) -> int:
+        store = StateStore(
+            [StateSpec(per_token=(KV,))], max_sequences=1, max_context=context, page_size=8
+        )
+        slot = store.add()
+        store.fill([slot], context)
+        return bytecodes(lambda: store.rollback(slot, 9))
+
+    assert work(8192) <= 1.05 * work(64)

@@ -1,0 +1,370 @@
+"""Any history of steps, forks, rollbacks, releases and failures against recomputing from scratch.
+
+A machine drives one engine and keeps, beside it, nothing but the tokens of each sequence. After
+every step the logits of all valid tokens must be those of one `forward` over the whole sequence.
+"""
+
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from torch import Tensor
+
+from archs.backbone import Model
+from archs.errors import UserError
+from archs.recurrent import RECURRENT_LIMIT
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from infer.engine import Engine
+from infer.pages import StoreFullError
+from infer.store import StateStore
+from tests.kernels.interpreter import interpreted
+
+VOCAB, CONTEXT, SLOTS = 31, 56, 4
+SCALE = get_scale("tiny").with_options(
+    {"d_model": 64, "head_dim": 32, "n_layers": 2, "vocab_size": VOCAB, "seq_len": 16}
+)
+#: Everything that may be remembered: all rows, a window of them with and without sinks, a latent
+#: row, another layer's rows, recurrent states with a convolution's tail, and mixtures.
+KINDS: dict[str, tuple[str, dict[str, int]]] = {
+    "rows": ("gqa", {}),
+    "window 1": ("swa", {"window": 1}),
+    "window 3, sinks 1": ("swa", {"window": 3, "sinks": 1}),
+    "window 5, sinks 6": ("swa", {"window": 5, "sinks": 6}),
+    "window 9": ("swa", {"window": 9}),
+    "latent": ("mla", {}),
+    "shared rows": ("cla", {}),
+    "delta rule": ("gdn", {}),
+    "scan": ("mamba1", {}),
+    "state and window": ("gdn:swa=1:1", {"window": 4, "sinks": 2}),
+    "state and rows": ("mamba2:gqa=1:1", {}),
+}
+
+
+@cache
+def model_of(kind: str) -> Model:
+    arch, options = KINDS[kind]
+    overrides = {"swa": options} if options else {}
+    spec = ModelSpec(arch=arch, scale=SCALE, overrides=overrides, hidden=16)
+    return spec.build(seed=7).eval()
+
+
+class Failed(Exception):
+    """What an injected failure raises."""
+
+
+class Machine(RuleBasedStateMachine):
+    """One engine, and what its sequences have been told."""
+
+    backend = "torch"
+    kinds = tuple(KINDS)
+    page_sizes = st.integers(1, 8) | st.sampled_from([1, 13, 16, 56, 64])
+
+    @initialize(data=st.data())
+    def open(self, data: st.DataObject) -> None:
+        self.kind = data.draw(st.sampled_from(self.kinds), "kind")
+        self.model = model_of(self.kind)
+        self.engine = self.engine_of(data)
+        self.store = self.engine.store
+        self.told: dict[int, list[int]] = {}
+        #: The shortest length that a rollback must reach.
+        self.floor: dict[int, int] = {}
+        self.bounded = any(s.fixed or s.window is not None for s in self.store.specs)
+        self.seed = 0
+
+    def engine_of(self, data: st.DataObject) -> Engine:
+        page_size = data.draw(self.page_sizes, "page_size")
+        lookback = data.draw(st.sampled_from([0, 1, 2, 4, 4]), "lookback")
+        engine = Engine(
+            self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=page_size,
+            lookback=lookback, backend=self.backend,
+        )  # fmt: skip
+        if self.backend == "torch" and data.draw(st.booleans(), "small pool"):
+            most = 2 * -(-CONTEXT // page_size)
+            engine.store = StateStore(
+                self.model.state_specs(), max_sequences=SLOTS, max_context=CONTEXT,
+                page_size=page_size, lookback=lookback,
+                pages=data.draw(st.integers(1, most), "pages"),
+            )  # fmt: skip
+        return engine
+
+    # -- sequences ---------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.told) < SLOTS)
+    @rule(prompt=st.integers(0, 30))
+    def add(self, prompt: int) -> None:
+        slot = self.store.add()
+        assert slot not in self.told
+        self.told[slot], self.floor[slot] = [], 0
+        tokens = torch.randint(VOCAB, (1, prompt), generator=torch.Generator().manual_seed(prompt))
+        if prompt:
+            self.extend([slot], tokens, [prompt])
+
+    @precondition(lambda self: 0 < len(self.told) < SLOTS)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.told)))
+        child = self.store.fork(slot)
+        assert child not in self.told
+        self.told[child], self.floor[child] = list(self.told[slot]), self.floor[slot]
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.told)))
+        self.store.release(slot)
+        del self.told[slot], self.floor[slot]
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data(), back=st.integers(1, 4) | st.integers(0, 20))
+    def rollback(self, data: st.DataObject, back: int) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.told)))
+        length = len(self.told[slot]) - back
+        if not self.goes_back(slot, back):
+            assert length < (self.floor[slot] if self.bounded else 0)
+        else:
+            self.told[slot] = self.told[slot][:length]
+            self.go_on(slot)
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def some(self, data: st.DataObject) -> tuple[list[int], Tensor, list[int]]:
+        """Some sequences in any order, their next tokens [B, K], and how many of them count."""
+        slots = data.draw(st.permutations(sorted(self.told)))
+        slots = slots[: data.draw(st.integers(1, len(slots)), "batch")]
+        room = CONTEXT - max(len(self.told[s]) for s in slots)
+        assume(room > 0)
+        tokens = min(room, data.draw(st.sampled_from([1, 1, 1, 2, 3, 5, 9, 17]), "tokens"))
+        counts = [tokens] * len(slots)
+        if data.draw(st.booleans(), "ragged"):
+            counts = [data.draw(st.integers(0, tokens), "count") for _ in slots]
+        self.seed += 1
+        generator = torch.Generator().manual_seed(self.seed)
+        return slots, torch.randint(VOCAB, (len(slots), tokens), generator=generator), counts
+
+    def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
+        """Logits of each sequence's valid tokens."""
+        ragged = set(counts) != {tokens.shape[1]}
+        logits = self.engine.extend(slots, tokens, torch.tensor(counts) if ragged else None)
+        return [row[:count] for row, count in zip(logits, counts, strict=True)]
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        slots, tokens, counts = self.some(data)
+        self.extend(slots, tokens, counts)
+
+    def extend(self, slots: list[int], tokens: Tensor, counts: list[int]) -> None:
+        """A step that is compared, or that finds the pool full and changes nothing."""
+        before = self.books()
+        try:
+            logits = self.run(slots, tokens, counts)
+        except StoreFullError:
+            assert self.books() == before
+            return
+        self.tell(slots, tokens, counts)
+        for slot, got in zip(slots, logits, strict=True):
+            self.compare(slot, got)
+
+    def go_on(self, slot: int) -> None:
+        """One more token for a sequence, where there is room."""
+        if len(self.told[slot]) < CONTEXT:
+            self.extend([slot], torch.tensor([[len(self.told[slot]) % VOCAB]]), [1])
+
+    def tell(self, slots: list[int], tokens: Tensor, counts: list[int]) -> None:
+        lookback, width = self.store.lookback, tokens.shape[1]
+        kept = lookback if width <= min(lookback + 1, RECURRENT_LIMIT) else 0
+        for slot, row, count in zip(slots, tokens.tolist(), counts, strict=True):
+            self.told[slot] = self.told[slot] + row[:count]
+            if count:
+                self.floor[slot] = max(self.floor[slot], len(self.told[slot]) - kept)
+
+    def compare(self, slot: int, got: Tensor) -> None:
+        """got: logits [n, V] of the newest n tokens."""
+        if len(got):
+            with torch.inference_mode():
+                expected = self.model.use("torch")(torch.tensor([self.told[slot]]))[0, -len(got) :]
+            self.model.use(self.backend)
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+    @precondition(lambda self: self.told)
+    @rule(data=st.data(), layer=st.integers(0, 1), late=st.booleans(), back=st.integers(0, 4))
+    def failing_step(self, data: st.DataObject, layer: int, late: bool, back: int) -> None:
+        """A step whose layer fails, before or after its work; then perhaps a rollback."""
+        slots, tokens, counts = self.some(data)
+        mixer = self.model.layers[layer].mixer
+        extend = mixer.extend
+
+        def failing(*given: Any) -> Tensor:
+            if late:
+                extend(*given)
+            raise Failed
+
+        mixer.extend = failing  # type: ignore[method-assign]
+        try:
+            Machine.run(self, slots, tokens, counts)
+        except (Failed, StoreFullError):
+            pass
+        finally:
+            del mixer.extend
+        for slot in slots:
+            self.floor[slot] = len(self.told[slot])
+            if self.is_lost(slot):
+                assert self.may_be_lost(tokens.shape[1])
+                self.store.release(slot)
+                del self.told[slot], self.floor[slot]
+            elif back and len(self.told[slot]) >= back and self.goes_back(slot, back):
+                self.told[slot] = self.told[slot][:-back]
+        for slot in set(slots) & set(self.told):
+            self.go_on(slot)
+
+    def goes_back(self, slot: int, back: int) -> bool:
+        try:
+            self.store.rollback(slot, back)
+        except UserError:
+            return False
+        return True
+
+    def is_lost(self, slot: int) -> bool:
+        try:
+            self.store.rollback(slot, 0)
+        except UserError as error:
+            assert "was lost in a step that failed" in str(error)
+            return True
+        return False
+
+    def may_be_lost(self, width: int) -> bool:
+        """Where no copy is kept: recurrent states beyond lookback, windows beyond their ring."""
+        specs, lookback = self.store.specs, self.store.lookback
+        fixed = any(s.fixed for s in specs) and width > lookback
+        return fixed or (any(s.window for s in specs) and width > lookback + 1)
+
+    # -- what always holds ---------------------------------------------------------------------
+
+    def books(self) -> object:
+        tables = self.store.tables.values()
+        return (
+            list(self.store.lengths), list(self.store.oldest), self.store.allocated_bytes,
+            [([dict(t) for t in table.tables], list(table.refs), list(table.at_home))
+             for table in tables],
+        )  # fmt: skip
+
+    @invariant()
+    def pages_are_held_once_for_each_who_holds_them(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for table in self.store.tables.values():
+            refs = [0] * table.n_pages
+            for held in table.tables:
+                assert len(set(held.values())) == len(held)
+                for page in held.values():
+                    refs[page] += 1
+            assert refs == table.refs
+            assert table.used == sum(n > 0 for n in refs)
+            for slot, told in self.told.items():
+                # No holes: all that a sequence may still see, back to where it may be cut.
+                pages, first = -(-len(told) // table.page_size), table.first_page[slot]
+                sunk = range(min(table.sink_pages, pages))
+                assert set(table.tables[slot]) == {*sunk, *range(first, pages)}
+                assert not self.bounded or table.reach(slot) <= self.store.oldest[slot] <= len(told)
+        assert {s for s in range(SLOTS) if self.store._open[s]} == set(self.told)
+        assert all(self.store.lengths[s] == len(t) for s, t in self.told.items())
+        most = sum(self.store.declared_bytes(len(t)) for t in self.told.values())
+        assert self.store.allocated_bytes <= min(most, self.store.peak_bytes)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for slot in list(self.told):
+            self.go_on(slot)
+            self.store.release(slot)
+        self.told.clear()
+        assert self.store.allocated_bytes == 0
+
+
+class CompiledMachine(Machine):
+    """Single tokens of plain batches go through compiled code; other batches are refused there."""
+
+    engines: ClassVar[dict[str, Engine]] = {}
+
+    def engine_of(self, data: st.DataObject) -> Engine:
+        # One for all histories of a kind: compiling takes seconds.
+        if self.kind not in self.engines:
+            self.engines[self.kind] = Engine(
+                self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=4, compiled=True
+            )
+        return self.engines[self.kind]
+
+    def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
+        if tokens.shape[1] > 1 or 0 in counts:
+            return super().run(slots, tokens, counts)
+        before = self.books()
+        try:
+            return [row[None].clone() for row in self.engine.extend_last(slots, tokens)]
+        except UserError as error:
+            assert "no plain batch" in str(error) and self.books() == before
+            return super().run(slots, tokens, counts)
+
+
+class DeviceMachine(Machine):
+    """The store as kernels read it, in Triton's interpreter."""
+
+    backend = "triton"
+    page_sizes = st.sampled_from([16, 32, 64])
+
+
+def drive(machine: type[Machine], examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples, stateful_step_count=steps, deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )  # fmt: skip
+
+
+def test_any_history_gives_what_recomputing_gives() -> None:
+    drive(Machine, 60, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_long_history_gives_what_recomputing_gives(kind: str) -> None:
+    class OfKind(Machine):
+        kinds = (kind,)
+
+    drive(OfKind, 60, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["rows", "window 3, sinks 1", "delta rule"])
+def test_compiled_steps_give_what_recomputing_gives(kind: str) -> None:
+    class OfKind(CompiledMachine):
+        kinds = (kind,)
+        engines: ClassVar[dict[str, Engine]] = {}
+
+    drive(OfKind, 30, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["rows", "window 5, sinks 6", "delta rule"])
+def test_kernels_give_what_recomputing_gives(kind: str) -> None:
+    class OfKind(DeviceMachine):
+        kinds = (kind,)
+
+    with interpreted():
+        drive(OfKind, 6, 10)
