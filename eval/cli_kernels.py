@@ -24,12 +24,15 @@ STEP = "decode step"
 #: Statuses of ours that are no defect.
 FINE = ("ok", "unsupported", "oom")
 BUDGET = "Stop cleanly after, e.g. 9m; the same command goes on."
+OUT = "CSV, whose unchanged rows are kept; of a proof DIR, default leaderboards/GPU/DATE."
 PREPARE = "Compile all that --check and --bench launch into this folder; no GPU needed."
 
 
 def kernels(
-    target: Annotated[list[str] | None, typer.Option(help="Default: sm_90.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All configurations and targets.")] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Default: sm_90; of --all: each.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All configurations.")] = False,
     check: Annotated[bool, typer.Option("--check", help="On a GPU: against oracles.")] = False,
     bench: Annotated[bool, typer.Option("--bench", help="On a GPU: time, baselines too.")] = False,
     op: Annotated[list[str] | None, typer.Option(help="Only these; default: all.")] = None,
@@ -40,7 +43,7 @@ def kernels(
     cache: Annotated[Path | None, typer.Option(help="Take the kernels that lie here.")] = None,
     out_path: Annotated[
         Path | None,
-        typer.Option("--out", help="CSV; of a proof DIR, default leaderboards/GPU/DATE."),
+        typer.Option("--out", help=OUT),
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -63,17 +66,24 @@ def kernels(
             raise typer.Exit(1)
         return
     else:
-        from eval.kernel_table import kernel_table
+        from eval.kernel_table import cells, kernel_table, read_table
+        from eval.progress import Progress
         from kernels.ahead import TARGETS
 
-        targets = list(TARGETS) if every else target or ["sm_90"]
-        rows = kernel_table(targets, every=every, ops=op or [])
+        targets = target or (list(TARGETS) if every else ["sm_90"])
+        wanted = cells(targets, every=every, ops=op or [])
+        known = read_table(out_path) if out_path is not None else {}
+        rows = kernel_table(wanted, known, progress=Progress(err, quiet=json_))
     if out_path is not None:
         import pandas as pd
 
         write_csv(pd.DataFrame(rows), out_path)
-    show(rows, json_)
-    if any(row.get("faults") for row in rows):
+    faulty = [row for row in rows if row.get("faults")]
+    if out_path is None or json_ or faulty:
+        show(rows if out_path is None else faulty, json_)
+    if out_path is not None and not json_:
+        out.print(f"{len(rows)} rows in '{out_path}'", markup=False)
+    if faulty:
         raise typer.Exit(1)
 
 
@@ -127,7 +137,8 @@ def _prove(
     from eval.gpu import workers
     from eval.gpu.long import write_results
     from eval.gpu.ops import OPS
-    from eval.gpu.proof import Proof, chosen
+    from eval.gpu.proof import Proof, chosen, quick_collection
+    from eval.lock import only_writer
     from eval.options import parse_duration_s, resolve_device
     from eval.progress import Progress
 
@@ -139,20 +150,22 @@ def _prove(
             "options the kernels are compiled ahead of time, and --plan lists what would be timed"
         )
     folder = out_path or _default_folder()
-    proof = Proof(
-        ops, folder, resolve_device("cuda"), budget_s=budget_s,
-        progress=Progress(err, quiet=quiet), workers=workers.count(), began_s=began_s,
-    )  # fmt: skip
-    try:
-        with interrupted_after(proof.left_s):
-            # A kernel that was not checked is not timed, so --bench checks too.
-            proof.check()
-            if bench:
-                _bench(proof, names, suite)
-    except BudgetOverError:
-        proof.progress.console.print("the time budget ended within a cell, which is not recorded")
-    finally:
-        write_results(folder)
+    with only_writer(folder):
+        proof = Proof(
+            ops, folder, resolve_device("cuda"), budget_s=budget_s,
+            progress=Progress(err, quiet=quiet), workers=workers.count(), began_s=began_s,
+        )  # fmt: skip
+        try:
+            with quick_collection(), interrupted_after(proof.left_s):
+                # A kernel that was not checked is not timed, so --bench checks too.
+                proof.check()
+                if bench:
+                    _bench(proof, names, suite)
+        except BudgetOverError:
+            console = proof.progress.console
+            console.print("the time budget ended within a cell, which is not recorded")
+        finally:
+            write_results(folder)
     if proof.over and not quiet:
         out.print("the time budget ended; run the same command again to go on")
     return summary(proof, bench)

@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from archs.errors import UserError
@@ -17,7 +17,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises UserError where another process holds it, or it cannot be made.
     """
     with refusing(folder, "written"):
-        folder.mkdir(parents=True, exist_ok=True)
+        # Of a file in its place the opening tells.
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:

@@ -27,6 +27,9 @@ TARGETS: dict[str, GPUTarget] = {
 }
 
 
+#: The most shared memory that one program may have.
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
 #: `narrow_in_loops` of an op whose loop is over tokens and takes vectors of one token.
 TOKEN_LOADS = frozenset({1, 2, 4, 8})
 
@@ -67,7 +70,6 @@ class Report:
     (AMD) are scalar registers that were moved to lanes of vector registers, not to memory.
     """
 
-    name: str
     target: str
     registers: int
     spill_bytes: int
@@ -78,8 +80,11 @@ class Report:
     scalar_spills: int = 0
 
     def faults(self, variant: Variant) -> list[str]:
-        """Why this code must not ship: spills, narrow loads, no matrix unit. Empty when sound."""
+        """Why this code must not ship: memory, spills, narrow loads, no matrix unit."""
         found = []
+        if self.shared_bytes > SHARED_KIB[self.target] * 1024:
+            most = SHARED_KIB[self.target]
+            found.append(f"{self.shared_bytes} bytes of shared memory, {most} KiB at most")
         if self.spill_bytes > variant.spills:
             found.append(f"spills {self.spill_bytes} bytes")
         wide = sum(n for width, n in self.load_bytes.items() if width >= 16)
@@ -110,7 +115,7 @@ def compile_ahead(variant: Variant, target: str) -> Report:
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     read = _read_amd if amd else _read_nvidia
     found = read(compiled)
-    return Report(name=variant.name, target=target, shared_bytes=compiled.metadata.shared, **found)
+    return Report(target=target, shared_bytes=compiled.metadata.shared, **found)
 
 
 def _read_nvidia(compiled: Any) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def causal_conv_ref(
 
 
 def variants() -> list[Variant]:
-    """Every kernel, tile and option that the ahead-of-time test compiles."""
+    """Every kernel, tile and option that is compiled ahead of time."""
     found = [default_variant()]
     for dtype in POINTERS:
         found.append(_variant(dtype, 16, {"bias", "tail", "slots", "new"}))

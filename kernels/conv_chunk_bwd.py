@@ -139,7 +139,7 @@ def conv_bwd(
 
 
 def bwd_variants() -> list[Variant]:
-    """Every kernel, tile and option that the ahead-of-time test compiles."""
+    """Every kernel, tile and option that is compiled ahead of time."""
     found = []
     for dtype in POINTERS:
         for width, given in ((4, set()), (4, {"bias", "tail", "new"}), (8, {"bias"})):

@@ -10,6 +10,7 @@ which must therefore stay within it (float16: 65504). The oracle is `gdn_ref` of
 B batch, T tokens, G groups of q and k, H heads of v, N key channels, P value channels.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,6 +147,10 @@ def default_variant() -> Variant:
 
 Table = dict[torch.dtype, Config]
 
+#: For an A100 ptxas stops at 72 registers and keeps a pair of them in memory while keys are read:
+#: once a program, where a load of a whole tile is waited for.
+SOLVE_SPILLS = 8
+
 
 class _Form:
     """What the variants of one dtype and shape share."""
@@ -191,12 +196,13 @@ def _solve(dtype: torch.dtype, n: int, p: int, ragged: bool, table: Table) -> Va
     f = _Form(dtype, n, p, ragged, table)
     chunk, block_n = f.s.config.chunk, f.s.config.tile
     half = min(chunk, HALF)
-    return f.variant(
+    found = f.variant(
         f"solve{chunk}", passes.gdn_chunk_fwd_solve_kernel, "k beta inverse", "log_decay total",
         {"new": f.new}, "k g b",
         {"SHARE": 2, "N": n, "CHUNK": chunk, "HALF": half, "BLOCK_N": block_n},
         (half, min(n, block_n), min(n, block_n)),
     )  # fmt: skip
+    return replace(found, spills=SOLVE_SPILLS)
 
 
 def _states(dtype: torch.dtype, n: int, p: int, ragged: bool, table: Table) -> Variant:

@@ -89,13 +89,10 @@ class Sizes:
 
 @triton.jit
 def _overlap(  # type: ignore[no-untyped-def]
-    k, row, valid, other, other_valid, gap, k_row,
+    k, row, valid, near, rest, other, other_valid, other_near, other_rest, k_row,
     N: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """L ∘ k kᵀ, [HALF, HALF], for the tokens `row` against `other`; 0 where `other` is no past.
-
-    gap: c of `row` less c of `other`.
-    """
+    """L ∘ k kᵀ, [HALF, HALF], for the tokens `row` against `other`; 0 where `other` is no past."""
     product = tl.zeros([HALF, HALF], tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -109,6 +106,7 @@ def _overlap(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         product = tl.dot(a, b, product, input_precision="ieee")
     # Masked before exp, so that nothing positive is ever exponentiated.
+    gap = (near[:, None] - other_near[None, :]) + (rest[:, None] - other_rest[None, :])
     return product * tl.exp(tl.where(row[:, None] > other[None, :], gap, float("-inf")))
 
 
@@ -161,8 +159,9 @@ def gdn_chunk_fwd_solve_kernel(  # type: ignore[no-untyped-def]
     beta0 = tl.load(beta + row0 * b_row + head, mask=valid0, other=0.0).to(tl.float32)
     near0, rest0 = running_sums(g0)
     keys = k + head // SHARE * N
-    gap = gaps(near0, rest0)
-    a = _overlap(keys, row0, valid0, row0, valid0, gap, k_row, N, HALF, BLOCK_N)
+    a = _overlap(
+        keys, row0, valid0, near0, rest0, row0, valid0, near0, rest0, k_row, N, HALF, BLOCK_N
+    )
     first = _inverse(a * beta0[:, None], HALF)
     tile = c[:, None] * CHUNK + c[None, :]
     out = inverse + lane * CHUNK * CHUNK + tile
@@ -177,12 +176,14 @@ def gdn_chunk_fwd_solve_kernel(  # type: ignore[no-untyped-def]
         g1 = tl.load(log_decay + row1 * g_row + head, mask=valid1, other=0.0)
         beta1 = tl.load(beta + row1 * b_row + head, mask=valid1, other=0.0).to(tl.float32)
         near1, rest1 = running_sums(g1)
-        gap = gaps(near1, rest1)
-        a = _overlap(keys, row1, valid1, row1, valid1, gap, k_row, N, HALF, BLOCK_N)
+        a = _overlap(
+            keys, row1, valid1, near1, rest1, row1, valid1, near1, rest1, k_row, N, HALF, BLOCK_N
+        )
         second = _inverse(a * beta1[:, None], HALF)
         near1, rest1 = after(near0, rest0, near1, rest1)
-        gap = (near1[:, None] - near0[None, :]) + (rest1[:, None] - rest0[None, :])
-        a = _overlap(keys, row1, valid1, row0, valid0, gap, k_row, N, HALF, BLOCK_N)
+        a = _overlap(
+            keys, row1, valid1, near1, rest1, row0, valid0, near0, rest0, k_row, N, HALF, BLOCK_N
+        )
         below = tl.dot(a * beta1[:, None], first, input_precision="ieee")
         below = -tl.dot(second, below, input_precision="ieee")
         tl.store(sums + HALF, near1)

@@ -313,7 +313,7 @@ def swiglu_ref(gate_up: Tensor) -> Tensor:
 
 
 def variants() -> list[Variant]:
-    """Every kernel, tile, option and dtype that the ahead-of-time test compiles."""
+    """Every kernel, tile, option and dtype that is compiled ahead of time."""
     wide, narrow, half = torch.float32, torch.bfloat16, torch.float16
     found = [default_variant(), _variant(half, 4096, wide)]
     for dim in (16, 32, 64, 128, 256, 512, 1000, 2048, 4096, 8192, 16384):

@@ -182,7 +182,7 @@ def norm_bwd(
 
 
 def bwd_variants() -> list[Variant]:
-    """Every tile, option and dtype that the ahead-of-time test compiles."""
+    """Every tile, option and dtype that is compiled ahead of time."""
     wide, narrow, half = torch.float32, torch.bfloat16, torch.float16
     found = [_variant(half, 4096, wide), _variant(narrow, 4096, narrow)]
     for dim in (16, 32, 64, 128, 256, 512, 1000, 2048, 4096, 8192, 16384):

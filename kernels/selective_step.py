@@ -158,7 +158,7 @@ def selective_step_ref(
 
 
 def variants() -> list[Variant]:
-    """Every shape and option that the ahead-of-time test compiles."""
+    """Every shape and option that is compiled ahead of time."""
     wide, narrow = torch.float32, torch.bfloat16
     return [
         default_variant(),

@@ -73,8 +73,9 @@ def _rows(step: Mapping[str, str]) -> Iterator[Row]:
         return
     found = {name: float(step[name]) for name in MEASURED if step[name]}
     # Tables of earlier versions hold the throughput of a median step.
-    found["output_tok_per_s_per_user"] = 1e3 / found["tpot_ms"]
-    found["output_tok_per_s"] = at["batch"] * found["output_tok_per_s_per_user"]
+    if "tpot_ms" in found:
+        found["output_tok_per_s_per_user"] = 1e3 / found["tpot_ms"]
+        found["output_tok_per_s"] = at["batch"] * found["output_tok_per_s_per_user"]
     if "step_bytes" in found:
         found["arith_intensity_pred"] = found["step_flops"] / found["step_bytes"]
     for measure, value in found.items():

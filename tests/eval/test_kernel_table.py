@@ -1,18 +1,88 @@
-"""The table of kernels compiled ahead of time."""
+"""The table of kernels compiled ahead of time: whole, sound, and what the compiler still makes."""
 
+from pathlib import Path
+from random import SystemRandom
+
+import pandas as pd
 import pytest
+from rich.console import Console
 
 from archs.errors import UserError
-from eval.kernel_table import OPS, kernel_table
+from eval import kernel_table as table
+from eval.kernel_table import OPS, Row, cells, kernel_table, read_table
+from eval.progress import Progress
+from eval.show import write_csv
+from kernels.ahead import TARGETS
+
+COMMITTED = "leaderboards/ahead-of-time/cells.csv"
+REMEDY = f"run `decodebench kernels --all --out {COMMITTED}`, which compiles what changed"
+ROOT = Path(__file__).parents[2]
+QUIET = Progress(Console(), quiet=True)
 
 
 def test_every_op_compiles_soundly_for_hopper() -> None:
-    rows = kernel_table(["sm_90"], every=False)
+    rows = kernel_table(cells(["sm_90"], every=False), progress=QUIET)
     assert [row["op"] for row in rows] == list(OPS)
     assert {row["faults"] for row in rows} == {""}
-    assert all("x16B" in str(row["loads"]) for row in rows)
+    assert all("x16B" in row["loads"] for row in rows)
 
 
 def test_an_unknown_target_is_named() -> None:
     with pytest.raises(UserError, match=r"sm_91.*sm_90"):
-        kernel_table(["sm_91"], every=False)
+        cells(["sm_91"], every=False)
+
+
+def test_the_committed_table_holds_every_cell_and_all_are_sound() -> None:
+    known = read_table(ROOT / COMMITTED)
+    wanted = {cell.key: cell for cell in cells(list(TARGETS), every=True)}
+    missing = [cell for key, cell in wanted.items() if key not in known]
+    assert not missing, f"{len(missing)} cells are new or changed, {missing[:3]}: {REMEDY}"
+    assert not known.keys() - wanted.keys(), f"cells that are no more are in it: {REMEDY}"
+    rows = kernel_table(list(wanted.values()), known, progress=QUIET)
+    assert rows == list(known.values()), f"names or faults differ: {REMEDY}"
+    assert {row["faults"] for row in rows} == {""}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_random_twentieth_compiles_to_what_the_table_says() -> None:
+    known = read_table(ROOT / COMMITTED)
+    every = cells(list(TARGETS), every=True)
+    again = kernel_table(SystemRandom().sample(every, len(every) // 20), progress=QUIET)
+    assert [row for row in again if row != known[row["key"]]] == []
+
+
+def test_only_what_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = cells(["sm_90"], every=True, ops=["conv_step"])
+    compiled = []
+
+    def compile_one(cell: table.Cell) -> Row:
+        compiled.append(cell)
+        return row_of(cell)
+
+    monkeypatch.setattr(table, "compiled", compile_one)
+    path = tmp_path / "cells.csv"
+    assert read_table(path) == {}
+    first = kernel_table(wanted, read_table(path), progress=QUIET)
+    assert compiled == wanted
+    write_csv(pd.DataFrame(first), path)
+    known = read_table(path)
+    assert kernel_table(wanted, known, progress=QUIET) == first and compiled == wanted
+    del known[wanted[2].key]
+    assert kernel_table(wanted, known, progress=QUIET) == first
+    assert compiled == [*wanted, wanted[2]]
+
+
+def test_what_counts_as_a_fault_is_judged_anew() -> None:
+    cell = cells(["sm_90"], every=False, ops=["conv_step"])[0]
+    spilling = {**row_of(cell), "spill_bytes": 8, "faults": ""}
+    (row,) = kernel_table([cell], {cell.key: spilling}, progress=QUIET)
+    assert row["faults"] == "spills 8 bytes"
+
+
+def row_of(cell: table.Cell) -> Row:
+    return {
+        "op": cell.op, "variant": cell.variant.name, "target": cell.target, "registers": 32,
+        "spill_bytes": 0, "scalar_spills": 0, "shared_bytes": 0, "loads": "9x16B 3x4B",
+        "loads_in_loops": "", "matrix_instructions": 0, "faults": "", "key": cell.key,
+    }  # fmt: skip

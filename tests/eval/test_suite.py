@@ -204,7 +204,7 @@ def test_a_suite_over_other_architectures_keeps_their_overrides_alone(tmp_path: 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="is not valid TOML"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         load_suite(str(tmp_path / "mine.toml"))
 
 

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 import kernels.attention_prefill as module
 from archs.mla import LatentConfig
 from archs.sizes import SCALES
-from kernels.ahead import Variant, compile_ahead
-from kernels.attention_prefill import attention_prefill_ref, default_variant, variants
+from kernels.attention_prefill import attention_prefill_ref
 from kernels.attention_prefill_checks import DIMS
 from tests.kernels.interpreter import interpreted
 
@@ -232,25 +231,3 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     tensors, options = operands([20], 20)
     with pytest.raises(ValueError, match="is on cpu, needs cuda"):
         module.attention_prefill(*tensors, **options)
-
-
-def test_default_variant_compiles_soundly() -> None:
-    variant = default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-#: The most shared memory that one program may have.
-SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-CELLS = [
-    pytest.param(variant, target, id=f"{variant.name.replace(' ', '-')}-{target}")
-    for variant in variants()
-    for target in variant.targets
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "target"), CELLS)
-def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    report = compile_ahead(variant, target)
-    assert report.faults(variant) == []
-    assert report.shared_bytes <= SHARED_KIB[target] * 1024

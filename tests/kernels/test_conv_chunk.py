@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels import conv_chunk as op
 from kernels import conv_chunk_bwd
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.causal_conv import causal_conv, conv_tail
 from tests.kernels.interpreter import interpreted
 
@@ -297,15 +296,3 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
         op.causal_conv(**args)
     with pytest.raises(ValueError, match=r"x=.*is on cpu, needs cuda"):
         op.conv_tail_(args["x"], args["tail"], args["tail_slots"])
-
-
-def test_default_variant_compiles_clean_for_hopper() -> None:
-    variant = op.default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
-def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

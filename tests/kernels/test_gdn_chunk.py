@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from kernels import gdn_chunk as op
 from kernels import gdn_chunk_passes
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.gdn import gdn_chunk as torch_chunk
 from kernels.gdn import gdn_ref
 from tests.kernels.interpreter import interpreted
@@ -294,15 +293,3 @@ def test_what_does_not_fit_is_refused_before_any_launch(
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match=r"q=.*is on cpu, needs cuda"):
         op.gdn_chunk(**acceptable())
-
-
-def test_default_variant_compiles_clean_for_hopper() -> None:
-    variant = op.default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
-def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from kernels import gdn_step as op
 from kernels import norm_triton
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.gdn import gdn_step as torch_step
 from kernels.norm import l2_norm
 from tests.kernels.interpreter import interpreted
@@ -299,15 +298,3 @@ def test_token_counts_outside_1_to_8_are_refused(tokens: int, interpreter: None)
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match="state is on cpu"):
         op.gdn_step(**acceptable())
-
-
-def test_default_variant_compiles_clean_for_hopper() -> None:
-    variant = op.default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
-def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

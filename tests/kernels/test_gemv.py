@@ -9,8 +9,7 @@ from torch import Tensor
 
 import kernels.gemv as module
 from archs.ops.product import product
-from kernels.ahead import Variant, compile_ahead
-from kernels.gemv import CONFIGS, default_variant, gemv_ref, serves, variants
+from kernels.gemv import CONFIGS, gemv_ref, serves
 from tests.kernels.interpreter import interpreted
 
 
@@ -85,21 +84,3 @@ def test_products_of_one_row_take_the_kernel_and_no_others(monkeypatch: pytest.M
         product(one, weight, backend="torch")
     product(one, weight, backend="triton")
     assert seen == [32], "with gradients, for two rows and on torch the library's product runs"
-
-
-def test_default_variant_compiles_soundly() -> None:
-    variant = default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-CELLS = [
-    pytest.param(variant, target, id=f"{variant.name.replace(' ', '-')}-{target}")
-    for variant in variants()
-    for target in variant.targets
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "target"), CELLS)
-def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

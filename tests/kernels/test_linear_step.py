@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels import linear_step as op
 from kernels import norm_triton, rope_rotate
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.decay_scan import decay_step
 from kernels.rope import apply_rope
 from tests.kernels.interpreter import interpreted
@@ -325,15 +324,3 @@ def test_an_empty_batch_is_refused(interpreter: None) -> None:
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match="state is on cpu"):
         op.linear_step(**acceptable())
-
-
-def test_default_variant_compiles_clean_for_hopper() -> None:
-    variant = op.default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
-def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

@@ -74,7 +74,7 @@ def test_a_predicate_decides_whether_control_falls_through(always: str) -> None:
 
 def test_a_narrow_load_in_a_loop_is_a_fault_unless_the_op_says_what_for() -> None:
     report = Report(
-        name="x", target="sm_90", registers=32, spill_bytes=0, shared_bytes=0,
+        target="sm_90", registers=32, spill_bytes=0, shared_bytes=0,
         load_bytes={16: 3, 8: 2, 4: 1, 2: 7}, loop_load_bytes={16: 2, 8: 2, 4: 1},
     )  # fmt: skip
     variant = Variant(name="x", kernel=None, signature={}, constexprs={})

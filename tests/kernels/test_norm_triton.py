@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels import norm, norm_triton_bwd
 from kernels import norm_triton as op
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from tests.kernels.interpreter import interpreted
 
 EPS = 1e-5
@@ -302,15 +301,3 @@ def test_what_does_not_fit_is_refused_before_any_launch(
 def test_cpu_tensors_are_refused_outside_the_interpreter(which: str) -> None:
     with pytest.raises(ValueError, match=r"is on cpu, needs cuda"):
         getattr(op, which)(**acceptable(which))
-
-
-def test_default_variant_compiles_clean_for_hopper() -> None:
-    variant = op.default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
-def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

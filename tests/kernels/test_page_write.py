@@ -14,8 +14,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import kernels.page_write as module
-from kernels.ahead import TARGETS, Variant, compile_ahead
-from kernels.page_write import FLOATS, default_variant, page_write_ref, variants
+from kernels.page_write import FLOATS, page_write_ref
 from tests.kernels.interpreter import interpreted
 
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
@@ -228,17 +227,3 @@ def test_bad_arguments_are_refused_before_any_launch(
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match="is on cpu, needs cuda"):
         module.page_write(**operands())
-
-
-def test_default_variant_compiles_soundly() -> None:
-    variant = default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "-"))
-def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    if target not in variant.targets:
-        pytest.skip(f"the wrapper never picks it on {target}")
-    assert compile_ahead(variant, target).faults(variant) == []

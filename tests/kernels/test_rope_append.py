@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 import kernels.rope_append as module
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.page_write import FLOATS, page_write_ref
 from kernels.rope import rope_table, rotate
-from kernels.rope_append import default_variant, rope_append_ref, variants
+from kernels.rope_append import rope_append_ref
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {
@@ -239,15 +238,3 @@ def test_bad_arguments_are_refused_before_any_launch(
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match="is on cpu, needs cuda"):
         module.rope_append(**operands())
-
-
-def test_default_variant_compiles_soundly() -> None:
-    variant = default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name.replace(" ", "-"))
-def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kernels import rope_rotate as op
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.rope import apply_rope, rope_table
 from tests.kernels.interpreter import interpreted
 
@@ -76,15 +75,3 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     x, angles = operands(4, 16, 1, torch.float32)
     with pytest.raises(ValueError, match="is on cpu, needs cuda"):
         op.rope_rotate(x, angles, LENGTHS)
-
-
-def test_default_variant_compiles_soundly() -> None:
-    variant = op.default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", op.variants(), ids=lambda v: v.name.replace(" ", "-"))
-def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from kernels import selective_chunk as op
 from kernels import selective_chunk_bwd as backward
 from kernels import selective_chunk_passes as passes
-from kernels.ahead import TARGETS, Variant, compile_ahead
 from kernels.selective_scan import selective_scan as torch_scan
 from kernels.selective_scan import selective_scan_ref
 from tests.kernels.interpreter import interpreted
@@ -277,15 +276,3 @@ def test_what_does_not_fit_is_refused_before_any_launch(change: str, small_tiles
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match=r"x=.* is on cpu, needs cuda"):
         op.selective_scan(**arguments(Case(t=4)))
-
-
-def test_default_variant_compiles_clean_for_hopper() -> None:
-    variant = op.default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", op.variants(), ids=lambda variant: variant.name)
-def test_every_variant_compiles_clean(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []

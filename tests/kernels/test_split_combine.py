@@ -5,8 +5,6 @@ import torch
 from torch import Tensor
 
 import kernels.split_combine as module
-from kernels.ahead import Variant, compile_ahead
-from kernels.split_combine import default_variant, variants
 from tests.kernels.interpreter import interpreted
 
 
@@ -52,21 +50,3 @@ def test_equals_reference(d: int, splits: int) -> None:
                 else:
                     want = expected[b, part, row % block_m]
                     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-
-
-def test_default_variant_compiles_soundly() -> None:
-    variant = default_variant()
-    assert compile_ahead(variant, "sm_90").faults(variant) == []
-
-
-CELLS = [
-    pytest.param(variant, target, id=f"{variant.name.replace(' ', '-')}-{target}")
-    for variant in variants()
-    for target in variant.targets
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "target"), CELLS)
-def test_every_variant_compiles_soundly(variant: Variant, target: str) -> None:
-    assert compile_ahead(variant, target).faults(variant) == []
