@@ -1,8 +1,8 @@
 """State that no model made, for timing steps at a context without computing it first."""
 
-import torch
 from torch import Tensor
 
+from infer.table_step import TableStep
 from infer.view import StepView
 
 
@@ -14,7 +14,7 @@ def synthesise(step: StepView) -> None:
     step.copy_shared()
     step.wrote_fixed = True
     store = step.store
-    runs = {key: consecutive(table.targets()) for key, table in step.tables.items()}
+    runs = {key: new_rows(step, table) for key, table in step.tables.items()}
     layers = zip(store.specs, store.pools, store.slots, store.history, strict=True)
     for spec, pools, fixed, history in layers:
         for pool in pools.values():
@@ -29,11 +29,18 @@ def _fill(tensor: Tensor) -> None:
     tensor.fill_(0.01 if tensor.dtype.is_floating_point else 1)
 
 
-def consecutive(rows: Tensor) -> list[tuple[int, int]]:
-    """Row numbers (int64 [n]) as runs of consecutive ones, each [first, end)."""
-    if not rows.numel():
-        return []
-    breaks = (rows.diff() != 1).nonzero().flatten() + 1
-    starts = torch.cat((rows[:1], rows[breaks])).tolist()
-    ends = torch.cat((rows[breaks - 1], rows[-1:])).tolist()
-    return [(first, last + 1) for first, last in zip(starts, ends, strict=True)]
+def new_rows(step: StepView, table: TableStep) -> list[tuple[int, int]]:
+    """Pool rows [first, end) of the step's tokens that are kept, long runs of them as one."""
+    pages, size = table.table, table.table.page_size
+    runs: list[tuple[int, int]] = []
+    for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
+        for index, page in sorted(pages.tables[slot].items()):
+            offset = (page - index) * size
+            first, end = max(length, index * size), min(length + count, (index + 1) * size)
+            if first >= end:
+                continue
+            if runs and runs[-1][1] == offset + first:
+                runs[-1] = runs[-1][0], offset + end
+            else:
+                runs.append((offset + first, offset + end))
+    return runs

@@ -73,10 +73,6 @@ class TableStep:
             copied = pool[..., source * size : (source + 1) * size, :]
             pool[..., target * size : (target + 1) * size, :] = copied
 
-    def targets(self) -> Tensor:
-        """The pool rows that the step's valid tokens are kept in, int64 [n]."""
-        return self._targets()[0]
-
     def _targets(self) -> tuple[Tensor, Tensor | slice]:
         """Pool rows to write, and which of the flattened [B*K] new rows go there."""
         if self._target is None:
