@@ -38,7 +38,8 @@ def wait(self, cell, watch):
     time.sleep(60)
 
 setattr(Workshop, stage, wait)
-sys.argv = ["decodebench", "run", "--suite", suite, "--out", out, "--device", "cpu"]
+options = ["--device", "cpu", "--workers", "1"]
+sys.argv = ["decodebench", "run", "--suite", suite, "--out", out, *options]
 main()
 """
 
