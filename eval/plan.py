@@ -15,9 +15,6 @@ from eval.progress import Watch
 from eval.results import CELL_FAILED, About, Cell, Row, Status
 from infer.sampling import NoTokenError
 
-#: Stages that train a model: their cells are not timed.
-TRAINED = ("train", "mqar")
-
 
 @dataclass(frozen=True, slots=True)
 class Planned:

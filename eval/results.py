@@ -104,6 +104,8 @@ NUMBERS = ("value", "low", "high")
 SCHEMA = 3
 #: The measure under which a cell that produced nothing is recorded.
 CELL_FAILED = "cell"
+#: Stages that train a model: their figures follow from a recipe, and their cells are not timed.
+TRAINED = ("train", "mqar")
 
 
 class Results:

@@ -20,10 +20,10 @@ from archs.errors import UserError
 from archs.files import read_text, refusing, write
 from eval.cells import Workshop
 from eval.lock import only_writer
-from eval.plan import TRAINED, Planned, guarded, plan
+from eval.plan import Planned, guarded, plan
 from eval.processes import Found, side_by_side
 from eval.progress import Progress
-from eval.results import About, Results, provenance
+from eval.results import TRAINED, About, Results, provenance
 from eval.schema import load_long
 from eval.suite import Suite
 

@@ -11,15 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from eval.results import CELL_FAILED
+from eval.results import CELL_FAILED, TRAINED
 from eval.seeds import keys_of
 
 #: What else can tell two figures of one measure and scale apart, in the order of the name.
 QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens", "source")
 #: What makes two rows of one measure and position the same figure.
 IDENTITY = ("arch", "scale", "seed", "batch", "context", *QUALIFIERS)
-#: Stages whose figures depend on a recipe that the row does not show.
-TRAINED = ("train", "mqar")
 #: A recall task is trained until it is solved: there, tokens are an outcome.
 UNTIL_SOLVED = "mqar"
 #: Which configuration and which run a row comes from.

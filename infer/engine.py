@@ -264,9 +264,7 @@ class Engine:
                 logits = self.extend_last(slots, fed(chosen))
                 chosen = sampler(logits, None if uniforms is None else uniforms[made])
         if unseen:
-            out = torch.stack(unseen, 1).tolist()
-            for row in zip(*out, strict=True):
-                require_tokens(row)
+            out = _read(unseen)
         ttft_ms, *step_ms = clock.spans_ms()
         return Generation(out, ttft_ms, step_ms, self.store.peak_bytes)
 
@@ -280,14 +278,25 @@ class Engine:
         if len({len(p) for p in prompts}) != 1:
             raise UserError("generation without state needs prompts of one length")
         tokens = torch.tensor([list(p) for p in prompts], device=self.device)
+        made: list[Tensor] = []
         clock = StepClock(self.device)
         clock.mark()
         for _ in range(max_new_tokens):
             hidden = self.model.hidden_states(tokens)[:, -1]
-            chosen = greedy(self.model.logits(hidden))
-            tokens = torch.cat((tokens, fed(chosen)), 1)
+            made.append(greedy(self.model.logits(hidden)))
+            tokens = torch.cat((tokens, fed(made[-1])), 1)
             clock.mark()
-            require_tokens(chosen.tolist())
-        new = tokens[:, len(prompts[0]) :].tolist()
+        new = _read(made)
         ttft_ms, *step_ms = clock.spans_ms()
         return Generation(new, ttft_ms, step_ms)
+
+
+def _read(chosen: Sequence[Tensor]) -> list[list[int]]:
+    """The tokens of each sequence from those of each step [B]; waits for the device.
+
+    Raises NoTokenError.
+    """
+    steps = torch.stack(list(chosen)).tolist()
+    for tokens in steps:
+        require_tokens(tokens)
+    return [list(row) for row in zip(*steps, strict=True)]
