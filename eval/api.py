@@ -24,7 +24,7 @@ from eval.crossover import crossovers, measured_crossovers
 from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
 from eval.options import resolve_device
-from eval.processes import cores
+from eval.processes import default_workers
 from eval.progress import Progress
 from eval.run import run_suite
 from eval.schema import load_long
@@ -50,9 +50,9 @@ def compare(
     device: cpu, cuda, or auto for a GPU where there is one.
     """
     chosen = load_suite(suite).only(archs)
-    folder = Path(out)
+    folder, where = Path(out), resolve_device(device)
     run_suite(
-        chosen, folder, device=resolve_device(device), fresh=fresh, workers=cores(),
+        chosen, folder, device=where, fresh=fresh, workers=default_workers(where),
         progress=Progress(err),
     )  # fmt: skip
     return load_long(folder / "results.csv")

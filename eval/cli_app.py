@@ -69,7 +69,8 @@ def run(
     resume: Annotated[bool, typer.Option("--resume/--fresh")] = True,
     time_budget: Annotated[str | None, typer.Option(help="Stop cleanly after, e.g. 9m.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Models that train at once; default: one per core.")
+        int | None,
+        typer.Option(min=1, help="Models that train at once; default: one a core or GPU."),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the cells and stop.")] = False,
     json_: Json = False,
@@ -78,7 +79,7 @@ def run(
     from eval.cells import Workshop
     from eval.leaderboard import rank, to_table, wide
     from eval.plan import plan
-    from eval.processes import cores
+    from eval.processes import default_workers
     from eval.progress import Progress
     from eval.report import write_report
     from eval.run import has_architecture, run_suite
@@ -96,7 +97,7 @@ def run(
         return
     finished = run_suite(
         chosen, folder, device=where, fresh=not resume,
-        time_budget_s=parse_duration_s(time_budget), workers=workers or cores(),
+        time_budget_s=parse_duration_s(time_budget), workers=workers or default_workers(where),
         progress=Progress(err, quiet=json_),
     )  # fmt: skip
     measured = has_architecture(folder)

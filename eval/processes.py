@@ -1,8 +1,9 @@
 """Trained cells of a suite in processes of one thread each, as many as there are cores.
 
 Threads of one small model wait for each other, without end where another program has one of the
-cores; processes do not. A worker is given a cell as a line of JSON, says how far it is, and
-answers with the cell's rows. What a worker dies of ends its cell alone.
+cores; processes do not. Small models leave most of a GPU idle, which several fill. A worker is
+given a cell as a line of JSON, says how far it is, and answers with the cell's rows. What a worker
+dies of ends its cell alone.
 """
 
 import json
@@ -34,6 +35,11 @@ Found = tuple[About, list[Row] | None]
 def cores() -> int:
     """How many processes can run at once here."""
     return len(os.sched_getaffinity(0))
+
+
+def default_workers(device: torch.device) -> int:
+    """One per core; on a GPU, whose memory and clock all would share, one."""
+    return cores() if device.type == "cpu" else 1
 
 
 class _Worker:

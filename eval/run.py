@@ -3,7 +3,8 @@
 A cell is what is recorded as one (an architecture trained with one seed, decoded at one scale and
 batch, …). A finished cell is in `results.csv` and is not run again; a failed one is a row with
 its status. Cells go stage by stage, so that a short time budget leaves every architecture with
-the same columns. On a CPU models train side by side, each on one thread (`eval.processes`).
+the same columns. Models train side by side, each in a process of one thread (`eval.processes`):
+on a CPU one on each core, on a GPU as many as are asked for.
 """
 
 import shutil
@@ -81,7 +82,7 @@ def run_suite(
 ) -> bool:
     """Run what is not done yet; True when all cells are recorded, False when the budget ended.
 
-    workers: on a CPU, how many processes train at once; what is timed runs alone.
+    workers: how many processes train at once; what is timed runs alone.
     Raises UserError on a folder of another configuration or one that another process writes to,
     bad input, or a full disk.
     """
@@ -107,7 +108,7 @@ def _finished(
     on_cpu = workshop.device.type == "cpu"
     for trained, group in groupby(waiting, lambda item: item.cell.stage in TRAINED):
         items = list(group)
-        if trained and on_cpu and workers > 1:
+        if trained and workers > 1:
             if any(item.cell.stage == "train" for item in items):
                 # Workers find the text tokenized; each would do it anew.
                 len(workshop.tokens.name)

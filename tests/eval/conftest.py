@@ -58,7 +58,6 @@ def decodebench(
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells run in this process, which tests may patch, unless a test says how many at once."""
     monkeypatch.setattr("eval.processes.cores", lambda: 1)
-    monkeypatch.setattr("eval.api.cores", lambda: 1)
 
 
 @pytest.fixture

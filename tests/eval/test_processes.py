@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from archs.errors import UserError
 from eval import processes
@@ -41,6 +42,12 @@ def test_rows_are_those_of_one_process(tmp_path: Path) -> None:
     assert run(suite, tmp_path / "two", workers=2)
     pd.testing.assert_frame_equal(figures(tmp_path / "one"), figures(tmp_path / "two"))
     assert cells_of(tmp_path / "two")[-1].startswith("decode")
+
+
+def test_models_share_a_gpu_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.processes.cores", lambda: 7)
+    assert processes.default_workers(torch.device("cpu")) == 7
+    assert processes.default_workers(torch.device("cuda", 0)) == 1
 
 
 def test_a_worker_that_is_killed_ends_its_cell_alone(
