@@ -23,7 +23,8 @@ from archs.errors import UserError
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer, MixerConfig, Place, Shared
 from archs.ops.attention import attend_expanded, attend_latent
-from archs.ops.rotary import rotate_new
+from archs.ops.product import by_head
+from archs.ops.rotary import append_latent, queries_and_key
 from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
 from kernels.rope import rope_table, rotate
 
@@ -117,43 +118,41 @@ class LatentAttention(Mixer):
         self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim)
         self.out = Projection(heads * c.v_dim, place.d_model, residual=True)
 
-    def _down(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, K, D] -> queries [B, K, H, nope]; what positions turn, the rotary queries and, as
-        one more head, the rotary key [B, K, H + 1, rope]; the normed latent [B, K, rank].
+    def _down(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """[B, K, D] -> queries [B, K, H, nope]; what positions turn, in one slab or two: the rotary
+        queries and, as one more head, the rotary key [B, K, ·, rope]; the latent [B, K, rank].
         """
         c = self.config
         down = self.down(x)
         if self.q_norm is None or self.q_up is None:
-            q_nope, to_turn, latent = down.split(
+            q_nope, slab, latent = down.split(
                 (c.n_heads * c.nope_dim, (c.n_heads + 1) * c.rope_dim, c.rank), -1
             )
+            slabs = [slab]
         else:
             q_latent, k_rope, latent = down.split(self.down.sizes, -1)
             q_nope, q_rope = self.q_up(self.q_norm(q_latent)).split(self.q_up.sizes, -1)
-            to_turn = torch.cat((q_rope, k_rope), -1)
-        to_turn = to_turn.unflatten(-1, (-1, c.rope_dim))
-        return q_nope.unflatten(-1, (c.n_heads, -1)), to_turn, self.kv_norm(latent)
-
-    def _rows(self, latent: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries [B, K, H, rope] and state rows [B, K, rank + rope]."""
-        heads = self.config.n_heads
-        return turned[..., :heads, :], torch.cat((latent, turned[..., heads, :]), -1)
+            slabs = [q_rope, k_rope]
+        to_turn = [slab.unflatten(-1, (-1, c.rope_dim)) for slab in slabs]
+        return q_nope.unflatten(-1, (c.n_heads, -1)), to_turn, latent
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D], expanded."""
         c, tokens = self.config, x.shape[1]
         angles = rope_table(tokens, c.rope_dim, c.rope_theta, x.device)[:tokens]
         q_nope, to_turn, latent = self._down(x)
-        q_rope, rows = self._rows(latent, rotate(to_turn, angles))
+        q_rope, key = queries_and_key([rotate(t, angles) for t in to_turn])
+        rows = torch.cat((self.kv_norm(latent), key), -1)
         return self._expanded(q_nope, q_rope, Seen(rows, None, True))
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        c = self.config
+        c, norm = self.config, self.kv_norm
         q_nope, to_turn, latent = self._down(x)
-        turned = rotate_new(to_turn, state, theta=c.rope_theta, backend=self.backend)
-        q_rope, rows = self._rows(latent, turned)
-        seen = state.append("latent", rows)
+        q_rope, seen = append_latent(
+            to_turn, latent, norm.weight, state, "latent", eps=norm.eps, theta=c.rope_theta,
+            backend=self.backend,
+        )  # fmt: skip
         absorbs = c.absorbs(x.shape[1], seen.length)
         return (self._absorbed if absorbs else self._expanded)(q_nope, q_rope, seen)
 
@@ -169,17 +168,12 @@ class LatentAttention(Mixer):
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, seen: Rows) -> Tensor:
         c = self.config
-        batch, new = q_nope.shape[:2]
-        up_k, up_v = self.kv_up.weight.split(self.kv_up.sizes)
-        # One matrix product per head, all tokens of the batch as its rows.
-        q_latent = q_nope.flatten(0, 1).transpose(0, 1) @ up_k.unflatten(0, (c.n_heads, -1))
-        q_latent = q_latent.transpose(0, 1).unflatten(0, (batch, new))
-        out = attend_latent(
-            torch.cat((q_latent, q_rope), -1), seen, v_dim=c.rank, scale=c.qk_dim**-0.5,
-            backend=self.backend,
-        )  # fmt: skip
-        values = out.flatten(0, 1).transpose(0, 1) @ up_v.unflatten(0, (c.n_heads, -1)).mT
-        return self.out(values.transpose(0, 1).reshape(batch, new, -1))
+        up_k, up_v = (
+            w.unflatten(0, (c.n_heads, -1)) for w in self.kv_up.weight.split(self.kv_up.sizes)
+        )
+        q_latent = by_head(q_nope, up_k, backend=self.backend)
+        out = attend_latent(q_latent, q_rope, seen, scale=c.qk_dim**-0.5, backend=self.backend)
+        return self.out(by_head(out, up_v.mT, backend=self.backend).flatten(2))
 
     def state_spec(self) -> StateSpec:
         """The latent and the rotary key of every token: rank + rope values for all heads."""

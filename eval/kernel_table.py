@@ -28,6 +28,7 @@ from kernels import (
     gdn_chunk,
     gdn_step,
     gemv,
+    latent_append,
     linear_step,
     mla_decode,
     norm_triton,
@@ -48,8 +49,8 @@ OPS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, gdn_chunk,
-        gdn_step, gemv, linear_step, mla_decode, norm_triton, page_write, rope_append,
-        rope_rotate, sample, selective_chunk, selective_step, split_combine, ssm_step,
+        gdn_step, gemv, latent_append, linear_step, mla_decode, norm_triton, page_write,
+        rope_append, rope_rotate, sample, selective_chunk, selective_step, split_combine, ssm_step,
     )
 }  # fmt: skip
 

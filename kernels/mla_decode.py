@@ -49,8 +49,8 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
         (32, 16): Config(64, 4, 3), (32, 64): Config(64, 4, 3),
         (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
         (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
-        (256, 16): Config(32, 4, 3), (256, 64): Config(32, 8, 3),
-        (512, 16): Config(32, 4, 3), (512, 64): Config(64, 8, 2),
+        (256, 16): Config(32, 4, 3), (256, 32): Config(64, 4, 3), (256, 64): Config(32, 8, 3),
+        (512, 16): Config(32, 4, 3), (512, 32): Config(64, 4, 2), (512, 64): Config(64, 8, 2),
     },
     "nvidia": {
         (32, 16): Config(64, 4, 3), (32, 64): Config(32, 4, 3),
@@ -76,8 +76,9 @@ _FAMILIES = {"sm_80": "nvidia", "sm_90": "hopper", "sm_100": "nvidia", "gfx942":
 
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
 def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, pool, page_table, lengths, out, partials, partial_lse, used_splits,
-    scale_log2, q_stride_b, q_stride_t, q_stride_h, pool_stride_g,
+    q, q_rotary, pool, page_table, lengths, out, partials, partial_lse, used_splits,
+    scale_log2, q_stride_b, q_stride_t, q_stride_h, r_stride_b, r_stride_t, r_stride_h,
+    pool_stride_g,
     max_pages, group, tokens, row_blocks, window, sinks,
     LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
@@ -108,7 +109,7 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     # Row m of the product is head m % group of token m // group.
     m = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     latent = tl.arange(0, BLOCK_LATENT)
-    rotary = LATENT + tl.arange(0, ROTARY)
+    rotary = tl.arange(0, ROTARY)
     token = m // group
     head = g * group + m % group
     real = (m < group * tokens)[:, None]
@@ -118,7 +119,10 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     if LATENT != BLOCK_LATENT:
         asked = asked & (latent < LATENT)[None, :]
     q_latent = tl.load(q_rows + latent[None, :], mask=asked, other=0.0)
-    q_rotary = tl.load(q_rows + rotary[None, :], mask=real, other=0.0)
+    r_rows = (q_rotary + b.to(tl.int64) * r_stride_b + token * r_stride_t + head * r_stride_h)[
+        :, None
+    ]
+    q_turned = tl.load(r_rows + rotary[None, :], mask=real, other=0.0)
     pool += g.to(tl.int64) * pool_stride_g
     page_table += b.to(tl.int64) * max_pages
 
@@ -137,8 +141,8 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
             c = tl.load(at + latent[None, :])
         else:
             c = tl.load(at + latent[None, :], mask=(latent < LATENT)[None, :], other=0.0)
-        k_rotary = tl.load(at + rotary[None, :])
-        logits = tl.dot(q_rotary, tl.trans(k_rotary), input_precision="ieee")
+        k_rotary = tl.load(at + LATENT + rotary[None, :])
+        logits = tl.dot(q_turned, tl.trans(k_rotary), input_precision="ieee")
         logits = tl.dot(q_latent, tl.trans(c), logits, input_precision="ieee")
         age = position[:, None] - row[None, :]
         if WINDOWED:
@@ -180,21 +184,22 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
 
 def mla_decode(
     q: Tensor,
+    q_rotary: Tensor,
     pool: Tensor,
     page_table: Tensor,
     lengths: Tensor,
     *,
-    v_dim: int,
     scale: float,
     page_size: int,
     window: int | None = None,
     sinks: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale · q cᵀ) c[:, :R] over the rows c that each new token may see: [B, K, H, R].
+    """softmax(scale · [q, q_rotary] cᵀ) c[:, :R] over the rows c that a token sees: [B, K, H, R].
 
-    q: [B, K, H, R + r], the latent part first, R = v_dim and r a pair of `WIDTHS`, K <= 4, bf16 or
-      fp16; strides multiples of 16, so views of a packed projection will do.
+    q: [B, K, H, R], queries that meet latents; q_rotary: [B, K, H, r], those that meet the rotary
+      key; R and r a pair of `WIDTHS`, K <= 4, bf16 or fp16; strides multiples of 16, so products
+      by heads and views of a packed projection will do.
     pool: [pages * page_size, R + r], or [G, pages * page_size, R + r] with a latent head for each
       H / G query heads; q's dtype.
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
@@ -207,15 +212,16 @@ def mla_decode(
     nor those of `lengths` are checked: they are read on the device only.
     """
     compiled = isinstance(mla_decode_fwd_kernel, triton.JITFunction)
-    batch, tokens, heads, rotary, groups = check(
-        q, pool, page_table, lengths, v_dim, page_size, window, sinks, out, compiled=compiled
+    groups = check(
+        q, q_rotary, pool, page_table, lengths, page_size, window, sinks, out, compiled=compiled
     )
+    batch, tokens, heads, latent = q.shape
     if out is None:
-        out = torch.empty((batch, tokens, heads, v_dim), dtype=q.dtype, device=q.device)
+        out = torch.empty((batch, tokens, heads, latent), dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
     group = heads // groups
-    configs = _configs_of(v_dim, _family(q.device))
+    configs = _configs_of(latent, _family(q.device))
     block_m = min((m for m in configs if m >= group * tokens), default=max(configs))
     config = configs[block_m]
     row_blocks = triton.cdiv(group * tokens, block_m)
@@ -228,17 +234,16 @@ def mla_decode(
     splits = triton.cdiv(multiprocessors(q.device), batch * parts)
     splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    partials = floats((batch, parts, splits, block_m, v_dim) if splits > 1 else (16,))
+    partials = floats((batch, parts, splits, block_m, latent) if splits > 1 else (16,))
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
     used_splits = torch.empty(batch * parts, dtype=torch.int32, device=q.device)
     # The stride of a single element is arbitrary, and never used.
-    stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
+    strides = (t.stride(i) if t.shape[i] > 1 else 0 for t in (q, q_rotary) for i in range(3))
     mla_decode_fwd_kernel[(splits, parts, batch)](
-        q, pool, page_table, lengths, out, partials, partial_lse, used_splits,
-        scale * math.log2(math.e),
-        stride_b, stride_t, stride_h, pool.stride(0) if groups > 1 else 0,
+        q, q_rotary, pool, page_table, lengths, out, partials, partial_lse, used_splits,
+        scale * math.log2(math.e), *strides, pool.stride(0) if groups > 1 else 0,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
-        **_constants(v_dim, rotary, block_m, config, page_size, window is not None),
+        **_constants(latent, q_rotary.shape[3], block_m, config, page_size, window is not None),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
@@ -272,13 +277,14 @@ def _family(device: torch.device) -> str:
 
 
 def mla_decode_ref(
-    q: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *,
-    v_dim: int, scale: float, page_size: int, window: int | None = None, sinks: int = 0,
+    q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *,
+    scale: float, page_size: int, window: int | None = None, sinks: int = 0,
 ) -> Tensor:  # fmt: skip
     """The oracle: float64, one new token of one head at a time. Arguments as `mla_decode`."""
-    batch, tokens, heads, _ = q.shape
+    batch, tokens, heads, latent = q.shape
+    q = torch.cat((q, q_rotary), -1)
     pool = pool if pool.dim() == 3 else pool[None]
-    out = torch.zeros((batch, tokens, heads, v_dim), dtype=torch.float64)
+    out = torch.zeros((batch, tokens, heads, latent), dtype=torch.float64)
     for b in range(batch):
         for i in range(tokens):
             position = int(lengths[b]) - tokens + i
@@ -291,7 +297,7 @@ def mla_decode_ref(
             for h in range(heads):
                 c = pool[h // (heads // len(pool)), at].double()
                 logits = c @ q[b, i, h].double() * scale
-                out[b, i, h] = logits.softmax(0) @ c[:, :v_dim]
+                out[b, i, h] = logits.softmax(0) @ c[:, :latent]
     return out
 
 
@@ -301,10 +307,10 @@ def _variant(
 ) -> Variant:  # fmt: skip
     kind = _TYPES[dtype]
     threads = config.warps * (64 if "gfx942" in targets else 32)
-    signature = dict.fromkeys(("q", "pool", "out"), "*" + kind)
+    signature = dict.fromkeys(("q", "q_rotary", "pool", "out"), "*" + kind)
     signature |= dict.fromkeys(("page_table", "lengths", "used_splits"), "*i32")
     signature |= dict.fromkeys(("partials", "partial_lse"), "*fp32") | {"scale_log2": "fp32"}
-    strides = ("q_stride_b", "q_stride_t", "q_stride_h", "pool_stride_g")
+    strides = [f"{t}_stride_{n}" for t in "qr" for n in "bth"] + ["pool_stride_g"]
     aligned = frozenset([*(n for n, t in signature.items() if t.startswith("*")), *strides])
     counts = ("max_pages", "group", "tokens", "row_blocks", "window", "sinks")
     return Variant(

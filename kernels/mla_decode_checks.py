@@ -14,27 +14,30 @@ WIDTHS = (
 
 
 def check(
-    q: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, v_dim: int, page_size: int,
+    q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, page_size: int,
     window: int | None, sinks: int, out: Tensor | None, *, compiled: bool,
-) -> tuple[int, int, int, int, int]:  # fmt: skip
-    """Every rule of `mla_decode` but that of `arrivals`; returns B, K, H, r, G.
+) -> int:  # fmt: skip
+    """Every rule of `mla_decode`; returns G.
 
     compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
     """
     require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
-    require(q.dim() == 4, "q", form(q), "must be [B, K, H, R + r]")
-    batch, tokens, heads, width = q.shape
+    require(q.dim() == 4, "q", form(q), "must be [B, K, H, R]")
+    batch, tokens, heads, latent = q.shape
     dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
-    widths = v_dim, width - v_dim
-    require(widths in WIDTHS, "(v_dim, width of q - v_dim)", widths,
-            f"must be one of {WIDTHS}; use backend torch")  # fmt: skip
+    fits = q_rotary.shape[:-1] == q.shape[:-1] and q_rotary.dtype == q.dtype
+    require(fits, "q_rotary", form(q_rotary), f"must be {q.dtype} {[batch, tokens, heads, 'r']}")
+    widths = latent, q_rotary.shape[3]
+    require(widths in WIDTHS, "(R, r)", widths, f"must be one of {WIDTHS}; use backend torch")
     require(1 <= tokens <= MAX_TOKENS, "K", tokens, f"new tokens must be 1 to {MAX_TOKENS}")
     require(heads >= 1, "q", form(q), "must have at least one head")
-    strides = [q.stride(i) for i in range(3) if q.shape[i] > 1]
-    aligned = q.stride(3) == 1 and not any(s % 16 for s in strides) and q.data_ptr() % 16 == 0
-    rule = "must start at 16 bytes and have strides [16i, 16j, 16k, 1]"
-    require(aligned, "q", form(q), rule)
+    for name, part in (("q", q), ("q_rotary", q_rotary)):
+        strides = [part.stride(i) for i in range(3) if part.shape[i] > 1]
+        aligned = part.stride(3) == 1 and not any(s % 16 for s in strides)
+        require(aligned and part.data_ptr() % 16 == 0, name, form(part),
+                "must start at 16 bytes and have strides [16i, 16j, 16k, 1]")  # fmt: skip
+    width = sum(widths)
 
     require(page_size >= 16 and page_size % 16 == 0, "page_size", page_size,
             "must be a positive multiple of 16")  # fmt: skip
@@ -59,14 +62,14 @@ def check(
             f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
     fits = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
     require(fits, "lengths", form(lengths), f"must be contiguous int32 [{batch}]")
-    others = {"pool": pool, "page_table": page_table, "lengths": lengths}
+    others = {"q_rotary": q_rotary, "pool": pool, "page_table": page_table, "lengths": lengths}
     if out is not None:
         others["out"] = out
-        result = [batch, tokens, heads, v_dim]
+        result = [batch, tokens, heads, latent]
         fits = list(out.shape) == result and out.dtype == q.dtype and out.is_contiguous()
         require(fits and out.data_ptr() % 16 == 0, "out", form(out),
                 f"must be contiguous {q.dtype} {result}, from 16 bytes on")  # fmt: skip
     for name, tensor in others.items():
         require(tensor.device == q.device, name, tensor.device,
                 f"must be on the device of q, {q.device}")  # fmt: skip
-    return batch, tokens, heads, width - v_dim, groups
+    return groups

@@ -19,6 +19,15 @@ MAX_DIM = 512
 CONFIGS: dict[int, tuple[int, int]] = {2: (1024, 2), 4: (512, 2)}
 
 
+@triton.jit
+def turned(x, angle, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [ROWS, WIDTH], whose channels are pairs, by angle, their cosines and sines; in float32."""
+    cos, sin = tl.split(tl.reshape(angle, (ROWS, WIDTH // 2, 2)))
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (ROWS, WIDTH // 2, 2)))
+    both = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(both, (ROWS, WIDTH)).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["tokens", "positions"])
 def rope_rotate_fwd_kernel(  # type: ignore[no-untyped-def]
     x, cos_sin, lengths, stride_b, stride_t, tokens, positions,
@@ -32,13 +41,10 @@ def rope_rotate_fwd_kernel(  # type: ignore[no-untyped-def]
     c = tl.arange(0, BLOCK_D)[None, :]
     turns = (h < H) & (c < D) & (position < positions)
     at = x + b * stride_b + i.to(tl.int64) * stride_t + h * D + c
-    pairs = tl.load(at, mask=turns, other=0.0).to(tl.float32)
+    pairs = tl.load(at, mask=turns, other=0.0)
     # The same angles for each head: read again per head, from cache, they need no exchange.
     angle = tl.load(cos_sin + position.to(tl.int64) * D + c + 0 * h, mask=turns, other=0.0)
-    cos, sin = tl.split(tl.reshape(angle, (BLOCK_H, BLOCK_D // 2, 2)))
-    even, odd = tl.split(tl.reshape(pairs, (BLOCK_H, BLOCK_D // 2, 2)))
-    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    tl.store(at, tl.reshape(turned, (BLOCK_H, BLOCK_D)).to(x.dtype.element_ty), mask=turns)
+    tl.store(at, turned(pairs, angle, BLOCK_H, BLOCK_D), mask=turns)
 
 
 def rope_rotate(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:

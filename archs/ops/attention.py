@@ -27,12 +27,12 @@ def attend(q: Tensor, seen: Rows, *, backend: str) -> Tensor:
     return choose("attention", backend, _ATTEND)(q, seen)
 
 
-def attend_latent(q: Tensor, seen: Rows, *, v_dim: int, scale: float, backend: str) -> Tensor:
-    """Absorbed latent attention: keys are rows, values their first `v_dim` columns.
+def attend_latent(q: Tensor, q_rotary: Tensor, seen: Rows, *, scale: float, backend: str) -> Tensor:
+    """Absorbed latent attention: keys are rows of R + r columns, values their first R.
 
-    q: [B, K, H, row] -> [B, K, H, v_dim].
+    q: [B, K, H, R], q_rotary: [B, K, H, r] -> [B, K, H, R].
     """
-    return choose("latent attention", backend, _ATTEND_LATENT)(q, seen, v_dim, scale)
+    return choose("latent attention", backend, _ATTEND_LATENT)(q, q_rotary, seen, scale)
 
 
 def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str) -> Tensor:
@@ -67,25 +67,27 @@ def _flash_attn(q: Tensor, seen: Rows) -> Tensor:
     return libraries.flash_attention(q, seen) if isinstance(seen, PagedSeen) else _torch(q, seen)
 
 
-def _latent_torch(q: Tensor, seen: Rows, v_dim: int, scale: float) -> Tensor:
-    rows = seen.rows[:, None]
-    return latent_attention(q, rows, v_dim=v_dim, scale=scale, mask=seen.mask, causal=seen.causal)
+def _latent_torch(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Tensor:
+    rows, width = seen.rows[:, None], q.shape[-1]
+    q = torch.cat((q, q_rotary), -1)
+    return latent_attention(q, rows, v_dim=width, scale=scale, mask=seen.mask, causal=seen.causal)
 
 
-def _latent_triton(q: Tensor, seen: Rows, v_dim: int, scale: float) -> Tensor:
+def _latent_triton(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Tensor:
     if not isinstance(seen, PagedSeen):
-        return _latent_torch(q, seen, v_dim, scale)
+        return _latent_torch(q, q_rotary, seen, scale)
     from kernels.mla_decode import mla_decode
 
     p, new = seen.pages, q.shape[1]
     pieces = []
     for start in range(0, new, MLA_DECODE_LIMIT):
-        piece = q[:, start : start + MLA_DECODE_LIMIT]
-        later = new - start - piece.shape[1]
+        at = slice(start, start + MLA_DECODE_LIMIT)
+        later = max(0, new - start - MLA_DECODE_LIMIT)
+        total = p.total - later if later else p.total
         pieces.append(
             mla_decode(
-                piece, p.pool, p.table, p.total - later if later else p.total, v_dim=v_dim,
-                scale=scale, page_size=p.page_size,
+                q[:, at], q_rotary[:, at], p.pool, p.table, total, scale=scale,
+                page_size=p.page_size,
             )
         )  # fmt: skip
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)

@@ -16,6 +16,14 @@ def product(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
     return choose("product", backend, _PRODUCT)(x, weight)
 
 
+def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
+    """Each head's own product: [B, K, H, D] with [H, D, N] -> [B, K, H, N].
+
+    One matrix product a head, all tokens of the batch as its rows.
+    """
+    return choose("product", backend, _BY_HEAD)(x, weight)
+
+
 def _torch(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
@@ -28,4 +36,20 @@ def _triton(x: Tensor, weight: Tensor) -> Tensor:
     return gemv(x, weight) if serves(x, weight) else F.linear(x, weight)
 
 
+def _by_head_torch(x: Tensor, weight: Tensor) -> Tensor:
+    found = x.flatten(0, 1).transpose(0, 1) @ weight
+    return found.transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+def _by_head_triton(x: Tensor, weight: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _by_head_torch(x, weight)
+    # The product writes tokens first, as the next one reads them.
+    found = x.new_empty(*x.shape[:3], weight.shape[-1])
+    rows = found.flatten(0, 1).transpose(0, 1)
+    torch.bmm(x.flatten(0, 1).transpose(0, 1), weight, out=rows)
+    return found
+
+
+_BY_HEAD = everywhere(_by_head_torch, _by_head_triton)
 _PRODUCT = everywhere(_torch, _triton)

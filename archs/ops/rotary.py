@@ -3,12 +3,15 @@
 With kernels one launch rotates queries and keys and writes keys and values into their pages.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from archs.backends import choose, everywhere
 from archs.spec import KernelState, LayerState, Rows
+from kernels.norm import rms_norm
 from kernels.rope import rotate
 
 
@@ -26,6 +29,20 @@ def append_rotated(
 def rotate_new(x: Tensor, state: LayerState, *, theta: float, backend: str) -> Tensor:
     """Rotate x [B, K, H, d] by the new tokens' positions, in place."""
     return choose("rotary positions", backend, _ROTATE)(x, state, theta)
+
+
+def append_latent(
+    to_turn: Sequence[Tensor], latent: Tensor, weight: Tensor, state: LayerState, name: str, *,
+    eps: float, theta: float, backend: str,
+) -> tuple[Tensor, Rows]:  # fmt: skip
+    """Turn rotary queries and key, norm latents, store both as rows, and say what is seen.
+
+    to_turn: [B, K, ·, r], one or more; in order their heads are the H queries and the key. What
+    it was is lost. latent: [B, K, R], before the norm of `weight` [R]. The rows of `name` are
+    [R + r]. Returns the queries [B, K, H, r] and all rows that the new tokens may see.
+    """
+    form = choose("rotary positions", backend, _APPEND_LATENT)
+    return form(to_turn, latent, weight, state, name, eps, theta)
 
 
 def _append_torch(
@@ -55,6 +72,39 @@ def _append_triton(
     return qkv[..., :heads, :], state.written(name)
 
 
+def queries_and_key(turned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """[B, K, H, r] and [B, K, r] of what `append_latent` takes."""
+    queries, key = turned[0], turned[-1][..., -1, :]
+    return queries if len(turned) > 1 else queries[..., :-1, :], key
+
+
+def _append_latent_torch(
+    to_turn: Sequence[Tensor], latent: Tensor, weight: Tensor, state: LayerState, name: str,
+    eps: float, theta: float,
+) -> tuple[Tensor, Rows]:  # fmt: skip
+    angles = state.rope(to_turn[0].shape[-1], theta)
+    queries, key = queries_and_key([rotate(t, angles) for t in to_turn])
+    return queries, state.append(name, torch.cat((rms_norm(latent, weight, eps), key), -1))
+
+
+def _append_latent_triton(
+    to_turn: Sequence[Tensor], latent: Tensor, weight: Tensor, state: LayerState, name: str,
+    eps: float, theta: float,
+) -> tuple[Tensor, Rows]:  # fmt: skip
+    state = cast(KernelState, state)
+    pages = state.pages(name, latent.dtype)
+    if pages is None:
+        return _append_latent_torch(to_turn, latent, weight, state, name, eps, theta)
+    from kernels.latent_append import latent_append
+
+    queries, key = queries_and_key(to_turn)
+    latent_append(
+        queries, key, latent, weight, state.rotary(key.shape[-1], theta), pages.pool, pages.table,
+        pages.past, eps=eps, page_size=pages.page_size, new=pages.new,
+    )  # fmt: skip
+    return queries, state.written(name)
+
+
 def _rotate_torch(x: Tensor, state: LayerState, theta: float) -> Tensor:
     return rotate(x, state.rope(x.shape[-1], theta))
 
@@ -67,4 +117,5 @@ def _rotate_triton(x: Tensor, state: LayerState, theta: float) -> Tensor:
 
 
 _APPEND = everywhere(_append_torch, _append_triton)
+_APPEND_LATENT = everywhere(_append_latent_torch, _append_latent_triton)
 _ROTATE = everywhere(_rotate_torch, _rotate_triton)

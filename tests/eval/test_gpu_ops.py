@@ -35,6 +35,7 @@ QUICK = {
     "norm_triton": "norms of 64",
     "rope_append": "3 tokens",
     "rope_rotate": "2 tokens",
+    "latent_append": "8 heads 96+16",
     "page_write": "4 tokens",
     "conv_chunk": "130 tokens",
     "sample": "9 rows of 1000",

@@ -15,7 +15,7 @@ LAYERS = get_scale("70m").n_layers
 #: Captures of a point: those of the gate's engine, of two sequences and of one, and the timed one.
 CAPTURES = 3
 #: Launches of one layer beside products, norms of the block and SwiGLU: its own mixer's kernels.
-#: One or two, as designed, and three where a context is split; latents are normed, turned, written.
+#: One or two, as designed, and three where a context is split.
 MIXERS: dict[str, dict[str, int]] = {
     "mha": {"rope_append": 1, "attention_decode": 1, "split_combine": 1},
     "gqa": {"rope_append": 1, "attention_decode": 1, "split_combine": 1},
@@ -25,7 +25,7 @@ MIXERS: dict[str, dict[str, int]] = {
     "gdn": {"conv_step": 1, "gdn_step": 1},
     "mamba1": {"conv_step": 1, "selective_step": 1},
     "mamba2": {"conv_step": 1, "ssm_step": 1},
-    "mla": {"norm": 1, "rope_rotate": 1, "page_write": 1, "mla_decode": 1, "split_combine": 1},
+    "mla": {"latent_append": 1, "mla_decode": 1, "split_combine": 1},
 }
 BESIDE = ("gemv", "norm", "swiglu")
 

@@ -49,10 +49,10 @@ def operands(
         gone[torch.unique(rows // page_size)] = False
         table[b, gone] = -(10**6)
     pool[:, ~readable] = torch.nan
-    options = {"page_size": page_size, "v_dim": widths[0], "scale": 0.15, **options}
-    q = torch.randn(batch, new, h, sum(widths)).to(dtype)
-    tensors = [q, pool if g > 1 else pool[0], table, torch.tensor(lengths, dtype=torch.int32)]
-    return tensors, options
+    options = {"page_size": page_size, "scale": 0.15, **options}
+    parts = [torch.randn(batch, new, h, width).to(dtype) for width in widths]
+    held = torch.tensor(lengths, dtype=torch.int32)
+    return [*parts, pool if g > 1 else pool[0], table, held], options
 
 
 def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
@@ -118,7 +118,8 @@ def test_every_scale_is_served(scale: str) -> None:
 
 def test_equals_torch() -> None:
     tensors, options = operands([192, 192], heads=(8, 2))
-    q, pool, table, _ = tensors
+    q, q_rotary, pool, table, _ = tensors
+    q = torch.cat((q, q_rotary), -1)
     rows = (table.long()[:, :, None] * 64 + torch.arange(64)).flatten(1)
     c = pool[:, rows].transpose(0, 1)
     expected = F.scaled_dot_product_attention(
@@ -132,14 +133,11 @@ def test_equals_torch() -> None:
 @pytest.mark.parametrize("length", [100, 1000], ids=["one split", "four splits"])
 def test_caller_buffers_are_used(length: int) -> None:
     tensors, options = operands([length, 0, length // 2], new=2, heads=(8, 2))
-    wide_q, wide_pool = (
-        torch.full((3, 2, 24, 80), torch.nan),
-        torch.full((5, *tensors[1][0].shape), torch.nan),
-    )
-    for wide, part, at in (
-        (wide_q, 0, (..., slice(8, 16), slice(None))),
-        (wide_pool, 1, slice(1, 4, 2)),
-    ):
+    # Latent queries as products by heads leave them, rotary ones as a view of a wider slab.
+    products = torch.full((8, 6, 64), torch.nan).transpose(0, 1).unflatten(0, (3, 2))
+    slab = torch.full((3, 2, 400), torch.nan)[..., 80:208].unflatten(-1, (8, 16))
+    pools = torch.full((5, *tensors[2][0].shape), torch.nan)
+    for wide, part, at in ((products, 0, ...), (slab, 1, ...), (pools, 2, slice(1, 4, 2))):
         wide[at] = tensors[part]
         tensors[part] = wide[at]
     expected = mla_decode_ref(*tensors, **options)
@@ -162,26 +160,32 @@ def test_logits_of_any_size_stay_finite() -> None:
 
 
 def test_an_empty_batch_launches_nothing() -> None:
-    (q, pool, table, lengths), options = operands([5])
+    (q, q_rotary, pool, table, lengths), options = operands([5])
     with interpreted():
-        got = module.mla_decode(q[:0], pool, table[:0], lengths[:0], **options)
+        got = module.mla_decode(q[:0], q_rotary[:0], pool, table[:0], lengths[:0], **options)
     assert got.shape == (0, 1, 4, 64)
 
 
+QUERIES = ("q", "q_rotary")
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 REFUSALS: dict[str, tuple[str, Change]] = {
-    "q rank": (r"q=.*\[B, K, H, R \+ r\]", lambda a: {"q": a["q"][0]}),
+    "q rank": (r"q=.*\[B, K, H, R\]", lambda a: {"q": a["q"][0]}),
     "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
-    "q strides": ("q=.*strides", lambda a: {"q": torch.randn(1, 1, 4, 88)[..., :80]}),
-    "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(321)[1:].view(1, 1, 4, 80)}),
-    "q width": (
-        r"\(v_dim, width of q - v_dim\)=\(64, 48\) must be one of .*; use backend torch",
-        lambda a: {"q": torch.randn(1, 1, 4, 112)},
+    "q strides": ("q=.*strides", lambda a: {"q": torch.randn(1, 1, 4, 72)[..., :64]}),
+    "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(257)[1:].view(1, 1, 4, 64)}),
+    "rotary heads": (r"q_rotary=.*'r'\]", lambda a: {"q_rotary": a["q_rotary"][:, :, :2]}),
+    "rotary dtype": ("q_rotary=.*float32", lambda a: {"q_rotary": a["q_rotary"].half()}),
+    "rotary strides": (
+        "q_rotary=.*strides",
+        lambda a: {"q_rotary": torch.randn(1, 1, 4, 24)[..., :16]},
     ),
-    "no heads": ("q=.*at least one head", lambda a: {"q": a["q"][:, :, :0]}),
-    "v_dim": (r"v_dim\)=\(48, 32\) must be one of", lambda a: {"v_dim": 48}),
-    "K": ("K=5 new tokens", lambda a: {"q": torch.randn(1, 5, 4, 80)}),
-    "no K": ("K=0 new tokens", lambda a: {"q": a["q"][:, :0]}),
+    "widths": (
+        r"\(R, r\)=\(64, 48\) must be one of .*; use backend torch",
+        lambda a: {"q_rotary": torch.randn(1, 1, 4, 48)},
+    ),
+    "no heads": ("q=.*at least one head", lambda a: {n: a[n][:, :, :0] for n in QUERIES}),
+    "K": ("K=5 new tokens", lambda a: {n: a[n].repeat(1, 5, 1, 1) for n in QUERIES}),
+    "no K": ("K=0 new tokens", lambda a: {n: a[n][:, :0] for n in QUERIES}),
     "page_size": ("page_size=24 .*multiple of 16", lambda a: {"page_size": 24}),
     "pool rank": (r"pool=.*\[G, pages \* 64, 80\]", lambda a: {"pool": a["pool"][None, None]}),
     "pool rows": (r"pool=.*pages \* 128", lambda a: {"page_size": 128}),
@@ -210,7 +214,8 @@ def test_bad_arguments_are_refused_before_any_launch(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors, options = operands([100])
-    given = dict(zip(("q", "pool", "page_table", "lengths"), tensors, strict=True)) | options
+    names = (*QUERIES, "pool", "page_table", "lengths")
+    given = dict(zip(names, tensors, strict=True)) | options
     message, change = REFUSALS[case]
     with interpreted():
         monkeypatch.setattr(type(module.mla_decode_fwd_kernel), "run", _no_launch)

@@ -104,7 +104,8 @@ def test_latent_pages(
     lengths = [300, 63, 8]
     q, (rows, _), inputs = paged(lengths, heads, new, dim=80)
     del inputs["v_pool"]
-    got = form(q=q, pool=inputs.pop("k_pool"), v_dim=64, scale=0.1, **inputs, **options)
+    parts = {"q": q[..., :64].contiguous(), "q_rotary": q[..., 64:].contiguous()}
+    got = form(**parts, pool=inputs.pop("k_pool"), scale=0.1, **inputs, **options)
     for b, length in enumerate(lengths):
         seen, mask = rows[b][None], newest(new, length, **options)
         close(got[b : b + 1], plain(q[b : b + 1], seen, seen[..., :64], mask, 0.1))

@@ -193,11 +193,11 @@ def check_mla(
 
     def run(device: torch.device) -> Pairs:
         table, held, pages = paged(lengths, device)
-        q = random(len(lengths), new, heads, rank + rope, device=device)
+        q, turned = (random(len(lengths), new, heads, n, device=device) for n in (rank, rope))
         pool = random(latents, pages * PAGE, rank + rope, device=device)
-        options: dict[str, Any] = {"v_dim": rank, "scale": (rank + rope) ** -0.5, "page_size": PAGE}
-        expected = mla_decode_ref(*on_cpu(q, pool, table, held), **options)
-        return [(mla_decode(q, pool, table, held, **options), expected) for _ in range(3)]
+        options: dict[str, Any] = {"scale": (rank + rope) ** -0.5, "page_size": PAGE}
+        expected = mla_decode_ref(*on_cpu(q, turned, pool, table, held), **options)
+        return [(mla_decode(q, turned, pool, table, held, **options), expected) for _ in range(3)]
 
     return run
 
@@ -212,20 +212,21 @@ def mla_case(
 
     def build(device: torch.device) -> Mapping[str, Run]:
         table, held, pages = paged([context] * batch, device)
-        q = random(batch, new, heads, row, device=device)
+        q, turned = (random(batch, new, heads, n, device=device) for n in (rank, rope))
         pool = random(pages * PAGE, row, device=device)
+        whole = torch.cat((q, turned), -1)
 
         @cache
         def latents() -> Tensor:
             return dense(pool[None], table, context)
 
         def ours() -> Tensor:
-            return mla_decode(q, pool, table, held, v_dim=rank, scale=scale, page_size=PAGE)
+            return mla_decode(q, turned, pool, table, held, scale=scale, page_size=PAGE)
 
         return {
             "triton": ours,
-            "sdpa": lazily(lambda: _latent_sdpa(q, latents(), rank, scale)),
-            "cublas": lazily(lambda: _latent_products(q, latents()[:, 0], rank, scale)),
+            "sdpa": lazily(lambda: _latent_sdpa(whole, latents(), rank, scale)),
+            "cublas": lazily(lambda: _latent_products(whole, latents()[:, 0], rank, scale)),
         }
 
     return Case(

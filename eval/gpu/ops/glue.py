@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from eval.gpu.case import Case, Check, Op, Run
 from eval.gpu.ops.operands import PAGE, binary, on_cpu, paged, random
-from kernels import conv_chunk, norm_triton, page_write, rope_append, rope_rotate, sample
+from kernels import (
+    conv_chunk,
+    latent_append,
+    norm_triton,
+    page_write,
+    rope_append,
+    rope_rotate,
+    sample,
+)
 
 BF16_LIMIT = 8e-3
 EPS = 1e-5
@@ -125,6 +133,24 @@ def check_rotate(device: torch.device) -> Pairs:
     return [(rope_rotate.rope_rotate(x, cos_sin, past), expected)]
 
 
+def check_latent(heads: int, rank: int, rope: int) -> Callable[[torch.device], Pairs]:
+    """Latents normed, keys and queries turned, rows in their pages."""
+
+    def run(device: torch.device) -> Pairs:
+        table, lengths, pages = paged([3, 73, 132], device)
+        before, cos_sin = lengths - 3, _angles(256, rope, device)
+        q = random(3, 3, heads, rope, device=device)
+        key, latent = random(3, 3, rope + rank, device=device).split((rope, rank), -1)
+        weight = random(rank, device=device)
+        pool = torch.zeros(pages * PAGE, rank + rope, dtype=torch.bfloat16, device=device)
+        given = q, key, latent, weight, cos_sin, pool, table, before
+        expected = latent_append.latent_append_ref(*on_cpu(*given), eps=EPS, page_size=PAGE)
+        latent_append.latent_append(*given, eps=EPS, page_size=PAGE)
+        return list(zip((q, pool), expected, strict=True))
+
+    return run
+
+
 def check_page_write(device: torch.device) -> Pairs:
     """Rows of an odd width into shuffled pages."""
     table, lengths, pages = paged([5, 70], device)
@@ -190,6 +216,10 @@ OPS = (
     ),
     Op(name="rope_append", checks=[Check(name="3 tokens", run=check_rope, limit=BF16_LIMIT)]),
     Op(name="rope_rotate", checks=[Check(name="2 tokens", run=check_rotate, limit=BF16_LIMIT)]),
+    Op(name="latent_append",
+       checks=[Check(name=f"{heads} heads {rank}+{rope}", limit=BF16_LIMIT,
+                     run=check_latent(heads, rank, rope))
+               for heads, rank, rope in ((8, 96, 16), (32, 256, 32), (128, 512, 64))]),
     Op(name="page_write", checks=[Check(name="4 tokens", run=check_page_write, limit=BF16_LIMIT)]),
     Op(name="conv_chunk", checks=[Check(name="130 tokens", run=check_conv, limit=BF16_LIMIT)]),
     Op(name="sample",
