@@ -45,7 +45,15 @@ class Figures:
     @cached_property
     def settings(self) -> list[Setting]:
         """Settings of decode, those with most architectures and the largest models first."""
-        rows = self.long[(self.long["stage"] == "decode") & (self.long["measure"] == "tpot_ms")]
+        return self._settings("decode", "tpot_ms")
+
+    @cached_property
+    def declared_settings(self) -> list[Setting]:
+        """Settings for what needs no timing: those of decode, then those of declarations alone."""
+        return [*self.settings, *self._settings("cost", "state_bytes")]
+
+    def _settings(self, stage: str, measure: str) -> list[Setting]:
+        rows = self.long[(self.long["stage"] == stage) & (self.long["measure"] == measure)]
         found = rows.groupby(list(Setting._fields), sort=False)
         size = {Setting(*map(str, k)): (g["arch"].nunique(), _largest(g)) for k, g in found}
         return sorted(size, key=lambda setting: size[setting], reverse=True)

@@ -150,7 +150,7 @@ def roofline(f: Figures, setting: Setting) -> Chart | None:
     )
 
 
-def loss_by_position(f: Figures, setting: Setting | None) -> Chart | None:
+def loss_by_position(f: Figures) -> Chart | None:
     """Held-out loss over the position of the predicted token."""
     scale, data = f.quality("loss_at_position", "position")
     if data.empty or data["position"].nunique() < 2:
@@ -166,7 +166,7 @@ def loss_by_position(f: Figures, setting: Setting | None) -> Chart | None:
     )  # fmt: skip
 
 
-def recall(f: Figures, setting: Setting | None) -> Chart | None:
+def recall(f: Figures) -> Chart | None:
     """Accuracy in multi-query associative recall."""
     _, data = f.quality("mqar_accuracy")
     if data.empty:

@@ -7,14 +7,14 @@ measured.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import altair as alt
 import pandas as pd
 
-from eval.figures import Figures
+from eval.figures import Figures, Setting
 from eval.pictures import charts, tradeoffs
 
 
@@ -30,13 +30,16 @@ class Picture:
 
 
 class Plan(NamedTuple):
-    """How a picture is made: its builder, what it needs, and how to read it."""
+    """How a picture is made: its builder, what it needs, and how to read it.
+
+    of: timings have a picture for each machine, declarations one for a setting, models one.
+    """
 
     title: str
     build: Callable[..., alt.LayerChart | None]
     needs: str
     how_to_read: str
-    by_setting: bool = True
+    of: Literal["timings", "declarations", "models"] = "timings"
 
 
 PLANS: dict[str, Plan] = {
@@ -44,6 +47,7 @@ PLANS: dict[str, Plan] = {
         "Quality against state", charts.quality_against_state, "bits_per_byte and state_bytes",
         "Down is a better model, left is less memory for every sequence served. Outlined points "
         "on the dashed front are beaten by no other in both. Bars are 95 % intervals.",
+        of="declarations",
     ),
     "tpot-context": Plan(
         "Latency against context", charts.latency_against_context, "tpot_ms at two contexts",
@@ -72,6 +76,7 @@ PLANS: dict[str, Plan] = {
         "state_bytes and weight_bytes at two contexts",
         "How many requests of that context can be served at once before memory is full. A flat "
         "curve is a state that does not grow.",
+        of="declarations",
     ),
     "no-cache": Plan(
         "What the state saves", tradeoffs.without_state,
@@ -85,6 +90,7 @@ PLANS: dict[str, Plan] = {
         "arith_intensity_pred and prefill_intensity_pred at two contexts",
         "Above the line an accelerator waits for its arithmetic, below for its memory: prefill "
         "(dashed) and decode (solid) of the same model lie on opposite sides.",
+        of="declarations",
     ),
     "roofline": Plan(
         "Roofline", charts.roofline, "step_flops, step_bytes and the machine's measured rates",
@@ -96,20 +102,20 @@ PLANS: dict[str, Plan] = {
         "Loss by position", charts.loss_by_position, "loss_at_position",
         "Each point is the mean loss of tokens up to that position, from the point before. A curve "
         "that keeps falling uses its context; one that rises past the trained length breaks.",
-        by_setting=False,
+        of="models",
     ),
     "ladder": Plan(
         "Loss against size", tradeoffs.loss_against_size,
         "three trained sizes of two architectures",
         "How far a curve lies below another, sideways, is how many parameters it saves at equal "
         "loss: what `isoquality` turns into cost.",
-        by_setting=False,
+        of="models",
     ),
     "mqar": Plan(
         "Associative recall", charts.recall, "mqar_accuracy",
         "The share of key lookups answered right: what a small or bounded state gives up first. "
         "Dark lines are 95 % intervals.",
-        by_setting=False,
+        of="models",
     ),
     "predicted-measured": Plan(
         "Predicted against measured", charts.predicted_against_measured, "tpot_ms and a prediction",
@@ -122,13 +128,11 @@ PLANS: dict[str, Plan] = {
 def pictures(long: pd.DataFrame, names: Iterable[str] = tuple(PLANS)) -> list[Picture]:
     """The named pictures of a long table, by default all; one a machine for latencies."""
     figures = Figures(long)
-    machines = list(dict.fromkeys(s.hardware for s in figures.settings))
     drawn = []
     for name, plan in ((name, PLANS[name]) for name in names):
         found = []
-        for machine in machines if plan.by_setting else [""]:
-            settings = [s for s in figures.settings if s.hardware == machine]
-            tried = (plan.build(figures, s) for s in (settings if plan.by_setting else [None]))
+        for machine, settings in _settings(figures, plan):
+            tried = (plan.build(figures, *setting) for setting in settings)
             chart = next((chart for chart in tried if chart is not None), None)
             if chart is not None:
                 found.append((machine, chart))
@@ -147,3 +151,13 @@ def pictures(long: pd.DataFrame, names: Iterable[str] = tuple(PLANS)) -> list[Pi
                 )
             )  # fmt: skip
     return drawn
+
+
+def _settings(f: Figures, plan: Plan) -> Iterable[tuple[str, Sequence[tuple[Setting, ...]]]]:
+    """By machine, where that matters, the further arguments to try a plan's builder with."""
+    if plan.of == "models":
+        return [("", [()])]
+    if plan.of == "declarations":
+        return [("", [(s,) for s in f.declared_settings])]
+    machines = dict.fromkeys(s.hardware for s in f.settings)
+    return [(m, [(s,) for s in f.settings if s.hardware == m]) for m in machines]

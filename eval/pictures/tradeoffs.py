@@ -220,7 +220,7 @@ def _crossing(table: pd.DataFrame, first: str, second: str) -> tuple[str, str]:
     return verdict, f"{'≥' if verdict == 'from' else '<'} {rounded}"
 
 
-def loss_against_size(f: Figures, setting: Setting | None) -> Chart | None:
+def loss_against_size(f: Figures) -> Chart | None:
     """Loss over parameters, with the curves that are fitted to all of them at once."""
     points = trained_sizes(f.long)
     points = points[points["arch"].isin(long_enough(points))]

@@ -175,6 +175,17 @@ def test_a_single_architecture_with_a_single_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_library")
+def test_what_is_declared_needs_no_timing(tmp_path: Path) -> None:
+    """Trained models and their declared state, as after a run that was stopped before decoding."""
+    whole = write_run(tmp_path, seeds=2)
+    table = pd.read_csv(whole / "results.csv", keep_default_na=False)
+    table[table["stage"] != "decode"].to_csv(whole / "results.csv", index=False)
+    page = Page(write_report(whole))
+    assert {"quality-state", "sequences", "intensity", "loss-position"} <= page.charts.keys()
+    assert not {"tpot-context", "throughput-latency", "roofline"} & page.charts.keys()
+
+
+@pytest.mark.usefixtures("no_library")
 def test_a_lone_figure_of_quality_has_no_rank(tmp_path: Path) -> None:
     page = Page(write_report(record(tmp_path, scored("gqa", None, None))))
     assert "gqa" in page.texts
