@@ -51,11 +51,18 @@ def roofline_rows(r: Roofline) -> list[Row]:
     ]  # fmt: skip
     return [
         Row(measure="copy_bytes_per_s", value=r.copy_bytes_per_s),
+        Row(measure="read_bytes_per_s", value=r.read_bytes_per_s),
         Row(measure="matrix_flops_per_s", value=r.matrix_flops_per_s),
         Row(measure="ridge_flop_per_byte", value=r.ridge_flop_per_byte),
         Row(measure="call_us", value=r.call_us),
         *products,
+        *load_rows(r.other_load),
     ]
+
+
+def load_rows(share: float | None, **at: Any) -> list[Row]:
+    """What other programs took of the machine meanwhile, where the system tells."""
+    return [] if share is None else [Row(measure="other_load", value=share, **at)]
 
 
 def timing_rows(timing: DecodeTiming, cost: Cost, roofline: Roofline) -> list[Row]:
@@ -74,7 +81,7 @@ def timing_rows(timing: DecodeTiming, cost: Cost, roofline: Roofline) -> list[Ro
         Row(measure="output_tok_per_s_per_user", value=1e3 / timing.tpot_ms, n=n, **at),
         Row(measure="tpot_pred_ms", value=step_ms(cost, roofline, calls=timing.calls), **at),
         *([] if timing.calls is None else [Row(measure="step_calls", value=timing.calls, **at)]),
-        Row(measure="mbu", value=moved_per_s / roofline.copy_bytes_per_s, **at),
+        Row(measure="mbu", value=moved_per_s / roofline.peak_bytes_per_s, **at),
         Row(measure="mfu", value=done_per_s / roofline.matrix_flops_per_s, **at),
         Row(measure="step_bytes", value=cost.bytes, **at),
         Row(measure="step_flops", value=cost.flops, **at),

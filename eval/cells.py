@@ -16,6 +16,7 @@ from eval.agreement import agreement
 from eval.cell_rows import (
     counted_rows,
     estimate_row,
+    load_rows,
     median_row,
     reporter,
     roofline_rows,
@@ -29,7 +30,8 @@ from eval.decode import (
     measure_ttft_ms,
     measure_what_fits,
 )
-from eval.hardware import Roofline, measure_roofline
+from eval.hardware import Roofline, measure_roofline, measured_again
+from eval.neighbours import Neighbours
 from eval.paired import DOCUMENTS
 from eval.progress import Watch
 from eval.quality import (
@@ -76,6 +78,7 @@ class Workshop:
         self.out = out
         self.device = device
         self.deadline = deadline
+        self._roofline: Roofline | None = None
         bf16 = device.type == "cuda"
         #: Weights in training are float32; what is served on a GPU is bfloat16.
         self.serving_dtype = torch.bfloat16 if bf16 else torch.float32
@@ -89,11 +92,15 @@ class Workshop:
         tokenizer = train_or_load(corpus, plan.vocab_size, cache)
         return prepare(corpus, tokenizer, cache)
 
-    @cached_property
+    @property
     def roofline(self) -> Roofline:
-        """This machine's rates, with products of the suite's batches, measured once per run."""
-        batches = {b for plan in self.suite.decode for b in plan.batches}
-        return measure_roofline(self.device, self.serving_dtype, sorted(batches))
+        """This machine's rates, with products of the suite's batches, measured once per run; its
+        ceilings the highest of those measured then and beside each timing since.
+        """
+        if self._roofline is None:
+            batches = {b for plan in self.suite.decode for b in plan.batches}
+            self._roofline = measure_roofline(self.device, self.serving_dtype, sorted(batches))
+        return self._roofline
 
     @cached_property
     def counters(self) -> Counters:
@@ -317,10 +324,13 @@ class Workshop:
             raise CellFailure(Status.INCORRECT, about, agreed.why_not)
         watch.at(0.1, "correct")
         rows = [Row(measure="agreement_error", value=agreed.error)]
-        timings, too_long = measure_what_fits(
-            model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
-            compiled=plan.compiled,
-        )  # fmt: skip
+        with Neighbours() as others:
+            timings, too_long = measure_what_fits(
+                model, batch=cell.batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
+                compiled=plan.compiled,
+            )  # fmt: skip
+            self._roofline = measured_again(self.roofline, self.device)
+        rows += load_rows(others.share, batch=cell.batch)
         rows += [
             Row(measure="tpot_ms", status=Status.OOM, batch=cell.batch, context=context, note=note)
             for context, note in too_long.items()
@@ -331,7 +341,8 @@ class Workshop:
         for timing in timings:
             cost = decode_cost(model, timing.batch, timing.context)
             rows += timing_rows(timing, cost, self.roofline)
-        watch.at(0.7, f"{1e3 * cell.batch / timings[0].tpot_ms:.0f} tok/s")
+        rate = f"{1e3 * cell.batch / timings[0].tpot_ms:.0f} tok/s"
+        watch.at(0.7, ", ".join(filter(None, (rate, others.word))))
         if plan.prompt:
             warmup_ms, times = measure_ttft_ms(
                 model, batch=cell.batch, prompt=plan.prompt, backend=backend

@@ -27,6 +27,7 @@ from eval.decode import (
     measure_ttft_ms,
     measure_what_fits,
 )
+from eval.neighbours import Neighbours
 from eval.quality import bits_per_byte, loss_by_position
 from infer.memory import require_memory
 from train.checkpoint import load_model, read_metadata
@@ -151,10 +152,11 @@ def bench_archs(
             ttft: list[float] = []
             if prompt:
                 _, ttft = measure_ttft_ms(model, batch=batch, prompt=prompt, backend=backend)
-            timings, too_long = measure_what_fits(
-                model, batch=batch, contexts=contexts, steps=steps, backend=backend,
-                compiled=compiled,
-            )  # fmt: skip
+            with Neighbours() as others:
+                timings, too_long = measure_what_fits(
+                    model, batch=batch, contexts=contexts, steps=steps, backend=backend,
+                    compiled=compiled,
+                )  # fmt: skip
             rows += [
                 {**about, "scale": scale, "batch": batch, "context": c, "status": "oom", "note": n}
                 for c, n in too_long.items()
@@ -169,6 +171,8 @@ def bench_archs(
                 }  # fmt: skip
                 if ttft:
                     row["ttft_ms"] = statistics.median(ttft)
+                if others.word:
+                    row["note"] = others.word
                 if counts is not None:
                     row |= _predicted(decode_cost(model, batch, t.context))
                 work = Work(

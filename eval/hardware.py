@@ -1,17 +1,20 @@
-"""This machine, measured: copy bandwidth, matrix rate, and what a step's operations cost beside.
+"""This machine, measured: bandwidth, matrix rate, and what a step's operations cost beside.
 
 Model-bandwidth and model-FLOP utilisation are against the first two, never against a datasheet.
+These are ceilings: of several repeats the fastest counts, of copying and reading the faster (a
+CPU reads a line before it writes it, so a copy moves more than it is credited with), and they are
+measured again beside what is timed, since another program may have had the machine before.
 Predictions know two things more. A product of a few rows with a matrix, which is what decode is
 made of, reads well below a copy's bandwidth on CPUs, the less the more rows; and each operation
 costs a launch: what is left of its time when there is nothing to read. Products are timed with a
-small and a large matrix that no cache holds, other calls on a layer too narrow to have work. All
-are medians over repeats after a warm-up.
+small and a large matrix that no cache holds, other calls on a layer too narrow to have work;
+these are medians over repeats after a warm-up.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import log
 
@@ -23,11 +26,16 @@ from archs.backends import why_unusable
 from archs.ops.product import product
 from eval.calls import IdleLayer
 from eval.gpu.cold import time_cold
+from eval.neighbours import BUSY, Neighbours
 
 #: Sides of the square matrices of products, of which so many that no cache holds them.
 SIDES = {"cpu": (512, 4096), "cuda": (2048, 16384)}
 SMALL_MATRICES = 64
 REPEATS = 7
+#: Repeats of a ceiling that is measured again.
+FEW_REPEATS = 3
+#: How often a busy machine is measured before its word is taken.
+ATTEMPTS = 3
 #: Products of more rows take the rate of these; beyond, the matrix rate tells more than bytes.
 MOST_ROWS = 64
 
@@ -45,8 +53,9 @@ class ProductRate:
 class Roofline:
     """Ceilings of one device for one dtype.
 
-    products: rates of products by rows; none where only a datasheet is. call_us: what any other
-    operation costs beside its work.
+    read_bytes_per_s: reading alone; 0 where it was not measured. products: rates of products by
+    rows; none where only a datasheet is. call_us: what any other operation costs beside its work.
+    other_load: share of the cores that other programs took meanwhile; None where nobody tells.
     """
 
     copy_bytes_per_s: float
@@ -54,11 +63,27 @@ class Roofline:
     dtype: torch.dtype
     products: tuple[ProductRate, ...] = ()
     call_us: float = 0.0
+    read_bytes_per_s: float = 0.0
+    other_load: float | None = None
+
+    @property
+    def peak_bytes_per_s(self) -> float:
+        """The most that this device moves, copying or reading: the ceiling of a step."""
+        return max(self.copy_bytes_per_s, self.read_bytes_per_s)
 
     @property
     def ridge_flop_per_byte(self) -> float:
         """Arithmetic intensity at which compute starts to bound."""
-        return self.matrix_flops_per_s / self.copy_bytes_per_s
+        return self.matrix_flops_per_s / self.peak_bytes_per_s
+
+    def raised(self, other: "Roofline") -> "Roofline":
+        """Each ceiling the higher of both; all else, and the load, as here."""
+        return replace(
+            self,
+            copy_bytes_per_s=max(self.copy_bytes_per_s, other.copy_bytes_per_s),
+            read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s),
+            matrix_flops_per_s=max(self.matrix_flops_per_s, other.matrix_flops_per_s),
+        )
 
     def time_ms(self, flops: float, moved_bytes: float, rows: int = 0) -> float:
         """Time of work that moves and computes at these rates; rows: of a product, else 0."""
@@ -87,28 +112,59 @@ def measure_roofline(
     dtype: torch.dtype = torch.float32,
     rows: Sequence[int] = (1,),
 ) -> Roofline:
-    """Measure copies (read + write), a square product, and products of as many rows as told."""
+    """Measure copies, reads, a square product, and products of as many rows as told.
+
+    On a busy machine up to `ATTEMPTS` times, and what was measured at the quietest counts.
+    """
     device = torch.device(device)
+    found = _measured(device, dtype, rows)
+    for _ in range(ATTEMPTS - 1):
+        if not found.other_load or found.other_load < BUSY:
+            break
+        again = _measured(device, dtype, rows)
+        quieter = (again.other_load or 0.0) < found.other_load
+        found = again.raised(found) if quieter else found.raised(again)
+    return found
+
+
+def measured_again(known: Roofline, device: torch.device) -> Roofline:
+    """What is known of a CPU, with ceilings raised to what it reaches now; a GPU's as they are."""
+    if device.type == "cuda":
+        return known
+    return known.raised(_ceilings(device, known.dtype, FEW_REPEATS))
+
+
+def _measured(device: torch.device, dtype: torch.dtype, rows: Sequence[int]) -> Roofline:
+    with Neighbours() as others:
+        found = replace(
+            _ceilings(device, dtype, REPEATS),
+            products=tuple(
+                _product_rate(n, device, dtype)
+                for n in sorted({1, *(min(n, MOST_ROWS) for n in rows)})
+            ),
+            call_us=_call_us(device, dtype),
+        )
+    return replace(found, other_load=others.share)
+
+
+def _ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> Roofline:
     cuda = device.type == "cuda"
-    copy_elements = (1 << 30 if cuda else 1 << 27) // dtype.itemsize
-    source = torch.ones(copy_elements, dtype=dtype, device=device)
+    elements = (1 << 30 if cuda else 1 << 27) // dtype.itemsize
+    source = torch.ones(elements, dtype=dtype, device=device)
     target = torch.empty_like(source)
     # A kernel: the copy engine, which a captured `copy_` becomes, is a fifth slower on an H100.
-    copy_s = _median_s(partial(torch.neg, source, out=target), device)
+    copy_s = _best_s(partial(torch.neg, source, out=target), device, repeats)
+    read_s = _best_s(source.sum, device, repeats)
     del source, target
     size = 8192 if cuda else 1024
     # Random, as a model's: a GPU multiplies equal numbers faster, as fewer of its wires change.
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    out = torch.empty_like(a)
-    matrix_s = _median_s(lambda: torch.mm(a, b, out=out), device)
+    matrix_s = _best_s(partial(torch.mm, a, b, out=torch.empty_like(a)), device, repeats)
     return Roofline(
-        copy_bytes_per_s=2 * copy_elements * dtype.itemsize / copy_s,
+        copy_bytes_per_s=2 * elements * dtype.itemsize / copy_s,
+        read_bytes_per_s=elements * dtype.itemsize / read_s,
         matrix_flops_per_s=2 * size**3 / matrix_s,
         dtype=dtype,
-        products=tuple(
-            _product_rate(n, device, dtype) for n in sorted({1, *(min(n, MOST_ROWS) for n in rows)})
-        ),
-        call_us=_call_us(device, dtype),
     )
 
 
@@ -162,17 +218,16 @@ def _each_s(works: Sequence[Callable[[], object]], device: torch.device) -> floa
     return statistics.median(times)
 
 
-def _median_s(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of one call after a warm-up; on a GPU by its own events."""
+def _best_s(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest call after a warm-up; on a GPU, that nobody shares, the median."""
     if device.type == "cuda":
         return time_cold([work], device).median_s
     times = []
-    for n in range(REPEATS + 2):
+    for _ in range(repeats + 1):
         began = time.perf_counter()
         work()
-        if n >= 2:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def now_s(device: torch.device) -> float:

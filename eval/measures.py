@@ -66,13 +66,17 @@ MEASURES: dict[str, Measure] = {
     "arith_intensity_meas": Measure("FLOP/byte", "higher", "step_flops_meas / step_bytes_meas"),
     "prefill_intensity_pred": Measure("FLOP/byte", "higher", "the same for one prefill"),
     "tpot_pred_ms": Measure("ms", "lower", "bytes or FLOPs, and a launch, of each op"),
-    "mbu": Measure("", "higher", "step_bytes / (tpot_p50 · measured copy bandwidth)"),
+    "mbu": Measure("", "higher", "step_bytes / (tpot_p50 · measured copy or read bandwidth)"),
     "mfu": Measure("", "higher", "step_flops / (tpot_p50 · measured matrix rate)"),
     # machine
     "copy_bytes_per_s": Measure("byte/s", "higher", "measured copy bandwidth, read + write"),
+    "read_bytes_per_s": Measure("byte/s", "higher", "measured bandwidth of reading alone"),
+    "other_load": Measure(
+        "", "lower", "share of the cores that other programs took while it was timed", share=True
+    ),
     "product_bytes_per_s": Measure("byte/s", "higher", "measured, product of `batch` rows, matrix"),
     "product_launch_us": Measure("µs", "lower", "measured: what such a product costs beside"),
     "call_us": Measure("µs", "lower", "measured: what any other operation costs beside its work"),
     "matrix_flops_per_s": Measure("FLOP/s", "higher", "measured matrix rate"),
-    "ridge_flop_per_byte": Measure("FLOP/byte", None, "matrix rate / copy bandwidth"),
+    "ridge_flop_per_byte": Measure("FLOP/byte", None, "matrix rate / copy or read bandwidth"),
 }

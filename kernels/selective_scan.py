@@ -3,16 +3,19 @@ y_t = C_t · h_t + D x_t.
 
 On a CPU the recurrence itself is one fused multiply-add per token over [B, E, N]; what costs is
 memory. So it runs in short pieces whose decays, inputs and states stay in cache, and backward
-computes each piece again from the state at its start. Δ, A and states are float32.
+computes each piece again from the state at its start. Inside, tensors are token first and dense:
+of a transposed view every result would be one, too, and products would copy it whole. Δ, A and
+states are float32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 #: Floats of one [piece, B, E, N] buffer: three of them should stay in cache.
-PIECE_FLOATS = 1 << 18
+PIECE_FLOATS = 1 << 17
 
 
 def selective_scan(
@@ -37,7 +40,9 @@ def selective_scan(
     if torch.is_grad_enabled() and wants_grad:
         y, final = _SelectiveScan.apply(wx, wdt, wa, wb, wc, start)
     else:
-        y, final, _ = _scan(wx, wdt, wa, wb, wc, start, keep=False)
+        tx, tdt, tb, tc = _tokens_first(wx, wdt, wb, wc)
+        y, final, _ = _scan(tx, tdt, tb, tc, wa, start, keep=False)
+        y = y.transpose(0, 1)
     return torch.addcmul(y, wx, d.to(wide)).to(x.dtype), final
 
 
@@ -46,38 +51,47 @@ def piece_tokens(batch: int, width: int, n: int) -> int:
     return max(4, PIECE_FLOATS // (batch * width * n))
 
 
+def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, T, ·] as dense [T, B, ·]."""
+    return tuple(t.transpose(0, 1).contiguous() for t in tensors)
+
+
+def _buffers(x: Tensor, a: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Room for `count` tensors [piece, B, E, N], once for all pieces: new memory costs more to
+    get than to fill.
+    """
+    tokens, batch, width = x.shape
+    size = min(piece_tokens(batch, width, a.shape[1]), tokens)
+    return x.new_empty(count, size, batch, *a.shape).unbind()
+
+
 def _piece(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, rows: slice
+    x: Tensor, dt: Tensor, b: Tensor, a: Tensor, start: Tensor, room: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decays, inputs and Δ·x of one piece, token first: [t, B, E, N] twice and [t, B, E]."""
-    step = dt[:, rows].transpose(0, 1)
-    fed = step * x[:, rows].transpose(0, 1)
-    decay = (step[..., None] * a).exp_()
-    return decay, fed[..., None] * b[:, rows].transpose(0, 1)[:, :, None], fed
-
-
-def _run(decay: Tensor, states: Tensor, start: Tensor) -> None:
-    """Turn inputs into states, in place."""
-    previous = start
-    for t in range(decay.shape[0]):
-        previous = states[t].addcmul_(decay[t], previous)
+    """Decays and states of one piece, [t, B, E, N] each and in `room`, and its Δ·x [t, B, E]."""
+    decay, states = (buffer[: len(x)] for buffer in room)
+    fed = dt * x
+    torch.mul(dt[..., None], a, out=decay).exp_()
+    torch.mul(fed[..., None], b[:, :, None], out=states)
+    for t in range(len(x)):
+        start = states[t].addcmul_(decay[t], start)
+    return decay, states, fed
 
 
 def _scan(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, *, keep: bool
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, start: Tensor, *, keep: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    batch, tokens, width = x.shape
-    size = piece_tokens(batch, width, a.shape[1])
-    y = x.new_empty(batch, tokens, width)
+    """y [T, B, E] of inputs that are token first, the final state, the state before each piece."""
+    room = _buffers(x, a, 2)
+    size = len(room[0])
+    y = torch.empty_like(x)
     starts = []
-    for first in range(0, tokens, size):
-        rows = slice(first, min(first + size, tokens))
+    for first in range(0, len(x), size):
+        rows = slice(first, first + size)
         if keep:
             starts.append(start)
-        decay, states, _ = _piece(x, dt, a, b, rows)
-        _run(decay, states, start)
-        out = states @ c[:, rows].transpose(0, 1)[..., None]
-        y[:, rows] = out.squeeze(-1).transpose(0, 1)
+        _, states, _ = _piece(x[rows], dt[rows], b[rows], a, start, room)
+        y[rows] = (states @ c[rows][..., None]).squeeze(-1)
         start = states[-1].clone()
     return y, start, starts
 
@@ -87,43 +101,42 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor
     ) -> tuple[Tensor, Tensor]:
-        y, final, starts = _scan(x, dt, a, b, c, start, keep=True)
+        x, dt, b, c = _tokens_first(x, dt, b, c)
+        y, final, starts = _scan(x, dt, b, c, a, start, keep=True)
         ctx.save_for_backward(x, dt, a, b, c, *starts)
-        return y, final
+        return y.transpose(0, 1), final
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
         x, dt, a, b, c, *starts = ctx.saved_tensors
-        batch, tokens, width = x.shape
-        size = piece_tokens(batch, width, a.shape[1])
-        grad_x, grad_dt = torch.empty_like(x), torch.empty_like(dt)
-        grad_b, grad_c = torch.empty_like(b), torch.empty_like(c)
+        (grad_y,) = _tokens_first(grad_y)
+        *room, spare = _buffers(x, a, 3)
+        size = len(spare)
+        grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(t) for t in (x, dt, b, c))
         grad_a = torch.zeros_like(a)
         carried = grad_final.clone()
         for index in reversed(range(len(starts))):
-            rows = slice(index * size, min((index + 1) * size, tokens))
-            decay, states, fed = _piece(x, dt, a, b, rows)
-            _run(decay, states, starts[index])
-            gy = grad_y[:, rows].transpose(0, 1)
-            grad_c[:, rows] = (gy.unsqueeze(-2) @ states).squeeze(-2).transpose(0, 1)
+            rows = slice(index * size, (index + 1) * size)
+            step, bt, gy = dt[rows], b[rows], grad_y[rows]
+            decay, states, fed = _piece(x[rows], step, bt, a, starts[index], room)
+            grad_c[rows] = (gy.unsqueeze(-2) @ states).squeeze(-2)
             # grad_h[t] = gy_t ⊗ c_t + e^{Δ_{t+1} A} grad_h[t+1]
-            grad_h = gy[..., None] * c[:, rows].transpose(0, 1)[:, :, None]
+            grad_h = torch.mul(gy[..., None], c[rows][:, :, None], out=spare[: len(gy)])
             grad_h[-1] += carried
             for t in range(grad_h.shape[0] - 2, -1, -1):
                 grad_h[t].addcmul_(decay[t + 1], grad_h[t + 1])
             carried = decay[0] * grad_h[0]
-            bt = b[:, rows].transpose(0, 1)
             grad_fed = (grad_h @ bt[..., None]).squeeze(-1)
-            grad_b[:, rows] = (fed.unsqueeze(-2) @ grad_h).squeeze(-2).transpose(0, 1)
+            grad_b[rows] = (fed.unsqueeze(-2) @ grad_h).squeeze(-2)
             through = decay.mul_(grad_h)
             through[1:].mul_(states[:-1])
             through[0].mul_(starts[index])
-            step = dt[:, rows].transpose(0, 1)
-            grad_step = (through * a).sum(-1).addcmul_(grad_fed, x[:, rows].transpose(0, 1))
-            grad_dt[:, rows] = grad_step.transpose(0, 1)
-            grad_x[:, rows] = (grad_fed * step).transpose(0, 1)
+            # The last use of grad_h's room.
+            grad_dt[rows] = torch.mul(through, a, out=grad_h).sum(-1).addcmul_(grad_fed, x[rows])
+            grad_x[rows] = grad_fed.mul_(step)
             grad_a += through.mul_(step[..., None]).sum((0, 1))
-        return grad_x, grad_dt, grad_a, grad_b, grad_c, carried
+        gx, gdt, gb, gc = (g.transpose(0, 1) for g in (grad_x, grad_dt, grad_b, grad_c))
+        return gx, gdt, grad_a, gb, gc, carried
 
 
 def selective_scan_matrix_flops(batch: int, tokens: int, width: int, n: int) -> int:

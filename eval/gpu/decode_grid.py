@@ -107,7 +107,7 @@ class Server:
             "tpot_p50_ms": timing.percentile_ms(50),
             "tpot_p99_ms": timing.percentile_ms(99),
             "output_tok_per_s": timing.output_tok_per_s,
-            "mbu": cost.bytes / tpot_s / self.roofline.copy_bytes_per_s,
+            "mbu": cost.bytes / tpot_s / self.roofline.peak_bytes_per_s,
             "mfu": cost.flops / tpot_s / self.roofline.matrix_flops_per_s,
             "tpot_pred_ms": step_ms(cost, self.roofline),
             "step_bytes": cost.bytes,

@@ -82,7 +82,7 @@ def test_launch_and_bandwidth_of_a_product_are_a_line_through_two(
         return (4 * side**2 / 20 + 30) / 1e6 if rows > 1 else 4 * side**2 / 2e6
 
     monkeypatch.setattr("eval.hardware._each_s", each_s)
-    monkeypatch.setattr("eval.hardware._median_s", lambda work, device: 0.5)
+    monkeypatch.setattr("eval.hardware._best_s", lambda work, device, repeats: 0.5)
     found = measure_roofline("cpu", torch.float32, [3])
     assert found.products[0] == ProductRate(1, pytest.approx(2e6), pytest.approx(0, abs=1e-6))
     assert found.products[1] == ProductRate(3, pytest.approx(20e6), pytest.approx(30))
@@ -90,10 +90,11 @@ def test_launch_and_bandwidth_of_a_product_are_a_line_through_two(
 
 
 def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of 2 bytes per byte held, and 2 n^3 FLOPs, over the time of one call."""
-    monkeypatch.setattr("eval.hardware._median_s", lambda work, device: (work(), 0.5)[1])
+    """A copy of 2 bytes per byte held, a read of 1, 2 n^3 FLOPs, over the time of one call."""
+    monkeypatch.setattr("eval.hardware._best_s", lambda work, *_: (work(), 0.5)[1])
     found = measure_roofline("cpu", torch.float32)
     assert found.copy_bytes_per_s == 2 * 2**27 / 0.5
+    assert found.read_bytes_per_s == 2**27 / 0.5
     assert found.matrix_flops_per_s == 2 * 1024**3 / 0.5
 
 

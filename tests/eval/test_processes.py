@@ -21,7 +21,7 @@ from tests.eval.micro import cells_of, run, write_suite
 
 pytestmark = pytest.mark.usefixtures("stub_roofline")
 #: What differs between two runs of one thing.
-TIMES = ("_s", "_ms", "_per_s", "_per_user", "mbu", "mfu")
+TIMES = ("_s", "_ms", "_per_s", "_per_user", "mbu", "mfu", "other_load")
 
 
 def figures(out: Path) -> pd.DataFrame:
