@@ -18,6 +18,7 @@ from archs.backbone import Model, cast, initialise
 from archs.checks import at_least
 from archs.cla import CrossLayerAttention, CrossLayerConfig
 from archs.errors import UserError, unknown_name
+from archs.files import read
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
 from archs.linear import LinearAttention, LinearConfig
@@ -59,8 +60,17 @@ def entry_of(name: str) -> Entry:
     if name in REGISTRY:
         return REGISTRY[name]
     if name.endswith(".py"):
-        return _load_file(Path(name))
+        return _loaded(Path(name)).entry
     raise unknown_name("arch", name, REGISTRY)
+
+
+def source_digest(arch: str) -> str:
+    """What the architecture files in a name or pattern said when they were loaded, as 12 hex digits
+    for all of them; "" where there are none. Raises UserError as `entry_of` does.
+    """
+    names = dict.fromkeys(name for name, _ in pattern_of(arch) if name not in REGISTRY)
+    digests = [_loaded(Path(name)).digest for name in names]
+    return _digest(" ".join(digests))[:12] if digests else ""
 
 
 def is_pattern(arch: str) -> bool:
@@ -184,11 +194,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_FILES: dict[Path, Entry] = {}
+class _Loaded(NamedTuple):
+    entry: Entry
+    digest: str
 
 
-def _load_file(path: Path) -> Entry:
-    """Load the one mixer that a file the user named defines."""
+_FILES: dict[Path, _Loaded] = {}
+
+
+def _loaded(path: Path) -> _Loaded:
+    """The one mixer that a file the user named defines, and the file's digest; loaded once."""
     path = path.resolve()
     if path in _FILES:
         return _FILES[path]
@@ -196,6 +211,7 @@ def _load_file(path: Path) -> Entry:
         raise UserError(
             f"architecture file '{path}' does not exist; give a registry name or a file"
         )
+    digest = _digest(read(path).decode("utf-8", errors="replace"))
     # Files of one name in two folders must not take each other's place among the modules.
     module_name = f"decodebench_user_{path.stem}_{_digest(str(path))[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -215,5 +231,5 @@ def _load_file(path: Path) -> Entry:
     if len(found) != 1:
         names = ", ".join(v.__name__ for v in found) or "none"
         raise UserError(f"architecture file '{path}' must define exactly one Mixer (found {names})")
-    _FILES[path] = Entry(found[0], found[0].Config)
+    _FILES[path] = _Loaded(Entry(found[0], found[0].Config), digest)
     return _FILES[path]

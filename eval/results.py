@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from archs.errors import UserError, unknown_name
+from archs.files import write
 from eval.measures import MEASURES
 
 
@@ -122,6 +123,23 @@ class Results:
     def done(self, cell: Cell) -> bool:
         """Whether the cell has been recorded, whatever its status."""
         return cell.key in self._done
+
+    def drop(self, unwanted: Callable[[dict[str, str]], bool]) -> int:
+        """Remove the cells of which a row is unwanted, all rows; returns how many cells."""
+        if not self.path.exists():
+            return 0
+        with self.path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        gone = {line["cell"] for line in lines if unwanted(line)}
+        if not gone:
+            return 0
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(line for line in lines if line["cell"] not in gone)
+        write(self.path, text.getvalue())
+        self._done -= gone
+        return len(gone)
 
     def append(self, cell: Cell, about: About, rows: Iterable[Row]) -> None:
         """Record a cell, all rows or none. Raises UserError when the disk refuses."""

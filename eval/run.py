@@ -20,6 +20,7 @@ import torch
 from archs.errors import UserError
 from archs.files import read_text, refusing, write
 from eval.cells import Workshop
+from eval.contents import require_corpus, take_up
 from eval.lock import only_writer
 from eval.plan import Planned, guarded, plan
 from eval.processes import Found, side_by_side
@@ -31,7 +32,8 @@ from eval.suite import Suite
 #: What a run folder may hold of ours: the only names that --fresh removes. The configuration is
 #: the last of them, so that a folder emptied in part is still known as ours.
 OWN_NAMES = (
-    "results.csv", "leaderboard.csv", "report.html", "errors.log", "cells", "plots", "config.toml",
+    "results.csv", "leaderboard.csv", "report.html", "errors.log", "contents.json", "cells",
+    "plots", "config.toml",
 )  # fmt: skip
 
 
@@ -90,9 +92,14 @@ def run_suite(
     with only_writer(out):
         prepare_folder(suite, out, fresh=fresh)
         results = Results(out / "results.csv", provenance(suite.config_hash, device))
+        for told in take_up(out, results, suite.archs):
+            progress.console.print(told, markup=False)
         workshop = Workshop(suite, out, device, deadline)
         planned = plan(workshop)
         waiting = [p for p in planned if not results.done(p.cell)]
+        if any(item.cell.stage == "train" for item in waiting):
+            # Workers find the text tokenized, too: each would do it anew.
+            require_corpus(out, workshop.tokens.name)
         with progress.over(sum(p.weight for p in waiting), len(waiting), len(planned)):
             for item, (about, rows) in _finished(workshop, waiting, workers, progress):
                 if rows is None:
@@ -109,9 +116,6 @@ def _finished(
     for trained, group in groupby(waiting, lambda item: item.cell.stage in TRAINED):
         items = list(group)
         if trained and workers > 1:
-            if any(item.cell.stage == "train" for item in items):
-                # Workers find the text tokenized; each would do it anew.
-                len(workshop.tokens.name)
             yield from side_by_side(
                 items, workshop.out, workshop.device, workshop.deadline, workers, progress
             )

@@ -22,7 +22,7 @@ from archs.backbone import Model
 from archs.checks import parse
 from archs.errors import UserError
 from archs.files import make_folder, write
-from archs.registry import ModelSpec, is_pattern
+from archs.registry import ModelSpec, is_pattern, source_digest
 from train.optim import Optimizer
 from train.recipe import UNHASHED, Recipe
 
@@ -34,11 +34,13 @@ class Identity:
     """What a run is: model, recipe and data. Two runs with one identity give one result.
 
     data: fingerprint of tokenizer and corpus, or of a synthetic task.
+    source: what the spec's architecture files said (`archs.registry.source_digest`).
     """
 
     spec: ModelSpec
     recipe: Recipe
     data: str = ""
+    source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, with the MLP width in use instead of the rule for it."""
@@ -49,12 +51,14 @@ class Identity:
             "hidden": self.spec.mlp_hidden(),
             "short_conv": self.spec.short_conv,
         }
-        return {"spec": spec, "recipe": self.recipe.to_dict(), "data": self.data}
+        values = {"spec": spec, "recipe": self.recipe.to_dict(), "data": self.data}
+        return values | ({"source": self.source} if self.source else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """What `to_dict` returned. Raises UserError on values of other types."""
-        return parse(cls, {f.name: values[f.name] for f in fields(cls)}, "identity")
+        known = {f.name: values[f.name] for f in fields(cls) if f.name != "source"}
+        return parse(cls, known | {"source": values.get("source", "")}, "identity")
 
     def hashed(self) -> dict[str, Any]:
         """The values that determine the weights, flat: `recipe.seed`, `spec.arch`, ..."""
@@ -163,6 +167,7 @@ def load_model(
     if arch is not None:
         options = {arch if k == spec.arch else k: v for k, v in spec.overrides.items()}
         spec = replace(spec, arch=arch, overrides=options)
+        _require_same_source(path, metadata.identity.source, arch)
     elif any(name.endswith(".py") for name in names.split(":")):
         raise UserError(
             f"{path} was trained from the architecture file in '{spec.arch}'; code is only loaded "
@@ -223,6 +228,14 @@ def _require_same(path: Path, metadata: Metadata, identity: Identity) -> None:
         f"one is {_name(identity)} ({identity.config_hash}): {differences}; start afresh or choose "
         "another run folder"
     )
+
+
+def _require_same_source(path: Path, trained: str, arch: str) -> None:
+    if trained and trained != source_digest(arch):
+        raise UserError(
+            f"{path} was trained when '{arch}' said something else ({trained}, now "
+            f"{source_digest(arch)}); train again, or restore the file as it was"
+        )
 
 
 def _name(identity: Identity) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from archs.backbone import Model
 from archs.errors import UserError
 from archs.files import refusing
-from archs.registry import ModelSpec
+from archs.registry import ModelSpec, source_digest
 from kernels.cross_entropy import IGNORED, linear_cross_entropy
 from train.checkpoint import Identity, Progress, resume, save_checkpoint
 from train.metrics import MetricsLog
@@ -113,7 +113,8 @@ def train(
     another run, and on a full disk.
     """
     run = _Run(model, data, recipe, run_dir, loss_fn)
-    run.load(Identity(spec=spec, recipe=recipe, data=data_fingerprint), resume_run)
+    source = source_digest(spec.arch)
+    run.load(Identity(spec=spec, recipe=recipe, data=data_fingerprint, source=source), resume_run)
     status: Status = "ok"
     solved = enough is not None and enough(run.progress.evaluation)
     if run.progress.step < recipe.steps and not solved:

@@ -110,10 +110,10 @@ def test_a_disk_that_fills_within_a_cell_fails_no_cell(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("eval.cells.prepare", full)
+        patch.setattr("eval.cells.build_to_serve", full)
         with pytest.raises(UserError, match=r"No space left.*; free .*finished cells are kept"):
             run(suite, tmp_path / "out")
-    assert len(cells_of(tmp_path / "out")) == 2
+    assert len(cells_of(tmp_path / "out")) == 4
     assert run(suite, tmp_path / "out")
 
 
@@ -124,10 +124,10 @@ def test_a_file_system_that_refuses_within_a_cell_fails_no_cell(
     def refuse(*_: object) -> NoReturn:
         raise OSError(number, os.strerror(number), "the/cache")
 
-    monkeypatch.setattr("eval.cells.prepare", refuse)
+    monkeypatch.setattr("eval.cells.build_to_serve", refuse)
     with pytest.raises(UserError, match=r"'the/cache' cannot be used.*finished cells are kept"):
         run(suite, tmp_path / "out")
-    assert len(cells_of(tmp_path / "out")) == 2
+    assert len(cells_of(tmp_path / "out")) == 4
 
 
 def stop(tmp_path: Path, stage: str, sent: signal.Signals) -> tuple[int, str]:
