@@ -26,6 +26,7 @@ from eval.measures import MEASURES
 from eval.pictures.palette import NIGHT, SHAPES, Look, Palette
 from eval.pictures.plans import Picture, pictures
 from eval.report_kernels import kernel_section
+from eval.verdict import verdict
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 #: vl-convert carries several Vega-Lite versions: the page and the PNGs use the charts' own.
@@ -101,7 +102,11 @@ def _page(
     parts = [f'<h2 id="{key}">{title}</h2>\n{body}' for key, (title, body) in shown.items()]
     hardware = ", ".join(h for h in dict.fromkeys(long["hardware"]) if h)
     lead = f"{len(table)} architectures, one harness, on {escape(hardware)}."
-    head = f'<h1>decodebench: {escape(name)}</h1>\n<p class="lead">{lead}</p>\n<nav>{links}</nav>'
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(long, table))
+    head = (
+        f'<h1>decodebench: {escape(name)}</h1>\n<p class="lead">{lead}</p>\n'
+        f'<div class="verdict">{said}</div>\n<nav>{links}</nav>'
+    )
     foot = (
         "<footer>Every figure is a row of results.csv; the wide table is leaderboard.csv.</footer>"
     )

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
+from eval.leaderboard import merge
 from eval.pictures.palette import NIGHT, SHAPES, Palette
 from eval.pictures.plans import PLANS
-from eval.report import write_report
+from eval.report import write_page, write_report
 from eval.results import CELL_FAILED, About, Cell, Row, Status
 from tests.eval.page import Page
 from tests.eval.synthetic import ARCHS, CONTEXTS, LADDER, write_run
@@ -121,6 +122,13 @@ def test_the_page_says_where_its_figures_come_from(page: Page) -> None:
         'name = "my <suite>"',
     ):
         assert fact in page.text, fact
+
+
+def test_the_verdict_stands_at_the_top(page: Page) -> None:
+    marked = (tag for tag, a in page.elements if tag == "table" or a.get("class") == "verdict")
+    assert next(marked) == "div"
+    assert "In quality gdn:gqa=3:1" in page.text
+    assert "1.05 MB of state in linear, 1.07 GB in mha, 1,024 times as much" in page.text
 
 
 def test_the_table_shows_each_architecture_s_mark(page: Page) -> None:
@@ -256,6 +264,14 @@ def test_crossings_of_nothing_common_say_so(tmp_path: Path) -> None:
     cells = [stepped("gqa", {256: 1.0, 1024: 3.0}), stepped("mha", {512: 2.0, 2048: 2.5})]
     page = Page(write_report(record(tmp_path, *cells)))
     assert "Crossovers: no two architectures were timed at the same contexts" in page.text
+
+
+@pytest.mark.usefixtures("no_library")
+def test_the_page_of_several_runs_has_a_verdict_too(tmp_path: Path) -> None:
+    cells = [timed("gqa", 1.25), timed("mha", 3.5)]
+    write_page(merge([record(tmp_path, *cells)]), tmp_path / "page.html")
+    said = "At 256 tokens gqa decodes fastest: 1.25 ms against 3.5 ms of mha, the slowest"
+    assert said in Page(tmp_path / "page.html").text
 
 
 @pytest.mark.usefixtures("no_library")
