@@ -50,13 +50,16 @@ def families_of(long: pd.DataFrame) -> dict[str, Family]:
     """
     found: dict[str, Family] = {}
     for arch, rows in long[long["arch"] != ""].groupby("arch", sort=False):
-        found[str(arch)] = _declared(str(arch)) or _by_bytes(rows[rows["status"] == "ok"])
+        found[str(arch)] = declared_family(str(arch)) or _by_bytes(rows[rows["status"] == "ok"])
     return found
 
 
 @cache
-def _declared(arch: str) -> Family | None:
-    """The family is the same at every scale that is deep enough for the pattern."""
+def declared_family(arch: str) -> Family | None:
+    """The family that a registered name or a pattern of such declares; None for any other name.
+
+    It is the same at every scale that is deep enough for the pattern.
+    """
     if ".py" in arch:
         return None
     for scale in ("tiny", "70m"):

@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from eval.families import families_of
 from eval.leaderboard import column_names, compare, compared
-from eval.pictures.canvas import Palette
+from eval.pictures.palette import Palette
 from eval.seeds import over_seeds
 from eval.tidy import tidy
+
+#: Times that differ by less are called equal: a clock's noise, not an architecture's.
+EQUAL = 0.05
 
 
 class Setting(NamedTuple):
@@ -39,7 +41,7 @@ class Figures:
         #: What `tpot_ms` holds here: a stalled step bends the mean, so medians where recorded.
         self.per_token = "median time per output token" if median else "time per output token"
         self.long = _medians_for_means(tidied) if median else tidied
-        self.palette = Palette.of(families_of(self.long))
+        self.palette = Palette.of(a for a in self.long["arch"] if a)
         self._good = self.long[self.long["status"] == "ok"]
 
     @cached_property

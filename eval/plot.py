@@ -7,6 +7,8 @@ import altair as alt
 import pandas as pd
 
 from archs.errors import UserError
+from eval.figures import Figures
+from eval.pictures import charts
 from eval.pictures.plans import pictures
 
 __all__ = [
@@ -76,9 +78,14 @@ def loss_against_size(results: pd.DataFrame) -> alt.LayerChart:
     return _picture(results, "ladder")
 
 
-def loss_by_position(results: pd.DataFrame) -> alt.LayerChart:
-    """Held-out loss over the position, up to beyond the trained length."""
-    return _picture(results, "loss-position")
+def loss_by_position(results: pd.DataFrame, *, from_mean: bool = False) -> alt.LayerChart:
+    """Held-out loss over the position, up to beyond the trained length.
+
+    from_mean: the difference from the mean over architectures at each position instead, without
+    what the text does to all of them alike.
+    """
+    relative = _picture(results, "loss-position")
+    return relative if from_mean else charts.loss_by_position(Figures(results)) or relative
 
 
 def recall(results: pd.DataFrame) -> alt.LayerChart:

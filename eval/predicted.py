@@ -3,12 +3,14 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import pandas as pd
 
 from archs.errors import UserError
 from archs.files import make_folder, write
+from eval.pictures.palette import Palette
 from eval.predict import Prediction
 
 SUFFIXES = (".png", ".svg", ".html")
@@ -21,23 +23,24 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
     table = pd.DataFrame(rows)
     across = "context" if table["context"].nunique() > 1 else "batch"
     fixed = "batch" if across == "context" else "context"
-    table["series"] = table["arch"]
-    if table[fixed].nunique() > 1:
-        table["series"] += f", {fixed} " + table[fixed].astype(str)
+    palette = Palette.of(table["arch"])
+    several = alt.Legend(title=fixed) if table[fixed].nunique() > 1 else None
+    base = alt.Chart(table).encode(
+        x=alt.X(f"{across}:Q", scale=alt.Scale(type="log", base=2), title=f"{across}"),
+        y=alt.Y("tpot_ms:Q", scale=alt.Scale(type="log"), title="time per output token, ms"),
+        color=palette.colour(legend=True),
+        tooltip=["arch", "hardware", "batch", "context", "tpot_ms", "bound_by"],
+    )
+    lines = base.mark_line().encode(strokeDash=alt.StrokeDash(f"{fixed}:N", legend=several))
+    points = base.mark_point(filled=True, size=45, opacity=1).encode(palette.shape(legend=True))
     chart = (
-        alt.Chart(table)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X(f"{across}:Q", scale=alt.Scale(type="log", base=2), title=f"{across}"),
-            y=alt.Y("tpot_ms:Q", scale=alt.Scale(type="log"), title="time per output token, ms"),
-            color=alt.Color("series:N", title=None, sort=None),
-            tooltip=["arch", "hardware", "batch", "context", "tpot_ms", "bound_by"],
-        )
+        alt.layer(lines, points)
         .properties(width=340, height=260)
         .facet(column=alt.Column("hardware:N", title=f"predicted, {table['scale'].iloc[0]} shapes"))
     )
-    options = {"inline": True} if path.suffix == ".html" else {}
+    options: dict[str, Any] = {"inline": True} if path.suffix == ".html" else {}
+    options["format"] = path.suffix.removeprefix(".")
     drawn: io.BytesIO | io.StringIO = io.BytesIO() if path.suffix == ".png" else io.StringIO()
-    chart.save(drawn, format=path.suffix.removeprefix("."), **options)
+    chart.save(drawn, **options)
     make_folder(path.parent)
     write(path, drawn.getvalue())

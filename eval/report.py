@@ -19,14 +19,14 @@ import vl_convert
 from archs.errors import UserError
 from archs.files import make_folder, read_text, refusing, write
 from eval.claims import claims as check_claims
-from eval.families import families_of
 from eval.isoquality import iso_quality_cost
 from eval.ladder import long_enough, trained_sizes
 from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wide
 from eval.measures import MEASURES
-from eval.pictures.canvas import Palette
+from eval.pictures.palette import NIGHT, SHAPES, Look, Palette
 from eval.pictures.plans import Picture, pictures
 from eval.report_kernels import kernel_section
+from eval.verdict import verdict
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 #: vl-convert carries several Vega-Lite versions: the page and the PNGs use the charts' own.
@@ -87,7 +87,7 @@ def _page(
     name: str, long: pd.DataFrame, table: pd.DataFrame, drawn: Drawn, config: str, kernels: str = ""
 ) -> str:
     sections = {
-        "leaderboard": ("Leaderboard", _leaderboard(long, table)),
+        "leaderboard": ("Leaderboard", _leaderboard(table)),
         "pictures": ("Pictures", _pictures(drawn)),
         "kernels": ("Kernels", kernels),
         "claims": ("What the textbook claims", _claims(long)),
@@ -102,7 +102,11 @@ def _page(
     parts = [f'<h2 id="{key}">{title}</h2>\n{body}' for key, (title, body) in shown.items()]
     hardware = ", ".join(h for h in dict.fromkeys(long["hardware"]) if h)
     lead = f"{len(table)} architectures, one harness, on {escape(hardware)}."
-    head = f'<h1>decodebench: {escape(name)}</h1>\n<p class="lead">{lead}</p>\n<nav>{links}</nav>'
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(long, table))
+    head = (
+        f'<h1>decodebench: {escape(name)}</h1>\n<p class="lead">{lead}</p>\n'
+        f'<div class="verdict">{said}</div>\n<nav>{links}</nav>'
+    )
     foot = (
         "<footer>Every figure is a row of results.csv; the wide table is leaderboard.csv.</footer>"
     )
@@ -111,25 +115,25 @@ def _page(
     content = {
         "title": f"decodebench: {escape(name)}",
         "body": "\n".join([head, *parts, foot]),
+        "night": json.dumps(NIGHT),
         "bundle": library.replace("</script", "<\\/script"),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda mark: content[mark[1]], template)
 
 
-def _leaderboard(long: pd.DataFrame, table: pd.DataFrame) -> str:
+def _leaderboard(table: pd.DataFrame) -> str:
     shown = headlines(table)
-    palette = Palette.of(families_of(long))
-    heads = [_head("rank"), _head("architecture", kind="text"), _head("family", kind="text")]
+    looks = Palette.of(table["arch"]).looks
+    heads = [_head("rank"), _head("architecture", kind="text name"), _head("family", kind="text")]
     heads += [_head(h.title, h.where) for h in shown]
     heads.append(_head("status", kind="text"))
     rows = []
     for place, (_, row) in enumerate(table.iterrows(), 1):
         arch = str(row["arch"])
-        colour = f'<span class="swatch" style="background:{palette.colour_of(arch)}"></span>'
         cells = [
             _cell(escape(str(row["rank"])) or "–", str(place), "rank"),
-            _cell(colour + escape(arch), arch, "text"),
+            _cell(_swatch(looks[arch]) + escape(arch), arch, "text name"),
             _cell(escape(str(row["family"])), str(row["family"]), "text"),
         ]
         for headline in shown:
@@ -153,7 +157,16 @@ def _leaderboard(long: pd.DataFrame, table: pd.DataFrame) -> str:
     )
     note += "Under each title stands where its figure was taken. Click a title to sort."
     search = '<input type="search" placeholder="filter" aria-label="filter the leaderboard">'
-    return f'<p class="soft">{note}</p>\n{search}\n{_table(heads, rows)}'
+    none = '<p class="soft nothing" role="status" hidden></p>'
+    return f'<p class="soft">{note}</p>\n{search}\n{none}\n{_table(heads, rows)}'
+
+
+def _swatch(look: Look) -> str:
+    """The mark that stands for an architecture in the pictures."""
+    return (
+        '<svg class="swatch" viewBox="-1.3 -1.3 2.6 2.6" aria-hidden="true"><path '
+        f'd="{SHAPES[look.shape]}" style="--day:{look.colour};--night:{NIGHT[look.colour]}"/></svg>'
+    )
 
 
 def _pictures(drawn: Drawn) -> str:

@@ -1,10 +1,9 @@
-"""What all pictures share: colours, axes whose pixels are known, and labels that do not overlap.
+"""What all pictures share: axes whose pixels are known, labels that do not overlap, the look.
 
 Knowing where a value lands in pixels lets labels be placed here, once, for the interactive page
 and the PNG alike; a chart then draws them at ordinary data coordinates.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,72 +14,11 @@ import altair as alt
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.families import Family
+from eval.pictures.palette import FAINT, GRID, INK, PAPER, SOFT, TICK
 
 FloatArray = NDArray[np.float64]
 WIDTH, HEIGHT = 620, 400
 FONT = "Inter, 'Liberation Sans', Arial, sans-serif"
-#: Each family's hue, from its darkest to its lightest shade.
-HUES: dict[Family, tuple[str, str]] = {
-    "softmax": ("#0b3c8c", "#5b9fe6"),
-    "latent": ("#6a1b9a", "#b079dc"),
-    "window": ("#b26a00", "#dda033"),
-    "recurrent": ("#0b5d2a", "#5fb570"),
-    "hybrid": ("#9c1222", "#ec7560"),
-    "unknown": ("#4a4a4a", "#b0b0b0"),
-}
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "stroke")
-INK, FAINT = "#30343b", "#c9ced6"
-
-
-@dataclass(frozen=True, slots=True)
-class Palette:
-    """Colour and point shape of each architecture, the same in every picture."""
-
-    archs: tuple[str, ...]
-    colours: tuple[str, ...]
-    shapes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, families: Mapping[str, Family]) -> "Palette":
-        """Families share a hue; their members differ in shade and in shape."""
-        members: dict[Family, list[str]] = defaultdict(list)
-        for arch, family in families.items():
-            members[family].append(arch)
-        archs, colours, shapes = [], [], []
-        for family in HUES:
-            group = members[family]
-            for place, arch in enumerate(group):
-                archs.append(arch)
-                colours.append(_shade(family, place / max(1, len(group) - 1)))
-                shapes.append(SHAPES[place % len(SHAPES)])
-        return cls(tuple(archs), tuple(colours), tuple(shapes))
-
-    def colour_of(self, arch: str) -> str:
-        """The colour as #rrggbb."""
-        return self.colours[self.archs.index(arch)]
-
-    def colour(self, *, legend: bool = False) -> alt.Color:
-        """The colour channel; with a legend of one column."""
-        shown = alt.Legend(title=None, symbolSize=90, labelLimit=220) if legend else None
-        scale = alt.Scale(domain=list(self.archs), range=list(self.colours))
-        return alt.Color("arch:N", scale=scale, legend=shown)
-
-    def fill(self) -> alt.Fill:
-        """The colour as fill, for points whose filling tells them apart."""
-        scale = alt.Scale(domain=list(self.archs), range=list(self.colours))
-        return alt.Fill("arch:N", scale=scale, legend=None)
-
-    def shape(self, *, legend: bool = False) -> alt.Shape:
-        """The point shape channel; its legend merges with that of the colour."""
-        shown = alt.Legend(title=None, symbolSize=90, labelLimit=220) if legend else None
-        scale = alt.Scale(domain=list(self.archs), range=list(self.shapes))
-        return alt.Shape("arch:N", scale=scale, legend=shown)
-
-
-def _shade(family: Family, at: float) -> str:
-    ends = [[int(end[i : i + 2], 16) for i in (1, 3, 5)] for end in HUES[family]]
-    return "#" + "".join(f"{round(a + (b - a) * at):02x}" for a, b in zip(*ends, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,14 +187,14 @@ def themed(chart: alt.LayerChart | alt.Chart, title: str, *subtitle: str) -> alt
     heading = alt.TitleParams(title, subtitle=[line for line in subtitle if line])
     return (
         layered.properties(title=heading, width=WIDTH, height=HEIGHT)
-        .configure(font=FONT, background="#ffffff", padding=12)
+        .configure(font=FONT, background=PAPER, padding=12)
         .configure_title(
             anchor="start", fontSize=15, fontWeight=600, color=INK, offset=14,
-            subtitleFontSize=12, subtitleColor="#667080", subtitlePadding=5,
+            subtitleFontSize=12, subtitleColor=SOFT, subtitlePadding=5,
         )
         .configure_axis(
-            labelColor="#4d5563", titleColor=INK, titleFontWeight=500, titleFontSize=12,
-            labelFontSize=11, gridColor="#eceff3", domainColor=FAINT, tickColor=FAINT,
+            labelColor=TICK, titleColor=INK, titleFontWeight=500, titleFontSize=12,
+            labelFontSize=11, gridColor=GRID, domainColor=FAINT, tickColor=FAINT,
             titlePadding=8,
         )
         .configure_view(stroke=FAINT)

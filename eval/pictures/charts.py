@@ -10,8 +10,9 @@ import altair as alt
 import pandas as pd
 
 from eval.figures import Figures, Setting
-from eval.pictures.canvas import FAINT, INK, Axis, point_labels, themed
+from eval.pictures.canvas import Axis, point_labels, themed
 from eval.pictures.marks import Chart, along_x, along_y, curves, named, si, stands, tips
+from eval.pictures.palette import FAINT, INK, PAPER, RULE
 
 
 def quality_against_state(f: Figures, setting: Setting) -> Chart | None:
@@ -38,14 +39,14 @@ def quality_against_state(f: Figures, setting: Setting) -> Chart | None:
     vertical = along_y("value", y, "bits per byte, held-out text")
     base = alt.Chart(data)
     front = base.transform_filter("datum.front").mark_line(
-        interpolate="step-after", color=FAINT, strokeWidth=2, strokeDash=[5, 4]
+        interpolate="step-after", color=RULE, strokeWidth=2, strokeDash=[5, 4]
     )
-    spread = base.mark_rule(strokeWidth=1.4, opacity=0.55).encode(
+    spread = base.mark_rule(strokeWidth=1.4).encode(
         horizontal, y=alt.Y("low:Q", scale=y.scale), y2="high:Q", color=f.palette.colour()
     )
     points = base.mark_point(filled=True, size=110, opacity=1).encode(
         horizontal, vertical, f.palette.colour(), f.palette.shape(),
-        stroke=alt.condition("datum.front", alt.value(INK), alt.value("white")),
+        stroke=alt.condition("datum.front", alt.value(INK), alt.value(PAPER)),
         strokeWidth=alt.condition("datum.front", alt.value(2), alt.value(0.5)),
         tooltip=tips("arch", "value", "low", "high", "state_bytes"),
     )  # fmt: skip
@@ -152,18 +153,62 @@ def roofline(f: Figures, setting: Setting) -> Chart | None:
 
 def loss_by_position(f: Figures) -> Chart | None:
     """Held-out loss over the position of the predicted token."""
+    scale, data = _losses(f)
+    if data.empty:
+        return None
+    trained, where = _trained_on(f, scale)
+    return curves(
+        f, data, POSITION, ("loss", "loss", "nat/token"), "Loss by position", where,
+        log_y=False, marks=trained,
+    )  # fmt: skip
+
+
+def loss_against_mean(f: Figures) -> Chart | None:
+    """The same as its difference from the mean over architectures at each position.
+
+    Which documents reach a position moves all losses alike, and far more than architectures
+    differ. Positions that some architecture lacks are left out; one architecture alone is drawn
+    as it is.
+    """
+    scale, data = _losses(f)
+    if data.empty:
+        return None
+    table = data.pivot(index="position", columns="arch", values="loss").dropna()
+    if min(table.shape) < 2:
+        return loss_by_position(f)
+    mean = table.mean(axis="columns")
+    data = data[data["position"].isin(mean.index)]
+    data = data.assign(difference=data["loss"] - data["position"].map(mean))
+    trained, where = _trained_on(f, scale)
+    told = dict.fromkeys([mean.index[0], *(t for t in trained if t in mean.index), mean.index[-1]])
+    shared = ", ".join(f"{mean[at]:.2f} at {at:,}" for at in told)
+    taken = (
+        f"taken off is the mean over {table.shape[1]} architectures, in nat/token: {shared} tokens"
+    )
+    return curves(
+        f, data, POSITION, ("difference", "loss less the mean of all", "nat/token"),
+        "Loss by position", where, taken,
+        log_y=False, marks=trained, number="+~g", also=["loss"],
+    )  # fmt: skip
+
+
+POSITION = ("position", "position up to, tokens", "d")
+
+
+def _losses(f: Figures) -> tuple[str, pd.DataFrame]:
+    """The trained scale and its rows of arch, position, loss; none with a single position."""
     scale, data = f.quality("loss_at_position", "position")
     if data.empty or data["position"].nunique() < 2:
-        return None
-    data = data.astype({"position": int}).rename(columns={"value": "loss"})
+        return scale, pd.DataFrame()
+    return scale, data.astype({"position": int}).rename(columns={"value": "loss"})
+
+
+def _trained_on(f: Figures, scale: str) -> tuple[list[int], str]:
+    """The longest trained length, where known, and a line that says it."""
     _, trained = f.quality("bits_per_byte", "context")
-    lengths = sorted({int(c) for c in trained.get("context", []) if c is not None})
-    reached = f", trained on {lengths[-1]:,} tokens (dashed)" if lengths else ""
-    return curves(
-        f, data, ("position", "position up to, tokens", "d"), ("loss", "loss", "nat/token"),
-        "Loss by position", f"trained scale {scale}, held-out text{reached}",
-        log_y=False, marks=lengths[-1:],
-    )  # fmt: skip
+    lengths = sorted({int(c) for c in trained.get("context", []) if c is not None})[-1:]
+    reached = "".join(f", trained on {length:,} tokens (dashed)" for length in lengths)
+    return lengths, f"trained scale {scale}, held-out text{reached}"
 
 
 def recall(f: Figures) -> Chart | None:
@@ -184,13 +229,14 @@ def recall(f: Figures) -> Chart | None:
         alt.X("percent:Q", title="queries answered, %", scale=across, axis=ticks),
         f.palette.colour(), tooltip=tips("arch", "percent", "low", "high"),
     )  # fmt: skip
-    spread = base.mark_rule(color=INK, strokeWidth=1.2).encode(
-        alt.X("low:Q", scale=across), x2="high:Q"
-    )
+    low = alt.X("low:Q", scale=across)
+    halo = base.mark_rule(color=PAPER, strokeWidth=4).encode(low, x2="high:Q")
+    spread = base.mark_rule(color=INK, strokeWidth=1.2).encode(low, x2="high:Q")
     text = base.mark_text(align="left", color=INK, fontSize=11).encode(
         x=alt.datum(102, scale=across), text="text:N"
     )
-    return themed(bars + spread + text, "Associative recall", "multi-query, trained from scratch")
+    subtitle = "multi-query, trained from scratch"
+    return themed(bars + halo + spread + text, "Associative recall", subtitle)
 
 
 def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:

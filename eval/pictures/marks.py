@@ -7,16 +7,23 @@ import altair as alt
 import pandas as pd
 
 from eval.figures import Figures
-from eval.pictures.canvas import CHAR, Axis, Label, Palette, end_labels, themed
+from eval.pictures.canvas import CHAR, Axis, Label, end_labels, themed
+from eval.pictures.palette import PAPER, RULE, Palette
 
 Chart = alt.LayerChart
+#: An axis of thousands would name its origin "0k".
+LABEL = "datum.value === 0 ? '0' : datum.label"
 
 
 def curves(
     f: Figures, data: pd.DataFrame, x_of: tuple[str, str, str], y_of: tuple[str, str, str],
-    title: str, subtitle: str, *, log_y: bool = True, marks: Sequence[int] = (), number: str = "~g",
+    title: str, *subtitle: str, log_y: bool = True, marks: Sequence[int] = (), number: str = "~g",
+    also: Sequence[str] = (),
 ) -> Chart:  # fmt: skip
-    """One curve an architecture over a log axis, labelled at its end; dashed lines at `marks`."""
+    """One curve an architecture over a log axis, labelled at its end; dashed lines at `marks`.
+
+    also: further columns to show when the pointer rests on a point.
+    """
     (over, over_title, over_format), (name, name_title, unit) = x_of, y_of
     data = data.sort_values(["arch", over])
     values = sorted(data[over].unique())
@@ -26,19 +33,17 @@ def curves(
         along_x(over, x, over_title, number=over_format, values=values),
         along_y(name, y, name_title, unit=unit, number=number),
         f.palette.colour(),
-        tooltip=tips("arch", over, name),
+        tooltip=tips("arch", over, name, *also),
     )
     ends = stands(data.groupby("arch").tail(1), over, name)
-    dashed = alt.Chart(pd.DataFrame({over: list(marks)})).mark_rule(
-        color="#98a1ae", strokeDash=[5, 4]
-    )
+    dashed = alt.Chart(pd.DataFrame({over: list(marks)})).mark_rule(color=RULE, strokeDash=[5, 4])
     return themed(
         dashed.encode(alt.X(f"{over}:Q", scale=x.scale))
         + base.mark_line(strokeWidth=1.8)
         + base.mark_point(filled=True, size=50, opacity=1).encode(f.palette.shape())
         + named(end_labels(ends, x, y), x, y, f.palette),
         title,
-        subtitle,
+        *subtitle,
     )
 
 
@@ -61,9 +66,9 @@ def named(labels: Sequence[Label], x: Axis, y: Axis, palette: Palette) -> alt.La
     base = alt.Chart(pd.DataFrame(rows))
     across, up = alt.X("x:Q", scale=x.scale), alt.Y("y:Q", scale=y.scale)
     text = base.mark_text(align="left", baseline="middle", fontSize=11, fontWeight=500)
-    leader = base.transform_filter("datum.far > 22").mark_rule(strokeWidth=0.7, opacity=0.6)
+    leader = base.transform_filter("datum.far > 22").mark_rule(strokeWidth=0.7)
     halo = base.mark_text(
-        align="left", baseline="middle", fontSize=11, fontWeight=500, stroke="white",
+        align="left", baseline="middle", fontSize=11, fontWeight=500, stroke=PAPER,
         strokeWidth=3, opacity=0.85,
     ).encode(across, up, text="text:N")  # fmt: skip
     leader = leader.encode(
@@ -90,7 +95,7 @@ def _axis(
     look: dict[str, Any] = {"values": ticks} if ticks else {"tickCount": 7}
     return {
         "title": f"{title}, {unit}" if unit else title,
-        "axis": alt.Axis(format="," + number if number == "d" else number, **look),
+        "axis": alt.Axis(format="," + number if number == "d" else number, labelExpr=LABEL, **look),
     }
 
 

@@ -32,11 +32,12 @@ class Picture:
 class Plan(NamedTuple):
     """How a picture is made: its builder, what it needs, and how to read it.
 
+    build: a chart, None where something was not measured, or why there is nothing to draw.
     of: timings have a picture for each machine, declarations one for a setting, models one.
     """
 
     title: str
-    build: Callable[..., alt.LayerChart | None]
+    build: Callable[..., alt.LayerChart | str | None]
     needs: str
     how_to_read: str
     of: Literal["timings", "declarations", "models"] = "timings"
@@ -99,9 +100,11 @@ PLANS: dict[str, Plan] = {
         "overhead. Click an entry of the legend to single it out.",
     ),
     "loss-position": Plan(
-        "Loss by position", charts.loss_by_position, "loss_at_position",
-        "Each point is the mean loss of tokens up to that position, from the point before. A curve "
-        "that keeps falling uses its context; one that rises past the trained length breaks.",
+        "Loss by position", charts.loss_against_mean, "loss_at_position",
+        "Each point is the mean loss of tokens up to that position, from the point before, less "
+        "the mean of all architectures there: how hard the text is moves all alike. Below 0 is "
+        "better than the others. A curve that falls gains more from its context than they do; one "
+        "that rises past the trained length breaks where they do not.",
         of="models",
     ),
     "ladder": Plan(
@@ -114,7 +117,7 @@ PLANS: dict[str, Plan] = {
     "mqar": Plan(
         "Associative recall", charts.recall, "mqar_accuracy",
         "The share of key lookups answered right: what a small or bounded state gives up first. "
-        "Dark lines are 95 % intervals.",
+        "Thin lines are 95 % intervals.",
         of="models",
     ),
     "predicted-measured": Plan(
@@ -130,12 +133,15 @@ def pictures(long: pd.DataFrame, names: Iterable[str] = tuple(PLANS)) -> list[Pi
     figures = Figures(long)
     drawn = []
     for name, plan in ((name, PLANS[name]) for name in names):
-        found = []
+        found, reasons = [], []
         for machine, settings in _settings(figures, plan):
-            tried = (plan.build(figures, *setting) for setting in settings)
-            chart = next((chart for chart in tried if chart is not None), None)
-            if chart is not None:
-                found.append((machine, chart))
+            for setting in settings:
+                made = plan.build(figures, *setting)
+                if isinstance(made, alt.LayerChart):
+                    found.append((machine, made))
+                    break
+                if made is not None:
+                    reasons.append(made)
         for place, (machine, chart) in enumerate(found):
             suffix = "-" + re.sub(r"\W+", "-", machine).strip("-").lower() if place else ""
             drawn.append(
@@ -147,7 +153,7 @@ def pictures(long: pd.DataFrame, names: Iterable[str] = tuple(PLANS)) -> list[Pi
             drawn.append(
                 Picture(
                     name=name, title=plan.title, how_to_read=plan.how_to_read, chart=None,
-                    missing=f"not measured: it needs {plan.needs}",
+                    missing="; ".join(reasons) or f"not measured: it needs {plan.needs}",
                 )
             )  # fmt: skip
     return drawn

@@ -8,16 +8,15 @@ import pandas as pd
 
 from eval.accelerators import ACCELERATORS
 from eval.crossover import between
-from eval.figures import Figures, Setting, exponent
+from eval.figures import EQUAL, Figures, Setting, exponent
 from eval.ladder import fit_ladder, long_enough, mixed, trained_sizes
 from eval.leaderboard import short_count
-from eval.pictures.canvas import FAINT, INK, Axis, end_labels, point_labels, themed
+from eval.pictures.canvas import Axis, end_labels, point_labels, themed
 from eval.pictures.marks import Chart, along_x, along_y, curves, named, stands, tips
+from eval.pictures.palette import FAINT, INK, VERDICTS
 
 #: The memory for which concurrent sequences are counted.
 PART = "h100"
-#: Times that differ by less are called equal: a clock's noise, not an architecture's.
-EQUAL = 0.05
 
 
 def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
@@ -164,17 +163,27 @@ def without_state(f: Figures, setting: Setting) -> Chart | None:
     )  # fmt: skip
 
 
-def crossings(f: Figures, setting: Setting) -> alt.LayerChart | None:
-    """For every pair the context from which the row decodes faster, measured and predicted."""
+def crossings(f: Figures, setting: Setting) -> alt.LayerChart | str | None:
+    """For every pair the context from which the row decodes faster, measured and predicted.
+
+    The reason why not where nothing crosses.
+    """
     data = f.at(setting, "tpot_ms", "tpot_pred_ms")
-    data = data[data["batch"] == data["batch"].min()]
+    contexts = data.groupby("batch")["context"].nunique()
+    if data.empty or contexts.max() < 2:
+        return None
+    batch = min(contexts[contexts == contexts.max()].index.astype(int))
+    data = data[data["batch"] == batch]
     tables = [
         data.pivot(index="context", columns="arch", values=m) for m in ("tpot_ms", "tpot_pred_ms")
     ]
     table = tables[0].dropna(axis="columns")
     archs = [a for a in f.palette.archs if a in table]
-    if len(archs) < 2 or len(table) < 2:
-        return None
+    partly = [a for a in f.palette.archs if a in tables[0] and a not in table]
+    ends = [int(table.index.min()), int(table.index.max())]
+    timed = f"timed from {ends[0]:,} to {ends[1]:,} tokens, batch {batch}"
+    if len(archs) < 2:
+        return f"no two architectures were timed at the same contexts, {timed} ({setting})"
     rows = []
     for first in archs:
         for second in archs:
@@ -186,25 +195,24 @@ def crossings(f: Figures, setting: Setting) -> alt.LayerChart | None:
                         "predicted": _crossing(tables[1], first, second)[1],
                     }
                 )  # fmt: skip
-    shades = {"always": "#5fb570", "from": "#b5dfbd", "equal": "#eceff3", "until": "#f6d9b0",
-              "never": "#ffffff"}  # fmt: skip
+    if not any(row["verdict"] in ("from", "until") for row in rows):
+        return f"no two of {len(archs)} architectures cross, {timed} ({setting})"
     base = alt.Chart(pd.DataFrame(rows)).encode(
         alt.X("slower:N", sort=archs, title="…than this one", axis=alt.Axis(labelAngle=-40)),
         alt.Y("faster:N", sort=archs, title="this one is faster…"),
         tooltip=[alt.Tooltip(f"{n}:N") for n in ("faster", "slower", "measured", "predicted")],
     )
     colour = alt.Color(
-        "verdict:N", legend=None, scale=alt.Scale(domain=[*shades], range=[*shades.values()])
+        "verdict:N", legend=None, scale=alt.Scale(domain=[*VERDICTS], range=[*VERDICTS.values()])
     )
     text = base.mark_text(fontSize=9, dy=-5, color=INK).encode(text="measured:N")
-    below = base.mark_text(fontSize=8, dy=6, color="#667080").encode(text="predicted:N")
-    ends = [int(table.index.min()), int(table.index.max())]
+    below = base.mark_text(fontSize=8, dy=6, color=INK).encode(text="predicted:N")
     return themed(
         base.mark_rect(stroke=FAINT).encode(colour) + text + below,
         "From which context on one is faster than another",
-        f"timed from {ends[0]:,} to {ends[1]:,} tokens, batch {data['batch'].min()} · above "
-        f"measured, below predicted · = within {EQUAL:.0%}",
+        f"{timed} · above measured, below predicted · = within {100 * EQUAL:.0f} %",
         str(setting),
+        f"left out, as not timed at all of these: {', '.join(partly)}" if partly else "",
     )
 
 

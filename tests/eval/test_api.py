@@ -44,6 +44,14 @@ def test_every_picture_draws_a_full_run(
     assert draw(results).to_dict()["layer"]
 
 
+def test_losses_by_position_come_as_measured_or_less_their_mean(results: pd.DataFrame) -> None:
+    for from_mean in (False, True):
+        chart = plot.loss_by_position(results, from_mean=from_mean).to_dict()
+        shown = [row for data in chart["datasets"].values() for row in data if "loss" in row]
+        assert len(shown) == 6 * len(ARCHS)
+        assert all(("difference" in row) == from_mean for row in shown)
+
+
 def test_a_picture_without_its_figures_says_what_it_needs(tmp_path: Path) -> None:
     results = api.load_results(write_run(tmp_path / "a"))
     with pytest.raises(UserError, match="needs mqar_accuracy"):

@@ -13,8 +13,10 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
+from eval.leaderboard import merge
+from eval.pictures.palette import NIGHT, SHAPES, Palette
 from eval.pictures.plans import PLANS
-from eval.report import write_report
+from eval.report import write_page, write_report
 from eval.results import CELL_FAILED, About, Cell, Row, Status
 from tests.eval.page import Page
 from tests.eval.synthetic import ARCHS, CONTEXTS, LADDER, write_run
@@ -33,6 +35,16 @@ LOADING = {
     "xlink:href",
 }
 HOSTILE = "<img src=http://evil/x onerror=alert(1)></script><script>alert(2)</script>\"'&.py"
+
+
+def stepped(arch: str, tpot_ms: dict[int, float]) -> tuple[Cell, About, list[Row]]:
+    """Latencies by context with the same times predicted."""
+    rows = [
+        Row(measure=measure, value=ms, context=context)
+        for context, ms in tpot_ms.items()
+        for measure in ("tpot_ms", "tpot_pred_ms")
+    ]
+    return Cell(arch=arch, stage="decode", scale="70m", batch=1), About(), rows
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +124,23 @@ def test_the_page_says_where_its_figures_come_from(page: Page) -> None:
         assert fact in page.text, fact
 
 
+def test_the_verdict_stands_at_the_top(page: Page) -> None:
+    marked = (tag for tag, a in page.elements if tag == "table" or a.get("class") == "verdict")
+    assert next(marked) == "div"
+    assert "In quality gdn:gqa=3:1" in page.text
+    assert "1.05 MB of state in linear, 1.07 GB in mha, 1,024 times as much" in page.text
+
+
+def test_the_table_shows_each_architecture_s_mark(page: Page) -> None:
+    marks = [a for tag, a in page.elements if tag == "path"]
+    looks = Palette.of(ARCHS).looks
+    colours = [str(a["style"]) for a in marks]
+    assert sorted(colours) == sorted(
+        f"--day:{look.colour};--night:{NIGHT[look.colour]}" for look in looks.values()
+    )
+    assert {a["d"] for a in marks} == {SHAPES[look.shape] for look in looks.values()}
+
+
 def test_equal_loss_is_answered_for_a_ladder(page: Page) -> None:
     assert "What equal loss costs" in page.text
     assert "1b shapes of that depth, h100, batch 64, 16,384 tokens" in page.text
@@ -150,6 +179,28 @@ def test_latencies_are_drawn_where_they_were_measured(page: Page) -> None:
     assert contexts == set(CONTEXTS)
 
 
+def test_loss_by_position_is_drawn_without_what_all_share(page: Page, folder: Path) -> None:
+    """Text that is hard at one position moves all curves alike, and must not be seen."""
+    (rows,) = (
+        data
+        for data in page.charts["loss-position"]["datasets"].values()
+        if "difference" in data[0]
+    )
+    drawn = pd.DataFrame(rows)
+    assert drawn.groupby("position")["difference"].mean().abs().max() < 1e-9
+    table = pd.read_csv(folder / "results.csv", keep_default_na=False)
+    measured = table[(table["measure"] == "loss_at_position") & (table["arch"] == "mamba1")]
+    measured = measured.astype({"value": float, "position": int})
+    mine = drawn[drawn["arch"] == "mamba1"].set_index("position")
+    raw = measured.groupby("position")["value"].mean()
+    assert mine["loss"].to_dict() == pytest.approx(raw.to_dict())
+    everyone = drawn.groupby("position")["loss"].mean()
+    assert mine["difference"].to_dict() == pytest.approx((raw - everyone).to_dict())
+    subtitle = page.charts["loss-position"]["title"]["subtitle"]
+    assert f"mean over 13 architectures, in nat/token: {everyone[8]:.2f} at 8" in subtitle[1]
+    assert f"{everyone[128]:.2f} at 128, {everyone[256]:.2f} at 256 tokens" in subtitle[1]
+
+
 def test_the_leaderboard_is_the_wide_table(folder: Path) -> None:
     table = pd.read_csv(folder / "leaderboard.csv")
     assert list(table.columns[:4]) == ["rank", "arch", "family", "pattern"]
@@ -183,6 +234,55 @@ def test_what_is_declared_needs_no_timing(tmp_path: Path) -> None:
     page = Page(write_report(whole))
     assert {"quality-state", "sequences", "intensity", "loss-position"} <= page.charts.keys()
     assert not {"tpot-context", "throughput-latency", "roofline"} & page.charts.keys()
+
+
+@pytest.mark.usefixtures("no_library")
+def test_crossings_without_a_crossing_are_not_drawn(tmp_path: Path) -> None:
+    cells = [stepped("gqa", {256: 1.0, 1024: 1.1}), stepped("mha", {256: 2.0, 1024: 4.0})]
+    page = Page(write_report(record(tmp_path, *cells)))
+    assert "tpot-context" in page.charts
+    assert "crossings" not in page.charts
+    assert (
+        "Crossovers: no two of 2 architectures cross, timed from 256 to 1,024 tokens, batch 1 "
+        "(70m shapes · AMD EPYC" in page.text
+    )
+
+
+@pytest.mark.usefixtures("no_library")
+def test_crossings_say_who_is_left_out(tmp_path: Path) -> None:
+    cells = [
+        stepped("gqa", {256: 1.0, 1024: 3.0}), stepped("mha", {256: 2.0, 1024: 2.5}),
+        stepped("mla", {256: 1.0}),
+    ]  # fmt: skip
+    page = Page(write_report(record(tmp_path, *cells)))
+    subtitle = page.charts["crossings"]["title"]["subtitle"]
+    assert subtitle[-1] == "left out, as not timed at all of these: mla"
+
+
+@pytest.mark.usefixtures("no_library")
+def test_crossings_of_nothing_common_say_so(tmp_path: Path) -> None:
+    cells = [stepped("gqa", {256: 1.0, 1024: 3.0}), stepped("mha", {512: 2.0, 2048: 2.5})]
+    page = Page(write_report(record(tmp_path, *cells)))
+    assert "Crossovers: no two architectures were timed at the same contexts" in page.text
+
+
+@pytest.mark.usefixtures("no_library")
+def test_the_page_of_several_runs_has_a_verdict_too(tmp_path: Path) -> None:
+    cells = [timed("gqa", 1.25), timed("mha", 3.5)]
+    write_page(merge([record(tmp_path, *cells)]), tmp_path / "page.html")
+    said = "At 256 tokens gqa decodes fastest: 1.25 ms against 3.5 ms of mha, the slowest"
+    assert said in Page(tmp_path / "page.html").text
+
+
+@pytest.mark.usefixtures("no_library")
+def test_one_architecture_s_loss_by_position_is_drawn_as_it_is(tmp_path: Path) -> None:
+    rows = [Row(measure="loss_at_position", value=3.0 - p / 100, position=p) for p in (8, 64)]
+    rows.append(Row(measure="bits_per_byte", value=2.0, context=32))
+    cell = Cell(arch="gqa", stage="train", scale="tiny", seed=0)
+    page = Page(write_report(record(tmp_path, (cell, About(), rows))))
+    shown = [row for data in page.charts["loss-position"]["datasets"].values() for row in data]
+    assert {row["loss"] for row in shown if "loss" in row} >= {2.92, 2.36}
+    assert not [row for row in shown if "difference" in row]
 
 
 @pytest.mark.usefixtures("no_library")
