@@ -11,13 +11,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 
+from eval import child
 from eval.results import Status
 
 #: A run under `ncu` that takes longer than this hangs.
@@ -38,7 +37,7 @@ def command(metrics: Sequence[str], device: torch.device, what: str) -> list[str
         "ncu", "--target-processes", "application-only", "--profile-from-start", "off",
         "--cache-control", "none", "--clock-control", "none",
         "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(metrics),
-        sys.executable, "-m", "eval.counted", str(device), what,
+        *child.command("eval.counted", str(device), what),
     ]  # fmt: skip
 
 
@@ -47,10 +46,8 @@ def counted(weights: Mapping[str, int], device: torch.device, what: str) -> floa
     if device.type == "cuda":
         # The other process needs the memory that this one only keeps for later.
         torch.cuda.empty_cache()
-    home = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     # Figures come with the separators of the locale.
-    environment = {**os.environ, "PYTHONPATH": path, "LC_ALL": "C"}
+    environment = {**child.environment(), "LC_ALL": "C"}
     with subprocess.Popen(
         command([*weights], device, what), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, errors="replace", env=environment, start_new_session=True,

@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 
 from archs.errors import UserError
+from eval import child
 from eval.cells import Workshop
 from eval.plan import Planned, guarded, plan
 from eval.progress import Progress, Watch
@@ -46,11 +47,9 @@ class _Worker:
     """A process, the cell that it is at, and how far it is."""
 
     def __init__(self, command: Sequence[str], said: "SimpleQueue[tuple[_Worker, str]]") -> None:
-        home = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child.environment(),
         )  # fmt: skip
         self.item: Planned | None = None
         Thread(target=self._listen, args=(said,), daemon=True).start()
@@ -96,7 +95,7 @@ def side_by_side(
     Cells of one architecture and scale run in order, since they share a sweep of rates.
     deadline: by the monotonic clock. Raises UserError where a cell did.
     """
-    command = [sys.executable, "-m", "eval.processes", str(out), str(device), repr(deadline)]
+    command = child.command("eval.processes", str(out), str(device), repr(deadline))
     said: SimpleQueue[tuple[_Worker, str]] = SimpleQueue()
     waiting, running, idle = list(items), list[_Worker](), list[_Worker]()
     try:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from archs.errors import UserError
+from eval import child
 
 INDEX, KERNELS = "index.json", "kernels"
 #: What the stand-in compiles for.
@@ -51,10 +51,12 @@ def prepare(folder: Path, ops: Sequence[str] = (), *, more: Sequence[str] = ()) 
 def stand_in(scratch: Path, ops: Sequence[str] = (), more: Sequence[str] = ()) -> dict[str, Any]:
     """The report of the proof on the stand-in. Raises UserError where it does not end well."""
     report = scratch / "report.json"
-    words = [sys.executable, "-m", "eval.gpu.standin.run", str(report)]
+    words = child.command("eval.gpu.standin.run", str(report))
     words += ["--out", str(scratch / "proof"), "--cache", str(scratch / "cache")]
     words += ["--ops", ",".join(ops)] if ops else []
-    done = subprocess.run([*words, *more], stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [*words, *more], stderr=subprocess.PIPE, text=True, check=False, env=child.environment()
+    )
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
         raise UserError(f"the stand-in ended with exit code {done.returncode}: {last[:300]}")

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from pathlib import Path
 
 import torch
 
+from eval import child
 from eval.gpu.case import Check, lost, verdict
 from eval.results import Status
 
@@ -62,7 +62,7 @@ def spread(
 def command(device: torch.device, names: Sequence[Name]) -> list[str]:
     """What starts a worker."""
     words = (word for name in names for word in name)
-    return [sys.executable, "-m", "eval.gpu.workers", str(device), *words]
+    return child.command("eval.gpu.workers", str(device), *words)
 
 
 def _batch(
@@ -86,12 +86,10 @@ def _batch(
 
 def _run(words: Sequence[str], timeout_s: float) -> tuple[list[Row], str]:
     """The rows that a worker printed, and how it ended."""
-    home = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
             words, capture_output=True, timeout=timeout_s, check=False,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child.environment(),
         )  # fmt: skip
         printed, end = done.stdout, f"exit code {done.returncode}"
         if done.returncode not in (0, LOST):

@@ -6,7 +6,7 @@ pytest tests/bench --benchmark-group-by=param:arch
 import pytest
 
 from archs.registry import HYBRIDS, REGISTRY
-from eval.pytest_plugin import DecodeBench
+from decodebench_pytest import DecodeBench
 
 
 @pytest.mark.parametrize("context", [256, 4096])

@@ -46,7 +46,7 @@ def test_the_command_leaves_caches_and_clocks_alone() -> None:
     assert options["--profile-from-start"] == "off"
     assert words[words.index("--metrics") + 1] == f"{BYTES},b"
     assert words[words.index("--print-units") + 1] == "base"
-    assert words[-5:] == [sys.executable, "-m", "eval.counted", "cuda", "copy"]
+    assert words[-6:] == [sys.executable, "-P", "-m", "eval.counted", "cuda", "copy"]
 
 
 # -- how answers are read --

@@ -1,6 +1,9 @@
 """The plugin's fixture in a suite of somebody else's."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +45,54 @@ def test_a_users_suite_gets_figures_by_our_names(
         # Of one sequence, which has room for the steps that follow.
         at_least, at_most = (spec.state_bytes(context) for context in (40, 64))
         assert at_least <= info["state_bytes"] <= at_most < info["step_bytes"]
+
+
+HERE = """
+import sys
+
+from eval.metrics import answer
+import train
+
+def test_ours_is_ours(decode_bench):
+    assert answer() == 42 and train.STEPS == 7
+    decode_bench(arch="gqa", context=16, scale="tiny", rounds=2)
+    ours = [m for m in sys.modules if m.partition(".")[0] in ("archs", "kernels", "infer", "torch")]
+    assert not ours
+"""
+
+
+def test_a_project_with_packages_of_the_same_names_keeps_them(tmp_path: Path) -> None:
+    """The modules of everyday names that its tests import are its own, and ours are not loaded."""
+    root = Path(__file__).resolve().parents[2]
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "__init__.py").write_text("")
+    (tmp_path / "eval" / "metrics.py").write_text("def answer():\n    return 42\n")
+    (tmp_path / "train.py").write_text("STEPS = 7\n")
+    (tmp_path / "test_mine.py").write_text(HERE)
+    # As installed: the project's folder is found first, ours after it.
+    path = os.pathsep.join((str(tmp_path), str(root)))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "decodebench_pytest", "-p",
+             "no:cacheprovider", "test_mine.py"]  # fmt: skip
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**env, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                                  "PYTEST_PLUGINS": "pytest_benchmark.plugin"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_process_that_dies_fails_its_test(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import os, signal
+
+        def test_dies(decode_bench, decode_bench_worker):
+            decode_bench(arch="gqa", context=16, scale="tiny", rounds=2)
+            os.kill(decode_bench_worker._process.pid, signal.SIGSTOP)
+            os.kill(decode_bench_worker._process.pid, signal.SIGKILL)
+            decode_bench_worker._process.wait()
+
+        def test_the_next_is_timed(decode_bench):
+            assert decode_bench(arch="gqa", context=16, scale="tiny", rounds=2)["tpot_ms"] > 0
+    """)
+    pytester.runpytest_inprocess("-p", "no:xdist").assert_outcomes(passed=2)
