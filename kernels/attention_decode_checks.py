@@ -16,9 +16,22 @@ def require(holds: bool, name: str, value: object, rule: str) -> None:
         raise ValueError(f"{name}={value} {rule}")
 
 
-def form(t: Tensor) -> str:
-    """What a tensor is, for an error."""
-    return f"{str(t.dtype)[6:]}{list(t.shape)} with strides {list(t.stride())} on {t.device}"
+class Form:
+    """What a tensor is, for an error: written only when there is one, since a launch waits."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __str__(self) -> str:
+        t = self.tensor
+        return f"{str(t.dtype)[6:]}{list(t.shape)} with strides {list(t.stride())} on {t.device}"
+
+
+def form(t: Tensor) -> Form:
+    """`t` as an error names it."""
+    return Form(t)
 
 
 def counters(arrivals: Tensor | None, count: int, device: torch.device) -> Tensor:

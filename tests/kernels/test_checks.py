@@ -1,0 +1,25 @@
+"""Errors are written when there is one: a launch must not wait for the text of none."""
+
+import pytest
+import torch
+
+from kernels.attention_decode_checks import Form, form, require
+from tests.kernels import test_latent_append, test_mla_decode, test_rope_append
+from tests.kernels.interpreter import interpreted
+
+
+def test_a_tensor_is_described_in_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^q=float32\[2, 3\] with strides \[3, 1\] on cpu must"):
+        require(False, "q", form(torch.zeros(2, 3)), "must be another")
+
+
+def test_nothing_is_described_where_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def described(self: Form) -> str:
+        raise AssertionError("described")
+
+    monkeypatch.setattr(Form, "__str__", described)
+    with interpreted():
+        tensors, options = test_mla_decode.operands([20])
+        test_mla_decode.module.mla_decode(*tensors, **options)
+        test_rope_append.module.rope_append(**test_rope_append.operands())
+        test_latent_append.module.latent_append(**test_latent_append.operands())
