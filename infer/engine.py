@@ -221,8 +221,9 @@ class Engine:
     ) -> Generation:
         """Prefill, then token by token. Sequences end at `stop` or after `max_new_tokens`.
 
-        Sequences that have ended leave the batch. Raises UserError where the context does not
-        fit and StoreFullError where the slots do not.
+        Sequences that have ended leave the batch, or stay in it unread where decode is compiled,
+        for batches as they are. Raises UserError where the context does not fit and StoreFullError
+        where the slots do not.
         """
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -233,8 +234,8 @@ class Engine:
         unseen: list[Tensor] = []
         clock = StepClock(self.device)
         with self.store.sequences(len(prompts)) as slots:
-            # Indices of the sequences that go on; `slots` keeps only theirs.
-            live = list(range(len(prompts)))
+            # Which sequence each row of the batch is; `slots` keeps only theirs.
+            rows, ended = list(range(len(prompts))), set[int]()
             clock.mark()
             logits = self.prefill(slots, prompts)
             chosen = sampler(logits, None if uniforms is None else uniforms[0])
@@ -242,7 +243,9 @@ class Engine:
                 if watched:
                     tokens = chosen.tolist()
                     require_tokens(tokens)
-                    for i, token in zip(live, tokens, strict=True):
+                    for i, token in zip(rows, tokens, strict=True):
+                        if i in ended:
+                            continue
                         out[i].append(token)
                         if on_token is not None:
                             on_token(token)
@@ -252,15 +255,17 @@ class Engine:
                 if made == max_new_tokens:
                     break
                 if stop is not None and stop in tokens:
-                    kept = [n for n, token in enumerate(tokens) if token != stop]
-                    for n in reversed(range(len(live))):
-                        if n not in kept:
-                            self.store.release(slots.pop(n))
-                    live = [live[n] for n in kept]
-                    chosen = chosen[kept]
-                    uniforms = None if uniforms is None else uniforms[:, kept]
-                    if not live:
+                    ended |= {i for i, token in zip(rows, tokens, strict=True) if token == stop}
+                    kept = [n for n, i in enumerate(rows) if i not in ended]
+                    if not kept:
                         break
+                    if self.compiled is None:
+                        for n in reversed(range(len(rows))):
+                            if rows[n] in ended:
+                                self.store.release(slots.pop(n))
+                        rows = [rows[n] for n in kept]
+                        chosen = chosen[kept]
+                        uniforms = None if uniforms is None else uniforms[:, kept]
                 logits = self.extend_last(slots, fed(chosen))
                 chosen = sampler(logits, None if uniforms is None else uniforms[made])
         if unseen:

@@ -7,6 +7,7 @@ from archs.errors import UserError
 from archs.registry import REGISTRY, ModelSpec
 from eval.conformance import CHECK_SCALE
 from infer.engine import Engine
+from infer.sampling import Sampling
 
 PROMPTS = [[5, 9, 200, 31, 7], [1, 2, 3, 4, 5]]
 
@@ -33,6 +34,25 @@ def test_compiled_decode_of_attention_gives_the_same_tokens() -> None:
 @pytest.mark.parametrize("arch", [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"])
 def test_compiled_decode_gives_the_same_tokens(arch: str) -> None:
     same_tokens(arch)
+
+
+def test_a_sequence_that_ends_before_others_stays_in_the_batch() -> None:
+    """In the middle, where the rest would lie in slots that are not adjacent; drawn tokens, too."""
+    model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build(seed=3)
+    options = {"max_sequences": 3, "max_context": 64, "page_size": 8}
+    plain = Engine(model, **options)
+    prompts = [*PROMPTS, [7, 7, 7, 7, 7]]
+    for sampling in (None, Sampling(temperature=1.0, seed=5)):
+        free = plain.generate(prompts, 12, sampling).tokens
+        stop = free[1][3]
+        expected = plain.generate(prompts, 12, sampling, stop=stop)
+        assert len(expected.tokens[1]) <= 4 and max(map(len, expected.tokens)) > 4
+        engine = Engine(model, **options, compiled=True)
+        seen: list[int] = []
+        found = engine.generate(prompts, 12, sampling, stop=stop, on_token=seen.append)
+        assert found.tokens == expected.tokens
+        assert sorted(seen) == sorted(t for tokens in found.tokens for t in tokens)
+        assert engine.store.allocated_bytes == 0
 
 
 def test_a_ragged_batch_is_refused_with_a_remedy() -> None:
