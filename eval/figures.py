@@ -106,6 +106,11 @@ class Figures:
         rows = rows if same.empty else same
         return None if rows.empty else float(rows["value"].iloc[-1])
 
+    def bandwidth(self, setting: Setting) -> float | None:
+        """The most that the machine of a setting moves, copying or reading, in bytes per second."""
+        found = [self.machine(setting, m) for m in ("copy_bytes_per_s", "read_bytes_per_s")]
+        return max((rate for rate in found if rate), default=None)
+
     def _pivot(self, rows: pd.DataFrame, keys: list[str], measures: Sequence[str]) -> pd.DataFrame:
         rows = rows[rows["measure"].isin(measures)].dropna(subset=keys)
         table = over_seeds(rows, [*keys, "measure"])

@@ -113,7 +113,7 @@ def throughput_against_latency(f: Figures, setting: Setting) -> Chart | None:
 
 def roofline(f: Figures, setting: Setting) -> Chart | None:
     """Attainable and attained FLOP/s over arithmetic intensity."""
-    bandwidth = f.machine(setting, "copy_bytes_per_s")
+    bandwidth = f.bandwidth(setting)
     rate = f.machine(setting, "matrix_flops_per_s")
     data = f.at(setting, "tpot_ms", "step_flops", "step_bytes").rename(columns={"tpot_ms": "ms"})
     if data.empty or not bandwidth or not rate:
@@ -244,12 +244,12 @@ def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:
     data = f.at(setting, "tpot_ms", "tpot_pred_ms")
     how = "roofline of each operation"
     if data.empty:
-        bandwidth = f.machine(setting, "copy_bytes_per_s")
+        bandwidth = f.bandwidth(setting)
         data = f.at(setting, "tpot_ms", "step_bytes")
         if data.empty or not bandwidth:
             return None
         data["tpot_pred_ms"] = 1e3 * data["step_bytes"] / bandwidth
-        how = "bytes ÷ measured copy bandwidth"
+        how = "bytes ÷ measured bandwidth"
     data["ratio"] = data["tpot_ms"] / data["tpot_pred_ms"]
     # Relative to the clock, as a prediction's error is.
     off = (1 / data["ratio"] - 1).abs().median()

@@ -57,9 +57,9 @@ PLANS: dict[str, Plan] = {
     ),
     "slope-state": Plan(
         "What a token of context costs", tradeoffs.slope_against_state,
-        "tpot_ms at two contexts, state_bytes_per_token and the copy bandwidth",
+        "tpot_ms at two contexts, state_bytes_per_token and the bandwidth",
         "On the line a step's time grows by exactly the time to read what a token adds to the "
-        "state. Above it the reading is slower than a copy; at the left end nothing grows.",
+        "state. Above it the reading is slower than the machine can; at the left end nothing grows.",
     ),
     "crossings": Plan(
         "Crossovers", tradeoffs.crossings, "tpot_ms and a prediction at two contexts",
@@ -95,7 +95,7 @@ PLANS: dict[str, Plan] = {
     ),
     "roofline": Plan(
         "Roofline", charts.roofline, "step_flops, step_bytes and the machine's measured rates",
-        "The line is the most that this machine attains: copy bandwidth on the slope, matrix "
+        "The line is the most that this machine attains: bandwidth on the slope, matrix "
         "rate on the flat. Decode sits far left, bound by memory. The gap up to the line is "
         "overhead. Click an entry of the legend to single it out.",
     ),

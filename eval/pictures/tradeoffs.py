@@ -21,7 +21,7 @@ PART = "h100"
 
 def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
     """What every token of context adds to a step, over the bytes that it adds to the state."""
-    bandwidth = f.machine(setting, "copy_bytes_per_s")
+    bandwidth = f.bandwidth(setting)
     data = f.at(setting, "tpot_ms")
     contexts = data.groupby("batch")["context"].nunique()
     slopes = f.declared(setting.scale, "state_bytes_per_token")
@@ -58,7 +58,7 @@ def slope_against_state(f: Figures, setting: Setting) -> Chart | None:
         )
         + named(point_labels(places, x, y, [corners]), x, y, f.palette),
         "What a token of context costs",
-        f"batch {batch}, slope of {f.per_token} over context · line: bytes ÷ copy bandwidth",
+        f"batch {batch}, slope of {f.per_token} over context · line: bytes ÷ bandwidth",
         str(setting),
     )  # fmt: skip
 
