@@ -59,7 +59,7 @@ PLANS: dict[str, Plan] = {
         "What a token of context costs", tradeoffs.slope_against_state,
         "tpot_ms at two contexts, state_bytes_per_token and the bandwidth",
         "On the line a step's time grows by exactly the time to read what a token adds to the "
-        "state. Above it the reading is slower than the machine can; at the left end nothing grows.",
+        "state. Above it the machine reads slower than it can; at the left end nothing grows.",
     ),
     "crossings": Plan(
         "Crossovers", tradeoffs.crossings, "tpot_ms and a prediction at two contexts",
