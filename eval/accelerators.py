@@ -1,17 +1,24 @@
 """Accelerators by their datasheets: what predictions stand on where nothing was measured.
 
-Rates are dense (no sparsity), with float32 accumulation; bandwidth is the device memory's.
+Rates are dense (no sparsity), with float32 accumulation; bandwidth is the device memory's. No
+datasheet says what a launch costs: that is what was measured of one H100, for every part.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from archs.checks import require_at_least
 from archs.errors import UserError, unknown_name
-from eval.hardware import Roofline, measure_roofline
+from eval.hardware import ProductRate, Roofline, measure_roofline
 from infer.memory import free_bytes
 
+#: Launches in a captured decode step, and where they were measured.
+PRODUCT_LAUNCH_US, CALL_US = 3.40, 1.19
+LAUNCHES_FROM = (
+    "one H100, measured: leaderboards/nvidia-h100-80gb-hbm3/2026-11-26-evening/machine.csv"
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -26,11 +33,14 @@ class Accelerator:
     source: str
 
     def roofline(self, dtype: str) -> Roofline:
-        """The two ceilings. Raises UserError for a dtype the table has no rate for."""
+        """The ceilings and launches. Raises UserError for a dtype the table has no rate for."""
         if dtype not in self.tflops_per_s:
             raise unknown_name(f"dtype of {self.name}", dtype, self.tflops_per_s)
-        rate = self.tflops_per_s[dtype] * 1e12
-        return Roofline(self.bandwidth_tbyte_per_s * 1e12, rate, DTYPES[dtype])
+        bandwidth = self.bandwidth_tbyte_per_s * 1e12
+        return Roofline(
+            bandwidth, self.tflops_per_s[dtype] * 1e12, DTYPES[dtype],
+            products=(ProductRate(1, bandwidth, PRODUCT_LAUNCH_US),), call_us=CALL_US,
+        )  # fmt: skip
 
 
 def _part(
@@ -59,30 +69,47 @@ THIS_MACHINE = "this-machine"
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a prediction needs to know of a part."""
+    """What a prediction needs to know of a part; launches_from: where their cost was taken."""
 
     key: str
     roofline: Roofline
     memory_bytes: int
+    launches_from: str
 
 
-def hardware_of(key: str, dtype: str = "bfloat16", batches: Iterable[int] = (1,)) -> Hardware:
+def hardware_of(
+    key: str,
+    dtype: str = "bfloat16",
+    batches: Iterable[int] = (1,),
+    launch_us: float | None = None,
+) -> Hardware:
     """A part of the table, or this machine, measured now (a CPU always in float32).
 
-    batches: the rows of products that are measured.
-    Raises UserError on an unknown part or dtype.
+    batches: the rows of products that are measured. launch_us: what every operation costs beside
+    its work, instead of what was measured. Raises UserError on an unknown part or dtype.
     """
+    part = _hardware_of(key, dtype, batches)
+    if launch_us is None:
+        return part
+    require_at_least("launch_us", launch_us, 0)
+    products = tuple(replace(p, launch_us=launch_us) for p in part.roofline.products)
+    roofline = replace(part.roofline, products=products, call_us=launch_us)
+    return replace(part, roofline=roofline, launches_from="given")
+
+
+def _hardware_of(key: str, dtype: str, batches: Iterable[int]) -> Hardware:
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     if key == THIS_MACHINE:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         served = DTYPES[dtype] if device.type == "cuda" else torch.float32
         measured = measure_roofline(device, served, list(batches))
-        return Hardware(key, measured, free_bytes(device) or 0)
+        return Hardware(key, measured, free_bytes(device) or 0, "this machine, measured now")
     if key not in ACCELERATORS:
         raise unknown_name("hardware", key, [*ACCELERATORS, THIS_MACHINE])
     part = ACCELERATORS[key]
-    return Hardware(key, part.roofline(dtype), int(part.memory_gbyte * 1e9))
+    memory_bytes = int(part.memory_gbyte * 1e9)
+    return Hardware(key, part.roofline(dtype), memory_bytes, LAUNCHES_FROM)
 
 
 def prices_of(text: str, hardware: list[str]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from eval import predict as prediction
 from eval.claims import claims as check_claims
 from eval.commands import bench_archs
 from eval.console import err
-from eval.crossover import crossovers, measured_crossovers
+from eval.crossover import either
 from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
 from eval.options import resolve_device
@@ -95,15 +95,18 @@ def bench(
 def predict(
     archs: Iterable[str],
     *,
-    scale: str = "8b",
+    scale: str = prediction.SCALE,
     hardware: Sequence[str] = ("h100",),
     batches: Sequence[int] = (1,),
-    contexts: Sequence[int] = (4096,),
+    contexts: Sequence[int] = prediction.CONTEXTS,
     dtype: str = "bfloat16",
-    launch_us: float = 0.0,
+    launch_us: float | None = None,
     price_per_hour: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Decode cost by roofline, without weights: a row per arch, hardware, batch and context."""
+    """Decode cost by roofline, without weights: a row per arch, hardware, batch and context.
+
+    launch_us: what every operation costs beside its work; None: as measured (`launches_from`).
+    """
     rows = prediction.predict(
         archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us,
         price_per_hour=price_per_hour,
@@ -114,14 +117,17 @@ def predict(
 def predict_ops(
     archs: Iterable[str],
     *,
-    scale: str = "8b",
+    scale: str = prediction.SCALE,
     hardware: Sequence[str] = ("h100",),
     batches: Sequence[int] = (1,),
-    contexts: Sequence[int] = (4096,),
+    contexts: Sequence[int] = prediction.CONTEXTS,
     dtype: str = "bfloat16",
+    launch_us: float | None = None,
 ) -> pd.DataFrame:
     """The same by operation, with the batch from which each is bound by compute."""
-    rows = prediction.predict_ops(archs, scale, hardware, batches, contexts, dtype=dtype)
+    rows = prediction.predict_ops(
+        archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us
+    )
     return pd.DataFrame(rows)
 
 
@@ -130,19 +136,23 @@ def crossover(
     second: str,
     *,
     results: pd.DataFrame | None = None,
-    scale: str = "8b",
-    hardware: Sequence[str] = ("h100",),
-    batches: Sequence[int] = (1, 64),
-    dtype: str = "bfloat16",
+    scale: str | None = None,
+    hardware: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    dtype: str | None = None,
+    launch_us: float | None = None,
 ) -> pd.DataFrame:
     """From which context on `first` decodes faster than `second`.
 
-    With `results` from the steps timed there, by scale, hardware, batch and backend; without, by
-    the roofline of `scale` on `hardware`.
+    With `results` from the steps timed there, by scale, hardware, batch and backend (of `scale` and
+    `batches` alone where they are given); without, by the roofline: of 8b on an H100 at batches of
+    1 and 64 where nothing else is said.
     """
-    if results is not None:
-        return pd.DataFrame(measured_crossovers(results, first, second))
-    return pd.DataFrame(crossovers(first, second, scale, hardware, batches, dtype=dtype))
+    rows = either(
+        first, second, results=results, scale=scale, hardware=hardware, batches=batches,
+        dtype=dtype, launch_us=launch_us,
+    )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def isoquality(
