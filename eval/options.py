@@ -1,9 +1,24 @@
-"""What commands share of their options: the device and durations."""
+"""What commands share: the device, durations, and how they end."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import typer
+
 from archs.errors import UserError
+
+#: Exit codes of commands that found a failure, and whose time budget ended before all was done.
+FAILED, UNFINISHED = 1, 3
+#: Statuses that are findings, and no failures.
+FINE = ("ok", "unsupported", "oom")
+
+
+def leave(statuses: Iterable[object], *, finished: bool = True) -> None:
+    """End the command with the exit code that these statuses come to; return where that is 0."""
+    failed = [status for status in statuses if status not in FINE]
+    if not finished or failed:
+        raise typer.Exit(FAILED if finished else UNFINISHED)
 
 
 def resolve_device(name: str) -> Any:
