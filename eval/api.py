@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from archs.registry import HYBRIDS, REGISTRY
 from eval import predict as prediction
 from eval.claims import claims as check_claims
 from eval.commands import bench_archs
 from eval.console import err
 from eval.crossover import either
+from eval.fit import MOST_GPUS, RESERVE
+from eval.fit import fit as largest_batches
 from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
 from eval.options import resolve_device
@@ -31,7 +34,7 @@ from eval.schema import load_long
 from eval.suite import load_suite
 
 __all__ = [
-    "bench", "claims", "compare", "crossover", "isoquality", "leaderboard", "load_results",
+    "bench", "claims", "compare", "crossover", "fit", "isoquality", "leaderboard", "load_results",
     "predict", "predict_ops",
 ]  # fmt: skip
 
@@ -109,6 +112,34 @@ def predict(
     """
     rows = prediction.predict(
         archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us,
+        price_per_hour=price_per_hour,
+    )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def fit(
+    archs: Iterable[str] = (*REGISTRY, *HYBRIDS),
+    *,
+    tpot_ms: float,
+    scale: str = prediction.SCALE,
+    hardware: Sequence[str] = ("h100",),
+    contexts: Sequence[int] = prediction.CONTEXTS,
+    memory_bytes: float | None = None,
+    gpus: int = MOST_GPUS,
+    reserve: float = RESERVE,
+    dtype: str = "bfloat16",
+    launch_us: float | None = None,
+    price_per_hour: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    """The largest batch that fits in memory within `tpot_ms` per token, the best first.
+
+    One row per arch, hardware and context, on the number of GPUs (up to `gpus`, which share the
+    model) that gives most tokens per second and GPU, or the least $ where all prices are given.
+    Rows that no batch answers say which bound is exceeded and by how much (`eval.fit`).
+    """
+    rows = largest_batches(
+        archs, tpot_ms=tpot_ms, scale=scale, hardware=hardware, contexts=contexts,
+        memory_bytes=memory_bytes, gpus=gpus, reserve=reserve, dtype=dtype, launch_us=launch_us,
         price_per_hour=price_per_hour,
     )  # fmt: skip
     return pd.DataFrame(rows)

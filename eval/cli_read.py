@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from archs.errors import UserError
 from eval.console import out
-from eval.show import PREDICTION, Json, lines, show, show_prediction, write_csv
+from eval.show import FIT, PREDICTION, Json, lines, show, show_prediction, write_csv
 
 Launch = Annotated[
     float | None,
@@ -53,7 +53,7 @@ def predict(
     arch: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     scale: str = "8b",
     hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
-    batch: Annotated[str, typer.Option(help="1,8 or 1:512")] = "1",
+    batch: Annotated[str | None, typer.Option(help="1,8 or 1:512; default: 1.")] = None,
     context: Annotated[str, typer.Option(help="4k,128k or 1k:1m")] = "1k,16k",
     dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
     launch_us: Launch = None,
@@ -61,16 +61,50 @@ def predict(
     by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
     picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
+    largest: Annotated[
+        bool, typer.Option("--fit", help="The largest batch that fits and keeps --tpot.")
+    ] = False,
+    tpot: Annotated[str | None, typer.Option(help="Of --fit: time per token, 20ms.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of --fit: of each GPU at most, 80GB; default: all.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Of --fit: most that share a model; default: 8.")
+    ] = None,
+    reserve: Annotated[
+        float | None, typer.Option(help="Of --fit: share of memory kept free; default: 0.1.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Decode cost by roofline, no weights needed."""
-    from archs.registry import REGISTRY
+    """Decode cost by roofline, no weights needed; with --fit, the best under a latency limit."""
+    import pandas as pd
+
+    from archs.registry import HYBRIDS, REGISTRY
     from eval.accelerators import prices_of
     from eval.predict import parse_counts, predict_ops
     from eval.predict import predict as predict_steps
 
     parts = hardware.split(",")
-    names = arch or list(REGISTRY)
+    names = arch or [*REGISTRY, *HYBRIDS]
+    if largest:
+        if by_op or picture or batch is not None:
+            raise UserError("--fit finds the batch; leave out --batch, --by-op and --picture")
+        rows = _fit(
+            names, tpot, memory, scale=scale, hardware=parts, contexts=parse_counts(context),
+            dtype=dtype, launch_us=launch_us, price_per_hour=prices_of(price, parts),
+            **{k: v for k, v in (("gpus", gpus), ("reserve", reserve)) if v is not None},
+        )  # fmt: skip
+        if out_file:
+            write_csv(pd.DataFrame(rows), out_file)
+        show_prediction(rows, json_, FIT)
+        if not json_:
+            kept = {str(row["hardware"]): float(str(row["reserve_bytes_per_gpu"])) for row in rows}
+            for part, size in kept.items():
+                out.print(f"kept free on {part}: {size / 1e9:.3g} GB of each GPU")
+        return
+    if (tpot, memory, gpus, reserve) != (None,) * 4:
+        raise UserError("--tpot, --memory, --gpus and --reserve are of --fit; add --fit")
+    batch = batch or "1"
     grid = (names, scale, parts, parse_counts(batch), parse_counts(context))
     if by_op and (price or picture):
         raise UserError("--by-op has no price and no picture; leave out --price and --picture")
@@ -80,14 +114,24 @@ def predict(
         prices = prices_of(price, parts)
         rows = predict_steps(*grid, dtype=dtype, launch_us=launch_us, price_per_hour=prices)
     if out_file:
-        import pandas as pd
-
         write_csv(pd.DataFrame(rows), out_file)
     if picture:
         from eval.predicted import draw
 
         draw(rows, picture)
     show_prediction(rows, json_, PREDICTION)
+
+
+def _fit(
+    names: list[str], tpot: str | None, memory: str | None, **options: Any
+) -> list[dict[str, object]]:
+    from eval.fit import fit
+    from eval.options import parse_bytes, parse_latency_ms
+
+    if tpot is None:
+        raise UserError("--fit needs the longest time per token, as in --tpot 20ms")
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    return fit(names, tpot_ms=parse_latency_ms(tpot), memory_bytes=memory_bytes, **options)
 
 
 def crossover(

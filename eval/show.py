@@ -31,19 +31,32 @@ TITLES = {
     "arith_intensity_meas": "FLOP/byte measured", "output_tok_per_s": "token/s",
     "output_tok_per_s_per_user": "token/s per user", "output_tok_per_s_per_gpu": "token/s per GPU",
     "compute_bound_batch": "compute-bound from batch", "max_sequences": "sequences that fit",
-    "usd_per_million_tok": "$/Mtoken", "count": "×", "gpus": "GPUs",
+    "usd_per_million_tok": "$/Mtoken", "count": "×",
 }  # fmt: skip
 #: Words of names that are units, in steps of a thousand.
 SCALED = {
     "bytes": ("B", "kB", "MB", "GB", "TB", "PB"),
     "flops": ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"),
 }
-WORDS = {"us": "µs", "flop": "FLOP", "tpot": "TPOT", "ttft": "TTFT", "gpu": "GPU", "tok": "token"}
+WORDS = {
+    "us": "µs",
+    "flop": "FLOP",
+    "tpot": "TPOT",
+    "ttft": "TTFT",
+    "gpu": "GPU",
+    "gpus": "GPUs",
+    "tok": "token",
+}
 #: Of a prediction's columns, those that people see; all others are for scripts.
 PREDICTION = (
     "rank", "arch", "hardware", "batch", "context", "op", "count", "state_bytes", "step_bytes",
     "arith_intensity_pred", "tpot_ms", "time_ms", "output_tok_per_s", "output_tok_per_s_per_user",
     "bound_by", "compute_bound_batch", "max_sequences", "usd_per_million_tok", "note",
+)  # fmt: skip
+#: The same of the question what fits under a limit.
+FIT = (
+    "rank", "arch", "hardware", "context", "gpus", "least_gpus", "batch", "tpot_ms",
+    "output_tok_per_s_per_gpu", "usd_per_million_tok", "limited_by", "used_bytes_per_gpu", "note",
 )  # fmt: skip
 
 
@@ -57,14 +70,18 @@ def show(rows: Sequence[Cells], as_json: bool) -> None:
 
 
 def show_prediction(rows: Sequence[Cells], as_json: bool, names: Sequence[str]) -> None:
-    """The same with these columns alone for people, and below it what its launches rest on."""
+    """The same; for people these columns alone, and below them what launches and links rest on."""
     if as_json:
         show(rows, as_json)
         return
     out.print(sheet([{name: row[name] for name in names if name in row} for row in rows]))
-    for part, source in dict.fromkeys((r["hardware"], r["launches_from"]) for r in rows):
-        text = f"predicted; launches on {part}: {source}"
-        out.print(text, highlight=False, soft_wrap=True, markup=False)
+    several = any(row.get("gpus") not in (None, 1) for row in rows)
+    for what in ("launches", "link")[: 1 + several]:
+        sources: dict[object, dict[str, None]] = {}
+        for row in rows:
+            sources.setdefault(row[f"{what}_from"], {})[str(row["hardware"])] = None
+        for source, parts in sources.items():
+            out.print(f"predicted; {what} of {', '.join(parts)}: {source}", soft_wrap=True)
 
 
 def sheet(rows: Sequence[Cells]) -> Sheet:
