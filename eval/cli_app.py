@@ -64,7 +64,7 @@ def _failures(results: Path) -> list[str]:
 @app.callback()
 def decodebench(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="And stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
     ] = False,
 ) -> None:
     """Compare inference-friendly language-model architectures: train, decode, measure, rank."""

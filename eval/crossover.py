@@ -45,13 +45,11 @@ def either(
     """
     if results is None:
         given: dict[str, Any] = {
-            "scale": scale,
-            "hardware": hardware,
-            "batches": batches,
-            "dtype": dtype,
-        }
+            "scale": scale, "hardware": hardware, "batches": batches, "dtype": dtype,
+            "launch_us": launch_us,
+        }  # fmt: skip
         named = {name: value for name, value in given.items() if value is not None}
-        return crossovers(first, second, **named, launch_us=launch_us)
+        return crossovers(first, second, **named)
     for name, value in (("hardware", hardware), ("dtype", dtype), ("launch_us", launch_us)):
         if value is not None:
             raise UserError(

@@ -100,7 +100,8 @@ def lines(given: Cells) -> Iterator[str]:
             yield from (f"  {key}: {inner}" for key, inner in value.items())
             continue
         title, (text,) = _told(name, [value])
-        yield f"{title}: {text}"
+        # Above a column "on" will do; in a line of its own it needs its name.
+        yield f"{'hardware' if name == 'hardware' else title}: {text}"
 
 
 def write_csv(table: "pd.DataFrame", path: Path) -> None:

@@ -289,3 +289,11 @@ def test_the_doctor_rounds_and_names_units(decodebench: Command) -> None:
     assert "  transformers: " in "\n".join(lines)
     figures = [line.partition(": ")[2] for line in lines if "free" in line]
     assert len(figures) == 2 and all(len(figure) <= 6 for figure in figures)
+
+
+def test_a_picture_shows_what_fits(decodebench: Command, tmp_path: Path) -> None:
+    at = ("predict", "--arch", "mha", "--batch", "64", "--picture", "a.svg", "--context")
+    assert decodebench(*at, "1k,2k,1m").code == 0
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "context: 1024" in drawn and "context: 1048576" not in drawn
+    decodebench(*at, "512k,1m").refuses("nothing asked for fits in memory", "lower batch")
