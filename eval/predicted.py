@@ -42,7 +42,11 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
             tooltip=["arch", "hardware", "batch", "context", "tpot_ms", "bound_by"],
         )
         .properties(width=340, height=260)
-        .facet(column=alt.Column("hardware:N", title=f"predicted, {table['scale'].iloc[0]} shapes"))
+        .facet(
+            column=alt.Column(
+                "hardware:N", title=f"{table['scale'].iloc[0]}, predicted where it fits"
+            )
+        )
     )
     options = {"inline": True} if path.suffix == ".html" else {}
     drawn: io.BytesIO | io.StringIO = io.BytesIO() if path.suffix == ".png" else io.StringIO()
