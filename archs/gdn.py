@@ -121,11 +121,13 @@ class GatedDeltaNet(Mixer):
             name="conv",
             shape=(c.conv_width - 1, self.conv_weight.shape[0]),
             dtype=self.conv_weight.dtype,
+            shards=c.key_heads,
         )
         memory = TensorSpec(
             name="memory",
             shape=(c.value_heads, c.key_dim, c.value_dim),
             dtype=memory_dtype(self.out.weight),
+            shards=c.value_heads,
         )
         return StateSpec(fixed=(tail, memory))
 

@@ -131,7 +131,8 @@ class Attention(Mixer):
     def state_spec(self) -> StateSpec:
         """K and V of every token, 2·G·d values, within the window."""
         c = self.config
-        kv = TensorSpec(name="kv", shape=(2, c.kv_heads, c.head_dim), dtype=self.qkv.weight.dtype)
+        shape, dtype = (2, c.kv_heads, c.head_dim), self.qkv.weight.dtype
+        kv = TensorSpec(name="kv", shape=shape, dtype=dtype, shards=c.kv_heads)
         return StateSpec(per_token=(kv,), window=c.window, sinks=c.sinks)
 
     def cost(self, step: Step) -> Cost:

@@ -111,9 +111,9 @@ class LinearAttention(Mixer):
         """One key-by-value matrix per head."""
         c = self.config
         shape = (c.n_heads, c.key_dim, c.value_dim)
-        return StateSpec(
-            fixed=(TensorSpec(name="memory", shape=shape, dtype=memory_dtype(self.out.weight)),)
-        )
+        dtype = memory_dtype(self.out.weight)
+        memory = TensorSpec(name="memory", shape=shape, dtype=dtype, shards=c.n_heads)
+        return StateSpec(fixed=(memory,))
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

@@ -99,10 +99,16 @@ class Mamba1(Mixer):
         """N states per channel, and the convolution's tail."""
         c = self.config
         tail = TensorSpec(
-            name="conv", shape=(c.conv_width - 1, c.inner), dtype=self.conv_weight.dtype
+            name="conv",
+            shape=(c.conv_width - 1, c.inner),
+            dtype=self.conv_weight.dtype,
+            shards=c.inner,
         )
         ssm = TensorSpec(
-            name="ssm", shape=(c.inner, c.state_dim), dtype=memory_dtype(self.out.weight)
+            name="ssm",
+            shape=(c.inner, c.state_dim),
+            dtype=memory_dtype(self.out.weight),
+            shards=c.inner,
         )
         return StateSpec(fixed=(tail, ssm))
 

@@ -130,6 +130,7 @@ class Mamba2(Mixer):
             name="ssm",
             shape=(c.n_heads, c.state_dim, c.head_dim),
             dtype=memory_dtype(self.out.weight),
+            shards=c.n_heads,
         )
         return StateSpec(fixed=(tail, ssm))
 

@@ -7,7 +7,7 @@ rollback all follow from it, so no architecture writes storage code. `LayerState
 position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, prod
 from typing import Protocol
@@ -23,11 +23,23 @@ NEVER = 2**62
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
-    """One remembered tensor: `shape` per token row, or per sequence when fixed."""
+    """One remembered tensor: `shape` per token row, or per sequence when fixed.
+
+    shards: equal parts that several GPUs can hold apart, such as KV heads or channels; 1: what
+    every GPU would need whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        if self.shards < 1 or prod(self.shape) % self.shards:
+            raise UserError(
+                f"state tensor '{self.name}' of shape {list(self.shape)} has no {self.shards} "
+                "equal shards; choose a number that divides its size"
+            )
 
     @property
     def row_bytes(self) -> int:
@@ -58,6 +70,17 @@ class StateSpec:
             raise UserError(f"window={self.window} must be at least 1 (it counts the token itself)")
         if self.sinks and self.window is None:
             raise UserError(f"sinks={self.sinks} only make sense beside a window; set window")
+
+    def split(self, gpus: int) -> "StateSpec":
+        """What one of `gpus` GPUs holds, flat: the most shards that any of them gets."""
+
+        def part(t: TensorSpec) -> TensorSpec:
+            size = prod(t.shape) // t.shards * ceil(t.shards / gpus)
+            return replace(t, shape=(size,), shards=1)
+
+        return replace(
+            self, per_token=tuple(map(part, self.per_token)), fixed=tuple(map(part, self.fixed))
+        )
 
     @property
     def token_bytes(self) -> int:

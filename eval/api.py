@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from archs.registry import HYBRIDS, REGISTRY
 from eval import predict as prediction
 from eval.claims import claims as check_claims
 from eval.commands import bench_archs
 from eval.console import err
-from eval.crossover import crossovers, measured_crossovers
+from eval.crossover import either
+from eval.fit import MOST_GPUS, RESERVE
+from eval.fit import fit as largest_batches
 from eval.isoquality import iso_quality_cost
 from eval.leaderboard import merge, rank, wide
 from eval.options import resolve_device
@@ -31,7 +34,7 @@ from eval.schema import load_long
 from eval.suite import load_suite
 
 __all__ = [
-    "bench", "claims", "compare", "crossover", "isoquality", "leaderboard", "load_results",
+    "bench", "claims", "compare", "crossover", "fit", "isoquality", "leaderboard", "load_results",
     "predict", "predict_ops",
 ]  # fmt: skip
 
@@ -95,17 +98,48 @@ def bench(
 def predict(
     archs: Iterable[str],
     *,
-    scale: str = "8b",
+    scale: str = prediction.SCALE,
     hardware: Sequence[str] = ("h100",),
     batches: Sequence[int] = (1,),
-    contexts: Sequence[int] = (4096,),
+    contexts: Sequence[int] = prediction.CONTEXTS,
     dtype: str = "bfloat16",
-    launch_us: float = 0.0,
+    launch_us: float | None = None,
     price_per_hour: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Decode cost by roofline, without weights: a row per arch, hardware, batch and context."""
+    """Decode cost by roofline, without weights: a row per arch, hardware, batch and context.
+
+    launch_us: what every operation costs beside its work; None: as measured (`launches_from`).
+    """
     rows = prediction.predict(
         archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us,
+        price_per_hour=price_per_hour,
+    )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def fit(
+    archs: Iterable[str] = (*REGISTRY, *HYBRIDS),
+    *,
+    tpot_ms: float,
+    scale: str = prediction.SCALE,
+    hardware: Sequence[str] = ("h100",),
+    contexts: Sequence[int] = prediction.CONTEXTS,
+    memory_bytes: float | None = None,
+    gpus: int = MOST_GPUS,
+    reserve: float = RESERVE,
+    dtype: str = "bfloat16",
+    launch_us: float | None = None,
+    price_per_hour: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    """The largest batch that fits in memory within `tpot_ms` per token, the best first.
+
+    One row per arch, hardware and context, on the number of GPUs (up to `gpus`, which share the
+    model) that gives most tokens per second and GPU, or the least $ where all prices are given.
+    Rows that no batch answers say which bound is exceeded and by how much (`eval.fit`).
+    """
+    rows = largest_batches(
+        archs, tpot_ms=tpot_ms, scale=scale, hardware=hardware, contexts=contexts,
+        memory_bytes=memory_bytes, gpus=gpus, reserve=reserve, dtype=dtype, launch_us=launch_us,
         price_per_hour=price_per_hour,
     )  # fmt: skip
     return pd.DataFrame(rows)
@@ -114,14 +148,17 @@ def predict(
 def predict_ops(
     archs: Iterable[str],
     *,
-    scale: str = "8b",
+    scale: str = prediction.SCALE,
     hardware: Sequence[str] = ("h100",),
     batches: Sequence[int] = (1,),
-    contexts: Sequence[int] = (4096,),
+    contexts: Sequence[int] = prediction.CONTEXTS,
     dtype: str = "bfloat16",
+    launch_us: float | None = None,
 ) -> pd.DataFrame:
     """The same by operation, with the batch from which each is bound by compute."""
-    rows = prediction.predict_ops(archs, scale, hardware, batches, contexts, dtype=dtype)
+    rows = prediction.predict_ops(
+        archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us
+    )
     return pd.DataFrame(rows)
 
 
@@ -130,19 +167,23 @@ def crossover(
     second: str,
     *,
     results: pd.DataFrame | None = None,
-    scale: str = "8b",
-    hardware: Sequence[str] = ("h100",),
-    batches: Sequence[int] = (1, 64),
-    dtype: str = "bfloat16",
+    scale: str | None = None,
+    hardware: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    dtype: str | None = None,
+    launch_us: float | None = None,
 ) -> pd.DataFrame:
     """From which context on `first` decodes faster than `second`.
 
-    With `results` from the steps timed there, by scale, hardware, batch and backend; without, by
-    the roofline of `scale` on `hardware`.
+    With `results` from the steps timed there, by scale, hardware, batch and backend (of `scale` and
+    `batches` alone where they are given); without, by the roofline: of 8b on an H100 at batches of
+    1 and 64 where nothing else is said.
     """
-    if results is not None:
-        return pd.DataFrame(measured_crossovers(results, first, second))
-    return pd.DataFrame(crossovers(first, second, scale, hardware, batches, dtype=dtype))
+    rows = either(
+        first, second, results=results, scale=scale, hardware=hardware, batches=batches,
+        dtype=dtype, launch_us=launch_us,
+    )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def isoquality(

@@ -1,7 +1,8 @@
 """The entry of the `decodebench` command: whatever happens ends in an exit code and one line.
 
-What the user can mend and what the file system refuses end with 2, Ctrl-C with 130; a traceback is
-a defect. `main` imports the commands itself, as importing takes seconds in which all of this holds.
+A failure that was found ends with 1, what the user can mend and what the file system refuses with
+2, a time budget that ended before the work with 3 (run again), Ctrl-C with 130; a traceback is a
+defect. `main` imports the commands itself, as importing takes seconds in which all of this holds.
 """
 
 import io

@@ -1,6 +1,9 @@
 """The commands of `decodebench` that train, run and time; `eval.cli` runs them."""
 
 import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +14,17 @@ from archs.backends import BACKENDS
 from archs.errors import UserError
 from eval import cli_kernels, cli_read
 from eval.console import err, out
-from eval.options import parse_duration_s, resolve_device
+from eval.options import FAILED, leave, parse_duration_s, resolve_device
+from eval.progress import Progress
 from eval.show import Json, show
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Compare inference-friendly language-model architectures: train, decode, measure, rank.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a failure was found, 2 bad input, 3 the time budget ended "
+    "(run again), 130 interrupted.",
 )
 
 #: How a verdict is shown; None: not measured.
@@ -35,6 +41,35 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help="auto, " + ", ".join(BACKENDS) + ".")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            number = version("decodebench")
+        except PackageNotFoundError:
+            number = f"of {Path(__file__).resolve().parents[1]}, not installed"
+        out.print(f"decodebench {number}")
+        raise typer.Exit
+
+
+def _failures(results: Path) -> list[str]:
+    """The statuses of cells that failed and have not succeeded since."""
+    from eval.results import CELL_FAILED
+    from eval.schema import load_long
+    from eval.tidy import tidy
+
+    rows = tidy(load_long(results))
+    return list(rows.loc[rows["measure"] == CELL_FAILED, "status"])
+
+
+@app.callback()
+def decodebench(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """Compare inference-friendly language-model architectures: train, decode, measure, rank."""
+
+
 @app.command()
 def check(arch: str, seed: int = 0, json_: Json = False) -> None:
     """Run the conformance kit on a registry name, a pattern or a file with one mixer."""
@@ -48,7 +83,7 @@ def check(arch: str, seed: int = 0, json_: Json = False) -> None:
     if json_:
         print(json.dumps(verdicts, indent=2))
     if any(v["passed"] is False for v in verdicts):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command("new-arch")
@@ -80,7 +115,6 @@ def run(
     from eval.leaderboard import rank, to_table, wide
     from eval.plan import plan
     from eval.processes import default_workers
-    from eval.progress import Progress
     from eval.report import write_report
     from eval.run import has_architecture, run_suite
     from eval.schema import load_long
@@ -92,8 +126,11 @@ def run(
     folder = out_dir or Path("runs") / chosen.name
     where = resolve_device(device)
     if dry_run:
-        for item in plan(Workshop(chosen, folder, where, None)):
-            out.print(item.cell.key)
+        cells = [item.cell for item in plan(Workshop(chosen, folder, where, None))]
+        if json_:
+            show([{"cell": cell.key, **asdict(cell)} for cell in cells], json_)
+        for cell in () if json_ else cells:
+            out.print(cell.key, soft_wrap=True)
         return
     finished = run_suite(
         chosen, folder, device=where, fresh=not resume,
@@ -102,9 +139,11 @@ def run(
     )  # fmt: skip
     measured = has_architecture(folder)
     report_path = str(write_report(folder)) if measured else None
+    statuses = _failures(folder / "results.csv") if measured else []
     paths = {n: str(folder / n) for n in ("leaderboard.csv", "results.csv")}
     if json_:
         print(json.dumps({"finished": finished, **paths, "report": report_path}))
+        leave(statuses, finished=finished)
         return
     if measured:
         out.print(to_table(rank(wide(load_long(folder / "results.csv")))))
@@ -112,6 +151,7 @@ def run(
             out.print(path, soft_wrap=True)
     if not finished:
         out.print("the time budget ended; run the same command again to go on")
+    leave(statuses, finished=finished)
 
 
 @app.command()
@@ -145,8 +185,7 @@ def train(
         time_budget_s=parse_duration_s(time_budget), console=err,
     )  # fmt: skip
     show([row], json_)
-    if row["status"] != "ok":
-        raise typer.Exit(1)
+    leave([row["status"]], finished=row["status"] != "stopped")
 
 
 @app.command()
@@ -172,10 +211,12 @@ def bench(
     rows = bench_archs(
         arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
         steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
-        compiled=compiled, counters=counters,
+        compiled=compiled, counters=counters, progress=Progress(err, quiet=json_, lines=True),
     )  # fmt: skip
+    statuses = [row["status"] for row in rows]
     if json_:
         show(rows, json_)
+        leave(statuses)
         return
     notes = dict.fromkeys(row.pop("counters_note", "") for row in rows)
     place = ("arch", "batch", "context")
@@ -185,6 +226,7 @@ def bench(
         show(counted, json_)
     for note in filter(None, notes):
         out.print(f"not counted: {note}", soft_wrap=True)
+    leave(statuses)
 
 
 @app.command()
@@ -199,8 +241,13 @@ def quality(
     """Bits per byte and loss by position of a trained checkpoint."""
     from eval.commands import score_checkpoint
 
-    rows = score_checkpoint(checkpoint, corpus, max_tokens, resolve_device(device), arch)
+    rows = score_checkpoint(
+        checkpoint, corpus, max_tokens, resolve_device(device), arch,
+        progress=Progress(err, quiet=json_),
+    )  # fmt: skip
     show(rows, json_)
+    # A model whose weights are not finite has no score.
+    leave("ok" if isfinite(float(str(row["value"]))) else "nan" for row in rows)
 
 
 for command in (

@@ -12,6 +12,7 @@ import typer
 
 from archs.errors import UserError
 from eval.console import err, out
+from eval.options import FAILED, leave
 from eval.show import Json, show, write_csv
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 GRACE_S = 15.0
 #: What the table calls the decode grid.
 STEP = "decode step"
-#: Statuses of ours that are no defect.
-FINE = ("ok", "unsupported", "oom")
 BUDGET = "Stop cleanly after, e.g. 9m; the same command goes on."
 OUT = "CSV, whose unchanged rows are kept; of a proof DIR, default leaderboards/GPU/DATE."
 PREPARE = "Compile all that --check and --bench launch into this folder; no GPU needed."
@@ -60,10 +59,10 @@ def kernels(
     if plan:
         rows = planned(op or [])
     elif check or bench:
-        rows = _prove(bench, op or [], suite, time_budget, out_path, json_, began_s)
+        rows, over = _prove(bench, op or [], suite, time_budget, out_path, json_, began_s)
         show(rows, json_)
-        if any(row["status"] not in FINE for row in rows if row["backend"] in ("", "triton")):
-            raise typer.Exit(1)
+        ours = (row["status"] for row in rows if row["backend"] in ("", "triton"))
+        leave(ours, finished=not over)
         return
     else:
         from eval.kernel_table import cells, kernel_table, read_table
@@ -84,7 +83,7 @@ def kernels(
     if out_path is not None and not json_:
         out.print(f"{len(rows)} rows in '{out_path}'", markup=False)
     if faulty:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _prepare(folder: Path, names: list[str], targets: list[str]) -> None:
@@ -104,6 +103,8 @@ def _prepare(folder: Path, names: list[str], targets: list[str]) -> None:
             out.print(f"{kind}: {line}")
     for kind, what in report["faults"]:
         out.print(f"in a capture: {kind} {what}")
+    if report["faults"]:
+        raise typer.Exit(FAILED)
 
 
 def planned(names: list[str]) -> list[dict[str, object]]:
@@ -130,8 +131,10 @@ def _step_name(cell: Mapping[str, object]) -> str:
 def _prove(
     bench: bool, names: list[str], suite: str, time_budget: str | None, out_path: Path | None,
     quiet: bool, began_s: float,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Run the proof; returns the rows of what was checked or timed, recorded ones included."""
+) -> tuple[list[dict[str, Any]], bool]:  # fmt: skip
+    """Run the proof; returns the rows of what was checked or timed, recorded ones included, and
+    whether the budget ended first.
+    """
     import torch
 
     from eval.gpu import workers
@@ -168,7 +171,7 @@ def _prove(
             write_results(folder)
     if proof.over and not quiet:
         out.print("the time budget ended; run the same command again to go on")
-    return summary(proof, bench)
+    return summary(proof, bench), proof.over
 
 
 def _bench(proof: "Proof", names: Sequence[str], suite: str) -> None:

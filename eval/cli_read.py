@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from archs.errors import UserError
 from eval.console import out
-from eval.show import Json, show, show_prediction, write_csv
+from eval.show import FIT, PREDICTION, Json, lines, show, show_prediction, write_csv
+
+Launch = Annotated[
+    float | None,
+    typer.Option(help="What every operation costs beside its work; default: as measured."),
+]
 
 
 def archs(json_: Json = False, scale: str = "tiny") -> None:
@@ -41,36 +45,66 @@ def archs(json_: Json = False, scale: str = "tiny") -> None:
     if json_:
         print(json.dumps(rows, indent=2))
         return
-    heads = ("state bytes per token", "fixed bytes", "at 16,384 tokens")
-    table = Table("arch", *heads, "", title=f"scale {scale}")
-    for row in rows:
-        sizes = [f"{v:,}" for k, v in row.items() if k.startswith("state_bytes")]
-        table.add_row(str(row["arch"]), *sizes, str(row["summary"]))
-    out.print(table)
+    said = ("arch", "state_bytes_per_token", "state_bytes_fixed", "state_bytes_at_16384", "summary")
+    show([{"scale": scale, **{name: row[name] for name in said}} for row in rows], json_)
 
 
 def predict(
     arch: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
-    scale: str = "1b",
+    scale: str = "8b",
     hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
-    batch: Annotated[str, typer.Option(help="1,8 or 1:512")] = "1",
+    batch: Annotated[str | None, typer.Option(help="1,8 or 1:512; default: 1.")] = None,
     context: Annotated[str, typer.Option(help="4k,128k or 1k:1m")] = "1k,16k",
     dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
-    launch_us: Annotated[float, typer.Option(help="Cost of every operation's launch.")] = 0.0,
+    launch_us: Launch = None,
     price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
     by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
     picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
+    largest: Annotated[
+        bool, typer.Option("--fit", help="The largest batch that fits and keeps --tpot.")
+    ] = False,
+    tpot: Annotated[str | None, typer.Option(help="Of --fit: time per token, 20ms.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of --fit: of each GPU at most, 80GB; default: all.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Of --fit: most that share a model; default: 8.")
+    ] = None,
+    reserve: Annotated[
+        float | None, typer.Option(help="Of --fit: share of memory kept free; default: 0.1.")
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Decode cost by roofline, no weights needed."""
-    from archs.registry import REGISTRY
+    """Decode cost by roofline, no weights needed; with --fit, the best under a latency limit."""
+    import pandas as pd
+
+    from archs.registry import HYBRIDS, REGISTRY
     from eval.accelerators import prices_of
     from eval.predict import parse_counts, predict_ops
     from eval.predict import predict as predict_steps
 
     parts = hardware.split(",")
-    names = arch or list(REGISTRY)
+    names = arch or [*REGISTRY, *HYBRIDS]
+    if largest:
+        if by_op or picture or batch is not None:
+            raise UserError("--fit finds the batch; leave out --batch, --by-op and --picture")
+        rows = _fit(
+            names, tpot, memory, scale=scale, hardware=parts, contexts=parse_counts(context),
+            dtype=dtype, launch_us=launch_us, price_per_hour=prices_of(price, parts),
+            **{k: v for k, v in (("gpus", gpus), ("reserve", reserve)) if v is not None},
+        )  # fmt: skip
+        if out_file:
+            write_csv(pd.DataFrame(rows), out_file)
+        show_prediction(rows, json_, FIT)
+        if not json_:
+            kept = {str(row["hardware"]): float(str(row["reserve_bytes_per_gpu"])) for row in rows}
+            for part, size in kept.items():
+                out.print(f"kept free on {part}: {size / 1e9:.3g} GB of each GPU")
+        return
+    if (tpot, memory, gpus, reserve) != (None,) * 4:
+        raise UserError("--tpot, --memory, --gpus and --reserve are of --fit; add --fit")
+    batch = batch or "1"
     grid = (names, scale, parts, parse_counts(batch), parse_counts(context))
     if by_op and (price or picture):
         raise UserError("--by-op has no price and no picture; leave out --price and --picture")
@@ -80,37 +114,54 @@ def predict(
         prices = prices_of(price, parts)
         rows = predict_steps(*grid, dtype=dtype, launch_us=launch_us, price_per_hour=prices)
     if out_file:
-        import pandas as pd
-
         write_csv(pd.DataFrame(rows), out_file)
     if picture:
         from eval.predicted import draw
 
         draw(rows, picture)
-    show_prediction(rows, json_)
+    show_prediction(rows, json_, PREDICTION)
+
+
+def _fit(
+    names: list[str], tpot: str | None, memory: str | None, **options: Any
+) -> list[dict[str, object]]:
+    from eval.fit import fit
+    from eval.options import parse_bytes, parse_latency_ms
+
+    if tpot is None:
+        raise UserError("--fit needs the longest time per token, as in --tpot 20ms")
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    return fit(names, tpot_ms=parse_latency_ms(tpot), memory_bytes=memory_bytes, **options)
 
 
 def crossover(
     first: Annotated[str, typer.Argument(help="An architecture...")],
     second: Annotated[str, typer.Argument(help="...and the one it is held against.")],
-    scale: str = "8b",
-    hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
-    batch: Annotated[str, typer.Option(help="1,8 or 1:512")] = "1,64",
-    dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
+    scale: Annotated[str | None, typer.Option(help="Default: 8b; of results: all.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="h100,h200,...,this-machine; default: h100.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="1,8 or 1:512; default: 1,64; of results: all.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of weights and per-token state; default: bfloat16.")
+    ] = None,
+    launch_us: Launch = None,
     results: Annotated[list[Path] | None, typer.Option(help="Runs: measured instead.")] = None,
     json_: Json = False,
 ) -> None:
     """From which context on FIRST decodes faster than SECOND: predicted, or from results."""
-    from eval.crossover import crossovers, measured_crossovers
+    from eval.crossover import either, told
     from eval.leaderboard import merge
     from eval.predict import parse_counts
 
-    if results:
-        rows = measured_crossovers(merge(results), first, second)
-    else:
-        parts, batches = hardware.split(","), parse_counts(batch)
-        rows = crossovers(first, second, scale, parts, batches, dtype=dtype)
-    show(rows, json_)
+    rows = either(
+        first, second, results=merge(results) if results else None, scale=scale,
+        hardware=hardware.split(",") if hardware else None,
+        batches=parse_counts(batch) if batch else None, dtype=dtype, launch_us=launch_us,
+    )  # fmt: skip
+    show(rows if json_ else [told(row) for row in rows], json_)
 
 
 def isoquality(
@@ -143,9 +194,11 @@ def isoquality(
         show(rows, json_)
         return
     # For people, what is said of every row stands once, below.
-    show([{k: v for k, v in row.items() if k != "note"} for row in rows], json_)
-    for note in dict.fromkeys(str(row["note"]) for row in rows if row["note"]):
-        out.print(note, highlight=False, soft_wrap=True, markup=False)
+    said = ("caution", "fits", "reference", "scale")
+    show([{k: v for k, v in row.items() if k not in said} for row in rows], json_)
+    out.print(f"at the loss that {reference} has at scale {scale}, predicted")
+    for caution in dict.fromkeys(str(row["caution"]) for row in rows if row["caution"]):
+        out.print(caution, soft_wrap=True)
 
 
 def report(run_dir: Path) -> None:
@@ -242,5 +295,5 @@ def doctor(json_: Json = False) -> None:
     if json_:
         print(json.dumps(facts, indent=2))
         return
-    for name, value in facts.items():
-        out.print(f"{name}: {value}")
+    for line in lines(facts):
+        out.print(line)

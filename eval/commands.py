@@ -28,6 +28,7 @@ from eval.decode import (
     measure_what_fits,
 )
 from eval.neighbours import Neighbours
+from eval.progress import Progress
 from eval.quality import bits_per_byte, loss_by_position
 from infer.memory import require_memory
 from train.checkpoint import load_model, read_metadata
@@ -69,7 +70,8 @@ def train_one(
     outline = ModelSpec(arch=arch, scale=shape).outline()
     require_memory(training_bytes(outline, plan), device, f"training {arch} at scale {scale}")
     make_folder(out)
-    tokens = load_tokens(corpus, shape.vocab_size)
+    with Progress(console).alone(f"read {corpus}"):
+        tokens = load_tokens(corpus, shape.vocab_size)
     spec = ModelSpec(arch=arch, scale=replace(shape, vocab_size=tokens.vocab_size))
     model = spec.build(seed=plan.seed, device=str(device)).use(backend)
 
@@ -94,7 +96,8 @@ def train_one(
         "checkpoint": str(out / "checkpoint.safetensors"),
     }  # fmt: skip
     if result.status == "ok":
-        score = bits_per_byte(model.eval(), tokens, part="test", seq_len=plan.seq_len)
+        with Progress(console).alone(f"score {arch}"):
+            score = bits_per_byte(model.eval(), tokens, part="test", seq_len=plan.seq_len)
         row["bits_per_byte"] = score.value
     return row
 
@@ -111,9 +114,11 @@ def bench_archs(
     backend: str = "auto",
     compiled: bool = False,
     counters: bool = False,
+    progress: Progress | None = None,
 ) -> list[dict[str, object]]:
     """Decode timings; an architecture whose extend is wrong gets no latency.
 
+    progress: where to tell which architecture is at work; None: nowhere.
     counters: also bytes and FLOPs of a step, predicted and by the GPU's counters (None where they
       are missing, with `counters_note` saying why).
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
@@ -131,62 +136,85 @@ def bench_archs(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows: list[dict[str, object]] = []
     counts = Counters(device) if counters else None
-    for arch in archs:
-        spec = ModelSpec(arch=arch, scale=get_scale(scale))
-        model = build_to_serve(spec, device, dtype)
-        about: dict[str, object] = {
-            "arch": arch, "kernel_backend": "torch-compile" if compiled else backend
-        }  # fmt: skip
-        try:
-            found = agreement(
-                model, context=max(contexts), batches=batches, backend=backend, compiled=compiled
-            )
-        except NoFormError as why:
-            rows.append({**about, "status": "unsupported", "note": str(why)})
-            continue
-        if not found.holds:
-            rows.append({**about, "status": "incorrect", "agreement_error": found.error})
-            continue
-        timed: list[tuple[Work, dict[str, object]]] = []
-        for batch in batches:
-            ttft: list[float] = []
-            if prompt:
-                _, ttft = measure_ttft_ms(model, batch=batch, prompt=prompt, backend=backend)
-            with Neighbours() as others:
-                timings, too_long = measure_what_fits(
-                    model, batch=batch, contexts=contexts, steps=steps, backend=backend,
-                    compiled=compiled,
+    progress = progress or Progress(Console(), quiet=True)
+    with progress.over(len(archs), len(archs), len(archs)):
+        for arch in archs:
+            with progress.cell(f"bench {arch} at {scale}", 1.0):
+                rows += _bench_arch(
+                    ModelSpec(arch=arch, scale=get_scale(scale)), batches=batches,
+                    contexts=contexts, steps=steps, prompt=prompt, device=device, dtype=dtype,
+                    backend=backend, compiled=compiled, counts=counts,
                 )  # fmt: skip
-            rows += [
-                {**about, "scale": scale, "batch": batch, "context": c, "status": "oom", "note": n}
-                for c, n in too_long.items()
-            ]
-            for t in timings:
-                p50 = t.percentile_ms(50)
-                row: dict[str, object] = {
-                    **about, "scale": scale, "batch": batch, "context": t.context,
-                    "tpot_ms": t.tpot_ms, "tpot_p50_ms": p50, "tpot_p99_ms": t.percentile_ms(99),
-                    "output_tok_per_s": t.output_tok_per_s, "state_bytes": t.state_bytes,
-                    "status": "ok",
-                }  # fmt: skip
-                if ttft:
-                    row["ttft_ms"] = statistics.median(ttft)
-                if others.word:
-                    row["note"] = others.word
-                if counts is not None:
-                    row |= _predicted(decode_cost(model, batch, t.context))
-                work = Work(
-                    spec=spec, dtype=dtype, backend=backend, compiled=compiled, batch=batch,
-                    context=t.context,
-                )  # fmt: skip
-                timed.append((work, row))
-        if counts is not None:
-            # The process that is counted holds the same model again.
-            del model
-            for work, row in timed:
-                row |= _measured(counts.count(work))
-        rows += [row for _, row in timed]
     return rows
+
+
+def _bench_arch(
+    spec: ModelSpec,
+    *,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    prompt: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    compiled: bool,
+    counts: Counters | None,
+) -> list[dict[str, object]]:
+    """The rows of one architecture."""
+    model = build_to_serve(spec, device, dtype)
+    about: dict[str, object] = {
+        "arch": spec.arch, "kernel_backend": "torch-compile" if compiled else backend
+    }  # fmt: skip
+    try:
+        found = agreement(
+            model, context=max(contexts), batches=batches, backend=backend, compiled=compiled
+        )
+    except NoFormError as why:
+        return [{**about, "status": "unsupported", "note": str(why)}]
+    if not found.holds:
+        return [{**about, "status": "incorrect", "agreement_error": found.error}]
+    about["scale"] = spec.scale.name
+    rows: list[dict[str, object]] = []
+    timed: list[tuple[Work, dict[str, object]]] = []
+    for batch in batches:
+        ttft: list[float] = []
+        if prompt:
+            _, ttft = measure_ttft_ms(model, batch=batch, prompt=prompt, backend=backend)
+        with Neighbours() as others:
+            timings, too_long = measure_what_fits(
+                model, batch=batch, contexts=contexts, steps=steps, backend=backend,
+                compiled=compiled,
+            )  # fmt: skip
+        rows += [
+            {**about, "batch": batch, "context": c, "status": "oom", "note": n}
+            for c, n in too_long.items()
+        ]
+        for t in timings:
+            p50 = t.percentile_ms(50)
+            row: dict[str, object] = {
+                **about, "batch": batch, "context": t.context,
+                "tpot_ms": t.tpot_ms, "tpot_p50_ms": p50, "tpot_p99_ms": t.percentile_ms(99),
+                "output_tok_per_s": t.output_tok_per_s, "state_bytes": t.state_bytes,
+                "status": "ok",
+            }  # fmt: skip
+            if ttft:
+                row["ttft_ms"] = statistics.median(ttft)
+            if others.word:
+                row["note"] = others.word
+            if counts is not None:
+                row |= _predicted(decode_cost(model, batch, t.context))
+            work = Work(
+                spec=spec, dtype=dtype, backend=backend, compiled=compiled, batch=batch,
+                context=t.context,
+            )  # fmt: skip
+            timed.append((work, row))
+    if counts is not None:
+        # The process that is counted holds the same model again.
+        del model
+        for work, row in timed:
+            row |= _measured(counts.count(work))
+    return [*rows, *(row for _, row in timed)]
 
 
 def _predicted(cost: Cost) -> dict[str, object]:
@@ -208,9 +236,11 @@ def score_checkpoint(
     max_tokens: int | None,
     device: torch.device,
     arch: str | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, object]]:
     """Held-out bits per byte and loss by position of a checkpoint's model.
 
+    progress: where to tell that it is at work; None: nowhere.
     arch: the architecture file of a checkpoint that was trained from one.
     Raises UserError when the corpus gives another tokenizer than the model was trained with.
     """
@@ -230,16 +260,20 @@ def score_checkpoint(
             f"'{checkpoint}' was trained on tokens {metadata.identity.data}, corpus '{corpus}' "
             f"gives {tokens.name}; name the corpus it was trained on"
         )
-    whole = bits_per_byte(model, tokens, part="test", seq_len=scale.seq_len, max_tokens=max_tokens)
+    progress = progress or Progress(Console(), quiet=True)
+    with progress.alone(f"score {checkpoint}"):
+        whole = bits_per_byte(
+            model, tokens, part="test", seq_len=scale.seq_len, max_tokens=max_tokens
+        )
+        curve = loss_by_position(
+            model, tokens, part="test", reach=2 * scale.seq_len, max_tokens=max_tokens
+        )
     rows: list[dict[str, object]] = [
         {
             "measure": "bits_per_byte", "position": "", "value": whole.value, "low": whole.low,
             "high": whole.high,
         }
     ]  # fmt: skip
-    curve = loss_by_position(
-        model, tokens, part="test", reach=2 * scale.seq_len, max_tokens=max_tokens
-    )
     for position, loss in curve.items():
         rows.append(
             {

@@ -20,8 +20,8 @@ from eval.predict import (
     require_prices,
     resident_bytes,
     room,
+    served,
     step_ms,
-    usd_per_million_tok,
 )
 
 #: Times the ladder's largest model up to which a fit of it is evidence.
@@ -41,11 +41,12 @@ def iso_quality_cost(
 ) -> list[dict[str, object]]:
     """Cost of decoding at the loss that `reference` has at `scale`, an architecture a row.
 
-    Rows carry `size_ratio` with its interval, `tpot_ms` at the scaled depth, whether the batch
-    `fits` in memory at that depth and how many sequences would (`max_sequences`), the cost of a
-    million tokens where a price is given and the batch fits, `extrapolation`: the shape's
-    parameters over the ladder's largest, and a `note` where that is far. Raises UserError on
-    unknown names and on ladders that are too short or were not trained alike.
+    Rows carry `size_ratio` with its interval, whether the batch `fits` in memory at the scaled
+    depth and how many sequences would (`max_sequences`), where it fits `tpot_ms` at that depth and,
+    where a price is given, the cost of a million tokens, `extrapolation`: the shape's parameters
+    over the ladder's largest, a `note` on a batch that does not fit, and a `caution` where the
+    extrapolation is far. Raises UserError on unknown names and on ladders that are too short or
+    were not trained alike.
     """
     require_grid(hardware=hardware, batches=batches, contexts=contexts)
     require_prices(price_per_hour or {}, hardware)
@@ -53,7 +54,7 @@ def iso_quality_cost(
     ratios = size_ratios(points, reference)
     shape, prices = get_scale(scale), price_per_hour or {}
     rows: list[dict[str, object]] = []
-    for part in (hardware_of(key, dtype) for key in hardware):
+    for part in (hardware_of(key, dtype, batches) for key in hardware):
         for found in ratios.to_dict("records"):
             arch, ratio = str(found["arch"]), float(found["ratio"])
             model = ModelSpec(arch=arch, scale=shape).outline(part.roofline.dtype)
@@ -67,19 +68,14 @@ def iso_quality_cost(
                 tpot_ms = ends_ms + ratio * step_ms(layers, part.roofline)
                 state_bytes = ratio * model.state_bytes(step.context)
                 sequences = room(part, weight_bytes, state_bytes)
-                fits = sequences is None or sequences >= step.batch
                 row: dict[str, object] = {
                     "arch": arch, "reference": reference, "scale": scale, "hardware": part.key,
                     "batch": step.batch, "context": step.context, "size_ratio": ratio,
                     "size_ratio_low": found.get("low"), "size_ratio_high": found.get("high"),
-                    "tpot_ms": tpot_ms, "output_tok_per_s": 1e3 * step.batch / tpot_ms,
-                    "state_bytes": state_bytes, "max_sequences": sequences, "fits": fits,
-                    "extrapolation": reach, "note": far(reach, scale) if reach > REACH else "",
+                    "state_bytes": state_bytes, "extrapolation": reach,
                 }  # fmt: skip
-                if part.key in prices:
-                    usd = usd_per_million_tok(prices[part.key], tpot_ms, step.batch)
-                    row["usd_per_million_tok"] = usd if fits else None
-                rows.append(row)
+                row |= served(step.batch, tpot_ms, sequences, prices.get(part.key))
+                rows.append(row | {"caution": far(reach, scale) if reach > REACH else ""})
     return rows
 
 

@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from archs.errors import UserError
 from eval.families import families_of
@@ -27,6 +24,7 @@ from eval.paired import DOCUMENTS, ahead_of, paired_intervals
 from eval.results import CELL_FAILED
 from eval.schema import load_long
 from eval.seeds import keys_of, over_seeds
+from eval.sheet import Field, Sheet
 from eval.tidy import IDENTITY, QUALIFIERS, UNTIL_SOLVED, tidy
 
 #: Measures with several figures in one cell; they stay in the long table.
@@ -299,23 +297,19 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
     return [Headline(t, column, f, d) for t, column, f, d in chosen if column is not None]
 
 
-def to_table(table: pd.DataFrame) -> Table:
-    """The short ranked leaderboard for a terminal of about 100 columns."""
+def to_table(table: pd.DataFrame) -> Sheet:
+    """The short ranked leaderboard for a terminal of any width."""
     ranked = table if "rank" in table else rank(table)
-    shown = headlines(ranked)
-    drawn = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=0)
-    drawn.add_column("rank", justify="right", no_wrap=True)
-    drawn.add_column("arch", no_wrap=True)
-    for headline in shown:
-        where = headline.where.replace(" ", "\n", 1)
-        title = Text.assemble(f"{headline.title}\n", (where, "dim"))
-        drawn.add_column(title, justify="right", no_wrap=True)
-    drawn.add_column("status")
-    for _, row in ranked.iterrows():
-        figures = [headline.text(row) for headline in shown]
-        status = str(row["status"]).replace(" ×1", "")
-        drawn.add_row(str(row["rank"]) or "–", str(row["arch"]), *figures, status)
-    return drawn
+    rows = [row for _, row in ranked.iterrows()]
+    shown = [
+        Field("rank", tuple(str(row["rank"]) or "–" for row in rows), number=True, key=True),
+        Field("arch", tuple(str(row["arch"]) for row in rows), key=True),
+    ]
+    for headline in headlines(ranked):
+        cells = tuple(headline.text(row) for row in rows)
+        shown.append(Field(headline.title, cells, number=True, below=headline.where))
+    statuses = tuple(str(row["status"]).replace(" ×1", "") for row in rows)
+    return Sheet((*shown, Field("status", statuses)))
 
 
 def column_names(rows: pd.DataFrame) -> "pd.Series[Any]":

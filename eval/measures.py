@@ -25,7 +25,11 @@ MEASURES: dict[str, Measure] = {
     "document_bits_per_byte": Measure("bit/byte", "lower", "one held-out document; n: its bytes"),
     "loss_at_position": Measure("nat", "lower", "mean loss of held-out tokens, by position"),
     "mqar_accuracy": Measure(
-        "", "higher", "multi-query associative recall, test sequences", share=True
+        "",
+        "higher",
+        "multi-query associative recall, test sequences; chance is 2 / vocabulary, and 1 / pairs "
+        "among the values of the sequence",
+        share=True,
     ),
     "mqar_steps_to_99": Measure("step", "lower", "training steps until 99 % recall"),
     # training

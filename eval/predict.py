@@ -2,7 +2,7 @@
 
 Each operation takes the longer of its bytes at the bandwidth and its FLOPs at the rate, and a
 launch; their sum is the step. No weights are made, so any scale, batch and context is answered at
-once. Figures of the table's parts rest on datasheets: they are the least a step can take.
+once. Rates of the table's parts rest on datasheets, and what does not fit in memory takes no time.
 """
 
 from collections import Counter
@@ -19,6 +19,10 @@ from eval.hardware import Roofline
 
 Prediction = dict[str, object]
 
+#: What commands and the API predict where nothing else is said.
+SCALE = "8b"
+CONTEXTS = (1024, 16384)
+
 
 def predict(
     archs: Iterable[str],
@@ -28,45 +32,60 @@ def predict(
     contexts: Iterable[int],
     *,
     dtype: str = "bfloat16",
-    launch_us: float = 0.0,
+    launch_us: float | None = None,
     price_per_hour: Mapping[str, float] | None = None,
 ) -> list[Prediction]:
     """One row per architecture, hardware, batch and context, with the Measures' names.
 
-    launch_us: what every operation costs beside its work, on top of what was measured of this
-    machine. price_per_hour: by hardware key.
+    launch_us: what every operation costs beside its work; None: what was measured
+    (`launches_from`). price_per_hour: by hardware key.
     `fits` says whether weights and states of the batch fit in the part's memory,
-    `max_sequences` how many would; a batch that does not fit has no price. Raises UserError on
-    unknown names.
+    `max_sequences` how many would; a batch that does not fit has no times and no price, and `note`
+    says so. Raises UserError on unknown names.
     """
     hardware = list(hardware)
     prices = price_per_hour or {}
     require_prices(prices, hardware)
-    require_at_least("launch_us", launch_us, 0)
     rows = []
-    for arch, model, part, step in _grid(archs, scale, hardware, batches, contexts, dtype):
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us)
+    for arch, model, part, step in grid:
         cost = model.cost(step)
-        tpot_ms = step_ms(cost, part.roofline, launch_us)
         state_bytes = model.state_bytes(step.context)
         sequences = room(part, resident_bytes(model), state_bytes)
-        fits = sequences is None or sequences >= step.batch
         row: Prediction = {
             "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
             "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
             "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
             "step_bytes": cost.bytes, "step_flops": cost.flops,
             "arith_intensity_pred": cost.intensity_flop_per_byte,
-            "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte, "tpot_ms": tpot_ms,
-            "output_tok_per_s": 1e3 * step.batch / tpot_ms,
-            "output_tok_per_s_per_user": 1e3 / tpot_ms,
-            "bound_by": bound_by(cost, part.roofline, launch_us),
-            "max_sequences": sequences, "fits": fits,
+            "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
+            "product_launch_us": part.roofline.launch_us(step.batch),
+            "call_us": part.roofline.call_us, "launches_from": part.launches_from,
+            "bound_by": bound_by(cost, part.roofline),
         }  # fmt: skip
-        if part.key in prices:
-            usd = usd_per_million_tok(prices[part.key], tpot_ms, step.batch)
-            row["usd_per_million_tok"] = usd if fits else None
-        rows.append(row)
+        tpot_ms = step_ms(cost, part.roofline)
+        rows.append(row | served(step.batch, tpot_ms, sequences, prices.get(part.key)))
     return rows
+
+
+def served(
+    batch: int, tpot_ms: float, sequences: int | None, price_per_hour: float | None
+) -> Prediction:
+    """Times, and a price where one is given, of a batch of which `sequences` fit (None: any).
+
+    Of a batch that does not fit they are None, and `note` says why.
+    """
+    fits = sequences is None or sequences >= batch
+    times: Prediction = {
+        "tpot_ms": tpot_ms, "output_tok_per_s": 1e3 * batch / tpot_ms,
+        "output_tok_per_s_per_user": 1e3 / tpot_ms,
+    }  # fmt: skip
+    if price_per_hour is not None:
+        times["usd_per_million_tok"] = usd_per_million_tok(price_per_hour, tpot_ms, batch)
+    if fits:
+        return {**times, "max_sequences": sequences, "fits": True, "note": ""}
+    note = f"does not fit; {sequences:,} would" if sequences else "not one sequence fits"
+    return {**dict.fromkeys(times), "max_sequences": sequences, "fits": False, "note": note}
 
 
 def predict_ops(
@@ -77,19 +96,19 @@ def predict_ops(
     contexts: Iterable[int],
     *,
     dtype: str = "bfloat16",
-    launch_us: float = 0.0,
+    launch_us: float | None = None,
 ) -> list[Prediction]:
     """One row per operation of a step, equal ones of different layers together.
 
     `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
     a bare product with weights, none where every sequence brings bytes of its own.
     """
-    require_at_least("launch_us", launch_us, 0)
     rows: list[Prediction] = []
-    for arch, model, part, step in _grid(archs, scale, hardware, batches, contexts, dtype):
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us)
+    for arch, model, part, step in grid:
         ops = Counter(model.cost(step).ops)
         for op, count in ops.items():
-            time_ms = count * op_ms(op, part.roofline, launch_us)
+            time_ms = count * op_ms(op, part.roofline)
             rows.append(
                 {
                     "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
@@ -97,8 +116,8 @@ def predict_ops(
                     "step_bytes": count * op.bytes, "step_flops": count * op.flops,
                     "arith_intensity_pred": op.intensity_flop_per_byte,
                     "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
-                    "time_ms": time_ms,
-                    "bound_by": bound_by(Cost.of(op), part.roofline, launch_us),
+                    "launches_from": part.launches_from, "time_ms": time_ms,
+                    "bound_by": bound_by(Cost.of(op), part.roofline),
                     "compute_bound_batch": compute_bound_batch(op, step.batch, part.roofline),
                 }
             )  # fmt: skip
@@ -112,11 +131,12 @@ def _grid(
     batches: Iterable[int],
     contexts: Iterable[int],
     dtype: str,
+    launch_us: float | None,
 ) -> Iterator[tuple[str, Model, Hardware, Step]]:
     archs, hardware = list(archs), list(hardware)
     batches, contexts = list(batches), list(contexts)
     require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)
-    parts = [hardware_of(key, dtype, batches) for key in hardware]
+    parts = [hardware_of(key, dtype, batches, launch_us) for key in hardware]
     steps = [Step(b, 1, c) for b in batches for c in contexts]
     shape = get_scale(scale)
     for arch in archs:
@@ -144,28 +164,26 @@ def require_prices(prices: Mapping[str, float], hardware: Iterable[str]) -> None
             raise unknown_name("part with a price", part, hardware)
 
 
-def op_ms(op: OpCost, roofline: Roofline, launch_us: float = 0.0) -> float:
-    """Time of one operation; launch_us comes on top of what the roofline knows of launches."""
-    return roofline.time_ms(op.flops, op.bytes, op.rows) + launch_us / 1e3
+def op_ms(op: OpCost, roofline: Roofline) -> float:
+    """Time of one operation, its launch included."""
+    return roofline.time_ms(op.flops, op.bytes, op.rows)
 
 
-def step_ms(
-    cost: Cost, roofline: Roofline, launch_us: float = 0.0, *, calls: int | None = None
-) -> float:
+def step_ms(cost: Cost, roofline: Roofline, *, calls: int | None = None) -> float:
     """Time of a step, operations one after the other.
 
     calls: launches where they were counted; None: each operation of the cost is one.
     """
     more = 0 if calls is None else max(0, calls - len(cost.ops))
-    return sum(op_ms(op, roofline, launch_us) for op in cost.ops) + more * roofline.call_us / 1e3
+    return sum(op_ms(op, roofline) for op in cost.ops) + more * roofline.call_us / 1e3
 
 
-def bound_by(cost: Cost, roofline: Roofline, launch_us: float = 0.0) -> str:
+def bound_by(cost: Cost, roofline: Roofline) -> str:
     """What most of the time goes to: weights, state, compute or launches."""
     spent = {"weights": 0.0, "state": 0.0, "compute": 0.0, "launches": 0.0}
     for op in cost.ops:
-        launch_ms = (roofline.launch_us(op.rows) + launch_us) / 1e3
-        work_ms = op_ms(op, roofline, launch_us) - launch_ms
+        launch_ms = roofline.launch_us(op.rows) / 1e3
+        work_ms = op_ms(op, roofline) - launch_ms
         memory_ms = op.bytes / roofline.bytes_per_s(op.rows) * 1e3
         spent["launches"] += launch_ms
         if work_ms > memory_ms * (1 + 1e-9):

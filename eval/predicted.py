@@ -17,10 +17,18 @@ SUFFIXES = (".png", ".svg", ".html")
 
 
 def draw(rows: Sequence[Prediction], path: Path) -> None:
-    """Write a chart of `predict` rows. Raises UserError on another suffix than png, svg, html."""
+    """Write a chart of those `predict` rows that fit in memory.
+
+    Raises UserError on another suffix than png, svg, html, and where nothing fits.
+    """
     if path.suffix not in SUFFIXES:
         raise UserError(f"picture '{path}' must end in {', '.join(SUFFIXES)}")
     table = pd.DataFrame(rows)
+    table = table[table["fits"]].reset_index(drop=True)
+    if table.empty:
+        raise UserError(
+            "nothing asked for fits in memory, so there is no time to draw; lower batch"
+        )
     across = "context" if table["context"].nunique() > 1 else "batch"
     fixed = "batch" if across == "context" else "context"
     palette = Palette.of(table["arch"])
@@ -36,7 +44,11 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
     chart = (
         alt.layer(lines, points)
         .properties(width=340, height=260)
-        .facet(column=alt.Column("hardware:N", title=f"predicted, {table['scale'].iloc[0]} shapes"))
+        .facet(
+            column=alt.Column(
+                "hardware:N", title=f"{table['scale'].iloc[0]}, predicted where it fits"
+            )
+        )
     )
     options: dict[str, Any] = {"inline": True} if path.suffix == ".html" else {}
     options["format"] = path.suffix.removeprefix(".")

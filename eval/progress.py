@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -30,16 +31,21 @@ class Watch:
 
 
 class Progress:
-    """A bar on a terminal; one line per cell elsewhere. `quiet` shows nothing."""
+    """A bar on a terminal; one line per cell elsewhere. `quiet` shows nothing.
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    lines: lines on a terminal too, where drawing a bar would disturb what is timed.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool = False, lines: bool = False) -> None:
         self.console = console
         self.quiet = quiet
+        self.lines = lines or not console.is_terminal
         self._bar: Bar | None = None
         self._task = TaskID(0)
         self._done = self._total = 0.0
         self._began = self._said_s = 0.0
-        self._label = ""
+        self._label = self._text = ""
+        self._within = 0.0
 
     @contextmanager
     def over(self, total: float, cells: int, planned: int) -> Iterator[None]:
@@ -48,8 +54,12 @@ class Progress:
         self._began = self._said_s = time.monotonic()
         if cells < planned and not self.quiet:
             self.console.print(f"{planned - cells} of {planned} cells are done already")
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet:
             yield
+            return
+        if self.lines:
+            with self._never_silent():
+                yield
             return
         self._bar = Bar(
             TextColumn("{task.description}", markup=False), BarColumn(),
@@ -61,6 +71,29 @@ class Progress:
         with self._bar:
             yield
         self._bar = None
+
+    @contextmanager
+    def _never_silent(self) -> Iterator[None]:
+        """A log hears where the run is within PATIENCE_S, whether or not the cell says a thing."""
+        over = Event()
+
+        def speak() -> None:
+            while not over.wait(max(self._said_s + PATIENCE_S - time.monotonic(), 0.01)):
+                self.show(self._within, self._text)
+
+        speaker = Thread(target=speak, daemon=True)
+        speaker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            speaker.join()
+
+    @contextmanager
+    def alone(self, label: str) -> Iterator[Watch]:
+        """A run of one cell."""
+        with self.over(1.0, 1, 1), self.cell(label, 1.0) as watch:
+            yield watch
 
     @contextmanager
     def cell(self, label: str, weight: float) -> Iterator[Watch]:
@@ -81,7 +114,7 @@ class Progress:
 
     def show(self, within: float, text: str, label: str = "") -> None:
         """Of the weights of cells at work, `within` is done; a log hears of it now and then."""
-        self._label = label or self._label
+        self._label, self._within, self._text = label or self._label, within, text
         if self._bar is not None:
             done = min(self._done + within, self._total)
             self._bar.update(

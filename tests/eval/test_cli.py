@@ -1,20 +1,28 @@
 """The command: bad input is one clear line and exit code 2, good input is what scripts can read."""
 
+import inspect
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from archs.gqa import Attention
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from eval import api
+from eval.cli_app import app
 from eval.hardware import Roofline
 from eval.options import parse_duration_s
+from eval.predict import parse_counts
 from tests.eval.conftest import Command
 from tests.eval.micro import write_corpus, write_suite
 from tests.eval.synthetic import write_run
@@ -245,6 +253,37 @@ def test_diverged_training_fails_the_command(decodebench: Command, tmp_path: Pat
     assert rows_of(outcome.out)[0]["status"] == "nan"
 
 
+def test_a_mixer_whose_extend_is_wrong_fails_bench(
+    decodebench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Attention, "extend", lambda self, x, state: x)
+    argv = ("--arch", "gqa", "--scale", "tiny", "--context", "16", "--steps", "2")
+    timed = decodebench("bench", *argv, "--json")
+    assert (timed.code, rows_of(timed.out)[0]["status"]) == (1, "incorrect")
+    assert decodebench("bench", *argv).code == 1
+
+
+def test_a_score_that_is_not_finite_fails_the_command(decodebench: Command, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    text = ("--corpus", "path:text.txt")
+    assert decodebench("train", "--arch", "gqa", *TRAIN, *text).code == 0
+    checkpoint = tmp_path / "runs" / "train" / "checkpoint.safetensors"
+    with safe_open(checkpoint, "pt") as held:
+        metadata, tensors = held.metadata(), {k: held.get_tensor(k) for k in held.keys()}  # noqa: SIM118
+    weights = {k: v * math.nan if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(weights, checkpoint, metadata)
+    scored = decodebench("quality", "runs/train", *text, "--json")
+    assert (scored.code, rows_of(scored.out)[0]["value"]) == (1, None)
+
+
+def test_training_that_a_budget_stops_says_run_again(decodebench: Command, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    argv = ("train", "--arch", "gqa", *TRAIN, "--corpus", "path:text.txt", "--json")
+    stopped = decodebench(*argv, "--time-budget", "0.000001")
+    assert (stopped.code, rows_of(stopped.out)[0]["status"]) == (3, "stopped")
+    assert decodebench(*argv).code == 0
+
+
 @pytest.mark.parametrize("text", ["0", "-1m", "nan", "inf", "", "m"])
 def test_impossible_durations(text: str) -> None:
     with pytest.raises(ValueError, match="positive number"):
@@ -257,6 +296,48 @@ def test_durations_have_units() -> None:
 
 
 # -- good input --
+
+
+def test_the_command_says_its_version_and_takes_a_short_help(decodebench: Command) -> None:
+    shown = decodebench("--version")
+    assert (shown.code, shown.out) == (0, f"decodebench {version('decodebench')}\n")
+    for argv in (("-h",), ("predict", "-h")):
+        helped = decodebench(*argv)
+        assert helped.code == 0 and "Usage" in helped.out
+    assert "3 the time budget ended" in " ".join(decodebench("-h").out.split())
+
+
+def test_a_dry_run_lists_its_cells_as_json(decodebench: Command, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path)
+    cells = rows_of(decodebench("run", "--suite", suite, "--dry-run", "--json").out)
+    plain = decodebench("run", "--suite", suite, "--dry-run").out.split()
+    assert [cell["cell"] for cell in cells] == plain
+    assert {cell["stage"] for cell in cells} >= {"hardware", "cost", "train", "decode"}
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["predict", "predict_ops", "fit", "bench", "isoquality"])
+def test_the_command_and_the_api_have_the_same_defaults(name: str) -> None:
+    """As the command's words are read: `1k,16k` is (1024, 16384)."""
+    command = {"predict_ops": "predict", "fit": "predict"}.get(name, name)
+    here = {c.callback.__name__: c.callback for c in app.registered_commands if c.callback}
+    given = {k: p.default for k, p in inspect.signature(here[command]).parameters.items()}
+    mine = {k: p.default for k, p in inspect.signature(getattr(api, name)).parameters.items()}
+    read: dict[str, tuple[str, Callable[[Any], object]]] = {
+        "scale": ("scale", str), "batches": ("batch", parse_counts),
+        "contexts": ("context", parse_counts), "hardware": ("hardware", lambda v: v.split(",")),
+        "dtype": ("dtype", str), "launch_us": ("launch_us", lambda v: v), "steps": ("steps", int),
+        "prompt": ("prompt", int), "reference": ("reference", str), "backend": ("backend", str),
+    }  # fmt: skip
+    shared = {k: v for k, v in read.items() if k in mine and v[0] in given}
+    assert {"scale", "contexts"} <= set(shared)
+    for name_there, (name_here, parse) in shared.items():
+        there = mine[name_there]
+        there = list(there) if isinstance(there, tuple) else there
+        held = given[name_here]
+        # With --fit no batch may be given, so that its default is not the parser's.
+        held = "1" if held is None and name_here == "batch" else held
+        assert parse(held) == there, name_there
 
 
 def test_archs_lists_every_architecture(decodebench: Command) -> None:

@@ -101,6 +101,14 @@ def test_a_failing_check_shows_and_fails_the_command(
     assert timed.code == 1 and row["case"] == "check off" and row["error"] == 1.0
 
 
+def test_a_proof_whose_budget_ended_says_run_again(
+    bench: Bench, on_gpu: Callable[..., Outcome]
+) -> None:
+    op = Op(name="a", checks=[bench.check()])
+    assert on_gpu([op], "--check", "--json", "--time-budget", "0.000001s").code == 3
+    assert on_gpu([op], "--check", "--json").code == 0
+
+
 def test_a_failing_baseline_is_no_defect_of_ours(
     bench: Bench, on_gpu: Callable[..., Outcome]
 ) -> None:

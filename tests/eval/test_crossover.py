@@ -1,15 +1,17 @@
 """Where two architectures cross: predicted against brute force, measured by interpolation."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval.crossover import crossovers, measured_crossovers
+from eval.crossover import crossovers, measured_crossovers, told
 from eval.leaderboard import merge
 from eval.predict import predict
 from eval.results import COLUMNS
+from tests.eval.conftest import Command
 
 COMMITTED = Path(__file__).parents[2] / "leaderboards" / "cpu-2-threads" / "2026-11-23"
 
@@ -35,6 +37,23 @@ def test_the_predicted_crossover_is_where_the_order_turns(batch: int) -> None:
 def test_an_architecture_that_is_always_ahead() -> None:
     assert [r["verdict"] for r in crossovers("mqa", "mha", "8b", ["h200"], [64])] == ["always"]
     assert [r["verdict"] for r in crossovers("mha", "mqa", "8b", ["h200"], [64])] == ["never"]
+
+
+def test_a_verdict_says_at_which_contexts_it_was_looked() -> None:
+    [row] = crossovers("mqa", "mha", "8b", ["h200"], [64], longest=4096)
+    assert (row["verdict"], row["looked_from"], row["looked_to"]) == ("always", 1, 4096)
+    assert told(row)["mqa is faster"] == "at every context (looked at from 1 to 4,096 tokens)"
+
+
+def test_a_batch_that_does_not_fit_at_the_crossing_has_no_time() -> None:
+    [row] = crossovers("mqa", "mha", "8b", ["h100"], [64], longest=131072)
+    assert (row["first_tpot_ms"], row["second_tpot_ms"]) == (None, None)
+    assert row["note"] == (
+        "mqa: 29 sequences fit at 131,072 tokens; mha: 0 sequences fit at 131,072 tokens"
+    )
+    [row] = crossovers("gdn", "mqa", "8b", ["h100"], [64], longest=131072)
+    [alone] = predict(["gdn"], "8b", ["h100"], [64], [int(str(row["context"]))])
+    assert row["first_tpot_ms"] == alone["tpot_ms"] and row["note"] == ""
 
 
 def timed(arch: str, pairs: list[tuple[int, float]], run: str = "a") -> pd.DataFrame:
@@ -66,6 +85,21 @@ def test_two_runs_that_differ_give_a_crossover_each() -> None:
 def test_committed_results_hold_a_crossover() -> None:
     rows = measured_crossovers(merge([COMMITTED]), "gdn", "mha")
     assert rows and all(row["timed_from"] < row["timed_to"] for row in rows)
+
+
+def test_scale_and_batch_choose_among_results_and_a_part_is_refused(
+    decodebench: Command,
+) -> None:
+    at = ("crossover", "gdn", "mha", "--results", COMMITTED, "--json")
+    every = json.loads(decodebench(*at).out)
+    assert {row["batch"] for row in every} == {1, 8}
+    chosen = json.loads(decodebench(*at, "--batch", "8").out)
+    assert [row for row in every if row["batch"] == 8] == chosen
+    decodebench(*at, "--scale", "8b").refuses("timed alike at scale 8b", "run a suite with both")
+    decodebench(*at, "--hardware", "h100").refuses("hardware is of predictions", "leave out")
+    decodebench(*at, "--dtype", "float16").refuses("dtype is of predictions")
+    shown = " ".join(decodebench("crossover", "mqa", "mha", "--results", COMMITTED).out.split())
+    assert "timed from 256 to 16,384 tokens" in shown
 
 
 def test_results_without_both_are_refused() -> None:

@@ -109,7 +109,7 @@ def test_cost_is_the_layers_times_the_ratio() -> None:
     assert by_arch["swa"]["extrapolation"] == pytest.approx(1.2e9 / 7.4e6, rel=0.3)
 
 
-def test_a_batch_that_does_not_fit_has_no_price() -> None:
+def test_a_batch_that_does_not_fit_has_no_time_and_no_price() -> None:
     price = {"h100": 2.5}
     rows = iso_quality_cost(ladder(), "gqa", scale="8b", contexts=[131072], price_per_hour=price)
     for row in rows:
@@ -117,7 +117,9 @@ def test_a_batch_that_does_not_fit_has_no_price() -> None:
         deep = float(str(row["state_bytes"])) / float(str(alone["state_bytes"]))
         assert deep == pytest.approx(row["size_ratio"])
         assert row["fits"] is (int(str(row["max_sequences"])) >= 64)
-        assert (row["usd_per_million_tok"] is None) is not row["fits"]
+        for name in ("usd_per_million_tok", "tpot_ms", "output_tok_per_s"):
+            assert (row[name] is None) is not row["fits"]
+        assert ("would" in str(row["note"]) or "not one" in str(row["note"])) is not row["fits"]
     by_arch = {str(row["arch"]): row for row in rows}
     assert (by_arch["gqa"]["max_sequences"], by_arch["gqa"]["fits"]) == (3, False)
     assert by_arch["gdn"]["fits"] is True
@@ -125,9 +127,9 @@ def test_a_batch_that_does_not_fit_has_no_price() -> None:
 
 def test_a_far_shape_is_called_a_direction() -> None:
     [row] = [r for r in iso_quality_cost(ladder(), "gqa", scale="8b") if r["arch"] == "gqa"]
-    assert "8b has about 1,100 times the parameters of the ladder's largest" in str(row["note"])
+    assert "8b has about 1,100 times the parameters of the ladder's largest" in str(row["caution"])
     [near] = [r for r in iso_quality_cost(ladder(), "gqa", scale="tiny") if r["arch"] == "gqa"]
-    assert near["note"] == "" and float(str(near["extrapolation"])) < 2
+    assert near["caution"] == "" and float(str(near["extrapolation"])) < 2
 
 
 def test_short_ladders_and_unknown_references_are_refused() -> None:

@@ -4,7 +4,9 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from eval.measures import MEASURES
 from eval.predict import bound_by, parse_counts, predict, predict_ops, resident_bytes, step_ms
 from tests.eval.conftest import STUB_ROOFLINE, Command
 
+ROOT = Path(__file__).parents[2]
+MACHINE = "leaderboards/nvidia-h100-80gb-hbm3/2026-11-26-evening/machine.csv"
 ROOFLINE = Roofline(copy_bytes_per_s=100.0, matrix_flops_per_s=1000.0, dtype=torch.float32)
 
 
@@ -167,7 +171,7 @@ def test_operations_add_up_to_the_step() -> None:
 def test_a_launch_costs_each_operation() -> None:
     cost = Cost.of(OpCost(name="a", weight_bytes=50), OpCost(name="b", matrix_flops=2000))
     assert step_ms(cost, ROOFLINE) == 500 + 2000
-    assert step_ms(cost, ROOFLINE, launch_us=1e6) == 500 + 2000 + 2 * 1000
+    assert step_ms(cost, replace(ROOFLINE, call_us=1e6)) == 500 + 2000 + 2 * 1000
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,23 @@ def test_a_launch_costs_each_operation() -> None:
     ],
 )
 def test_what_bounds_a_step(op: OpCost, launch_us: float, expected: str) -> None:
-    assert bound_by(Cost.of(op), ROOFLINE, launch_us) == expected
+    assert bound_by(Cost.of(op), replace(ROOFLINE, call_us=launch_us)) == expected
+
+
+def test_a_launch_costs_what_was_measured_unless_it_is_given() -> None:
+    """The figures of the committed machine.csv, named as the source."""
+    [row] = predict(["gqa"], "1b", ["h200"], [8], [1024])
+    machine = pd.read_csv(ROOT / MACHINE).set_index("measure")["value"]
+    assert row["product_launch_us"] == pytest.approx(machine["product_launch_us"], rel=2e-3)
+    assert row["call_us"] == pytest.approx(machine["call_us"], rel=2e-3)
+    assert MACHINE in str(row["launches_from"])
+    [free] = predict(["gqa"], "1b", ["h200"], [8], [1024], launch_us=0)
+    assert (free["product_launch_us"], free["call_us"], free["launches_from"]) == (0, 0, "given")
+    ops = ModelSpec(arch="gqa", scale=get_scale("1b")).outline().cost(Step(8, 1, 1024)).ops
+    products = sum(op.rows > 0 for op in ops)
+    launches_ms = (3.40 * products + 1.19 * (len(ops) - products)) / 1e3
+    gap_ms = float(str(row["tpot_ms"])) - float(str(free["tpot_ms"]))
+    assert gap_ms == pytest.approx(launches_ms)
 
 
 def test_a_product_with_weights_turns_compute_bound_at_the_ridge() -> None:
@@ -203,11 +223,14 @@ def test_what_fits_is_what_memory_holds() -> None:
     assert predict(["mha"], "1b", ["l4"], [1], [2**30])[0]["max_sequences"] == 0
 
 
-def test_a_batch_that_does_not_fit_has_no_price(decodebench: Command) -> None:
+def test_a_batch_that_does_not_fit_has_no_time_and_no_price(decodebench: Command) -> None:
     """8b, 64 sequences of 128k tokens: 1.1 TB of state on 80 GB."""
     price = {"h100": 2.5}
     (row,) = predict(["gqa"], "8b", ["h100"], [64], [131072], price_per_hour=price)
     assert (row["fits"], row["max_sequences"], row["usd_per_million_tok"]) == (False, 3, None)
+    for name in ("tpot_ms", "output_tok_per_s", "output_tok_per_s_per_user"):
+        assert row[name] is None
+    assert row["note"] == "does not fit; 3 would"
     (row,) = predict(["gqa"], "8b", ["h100"], [3], [131072], price_per_hour=price)
     assert row["fits"] and isinstance(row["usd_per_million_tok"], float)
     shape = ("predict", "--arch", "gqa", "--scale", "8b", "--batch", "64", "--context", "128k")
@@ -258,3 +281,20 @@ def test_the_doctor_tells_what_is_here_and_what_is_not(monkeypatch: pytest.Monke
     assert isinstance(optional, dict)
     assert optional["no_such_library"] == "absent (nothing)"
     assert optional["numpy"] == importlib.metadata.version("numpy")
+
+
+@pytest.mark.usefixtures("stub_roofline")
+def test_the_doctor_rounds_and_names_units(decodebench: Command) -> None:
+    lines = decodebench("doctor").out.splitlines()
+    assert "copy GB/s: 20" in lines and "matrix GFLOP/s: 200" in lines
+    assert "  transformers: " in "\n".join(lines)
+    figures = [line.partition(": ")[2] for line in lines if "free" in line]
+    assert len(figures) == 2 and all(len(figure) <= 6 for figure in figures)
+
+
+def test_a_picture_shows_what_fits(decodebench: Command, tmp_path: Path) -> None:
+    at = ("predict", "--arch", "mha", "--batch", "64", "--picture", "a.svg", "--context")
+    assert decodebench(*at, "1k,2k,1m").code == 0
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "context: 1024" in drawn and "context: 1048576" not in drawn
+    decodebench(*at, "512k,1m").refuses("nothing asked for fits in memory", "lower batch")

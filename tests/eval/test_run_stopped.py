@@ -1,6 +1,7 @@
 """Runs that are stopped by a budget, a full disk, a kill or Ctrl-C lose nothing."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any, NoReturn
 import pytest
 
 from archs.errors import UserError
-from eval.cells import Workshop
+from eval.cells import CellFailure, Workshop
+from eval.results import About, Status
 from eval.suite import Suite
 from tests.eval.conftest import Command
 from tests.eval.micro import cells_of, run
@@ -25,7 +27,8 @@ ROOT = Path(__file__).parents[2]
 VICTIM = """
 import sys, time
 import eval.cells
-from eval.cells import Workshop
+from eval.cells import CellFailure, Workshop
+from eval.results import About, Status
 from eval.cli import main
 from eval.hardware import Roofline
 import torch
@@ -49,7 +52,7 @@ def test_a_time_budget_stops_cleanly_and_the_next_run_goes_on(
 ) -> None:
     argv = ("run", "--suite", "micro.toml", "--out", "early", "--device", "cpu")
     early = decodebench(*argv, "--time-budget", "0.0001")
-    assert early.code == 0
+    assert early.code == 3
     assert "time budget ended" in early.out
     seconds = iter(range(100))
     with monkeypatch.context() as patch:
@@ -61,6 +64,22 @@ def test_a_time_budget_stops_cleanly_and_the_next_run_goes_on(
     assert run(suite, tmp_path / "out")
     assert len(cells_of(tmp_path / "out")) == 6
     assert cells_of(tmp_path / "out")[: len(done)] == done
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_cell_that_fails_fails_the_command_and_what_does_not_fit_does_not(
+    decodebench: Command, suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Workshop, *_: object) -> NoReturn:
+        raise CellFailure(status, About(), "made to fail")
+
+    argv = ("run", "--suite", "micro.toml", "--device", "cpu", "--json")
+    monkeypatch.setattr(Workshop, "decode", fail)
+    for status, code in ((Status.INCORRECT, 1), (Status.OOM, 0)):
+        done = decodebench(*argv, "--out", status)
+        assert done.code == code and json.loads(done.out)["finished"], status
+    # A finished run says so each time that it is asked.
+    assert decodebench(*argv, "--out", Status.INCORRECT).code == 1
 
 
 def test_a_budget_that_ends_within_training_leaves_no_row(
