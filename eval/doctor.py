@@ -44,6 +44,7 @@ def diagnose() -> dict[str, object]:
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
         "dtype": str(dtype).removeprefix("torch."),
         "copy_bytes_per_s": roofline.copy_bytes_per_s,
+        "read_bytes_per_s": roofline.read_bytes_per_s,
         "product_bytes_per_s": roofline.bytes_per_s(1),
         "product_launch_us": roofline.launch_us(1),
         "call_us": roofline.call_us,
