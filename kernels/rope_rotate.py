@@ -1,8 +1,8 @@
 """Rotary positions in place, for heads that are not written as they are (arXiv 2104.09864).
 
 B sequences, K new tokens, H heads, d channels that turn. Serves queries of layers that read other
-layers' keys, latent attention's rotary part, and retention. Interleaved pairs, as `kernels.rope`;
-`kernels.rope_append` is the form that also writes keys and values.
+layers' keys, and retention. Interleaved pairs, as `kernels.rope`; `kernels.rope_append` is the form
+that also writes keys and values, `kernels.latent_append` the one that writes latent rows.
 """
 
 import torch

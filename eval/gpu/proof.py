@@ -49,6 +49,7 @@ OP_COLUMNS = (
 MACHINE_COLUMNS = ("measure", "value", *FROM)
 RATES = (
     "copy_bytes_per_s", "matrix_flops_per_s", "product_bytes_per_s", "product_launch_us", "call_us",
+    "read_bytes_per_s",
 )  # fmt: skip
 OURS = "triton"
 #: In the note of a cell that no later call may try: it would end there, too.
@@ -116,13 +117,13 @@ class Proof:
             if len(held) < len(RATES):
                 r = measure_roofline(self.device, torch.bfloat16)
                 rates = (r.copy_bytes_per_s, r.matrix_flops_per_s)
-                beside = (r.bytes_per_s(1), r.launch_us(1), r.call_us)
+                beside = (r.bytes_per_s(1), r.launch_us(1), r.call_us, r.read_bytes_per_s)
                 held = dict(zip(RATES, (*rates, *beside), strict=True))
                 for measure, value in held.items():
                     self.machine.append({"measure": measure, "value": value, **self._from})
-            copy, matrix, product, launch_us, call_us = (held[name] for name in RATES)
+            copy, matrix, product, launch_us, call_us, read = (held[name] for name in RATES)
             one_row = ProductRate(1, product, launch_us)
-            self._roofline = Roofline(copy, matrix, torch.bfloat16, (one_row,), call_us)
+            self._roofline = Roofline(copy, matrix, torch.bfloat16, (one_row,), call_us, read)
         return self._roofline
 
     # -- correctness -----------------------------------------------------------------------------

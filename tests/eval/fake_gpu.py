@@ -18,7 +18,7 @@ from eval.hardware import ProductRate, Roofline
 from eval.progress import Progress
 
 CPU = torch.device("cpu")
-RATES = Roofline(1e9, 1e12, torch.bfloat16, (ProductRate(1, 2e9, 3.0),), 1.5)
+RATES = Roofline(1e9, 1e12, torch.bfloat16, (ProductRate(1, 2e9, 3.0),), 1.5, 1.25e9)
 #: What the stubbed timer says of everything.
 SECONDS = 2e-3
 #: What a worker prints of a check that passed.

@@ -1,6 +1,7 @@
 """A suite so small that it trains, asks and times an architecture in a second."""
 
 import csv
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,11 @@ from rich.console import Console
 from eval.progress import Progress
 from eval.run import run_suite
 from eval.suite import Suite
+
+#: What makes `decodebench train` a matter of a second.
+TRAIN = (
+    "--steps", "2", "--batch", "2", "--seq-len", "32", "--vocab-size", "300", "--device", "cpu",
+)  # fmt: skip
 
 WORDS = [
     "the",
@@ -100,3 +106,14 @@ def cells_of(out: Path) -> list[str]:
     """Keys of the recorded cells, in order, each append once."""
     with (out / "results.csv").open() as file:
         return [row["cell"] for row in csv.DictReader(file) if row["row"].startswith("1/")]
+
+
+def rows_of(text: str) -> list[dict[str, Any]]:
+    """The rows that a command printed; NaN is not JSON."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    rows = json.loads(text, parse_constant=refuse)
+    assert isinstance(rows, list) and rows
+    return rows

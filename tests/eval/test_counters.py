@@ -25,8 +25,7 @@ from eval.suite import Suite, load_suite
 from infer.engine import Engine
 from tests.eval.conftest import Command
 from tests.eval.fake_ncu import BYTES, CPU, CUDA, DENIED, FakeNcu, answers, make_fake_ncu
-from tests.eval.micro import run
-from tests.eval.test_cli import rows_of
+from tests.eval.micro import rows_of, run
 
 MEASURED = ("step_bytes_meas", "step_flops_meas", INTENSITY)
 WORK = Work(
