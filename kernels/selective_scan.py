@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 #: Floats of one [piece, B, E, N] buffer: three of them should stay in cache.
-PIECE_FLOATS = 1 << 18
+PIECE_FLOATS = 1 << 19
 
 
 def selective_scan(
