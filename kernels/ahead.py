@@ -30,6 +30,9 @@ TARGETS: dict[str, GPUTarget] = {
 #: The most shared memory that one program may have.
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
+#: Where a kernel begins while the one before it ends (`kernels.overlap`).
+OVERLAPPING = ("sm_90", "sm_100")
+
 #: `narrow_in_loops` of an op whose loop is over tokens and takes vectors of one token.
 TOKEN_LOADS = frozenset({1, 2, 4, 8})
 
@@ -102,6 +105,11 @@ def compile_ahead(variant: Variant, target: str) -> Report:
     """Compile for one of `TARGETS`. Triton's own errors pass through."""
     names = variant.kernel.arg_names
     signature = {n: variant.signature.get(n, "constexpr") for n in names}
+    constants = dict(variant.constexprs)
+    options: dict[str, Any] = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    if "OVERLAP" in names:
+        constants["OVERLAP"] = target in OVERLAPPING
+        options |= {"launch_pdl": True} if constants["OVERLAP"] else {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible
     }
@@ -110,8 +118,7 @@ def compile_ahead(variant: Variant, target: str) -> Report:
         for name, kind in variant.signature.items():
             if kind.startswith("*"):
                 attributes.setdefault((names.index(name),), []).append(["tt.pointer_range", 32])
-    source = ASTSource(variant.kernel, signature, dict(variant.constexprs), attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    source = ASTSource(variant.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     read = _read_amd if amd else _read_nvidia
     found = read(compiled)

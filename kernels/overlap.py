@@ -1,0 +1,45 @@
+"""A kernel begins while the one before it ends: programmatic dependent launch (Hopper and later).
+
+A decode step is a chain of small kernels, and at each link the memory idles: a launch, the address
+arithmetic and the first loads take longer than many of the kernels. A kernel that is launched so
+may start as soon as all programs of the one before it have started and said so (`start_next`); what
+it reads of others' results, and all that it writes, must come after `wait_for_previous`. Weights
+come before: no kernel of a step writes them. Every program of every kernel that is launched so has
+to wait, for then each kernel's end implies the end of all before it, and memory that torch's
+allocator hands on is free indeed.
+
+PTX: griddepcontrol.launch_dependents and griddepcontrol.wait.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+#: The first compute capability that can.
+FROM = (9, 0)
+
+
+@triton.jit
+def start_next(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The next kernel may start once all programs of this one have come here."""
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the kernel before this one has ended and what it wrote can be read."""
+    if OVERLAP:
+        cuda.gdc_wait()
+
+
+@functools.cache
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """How kernels with an OVERLAP are launched on `device`: keyword arguments of the launch."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {"OVERLAP": False}
+    able = torch.cuda.get_device_capability(device) >= FROM
+    return {"OVERLAP": True, "launch_pdl": True} if able else {"OVERLAP": False}
