@@ -47,8 +47,7 @@ class Block(nn.Module):
     def _mlp(self, x: Tensor, residual: Tensor) -> Stream:
         if self.mlp is None or self.norm_mlp is None:
             return x, residual
-        normed, stream = self.norm_mlp.after(x, residual)
-        return self.mlp(normed), stream
+        return self.mlp.after(x, residual, self.norm_mlp)
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

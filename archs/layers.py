@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.ops import glue
-from archs.ops.product import product
+from archs.ops.product import norm_swiglu, product
 
 
 class Leaf:
@@ -75,6 +75,13 @@ class SwiGLU(Leaf, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
         return self.down(glue.swiglu(self.gate_up(x), backend=self.backend))
+
+    def after(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The MLP of norm(x + residual), and that sum; [B, T, D] each."""
+        hidden, total = norm_swiglu(
+            x, residual, norm.weight, norm.eps, self.gate_up.weight, backend=self.backend
+        )
+        return self.down(hidden), total
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

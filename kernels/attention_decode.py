@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels.ahead import TARGETS, Variant
 from kernels.attention_decode_checks import EIGHT_BIT, check
 from kernels.attention_tiles import page_of, rows_of
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.split_combine import MAX_SPLITS, split_combine
 from kernels.words import as_words, halves, join_channels, split_channels
 
@@ -82,8 +83,10 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     max_pages, group, tokens, row_blocks, window, sinks,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
-    EIGHT_BIT: tl.constexpr, FP8: tl.constexpr,
+    EIGHT_BIT: tl.constexpr, FP8: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
     splits = tl.num_programs(0)
@@ -258,7 +261,7 @@ def attention_decode(
         stride_b, stride_t, stride_h, stride_k, stride_v,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         **_constants(dim, block_m, config, page_size, window is not None, kv_dtype),
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **overlapped(q.device),
     )  # fmt: skip
     if splits > 1:
         split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)

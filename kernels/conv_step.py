@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import Variant
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
     require_dims,
@@ -44,9 +45,11 @@ def rows_of(x, tail, source, c, inside, x_row, C: tl.constexpr, W: tl.constexpr)
 def conv_step_fwd_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, tail, slots, new, each, y, x_row, slot_stride,
     SILU: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of C, B). Rows of x and y are tokens; bias, new and each may be None."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     batch = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + batch).to(tl.int64)
     count = K
@@ -127,6 +130,7 @@ def conv_step(
         x, weight, bias, tail, slots, new, each, y, row_stride("x", x), tail.stride(0),
         SILU=silu, K=tokens, C=channels, W=width, BLOCK_K=triton.next_power_of_2(tokens),
         BLOCK_R=triton.next_power_of_2(width - 1), BLOCK_C=block_c, num_warps=warps,
+        **overlapped(x.device),
     )  # fmt: skip
     return y
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.ahead import Variant
 from kernels.attention_decode_checks import form, require
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.page_write import FLOATS, TYPES, check_pages, page_row
 from kernels.rope_rotate import CONFIGS, turned
 
@@ -28,9 +29,11 @@ def latent_append_fwd_kernel(  # type: ignore[no-untyped-def]
     q_stride_b, q_stride_t, key_stride_b, key_stride_t, latent_stride_b, latent_stride_t,
     tokens, max_pages, positions,
     EPS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * K, 1 + tiles of heads). new may be None."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0) // tokens
     i = tl.program_id(0) % tokens
     wide_b, wide_i = b.to(tl.int64), i.to(tl.int64)
@@ -140,6 +143,7 @@ def latent_append(
     latent_append_fwd_kernel[(batch * tokens, 1 + triton.cdiv(heads, constants["BLOCK_H"]))](
         q, key, latent, weight, cos_sin, pool, page_table, lengths, new, *strides,
         tokens, page_table.shape[1], cos_sin.shape[0], EPS=eps, **constants, num_warps=warps,
+        **overlapped(q.device),
     )  # fmt: skip
 
 

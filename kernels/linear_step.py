@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.attention_decode_checks import form, require
 from kernels.norm import OutputNorm
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.rope_rotate import rope_rotate_ref
 from kernels.step import (
     POINTERS,
@@ -52,11 +53,13 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
-    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of P, H, B). Rows of q, k, v, y, gate are tokens; new, each may be None, and so
     may all that serves the rotation or the output norm.
     """
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (H // G)
@@ -151,6 +154,7 @@ def linear_step(
         cos_sin, past, positions,
         SCALE=scale, K=tokens, G=groups, H=heads, N=n, P=p,
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
+        **overlapped(q.device),
     )  # fmt: skip
     return y
 

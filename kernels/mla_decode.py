@@ -24,6 +24,7 @@ from kernels.ahead import Variant
 from kernels.attention_decode import SPILLS, multiprocessors
 from kernels.attention_tiles import page_of, rows_of
 from kernels.mla_decode_checks import WIDTHS, check
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.split_combine import MAX_SPLITS, split_combine
 
 #: Fewest rows worth a split of their own.
@@ -82,7 +83,10 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     max_pages, group, tokens, row_blocks, window, sinks,
     LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
     splits = tl.num_programs(0)
@@ -244,7 +248,7 @@ def mla_decode(
         scale * math.log2(math.e), *strides, pool.stride(0) if groups > 1 else 0,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         **_constants(latent, q_rotary.shape[3], block_m, config, page_size, window is not None),
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **overlapped(q.device),
     )  # fmt: skip
     if splits > 1:
         split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)

@@ -28,6 +28,7 @@ from kernels.norm_triton_rows import (
     norm_variant,
     row_strides,
 )
+from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: BLOCK_D -> (BLOCK_R, num_warps): 16 elements per thread of 32 lanes until warps run out.
 CONFIGS: dict[int, tuple[int, int]] = {
@@ -52,12 +53,14 @@ def norm_fwd_kernel(  # type: ignore[no-untyped-def]
     x, residual, gate, weight, y, summed, rows, inner,
     x_outer, x_inner, r_outer, r_inner, g_outer, g_inner,
     EPS: tl.constexpr, GATE_FIRST: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows, GROUPS): one program's rows share a slice of weight.
 
     residual (with summed) and gate may be None; y and summed are dense.
     """
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     group = tl.program_id(1)
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)) * GROUPS + group
     d = tl.arange(0, BLOCK_D)
@@ -87,9 +90,12 @@ def norm_fwd_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def swiglu_fwd_kernel(  # type: ignore[no-untyped-def]
-    gate_up, y, inner, x_outer, x_inner, F: tl.constexpr, BLOCK_F: tl.constexpr
-):
+    gate_up, y, inner, x_outer, x_inner, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Grid (rows, tiles of F); y is dense."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     source = gate_up + (row // inner).to(tl.int64) * x_outer + (row % inner).to(tl.int64) * x_inner
@@ -273,6 +279,7 @@ def _norm(
     norm_fwd_kernel[(triton.cdiv(rows // groups, block_r), groups)](
         x, residual, gate, weight, y, summed, rows, inner, *strides, EPS=eps, GATE_FIRST=first,
         D=size, GROUPS=groups, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        **overlapped(x.device),
     )  # fmt: skip
     return y, summed
 
@@ -283,8 +290,9 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     half, (block, warps) = width // 2, SWIGLU_CONFIG
     y = torch.empty(*lead, half, dtype=gate_up.dtype, device=gate_up.device)
     swiglu_fwd_kernel[(y.numel() // half, triton.cdiv(half, block))](
-        gate_up, y, inner, *strides, F=half, BLOCK_F=block, num_warps=warps
-    )
+        gate_up, y, inner, *strides, F=half, BLOCK_F=block, num_warps=warps,
+        **overlapped(gate_up.device),
+    )  # fmt: skip
     return y
 
 

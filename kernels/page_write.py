@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.ahead import TARGETS, Variant
 from kernels.attention_decode_checks import EIGHT_BIT, form, require
+from kernels.overlap import overlapped, start_next, wait_for_previous
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 #: Triton's names of what rows and pools hold.
@@ -63,9 +64,11 @@ def page_write_fwd_kernel(  # type: ignore[no-untyped-def]
     rows, pool, page_table, lengths, new, first_kept, scale,
     stride_b, stride_t, stride_p, pool_stride_p, tokens, max_pages, sinks,
     P: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * K, tiles of planes, tiles of channels). new, first_kept, scale may be None."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0) // tokens
     i = tl.program_id(0) % tokens
     _, kept, _, row = page_row(
@@ -168,7 +171,7 @@ def page_write(
     page_write_fwd_kernel[(batch * tokens, *blocks)](
         rows, pool, page_table, lengths, new, first_kept, scale,
         stride_b, stride_t, stride_p, pool_stride_p, tokens, page_table.shape[1], sinks,
-        **constants, num_warps=warps,
+        **constants, num_warps=warps, **overlapped(rows.device),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.ahead import Variant
 from kernels.attention_decode_checks import form, require
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.page_write import FLOATS, TYPES, check_pages, page_row
 
 MAX_HEAD_DIM = 512
@@ -27,9 +28,11 @@ def rope_append_fwd_kernel(  # type: ignore[no-untyped-def]
     qkv, cos_sin, k_pool, v_pool, page_table, lengths, new, first_kept,
     stride_b, stride_t, k_stride_g, v_stride_g, tokens, max_pages, positions, sinks,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * K, tiles of heads). new and first_kept may be None."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0) // tokens
     i = tl.program_id(0) % tokens
     first = tl.program_id(1) * BLOCK_H
@@ -141,6 +144,7 @@ def rope_append(
         qkv, cos_sin, k_pool, v_pool, page_table, lengths, new, first_kept,
         stride_b, stride_t, stride_k, stride_v,
         tokens, page_table.shape[1], cos_sin.shape[0], sinks, **constants, num_warps=warps,
+        **overlapped(qkv.device),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.ahead import Variant
 from kernels.attention_decode_checks import form, require
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.page_write import FLOATS, TYPES
 
 MAX_DIM = 512
@@ -32,8 +33,11 @@ def turned(x, angle, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[n
 def rope_rotate_fwd_kernel(  # type: ignore[no-untyped-def]
     x, cos_sin, lengths, stride_b, stride_t, tokens, positions,
     H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * K, tiles of heads)."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     b = (tl.program_id(0) // tokens).to(tl.int64)
     i = tl.program_id(0) % tokens
     position = tl.load(lengths + b) + i
@@ -81,7 +85,7 @@ def rope_rotate(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
     stride_b, stride_t = (x.stride(i) if x.shape[i] > 1 else 0 for i in range(2))
     rope_rotate_fwd_kernel[(batch * tokens, triton.cdiv(heads, constants["BLOCK_H"]))](
         x, cos_sin, lengths, stride_b, stride_t, tokens, cos_sin.shape[0], **constants,
-        num_warps=warps,
+        num_warps=warps, **overlapped(x.device),
     )  # fmt: skip
     return x
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.ahead import Variant
 from kernels.attention_decode_checks import form, require
 from kernels.nucleus import NO_TOKEN, SLACK
+from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: So many tokens of the full mass fit in 62 bits.
 MAX_VOCABULARY = 1 << 18
@@ -54,8 +55,10 @@ def _masses(keys, top, scale_log2):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def greedy_fwd_kernel(logits, best, stride_b, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def greedy_fwd_kernel(logits, best, stride_b, V, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Grid (pieces of V, B). The largest (key, -index) of a piece, packed into an int64."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     b = tl.program_id(1).to(tl.int64)
     v = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keys = _keys(logits + b * stride_b, v, V)
@@ -64,8 +67,10 @@ def greedy_fwd_kernel(logits, best, stride_b, V, BLOCK: tl.constexpr):  # type: 
 
 
 @triton.jit(do_not_specialize=["pieces"])
-def greedy_combine_fwd_kernel(best, out, pieces, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def greedy_combine_fwd_kernel(best, out, pieces, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Grid (B,). The token of the largest packed value of a row."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     packed = tl.load(best + b * pieces + i, mask=i < pieces, other=-0x7FFFFFFFFFFFFFFF)
@@ -77,9 +82,11 @@ def greedy_combine_fwd_kernel(best, out, pieces, BLOCK: tl.constexpr):  # type: 
 @triton.jit
 def top_p_fwd_kernel(  # type: ignore[no-untyped-def]
     logits, uniform, out, scale_log2, top_p, stride_b, V,
-    NUCLEUS: tl.constexpr, BLOCK: tl.constexpr,
+    NUCLEUS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B,). NUCLEUS: False where every token is kept."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     logits += b * stride_b
     block = tl.arange(0, BLOCK)
@@ -172,11 +179,13 @@ def greedy(logits: Tensor) -> Tensor:
     pieces = triton.cdiv(vocabulary, block)
     best = torch.empty(batch, pieces, dtype=torch.int64, device=logits.device)
     greedy_fwd_kernel[(pieces, batch)](
-        logits, best, stride, vocabulary, BLOCK=block, num_warps=warps
-    )
+        logits, best, stride, vocabulary, BLOCK=block, num_warps=warps,
+        **overlapped(logits.device),
+    )  # fmt: skip
     greedy_combine_fwd_kernel[(batch,)](
-        best, out, pieces, BLOCK=MAX_VOCABULARY // block, num_warps=1
-    )
+        best, out, pieces, BLOCK=MAX_VOCABULARY // block, num_warps=1,
+        **overlapped(logits.device),
+    )  # fmt: skip
     return out
 
 
@@ -209,7 +218,7 @@ def top_p(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) 
     scale_log2 = min(math.log2(math.e) / temperature, 3e38)
     top_p_fwd_kernel[(batch,)](
         logits, uniform, out, scale_log2, max(top_p - SLACK, 0.0), stride, vocabulary,
-        NUCLEUS=top_p < 1, BLOCK=block, num_warps=warps,
+        NUCLEUS=top_p < 1, BLOCK=block, num_warps=warps, **overlapped(logits.device),
     )  # fmt: skip
     return out
 

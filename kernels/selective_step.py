@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.ahead import TOKEN_LOADS, Variant
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
     require_dims,
@@ -37,9 +38,11 @@ def selective_step_fwd_kernel(  # type: ignore[no-untyped-def]
     x, dt, b, c, z, a_log, d, dt_bias, state, slots, new, each, y,
     x_row, dt_row, b_row, c_row, z_row, slot_stride,
     K: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of E, B). Rows of x, dt, b, c, z, y are tokens; z, new, each may be None."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     batch = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + batch).to(tl.int64)
     count = K
@@ -124,7 +127,7 @@ def selective_step(
         row_stride("x", x), row_stride("dt", dt), row_stride("b", b), row_stride("c", c),
         None if z is None else row_stride("z", z), state.stride(0),
         K=tokens, E=width, N=n,
-        BLOCK_E=block_e, BLOCK_N=triton.next_power_of_2(n), num_warps=warps,
+        BLOCK_E=block_e, BLOCK_N=triton.next_power_of_2(n), num_warps=warps, **overlapped(x.device),
     )  # fmt: skip
     return y
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead import Variant
+from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: Most splits of one sequence.
 MAX_SPLITS = 128
@@ -27,9 +28,11 @@ COLUMNS, PIECES, WARPS = 128, 32, 4
 def split_combine_fwd_kernel(  # type: ignore[no-untyped-def]
     partials, partial_lse, used_splits, out, splits, group, tokens, row_blocks, heads,
     D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows of a product × blocks of columns, parts, B); splits up to SPLITS."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     blocks: tl.constexpr = D // COLUMNS
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(0) // blocks
@@ -75,7 +78,7 @@ def split_combine(
     constants = _constants(d, block_m, splits)
     split_combine_fwd_kernel[(rows * (d // constants["COLUMNS"]), parts, batch)](
         partials, partial_lse, used_splits, out, splits, group, tokens, row_blocks, heads,
-        **constants, num_warps=WARPS,
+        **constants, num_warps=WARPS, **overlapped(out.device),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.norm import OutputNorm
+from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
     require_dims,
@@ -44,11 +45,13 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
-    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of P, H, B). Rows of x, dt, b, c, y, gate are tokens; new, each may be None,
     and so may all that serves the output norm.
     """
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (H // G)
@@ -138,6 +141,7 @@ def ssm_step(
         state.stride(0),
         K=tokens, G=groups, H=heads, N=n, P=p,
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
+        **overlapped(x.device),
     )  # fmt: skip
     return y
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import choose, everywhere
+from archs.ops import glue
 
 
 def product(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
@@ -22,6 +23,19 @@ def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
     One matrix product a head, all tokens of the batch as its rows.
     """
     return choose("product", backend, _BY_HEAD)(x, weight)
+
+
+def norm_swiglu(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor,
+    *, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """SwiGLU of W norm(x + residual), and the sum: the way into a gated MLP.
+
+    x, residual: [..., D] (None: x alone); norm_weight: [D]; weight: [2F, D], the gate first.
+    Returns [..., F] and [..., D].
+    """
+    chosen = choose("product", backend, _NORM_SWIGLU)
+    return chosen(x, residual, norm_weight, eps, weight)
 
 
 def _torch(x: Tensor, weight: Tensor) -> Tensor:
@@ -51,5 +65,28 @@ def _by_head_triton(x: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
+def _norm_swiglu(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor,
+    *, backend: str = "torch",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if residual is None:
+        normed, total = glue.rms_norm(x, norm_weight, eps, backend=backend), x
+    else:
+        normed, total = glue.add_rms_norm(x, residual, norm_weight, eps, backend=backend)
+    return glue.swiglu(product(normed, weight, backend=backend), backend=backend), total
+
+
+def _norm_swiglu_triton(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        from kernels.gemv import norm_gemv, norm_serves
+
+        if norm_serves(x, residual, norm_weight, weight):
+            return norm_gemv(x, residual, norm_weight, eps, weight, gated=True)
+    return _norm_swiglu(x, residual, norm_weight, eps, weight, backend="triton")
+
+
+_NORM_SWIGLU = everywhere(_norm_swiglu, _norm_swiglu_triton)
 _BY_HEAD = everywhere(_by_head_torch, _by_head_triton)
 _PRODUCT = everywhere(_torch, _triton)

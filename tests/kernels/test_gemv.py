@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import kernels.gemv as module
-from archs.ops.product import product
-from kernels.gemv import CONFIGS, gemv_ref, serves
+from archs.ops.product import norm_swiglu, product
+from kernels.gemv import CONFIGS, gemv_ref, norm_gemv_ref, serves
 from tests.kernels.interpreter import interpreted
 
 
@@ -24,6 +24,51 @@ def test_equals_reference(n: int, k: int) -> None:
     torch.testing.assert_close(y.double(), gemv_ref(x, weight), rtol=1e-5, atol=1e-4)
 
 
+def test_a_row_wider_than_a_tile_is_read_in_several() -> None:
+    x, weight = torch.randn(1, 20000), torch.randn(6, 20000)
+    for gated in (False, True):
+        with interpreted():
+            y = module.gemv(x, weight, gated=gated)
+        expected = gemv_ref(x, weight, gated=gated)
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(2, 8), (34, 200), (10, 2056)])
+def test_sum_norm_and_gate_around_the_product(n: int, k: int, added: bool, gated: bool) -> None:
+    x, scale = torch.randn(1, 1, k), torch.randn(k)
+    residual = torch.randn(1, 1, k) if added else None
+    weight = torch.randn(n, k) * k**-0.5
+    with interpreted():
+        y, total = module.norm_gemv(x, residual, scale, 1e-3, weight, gated=gated)
+    expected, summed = norm_gemv_ref(x, residual, scale, 1e-3, weight, gated=gated)
+    assert y.shape == (1, 1, n // 2 if gated else n)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(total, summed)
+
+
+def test_the_norm_is_that_of_the_sum_as_it_is_stored() -> None:
+    """A float16 sum drops what float32 would keep: the norm must not see more than the stream."""
+    x, residual = torch.full((1, 16), 1e-3).half(), torch.full((1, 16), 8.0).half()
+    weight, ones = torch.eye(16).half(), torch.ones(16).half()
+    with interpreted():
+        y, total = module.norm_gemv(x, residual, ones, 0.0, weight)
+    assert torch.equal(total, torch.full((1, 16), 8.0).half())
+    assert torch.equal(y, torch.ones(1, 16).half())
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_way_into_an_mlp_is_that_of_its_parts(batch: int) -> None:
+    x, residual, scale = torch.randn(batch, 1, 32), torch.randn(batch, 1, 32), torch.randn(32)
+    weight = torch.randn(48, 32)
+    expected = norm_swiglu(x, residual, scale, 1e-5, weight, backend="torch")
+    with torch.inference_mode(), interpreted():
+        found = norm_swiglu(x, residual, scale, 1e-5, weight, backend="triton")
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_of_a_wider_matrix_are_read_where_they_lie() -> None:
     wide = torch.full((10, 96), torch.nan)
     weight = wide[:, 32:64]
@@ -35,7 +80,8 @@ def test_rows_of_a_wider_matrix_are_read_where_they_lie() -> None:
 
 
 def test_every_configuration_is_reached() -> None:
-    assert {module.config_of(k) for k in (64, 300, 2048, 14336)} == set(CONFIGS.values())
+    widths = (64, 300, 1024, 2048, 4096, 5504, 14336)
+    assert {module.config_of(k) for k in widths} == set(CONFIGS.values())
 
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -63,6 +109,17 @@ def test_bad_arguments_are_refused_before_any_launch(
         monkeypatch.setattr(type(module.gemv_fwd_kernel), "run", _no_launch)
         with pytest.raises(ValueError, match=message):
             module.gemv(x, weight)
+
+
+def test_what_stands_around_must_fit() -> None:
+    x, weight = torch.zeros(1, 32), torch.zeros(7, 32)
+    with interpreted():
+        with pytest.raises(ValueError, match=r"weight=.*\[2F, K\]"):
+            module.gemv(x, weight, gated=True)
+        with pytest.raises(ValueError, match=r"residual=.*32 contiguous"):
+            module.norm_gemv(x, torch.zeros(1, 16), torch.zeros(32), 1e-5, weight)
+        with pytest.raises(ValueError, match=r"norm_weight=.*32 contiguous"):
+            module.norm_gemv(x, None, torch.zeros(32).half(), 1e-5, weight)
 
 
 def _no_launch(*_: Any, **__: Any) -> None:

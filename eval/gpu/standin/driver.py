@@ -111,6 +111,8 @@ def install(record: Record) -> Compiled:
         made.kernels[found.hash] = {
             "name": found.metadata.name, "src": src.hash(), "options": parsed.hash()
         }  # fmt: skip
+        if found.metadata.launch_pdl and "griddepcontrol.wait" not in found.asm["ptx"]:
+            record.faults.append(("overlap", f"{found.metadata.name} begins early, never waits"))
         return found
 
     def listener(*, metadata: Any, times: Any, cache_hit: bool, **_: object) -> None:
