@@ -238,7 +238,7 @@ def leaderboard(
     if page is not None:
         from eval.report import write_page
 
-        write_page(long, page)
+        write_page(long, page, by)
     if out_file is not None:
         write_csv(table, out_file)
     if json_:

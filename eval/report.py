@@ -21,7 +21,7 @@ from archs.files import make_folder, read_text, refusing, write
 from eval.claims import claims as check_claims
 from eval.isoquality import iso_quality_cost
 from eval.ladder import long_enough, trained_sizes
-from eval.leaderboard import BY_ROW, headlines, merge, quality_column, rank, wide
+from eval.leaderboard import BY_ROW, headlines, merge, rank, wide
 from eval.measures import MEASURES
 from eval.pictures.palette import NIGHT, SHAPES, Look, Palette
 from eval.pictures.plans import Picture, pictures
@@ -55,9 +55,12 @@ def write_report(run_dir: Path) -> Path:
     return report
 
 
-def write_page(long: pd.DataFrame, path: Path) -> None:
-    """The same page for the long table of several runs. Raises UserError when the disk refuses."""
-    write(path, _page(path.stem, long, rank(wide(long)), _drawn(long), ""))
+def write_page(long: pd.DataFrame, path: Path, by: str | None = None) -> None:
+    """The same page for the long table of several runs, ranked by a column as `rank` does.
+
+    Raises UserError when the disk refuses, or `by` is no figure of the table.
+    """
+    write(path, _page(path.stem, long, rank(wide(long), by), _drawn(long), ""))
 
 
 #: Pictures with their charts as Vega-Lite; None where a picture could not be drawn.
@@ -146,14 +149,13 @@ def _leaderboard(table: pd.DataFrame) -> str:
         pill = "ok" if status == "ok" else f'<span class="pill">{escape(status)}</span>'
         cells.append(_cell(pill, status, "text"))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    quality = quality_column(table)
     note = (
         "A rank is a range: from one more than the architectures that are ahead to all but those "
         "that are behind, by a test of each pair that is corrected for all pairs, so that chance "
         "alone makes a rank in at most 5 % of tables. ± is the 95 % interval of one figure: over "
         "seeds, or with one seed over the documents that all models share. "
-        if quality
-        else "Without bits per byte there is no rank. "
+        if (table["rank"] != "").any()
+        else "Without intervals of what it is sorted by there is no rank. "
     )
     note += "Under each title stands where its figure was taken. Click a title to sort."
     search = '<input type="search" placeholder="filter" aria-label="filter the leaderboard">'

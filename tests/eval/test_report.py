@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval.leaderboard import merge
+from eval.leaderboard import merge, wide
 from eval.pictures.palette import NIGHT, SHAPES, Palette
 from eval.pictures.plans import PLANS
 from eval.report import write_page, write_report
@@ -272,6 +272,18 @@ def test_the_page_of_several_runs_has_a_verdict_too(tmp_path: Path) -> None:
     write_page(merge([record(tmp_path, *cells)]), tmp_path / "page.html")
     said = "At 256 tokens gqa decodes fastest: 1.25 ms against 3.5 ms of mha, the slowest"
     assert said in Page(tmp_path / "page.html").text
+
+
+@pytest.mark.usefixtures("no_library")
+def test_the_page_of_several_runs_is_sorted_by_the_column_that_was_named(tmp_path: Path) -> None:
+    long = merge([record(tmp_path, timed("gqa", 1.25), timed("mha", 3.5), timed("mla", 2.0))])
+    [column] = [c for c in wide(long) if str(c).startswith("tpot_ms@") and ":" not in str(c)]
+    write_page(long, tmp_path / "page.html", column)
+    texts = Page(tmp_path / "page.html").texts
+    places = [texts.index(arch) for arch in ("gqa", "mla", "mha")]
+    assert places == sorted(places)
+    with pytest.raises(UserError, match="'nothing' is not a figure to rank by"):
+        write_page(long, tmp_path / "page.html", "nothing")
 
 
 @pytest.mark.usefixtures("no_library")
