@@ -6,7 +6,8 @@ alone, so modules that two architectures share start equal.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +42,19 @@ class Block(nn.Module):
 
     def extend(self, x: Tensor, residual: Tensor | None, state: LayerState) -> Stream:
         """As `forward`, for K new tokens [B, K, D]."""
-        normed, stream = self.norm_mixer.after(x, residual)
-        return self._mlp(self.mixer.extend(normed, state), stream)
+        before = self.norm_mixer.before(x, residual)
+        extend: Callable[[Any, LayerState], Tensor] = self.mixer.extend
+        if getattr(extend, "takes_unnormed", False):
+            mixed = extend(before, state)
+        else:
+            mixed = extend(before.normed(backend=self.mixer.backend), state)
+        return self._mlp(mixed, before.read())
 
     def _mlp(self, x: Tensor, residual: Tensor) -> Stream:
         if self.mlp is None or self.norm_mlp is None:
             return x, residual
-        return self.mlp.after(x, residual, self.norm_mlp)
+        before = self.norm_mlp.before(x, residual)
+        return self.mlp.after(before), before.read()
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

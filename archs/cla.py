@@ -12,7 +12,8 @@ from torch import Tensor
 from archs.checks import at_least
 from archs.gqa import Attention, AttentionConfig, GroupedConfig
 from archs.layers import Projection
-from archs.mixer import Place, Shared
+from archs.mixer import Place, Shared, takes_unnormed
+from archs.ops.product import Input
 from archs.ops.rotary import rotate_new
 from archs.spec import LayerState, StateSpec
 from kernels.rope import rotate
@@ -59,14 +60,15 @@ class CrossLayerAttention(Attention):
             shared[self.layer] = seen
         return self._attend(q, seen)
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+    @takes_unnormed
+    def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         if self.owner is None:
             return super().extend(x, state)
         q = rotate_new(self._queries(x), state, theta=self.config.rope_theta, backend=self.backend)
         return self._attend(q, state.seen("kv"))
 
-    def _queries(self, x: Tensor) -> Tensor:
+    def _queries(self, x: Input) -> Tensor:
         """[B, K, D] -> queries [B, K, H, d] of a layer without its own KV, not yet rotated."""
         return self.qkv(x).unflatten(-1, (-1, self.config.head_dim))
 

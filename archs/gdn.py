@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
-from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
+from archs.mixer import (
+    Initialiser,
+    Mixer,
+    MixerConfig,
+    Place,
+    Shared,
+    require_divisible,
+    takes_unnormed,
+)
 from archs.ops.conv import convolve
 from archs.ops.gated_delta import gated_delta
+from archs.ops.product import Input
 from archs.recurrent import (
     RECURRENT_LIMIT,
     chunk_vector_flops,
@@ -87,12 +96,12 @@ class GatedDeltaNet(Mixer):
             "norm_weight": fill_ones,
         }
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _split(self, x: Input) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sizes = self.q_k_v_z_b_a.sizes
         mixed, z, b, a = self.q_k_v_z_b_a(x).split((sum(sizes[:3]), *sizes[3:]), -1)
         return mixed, z.unflatten(-1, (-1, self.config.value_dim)), b, a
 
-    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
+    def _mix(self, x: Input, state: LayerState | None = None) -> Tensor:
         c = self.config
         mixed, z, b, a = self._split(x)
         mixed = convolve(mixed, self.conv_weight, state=state, backend=self.backend)
@@ -110,7 +119,8 @@ class GatedDeltaNet(Mixer):
         """x: [B, T, D] -> [B, T, D]."""
         return self._mix(x)
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+    @takes_unnormed
+    def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         return self._mix(x, state)
 

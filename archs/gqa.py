@@ -15,9 +15,10 @@ from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection
-from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible
+from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible, takes_unnormed
 from archs.ops.attention import attend
-from archs.ops.rotary import append_rotated
+from archs.ops.product import Input
+from archs.ops.rotary import project_append
 from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
 from kernels.attention import window_mask
 from kernels.rope import rope_table, rotate
@@ -116,13 +117,14 @@ class Attention(Mixer):
         q, kv = self._split(x, self._angles(x))
         return self._attend(q, self._all(kv))
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+    @takes_unnormed
+    def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         c = self.config
-        qkv = self.qkv(x).view(*x.shape[:2], -1, c.head_dim)
-        q, seen = append_rotated(
-            qkv, state, "kv", kv_heads=c.kv_heads, theta=c.rope_theta, backend=self.backend
-        )
+        q, seen = project_append(
+            x, self.qkv.weight, state, "kv", kv_heads=c.kv_heads, head_dim=c.head_dim,
+            theta=c.rope_theta, backend=self.backend,
+        )  # fmt: skip
         return self._attend(q, seen)
 
     def _attend(self, q: Tensor, seen: Rows) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.ops import glue
-from archs.ops.product import norm_swiglu, product
+from archs.ops.product import Input, Unnormed, norm_swiglu, product
 
 
 class Leaf:
@@ -38,6 +38,10 @@ class RMSNorm(Leaf, nn.Module):
         """x: [..., dim] -> same shape."""
         return glue.rms_norm(x, self.weight, self.eps, backend=self.backend)
 
+    def before(self, x: Tensor, residual: Tensor | None) -> Unnormed:
+        """x + residual [..., dim], to be normed by the product that reads it."""
+        return Unnormed(x, residual, self.weight, self.eps)
+
     def after(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and that sum; [..., dim] each."""
         if residual is None:
@@ -56,7 +60,11 @@ class Projection(Leaf, nn.Linear):
         #: Writes into the residual stream: initialised (2L)^-0.5 smaller.
         self.residual = residual
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Input) -> Tensor:
+        """`forward`, called directly."""
+        return self.forward(x)
+
+    def forward(self, x: Input) -> Tensor:
         """x: [..., D] -> [..., sum(sizes)]."""
         return product(x, self.weight, backend=self.backend)
 
@@ -76,12 +84,9 @@ class SwiGLU(Leaf, nn.Module):
         """x: [B, T, D] -> [B, T, D]."""
         return self.down(glue.swiglu(self.gate_up(x), backend=self.backend))
 
-    def after(self, x: Tensor, residual: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-        """The MLP of norm(x + residual), and that sum; [B, T, D] each."""
-        hidden, total = norm_swiglu(
-            x, residual, norm.weight, norm.eps, self.gate_up.weight, backend=self.backend
-        )
-        return self.down(hidden), total
+    def after(self, x: Unnormed) -> Tensor:
+        """The MLP of norm(x); [B, T, D]."""
+        return self.down(norm_swiglu(x, self.gate_up.weight, backend=self.backend))
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

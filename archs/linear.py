@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
-from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
+from archs.mixer import (
+    Initialiser,
+    Mixer,
+    MixerConfig,
+    Place,
+    Shared,
+    require_divisible,
+    takes_unnormed,
+)
 from archs.ops.decay import retention
+from archs.ops.product import Input
 from archs.recurrent import RECURRENT_LIMIT, chunk_vector_flops, fill_ones, memory_dtype
 from archs.spec import LayerState, StateSpec, TensorSpec
 from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
@@ -86,7 +95,7 @@ class LinearAttention(Mixer):
                 self._decay = decay.float().to(device)[None, None]
         return self._decay
 
-    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
+    def _mix(self, x: Input, state: LayerState | None = None) -> Tensor:
         c = self.config
         qk, v, gate = self.q_k_v_gate(x).split(
             (2 * c.n_heads * c.key_dim, *self.q_k_v_gate.sizes[2:]), -1
@@ -103,7 +112,8 @@ class LinearAttention(Mixer):
         """x: [B, T, D] -> [B, T, D]."""
         return self._mix(x)
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+    @takes_unnormed
+    def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         return self._mix(x, state)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from archs.checks import at_least
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
-from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared
+from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, takes_unnormed
 from archs.ops.conv import convolve
+from archs.ops.product import Input
 from archs.ops.selective import selective
 from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_ones, memory_dtype
 from archs.spec import LayerState, StateSpec, TensorSpec
@@ -76,7 +77,7 @@ class Mamba1(Mixer):
             "dt.weight": lambda t, g: t.uniform_(-bound, bound, generator=g),
         }
 
-    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
+    def _mix(self, x: Input, state: LayerState | None = None) -> Tensor:
         c = self.config
         x, z = self.x_z(x).chunk(2, -1)
         x = convolve(x, self.conv_weight, self.conv_bias, state=state, backend=self.backend)
@@ -91,7 +92,8 @@ class Mamba1(Mixer):
         """x: [B, T, D] -> [B, T, D]."""
         return self._mix(x)
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+    @takes_unnormed
+    def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         return self._mix(x, state)
 

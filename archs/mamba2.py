@@ -14,9 +14,18 @@ from torch import Tensor, nn
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.layers import Projection
-from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, require_divisible
+from archs.mixer import (
+    Initialiser,
+    Mixer,
+    MixerConfig,
+    Place,
+    Shared,
+    require_divisible,
+    takes_unnormed,
+)
 from archs.ops.conv import convolve
 from archs.ops.decay import ssd
+from archs.ops.product import Input
 from archs.recurrent import (
     RECURRENT_LIMIT,
     chunk_vector_flops,
@@ -88,25 +97,25 @@ class Mamba2(Mixer):
             "norm_weight": fill_ones,
         }
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, x: Input) -> tuple[Tensor, Tensor, Tensor]:
         return self.z_x_b_c_dt(x).split(
             (self.inner, self.conv_weight.shape[0], self.config.n_heads), -1
         )
 
-    def _mix(self, x: Tensor, state: LayerState | None = None) -> Tensor:
+    def _mix(self, x: Input, state: LayerState | None = None) -> Tensor:
         c = self.config
         z, mixed, dt = self._split(x)
         mixed = convolve(mixed, self.conv_weight, self.conv_bias, state=state, backend=self.backend)
         shared = c.groups * c.state_dim
-        x, b, out = mixed.split((self.inner, shared, shared), -1)
+        values, b, out = mixed.split((self.inner, shared, shared), -1)
         b, out = (t.unflatten(-1, (c.groups, -1)) for t in (b, out))
         norm = OutputNorm(
             gate=z, weight=self.norm_weight, eps=c.eps, gate_first=True,
             group=self.inner // c.groups,
         )  # fmt: skip
         y = ssd(
-            x.unflatten(-1, (-1, c.head_dim)), dt, b, out, self.A_log, self.D, self.dt_bias, norm,
-            state=state, backend=self.backend,
+            values.unflatten(-1, (-1, c.head_dim)), dt, b, out, self.A_log, self.D, self.dt_bias,
+            norm, state=state, backend=self.backend,
         )  # fmt: skip
         return self.out(y)
 
@@ -114,7 +123,8 @@ class Mamba2(Mixer):
         """x: [B, T, D] -> [B, T, D]."""
         return self._mix(x)
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+    @takes_unnormed
+    def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         return self._mix(x, state)
 

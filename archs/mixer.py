@@ -8,7 +8,7 @@ calls gives the same outputs and the same state as one `forward`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,19 @@ class MixerConfig:
                 raise unknown_name(f"{cls.__qualname__} option", key, known)
             values[key] = convert(get_type_hints(cls)[key], value, f"{cls.__qualname__}: {key}")
         return cls(**values)
+
+
+Extend = TypeVar("Extend", bound=Callable[..., Tensor])
+
+
+def takes_unnormed(extend: Extend) -> Extend:
+    """Mark an `extend` that reads x by one `Projection` and by nothing else.
+
+    It gets the block's input before its norm, `archs.ops.product.Unnormed`, and the projection
+    norms it on the way: in decode that is one launch fewer.
+    """
+    vars(extend)["takes_unnormed"] = True
+    return extend
 
 
 class Mixer(nn.Module):

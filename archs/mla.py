@@ -21,9 +21,9 @@ from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection, RMSNorm
-from archs.mixer import Mixer, MixerConfig, Place, Shared
+from archs.mixer import Mixer, MixerConfig, Place, Shared, takes_unnormed
 from archs.ops.attention import attend_expanded, attend_latent
-from archs.ops.product import by_head
+from archs.ops.product import Input, by_head
 from archs.ops.rotary import append_latent, queries_and_key
 from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
 from kernels.rope import rope_table, rotate
@@ -118,7 +118,7 @@ class LatentAttention(Mixer):
         self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim)
         self.out = Projection(heads * c.v_dim, place.d_model, residual=True)
 
-    def _down(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _down(self, x: Input) -> tuple[Tensor, list[Tensor], Tensor]:
         """[B, K, D] -> queries [B, K, H, nope]; what positions turn, in one slab or two: the rotary
         queries and, as one more head, the rotary key [B, K, ·, rope]; the latent [B, K, rank].
         """
@@ -145,7 +145,8 @@ class LatentAttention(Mixer):
         rows = torch.cat((self.kv_norm(latent), key), -1)
         return self._expanded(q_nope, q_rope, Seen(rows, None, True))
 
-    def extend(self, x: Tensor, state: LayerState) -> Tensor:
+    @takes_unnormed
+    def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         c, norm = self.config, self.kv_norm
         q_nope, to_turn, latent = self._down(x)

@@ -22,8 +22,6 @@ from kernels.attention_decode_checks import form, require
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-#: Widest row that is normed: one tile holds it.
-MAX_NORMED = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +35,33 @@ class Config:
 
 #: By the widest K that it serves; the last one serves all that is wider, in several tiles.
 CONFIGS: dict[int, Config] = {
-    256: Config(8, 256, 4), 512: Config(4, 512, 4), 1024: Config(4, 1024, 4),
-    2048: Config(2, 2048, 4), 4096: Config(1, 4096, 4), 8192: Config(1, 8192, 8),
-    1 << 31: Config(1, 16384, 8),
+    256: Config(8, 256, 4), 512: Config(4, 512, 4), 2048: Config(2, 1024, 4),
+    1 << 31: Config(1, 2048, 4),
 }  # fmt: skip
+#: The same where the row is normed: one tile holds it.
+WHOLE_CONFIGS: dict[int, Config] = {
+    256: Config(8, 256, 4), 512: Config(4, 512, 4), 1024: Config(4, 1024, 4),
+    2048: Config(2, 2048, 4), 4096: Config(2, 4096, 4), 8192: Config(1, 8192, 8),
+    16384: Config(1, 16384, 8),
+}  # fmt: skip
+#: Widest row that is normed.
+MAX_NORMED = max(WHOLE_CONFIGS)
+
+
+@triton.jit
+def whole_row(x, residual, summed, scale, k, EPS, K):  # type: ignore[no-untyped-def]
+    """Channels k of the row that a product reads, float32: x, or x + residual, normed where there
+    is a scale. The first program stores the sum.
+    """
+    part = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if residual is not None:
+        part += tl.load(residual + k, mask=k < K, other=0.0).to(tl.float32)
+        rounded = part.to(summed.dtype.element_ty)
+        tl.store(summed + k, rounded, mask=(k < K) & (tl.program_id(0) == 0))
+        part = rounded.to(tl.float32)
+    if scale is not None:
+        part *= scale.to(tl.float32) * tl.rsqrt(tl.sum(part * part, 0) / K + EPS)
+    return part
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -59,18 +80,11 @@ def gemv_fwd_kernel(  # type: ignore[no-untyped-def]
     if GATED:
         below = at + rows.to(tl.int64) * row_stride
         up_tile = tl.load(below, mask=inside, other=0.0)
+    scale = None
     if norm_weight is not None:
         scale = tl.load(norm_weight + k, mask=k < K, other=0.0)
     wait_for_previous(OVERLAP)
-    part = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-    if residual is not None:
-        part += tl.load(residual + k, mask=k < K, other=0.0).to(tl.float32)
-        rounded = part.to(summed.dtype.element_ty)
-        tl.store(summed + k, rounded, mask=(k < K) & (tl.program_id(0) == 0))
-        part = rounded.to(tl.float32)
-    if norm_weight is not None:
-        rms = tl.rsqrt(tl.sum(part * part, 0) / K + EPS)
-        part *= scale.to(tl.float32) * rms
+    part = whole_row(x, residual, summed, scale, k, EPS, K)
     sums = tile.to(tl.float32) * part[None, :]
     if GATED:
         up_sums = up_tile.to(tl.float32) * part[None, :]
@@ -96,13 +110,13 @@ def gemv(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
     Returns [..., N], gated [..., F].
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
-    _check(x, weight, gated)
+    check_row(x, weight, gated)
     return _launch(x, None, None, weight, 0.0, gated)[0]
 
 
 def norm_gemv(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor,
-    *, gated: bool = False,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, *, eps: float,
+    gated: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """W norm(x + residual), RMSNorm with `norm_weight`, and the sum.
 
@@ -111,8 +125,15 @@ def norm_gemv(
     product in float32.
     Returns ([..., N] or gated [..., F], the sum [..., K]: x itself where residual is None).
     """
-    _check(x, weight, gated)
-    k = weight.shape[1]
+    check_row(x, weight, gated)
+    check_norm(x, residual, norm_weight)
+    y, summed = _launch(x, residual, norm_weight, weight, eps, gated)
+    return y, x if summed is None else summed
+
+
+def check_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor | None) -> None:
+    """Raise ValueError unless these can stand around the row x."""
+    k = x.numel()
     require(k <= MAX_NORMED, "x", form(x), f"must have at most {MAX_NORMED} channels")
     for name, tensor in (("residual", residual), ("norm_weight", norm_weight)):
         if tensor is None:
@@ -120,11 +141,10 @@ def norm_gemv(
         like = tensor.numel() == k and tensor.dtype == x.dtype and tensor.device == x.device
         require(like and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0, name, form(tensor),
                 f"must be {k} contiguous {x.dtype} on {x.device}, from 16 bytes on")  # fmt: skip
-    y, summed = _launch(x, residual, norm_weight, weight, eps, gated)
-    return y, x if summed is None else summed
 
 
-def _check(x: Tensor, weight: Tensor, gated: bool) -> None:
+def check_row(x: Tensor, weight: Tensor, gated: bool = False) -> None:
+    """Raise ValueError unless x is one row and weight a matrix for it."""
     compiled = isinstance(gemv_fwd_kernel, triton.JITFunction)
     require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
     require(weight.dim() == 2, "weight", form(weight), "must be [N, K]")
@@ -152,7 +172,7 @@ def _launch(
     y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype, device=x.device)
     summed = None if residual is None else torch.empty_like(x)
     if n:
-        config = config_of(k)
+        config = config_of(k, whole=norm_weight is not None)
         per_program = max(1, config.rows // 2) if gated else config.rows
         gemv_fwd_kernel[(triton.cdiv(rows, per_program),)](
             x, residual, norm_weight, weight, y, summed, rows, weight.stride(0) if n > 1 else k,
@@ -182,9 +202,10 @@ def norm_serves(x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight:
     )  # fmt: skip
 
 
-def config_of(k: int) -> Config:
-    """The configuration for matrices of K columns."""
-    return CONFIGS[min(most for most in CONFIGS if k <= most)]
+def config_of(k: int, *, whole: bool = False) -> Config:
+    """The configuration for matrices of K columns; whole: a tile must hold a row."""
+    table = WHOLE_CONFIGS if whole else CONFIGS
+    return table[min(most for most in table if k <= most)]
 
 
 def gemv_ref(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
@@ -197,8 +218,8 @@ def gemv_ref(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
 
 
 def norm_gemv_ref(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor,
-    *, gated: bool = False,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, *, eps: float,
+    gated: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle: float64, of the sum in x's dtype."""
     summed = x if residual is None else x + residual
@@ -210,7 +231,7 @@ def norm_gemv_ref(
 def _variant(
     dtype: torch.dtype, n: int, k: int, *, normed: bool = False, gated: bool = False
 ) -> Variant:
-    config, kind = config_of(k), DTYPES[dtype]
+    config, kind = config_of(k, whole=normed), DTYPES[dtype]
     around = ("residual", "norm_weight", "summed")
     pointers = ("x", "weight", "y", *(around if normed else ()))
     rows = max(1, config.rows // 2) if gated else config.rows
@@ -242,9 +263,8 @@ def variants() -> list[Variant]:
         _variant(dtype, n, k, **around)
         for dtype in DTYPES
         for n, k, around in (
-            (2048, 256, {}), (2048, 488, {}), (2048, 1024, {}), (11008, 2048, {}),
-            (11008, 2048, {"normed": True, "gated": True}), (4096, 4096, {}),
-            (28672, 4096, {"normed": True, "gated": True}), (2048, 5504, {}), (4096, 14336, {}),
-            (8192, 28672, {}),
+            (2048, 256, {}), (2048, 488, {}), (11008, 2048, {}), (2048, 5504, {}),
+            (4096, 14336, {}), (11008, 2048, {"gated": True}), (3072, 2048, {"normed": True}),
+            *((8 * k, k, {"normed": True, "gated": True}) for k in WHOLE_CONFIGS),
         )
     ]  # fmt: skip

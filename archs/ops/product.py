@@ -1,8 +1,10 @@
 """Products of activations with weights, by backend.
 
-Matrices belong to the libraries: cuBLAS has nothing to learn from us. A single row is no matrix;
-where nothing is to be differentiated, it goes to our own kernel.
+Matrices belong to the libraries: cuBLAS has nothing to learn from us. A few rows are no matrix;
+where nothing is to be differentiated, they go to our own kernels.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,9 +13,53 @@ from torch.nn import functional as F
 from archs.backends import choose, everywhere
 from archs.ops import glue
 
+#: Up to so many rows are few.
+MOST_ROWS = 16
 
-def product(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
-    """x Wᵀ. [..., D] with [N, D] -> [..., N]."""
+
+@dataclass
+class Unnormed:
+    """A block's input before its norm, for the one product that reads it: RMSNorm of x + residual.
+
+    x, residual: [..., D], residual None for x alone; weight: [D]. total: the sum, once read.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    eps: float
+    total: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """x + residual, once a product has read it. Raises ValueError before."""
+        if self.total is None:
+            raise ValueError("the sum exists once a product, or `normed`, has read its input")
+        return self.total
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the input."""
+        return self.x.shape
+
+    def normed(self, *, backend: str) -> Tensor:
+        """The norm itself, where no product takes it in."""
+        if self.residual is None:
+            self.total = self.x
+            return glue.rms_norm(self.x, self.weight, self.eps, backend=backend)
+        y, self.total = glue.add_rms_norm(
+            self.x, self.residual, self.weight, self.eps, backend=backend
+        )
+        return y
+
+
+#: What a projection reads.
+Input = Tensor | Unnormed
+
+
+def product(x: Input, weight: Tensor, *, backend: str) -> Tensor:
+    """x Wᵀ. [..., D] with [N, D] -> [..., N]; what is not normed yet is, and has its total then."""
+    if isinstance(x, Unnormed):
+        return choose("product", backend, _NORM_PRODUCT)(x, weight)
     return choose("product", backend, _PRODUCT)(x, weight)
 
 
@@ -25,17 +71,12 @@ def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
     return choose("product", backend, _BY_HEAD)(x, weight)
 
 
-def norm_swiglu(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor,
-    *, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """SwiGLU of W norm(x + residual), and the sum: the way into a gated MLP.
+def norm_swiglu(x: Unnormed, weight: Tensor, *, backend: str) -> Tensor:
+    """SwiGLU of norm(x) Wᵀ, the way into a gated MLP; x has its total afterwards.
 
-    x, residual: [..., D] (None: x alone); norm_weight: [D]; weight: [2F, D], the gate first.
-    Returns [..., F] and [..., D].
+    weight: [2F, D], the gate first. Returns [..., F].
     """
-    chosen = choose("product", backend, _NORM_SWIGLU)
-    return chosen(x, residual, norm_weight, eps, weight)
+    return choose("product", backend, _NORM_SWIGLU)(x, weight)
 
 
 def _torch(x: Tensor, weight: Tensor) -> Tensor:
@@ -43,11 +84,13 @@ def _torch(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _triton(x: Tensor, weight: Tensor) -> Tensor:
-    if x.numel() != x.shape[-1] or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.numel() > MOST_ROWS * x.shape[-1]:
         return F.linear(x, weight)
-    from kernels.gemv import gemv, serves
+    from kernels import few_rows, gemv
 
-    return gemv(x, weight) if serves(x, weight) else F.linear(x, weight)
+    if gemv.serves(x, weight):
+        return gemv.gemv(x, weight)
+    return few_rows.few_rows(x, weight) if few_rows.serves(x, weight) else F.linear(x, weight)
 
 
 def _by_head_torch(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,28 +108,45 @@ def _by_head_triton(x: Tensor, weight: Tensor) -> Tensor:
     return found
 
 
-def _norm_swiglu(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor,
-    *, backend: str = "torch",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if residual is None:
-        normed, total = glue.rms_norm(x, norm_weight, eps, backend=backend), x
-    else:
-        normed, total = glue.add_rms_norm(x, residual, norm_weight, eps, backend=backend)
-    return glue.swiglu(product(normed, weight, backend=backend), backend=backend), total
+def _norm_product(x: Unnormed, weight: Tensor) -> Tensor:
+    return _torch(x.normed(backend="torch"), weight)
 
 
-def _norm_swiglu_triton(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
-        from kernels.gemv import norm_gemv, norm_serves
-
-        if norm_serves(x, residual, norm_weight, weight):
-            return norm_gemv(x, residual, norm_weight, eps, weight, gated=True)
-    return _norm_swiglu(x, residual, norm_weight, eps, weight, backend="triton")
+def _norm_product_triton(x: Unnormed, weight: Tensor) -> Tensor:
+    found = _one_row(x, weight, gated=False)
+    return _triton(x.normed(backend="triton"), weight) if found is None else found
 
 
+def _norm_swiglu(x: Unnormed, weight: Tensor) -> Tensor:
+    return glue.swiglu(_norm_product(x, weight), backend="torch")
+
+
+def _norm_swiglu_triton(x: Unnormed, weight: Tensor) -> Tensor:
+    found = _one_row(x, weight, gated=True)
+    if found is not None:
+        return found
+    normed = x.normed(backend="triton")
+    if not torch.is_grad_enabled() and normed.numel() <= MOST_ROWS * normed.shape[-1]:
+        from kernels.few_rows import few_rows, serves
+
+        if serves(normed, weight):
+            return few_rows(normed, weight, gated=True)
+    return glue.swiglu(_triton(normed, weight), backend="triton")
+
+
+def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:
+    """Norm, product and gate in one launch; None where that takes other operands."""
+    if x.x.numel() != x.shape[-1] or torch.is_grad_enabled():
+        return None
+    from kernels.gemv import norm_gemv, norm_serves
+
+    if not norm_serves(x.x, x.residual, x.weight, weight):
+        return None
+    y, x.total = norm_gemv(x.x, x.residual, x.weight, weight, eps=x.eps, gated=gated)
+    return y
+
+
+_NORM_PRODUCT = everywhere(_norm_product, _norm_product_triton)
 _NORM_SWIGLU = everywhere(_norm_swiglu, _norm_swiglu_triton)
 _BY_HEAD = everywhere(_by_head_torch, _by_head_triton)
 _PRODUCT = everywhere(_torch, _triton)

@@ -10,20 +10,24 @@ import torch
 from torch import Tensor
 
 from archs.backends import choose, everywhere
-from archs.spec import KernelState, LayerState, Rows
+from archs.ops.product import Input, Unnormed, product
+from archs.spec import KernelState, LayerState, Pages, Rows
 from kernels.norm import rms_norm
 from kernels.rope import rotate
 
 
-def append_rotated(
-    qkv: Tensor, state: LayerState, name: str, *, kv_heads: int, theta: float, backend: str
-) -> tuple[Tensor, Rows]:
-    """Rotate queries and keys (in place), store keys and values, and say what is seen.
+def project_append(
+    x: Input, weight: Tensor, state: LayerState, name: str, *, kv_heads: int, head_dim: int,
+    theta: float, backend: str,
+) -> tuple[Tensor, Rows]:  # fmt: skip
+    """Project to queries, keys and values, rotate the former two, store the latter two, and say
+    what is seen.
 
-    qkv: [B, K, H + 2·G, d], queries first, G = kv_heads; the rows of `name` are [2, G, d].
-    Returns queries [B, K, H, d] and all rows that the new tokens may see.
+    x: [B, K, D]; weight: [(H + 2·G)·d, D], queries first, G = kv_heads, d = head_dim; the rows of
+    `name` are [2, G, d]. Returns queries [B, K, H, d] and all rows that the new tokens may see.
     """
-    return choose("rotary positions", backend, _APPEND)(qkv, state, name, kv_heads, theta)
+    form = choose("rotary positions", backend, _APPEND)
+    return form(x, weight, state, name, kv_heads, head_dim, theta)
 
 
 def rotate_new(x: Tensor, state: LayerState, *, theta: float, backend: str) -> Tensor:
@@ -46,6 +50,13 @@ def append_latent(
 
 
 def _append_torch(
+    x: Input, weight: Tensor, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
+) -> tuple[Tensor, Rows]:
+    qkv = product(x, weight, backend="torch").view(*x.shape[:2], -1, dim)
+    return _rotate_append(qkv, state, name, kv_heads, theta)
+
+
+def _rotate_append(
     qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float
 ) -> tuple[Tensor, Rows]:
     heads, dim = qkv.shape[2] - 2 * kv_heads, qkv.shape[3]
@@ -55,21 +66,42 @@ def _append_torch(
 
 
 def _append_triton(
-    qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float
+    x: Input, weight: Tensor, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
 ) -> tuple[Tensor, Rows]:
     state = cast(KernelState, state)
-    pages = state.pages(name, qkv.dtype)
+    pages = state.pages(name, weight.dtype)
+    if pages is not None and isinstance(x, Unnormed):
+        q = _in_one_launch(x, weight, pages, state.rotary(dim, theta))
+        if q is not None:
+            return q, state.written(name)
+    qkv = product(x, weight, backend="triton").view(*x.shape[:2], -1, dim)
     if pages is None:
-        return _append_torch(qkv, state, name, kv_heads, theta)
+        return _rotate_append(qkv, state, name, kv_heads, theta)
     from kernels.rope_append import rope_append
 
-    heads, dim = qkv.shape[2] - 2 * kv_heads, qkv.shape[3]
+    heads = qkv.shape[2] - 2 * kv_heads
     k_pool, v_pool = pages.pool.unbind(0)
     rope_append(
         qkv, state.rotary(dim, theta), k_pool, v_pool, pages.table, pages.past, heads=heads,
         kv_heads=kv_heads, page_size=pages.page_size, new=pages.new,
     )  # fmt: skip
     return qkv[..., :heads, :], state.written(name)
+
+
+def _in_one_launch(x: Unnormed, weight: Tensor, pages: Pages, cos_sin: Tensor) -> Tensor | None:
+    """Norm, product, rotation and write of one token; None where that takes other operands."""
+    if x.x.numel() != x.shape[-1] or pages.new is not None or torch.is_grad_enabled():
+        return None
+    from kernels.project_append import project_append, serves
+
+    k_pool, v_pool = pages.pool.unbind(0)
+    if not serves(x.x, x.residual, x.weight, weight, k_pool):
+        return None
+    q, x.total = project_append(
+        x.x, x.residual, x.weight, weight, cos_sin, k_pool, v_pool, pages.table, pages.past,
+        eps=x.eps, page_size=pages.page_size,
+    )  # fmt: skip
+    return q
 
 
 def queries_and_key(turned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.gpu.case import Case, Check, Op, Run
-from eval.gpu.ops.operands import PAGE, binary, on_cpu, paged, random
+from eval.gpu.ops.operands import PAGE, angles, binary, on_cpu, paged, random
 from kernels import (
     conv_chunk,
     latent_append,
@@ -105,17 +105,12 @@ def swiglu_case(rows: int, hidden: int) -> Case:
                 moved_bytes=6 * rows * hidden, flops=5 * rows * hidden, build=build)  # fmt: skip
 
 
-def _angles(positions: int, dim: int, device: torch.device) -> Tensor:
-    turn = torch.rand(positions, dim // 2, device=device) * 6.28
-    return torch.stack((turn.cos(), turn.sin()), -1).contiguous()
-
-
 def check_rope(device: torch.device) -> Pairs:
     """Queries and keys turned, keys and values in their pages."""
     past = [0, 70, 129]
     table, lengths, pages = paged([n + 3 for n in past], device)
     before = lengths - 3
-    qkv, cos_sin = random(3, 3, 12, 64, device=device), _angles(256, 64, device)
+    qkv, cos_sin = random(3, 3, 12, 64, device=device), angles(256, 64, device)
     k, v = torch.zeros(2, 2, pages * PAGE, 64, dtype=torch.bfloat16, device=device)
     expected = rope_append.rope_append_ref(
         *on_cpu(qkv, cos_sin, k, v, table, before), heads=8, kv_heads=2, page_size=PAGE
@@ -127,7 +122,7 @@ def check_rope(device: torch.device) -> Pairs:
 def check_rotate(device: torch.device) -> Pairs:
     """Heads of a wider projection, turned in place."""
     x = random(3, 2, 9 * 64 + 16, device=device)[..., 8 : 8 + 9 * 64].unflatten(-1, (9, 64))
-    cos_sin = _angles(256, 64, device)
+    cos_sin = angles(256, 64, device)
     past = torch.tensor([0, 70, 129], dtype=torch.int32, device=device)
     expected = rope_rotate.rope_rotate_ref(*on_cpu(x, cos_sin, past))
     return [(rope_rotate.rope_rotate(x, cos_sin, past), expected)]
@@ -138,7 +133,7 @@ def check_latent(heads: int, rank: int, rope: int) -> Callable[[torch.device], P
 
     def run(device: torch.device) -> Pairs:
         table, lengths, pages = paged([3, 73, 132], device)
-        before, cos_sin = lengths - 3, _angles(256, rope, device)
+        before, cos_sin = lengths - 3, angles(256, rope, device)
         q = random(3, 3, heads, rope, device=device)
         key, latent = random(3, 3, rope + rank, device=device).split((rope, rank), -1)
         weight = random(rank, device=device)

@@ -30,6 +30,12 @@ def dense(pool: Tensor, table: Tensor, rows: int, page: int = PAGE) -> Tensor:
     return pool[:, at.flatten(1)[:, :rows]].transpose(0, 1).contiguous()
 
 
+def angles(positions: int, dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines of random angles, [positions, dim / 2, 2]."""
+    turn = torch.rand(positions, dim // 2, device=device) * 6.28
+    return torch.stack((turn.cos(), turn.sin()), -1).contiguous()
+
+
 def bytes_of(*tensors: Tensor) -> int:
     """Bytes of tensors, also of those on the device meta."""
     return sum(t.nbytes for t in tensors)
