@@ -85,7 +85,6 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
     EIGHT_BIT: tl.constexpr, FP8: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
@@ -168,6 +167,8 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
         sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
         top = new_top
 
+    # Not before: what the next kernel asks for ahead would stand in the way of the rows.
+    start_next(OVERLAP)
     if EIGHT_BIT:
         sums = join_channels(sums, odd_sums)
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]

@@ -49,9 +49,9 @@ MAX_NORMED = max(WHOLE_CONFIGS)
 
 
 @triton.jit
-def whole_row(x, residual, summed, scale, k, EPS, K):  # type: ignore[no-untyped-def]
-    """Channels k of the row that a product reads, float32: x, or x + residual, normed where there
-    is a scale. The first program stores the sum.
+def sum_of(x, residual, summed, k, K):  # type: ignore[no-untyped-def]
+    """Channels k of the row that a product reads, float32: x, or x + residual, which the first
+    program stores.
     """
     part = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
     if residual is not None:
@@ -59,9 +59,13 @@ def whole_row(x, residual, summed, scale, k, EPS, K):  # type: ignore[no-untyped
         rounded = part.to(summed.dtype.element_ty)
         tl.store(summed + k, rounded, mask=(k < K) & (tl.program_id(0) == 0))
         part = rounded.to(tl.float32)
-    if scale is not None:
-        part *= scale.to(tl.float32) * tl.rsqrt(tl.sum(part * part, 0) / K + EPS)
     return part
+
+
+@triton.jit
+def normed(part, scale, EPS, K):  # type: ignore[no-untyped-def]
+    """RMSNorm of a whole row of K channels."""
+    return part * scale.to(tl.float32) * tl.rsqrt(tl.sum(part * part, 0) / K + EPS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,11 +84,12 @@ def gemv_fwd_kernel(  # type: ignore[no-untyped-def]
     if GATED:
         below = at + rows.to(tl.int64) * row_stride
         up_tile = tl.load(below, mask=inside, other=0.0)
-    scale = None
     if norm_weight is not None:
         scale = tl.load(norm_weight + k, mask=k < K, other=0.0)
     wait_for_previous(OVERLAP)
-    part = whole_row(x, residual, summed, scale, k, EPS, K)
+    part = sum_of(x, residual, summed, k, K)
+    if norm_weight is not None:
+        part = normed(part, scale, EPS, K)
     sums = tile.to(tl.float32) * part[None, :]
     if GATED:
         up_sums = up_tile.to(tl.float32) * part[None, :]

@@ -85,7 +85,6 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
@@ -165,6 +164,8 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
         sums = tl.dot(weights.to(c.dtype), c, sums * shrink[:, None], input_precision="ieee")
         top = new_top
 
+    # Not before: what the next kernel asks for ahead would stand in the way of the rows.
+    start_next(OVERLAP)
     # Derived anew: kept through the loop, what tells the rows apart would cost it registers.
     token = position + tokens - tl.load(lengths + b, volatile=True)
     head = g * group + (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M) - token * group

@@ -24,10 +24,11 @@ from kernels.gemv import (
     config_of,
     norm_gemv_ref,
     norm_serves,
-    whole_row,
+    normed,
+    sum_of,
 )
 from kernels.overlap import overlapped, start_next, wait_for_previous
-from kernels.page_write import check_pages, page_row
+from kernels.page_write import check_pages
 from kernels.rope_append import rope_append_ref
 
 
@@ -38,7 +39,7 @@ def project_append_fwd_kernel(  # type: ignore[no-untyped-def]
     EPS: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of outputs, 1). residual, with summed, may be None."""
+    """Grid (blocks of outputs). residual, with summed, may be None."""
     start_next(OVERLAP)
     first = tl.program_id(0) * BLOCK_N
     n = first + tl.arange(0, BLOCK_N)
@@ -47,16 +48,19 @@ def project_append_fwd_kernel(  # type: ignore[no-untyped-def]
     tile = tl.load(at, mask=(k < K)[None, :], other=0.0)
     scale = tl.load(norm_weight + k, mask=k < K, other=0.0)
     wait_for_previous(OVERLAP)
-    _, kept, position, row = page_row(
-        page_table, lengths, None, None, tl.program_id(1), 0, 1, max_pages, 0, PAGE
-    )
+    # Loads that need one another come first, and are there before the product is.
+    position = tl.load(lengths)
+    part = sum_of(x, residual, summed, k, K)
+    kept = position // PAGE < max_pages
+    page = tl.load(page_table + position // PAGE, mask=kept, other=-1)
     head = first // D
     c = n % D
     turns = (head < H + G) & (position < positions)
     pair = cos_sin + position.to(tl.int64) * D + c // 2 * 2
     cos = tl.load(pair, mask=turns, other=1.0)
     sin = tl.load(pair + 1, mask=turns, other=0.0)
-    part = whole_row(x, residual, summed, scale, k, EPS, K)
+    part = normed(part, scale, EPS, K)
+    row = page.to(tl.int64) * PAGE + position % PAGE
     out = tl.sum(tile.to(tl.float32) * part[None, :], 1)
     even, odd = tl.split(tl.reshape(out, (BLOCK_N // 2, 2)))
     other = tl.reshape(tl.join(-odd, even), (BLOCK_N,))
@@ -65,10 +69,10 @@ def project_append_fwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(q + n, out.to(q.dtype.element_ty))
     elif head < H + G:
         to = k_pool + (head - H).to(tl.int64) * k_stride_g + row * D + c
-        tl.store(to, out.to(k_pool.dtype.element_ty), mask=kept)
+        tl.store(to, out.to(k_pool.dtype.element_ty), mask=page >= 0)
     else:
         to = v_pool + (head - H - G).to(tl.int64) * v_stride_g + row * D + c
-        tl.store(to, out.to(v_pool.dtype.element_ty), mask=kept)
+        tl.store(to, out.to(v_pool.dtype.element_ty), mask=page >= 0)
 
 
 def project_append(
@@ -121,7 +125,7 @@ def project_append(
     q = torch.empty(1, 1, heads, dim, dtype=x.dtype, device=x.device)
     summed = None if residual is None else torch.empty_like(x)
     stride_k, stride_v = (t.stride(0) if groups > 1 else 0 for t in (k_pool, v_pool))
-    project_append_fwd_kernel[(weight.shape[0] // config.rows, 1)](
+    project_append_fwd_kernel[(weight.shape[0] // config.rows,)](
         x, residual, norm_weight, weight, cos_sin, q, k_pool, v_pool, page_table, lengths, summed,
         weight.stride(0), stride_k, stride_v, page_table.shape[1], cos_sin.shape[0],
         EPS=eps, H=heads, G=groups, D=dim, PAGE=page_size, K=k, BLOCK_N=config.rows,
@@ -141,9 +145,12 @@ def serves(
 
 
 def _config(k: int) -> Config:
-    """As for the product alone, with whole pairs to a program."""
+    """As for the product alone, with whole pairs to a program; what a program does beside it makes
+    few high tiles better than many.
+    """
     config = config_of(k, whole=True)
-    return Config(max(config.rows, 2), config.columns, config.warps)
+    rows = 8 if config.columns <= 2048 else 2
+    return Config(rows, config.columns, config.warps)
 
 
 def project_append_ref(

@@ -1,7 +1,7 @@
 """Products of activations with weights, by backend.
 
-Matrices belong to the libraries: cuBLAS has nothing to learn from us. A few rows are no matrix;
-where nothing is to be differentiated, they go to our own kernels.
+Matrices belong to the libraries: cuBLAS has nothing to learn from us. A single row is no matrix;
+where nothing is to be differentiated, it goes to our own kernels.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,6 @@ from torch.nn import functional as F
 
 from archs.backends import choose, everywhere
 from archs.ops import glue
-
-#: Up to so many rows are few.
-MOST_ROWS = 16
 
 
 @dataclass
@@ -84,13 +81,11 @@ def _torch(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _triton(x: Tensor, weight: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or x.numel() > MOST_ROWS * x.shape[-1]:
+    if x.numel() != x.shape[-1] or torch.is_grad_enabled():
         return F.linear(x, weight)
-    from kernels import few_rows, gemv
+    from kernels.gemv import gemv, serves
 
-    if gemv.serves(x, weight):
-        return gemv.gemv(x, weight)
-    return few_rows.few_rows(x, weight) if few_rows.serves(x, weight) else F.linear(x, weight)
+    return gemv(x, weight) if serves(x, weight) else F.linear(x, weight)
 
 
 def _by_head_torch(x: Tensor, weight: Tensor) -> Tensor:
@@ -125,13 +120,7 @@ def _norm_swiglu_triton(x: Unnormed, weight: Tensor) -> Tensor:
     found = _one_row(x, weight, gated=True)
     if found is not None:
         return found
-    normed = x.normed(backend="triton")
-    if not torch.is_grad_enabled() and normed.numel() <= MOST_ROWS * normed.shape[-1]:
-        from kernels.few_rows import few_rows, serves
-
-        if serves(normed, weight):
-            return few_rows(normed, weight, gated=True)
-    return glue.swiglu(_triton(normed, weight), backend="triton")
+    return glue.swiglu(_triton(x.normed(backend="triton"), weight), backend="triton")
 
 
 def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Products of few rows with a matrix on a device, and what stands around them, beside cuBLAS."""
+"""Products of one row with a matrix on a device, and what stands around them, beside cuBLAS."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from eval.gpu.case import Case, Check, Op, Run
 from eval.gpu.ops.operands import PAGE, angles, on_cpu, paged, random
-from kernels.few_rows import few_rows, few_rows_ref
 from kernels.gemv import gemv, gemv_ref, norm_gemv, norm_gemv_ref
 from kernels.project_append import project_append, project_append_ref
 from kernels.rope import rotate
@@ -119,41 +118,6 @@ def project_case(order: int, heads: int, groups: int, dim: int, k: int) -> Case:
                 build=build)  # fmt: skip
 
 
-def check_few_rows(
-    rows: int, n: int, k: int, dtype: torch.dtype, *, gated: bool
-) -> Callable[[torch.device], Pairs]:
-    """Several rows against all columns."""
-
-    def run(device: torch.device) -> Pairs:
-        x = random(rows, 1, k, device=device, dtype=dtype)
-        weight = random(n, k, device=device, dtype=dtype, scale=k**-0.5)
-        found = few_rows(x, weight, gated=gated)
-        return [(found, few_rows_ref(*on_cpu(x, weight), gated=gated))]
-
-    return run
-
-
-def few_rows_case(order: int, rows: int, n: int, k: int, *, gated: bool = False) -> Case:
-    """W read once for all rows, in bf16."""
-
-    def build(device: torch.device) -> Mapping[str, Run]:
-        x, weight = random(rows, k, device=device), random(n, k, device=device, scale=k**-0.5)
-
-        def by_cublas() -> Tensor:
-            y = F.linear(x, weight)
-            if not gated:
-                return y
-            gate, up = y.chunk(2, -1)
-            return F.silu(gate) * up
-
-        return {"triton": lambda: few_rows(x, weight, gated=gated), "cublas": by_cublas}
-
-    written = rows * (n // 2 if gated else n)
-    return Case(name=f"{rows} rows {n}x{k} bf16{' gated' * gated}", order=order,
-                moved_bytes=2 * (n * k + rows * k + written), flops=2 * rows * n * k,
-                build=build)  # fmt: skip
-
-
 def gemv_case(order: int, n: int, k: int) -> Case:
     """W read once, in bf16."""
 
@@ -186,26 +150,6 @@ OPS = (
             *(gemv_case(1, n, k) for n, k in (
                 (3072, 2048), (2048, 2048), (2048, 5504), (6144, 4096), (4096, 4096),
                 (28672, 4096), (4096, 14336))),
-        ],
-    ),
-    Op(
-        name="few_rows",
-        checks=[
-            Check(name=f"{rows} rows {n}x{k} {str(dtype)[6:]}{' gated' * gated}", limit=BF16_LIMIT,
-                  run=check_few_rows(rows, n, k, dtype, gated=gated))
-            for rows, n, k, dtype, gated in (
-                (2, 130, 200, torch.bfloat16, False), (5, 66, 520, torch.float16, True),
-                (8, 1000, 2048, torch.bfloat16, False), (16, 11008, 2048, torch.bfloat16, True),
-                (16, 9001, 1096, torch.bfloat16, False),
-            )
-        ],
-        cases=[
-            few_rows_case(0, 8, 11008, 2048, gated=True), few_rows_case(0, 8, 2048, 2048),
-            *(few_rows_case(1, 8, n, k) for n, k in (
-                (3072, 2048), (2048, 5504), (128256, 2048), (6144, 4096), (4096, 14336))),
-            few_rows_case(1, 8, 28672, 4096, gated=True),
-            few_rows_case(1, 16, 11008, 2048, gated=True), few_rows_case(1, 16, 2048, 2048),
-            few_rows_case(1, 2, 2048, 2048),
         ],
     ),
     Op(
