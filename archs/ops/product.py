@@ -63,7 +63,8 @@ def product(x: Input, weight: Tensor, *, backend: str) -> Tensor:
 def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
     """Each head's own product: [B, K, H, D] with [H, D, N] -> [B, K, H, N].
 
-    One matrix product a head, all tokens of the batch as its rows.
+    One matrix product a head, all tokens of the batch as its rows; a single token goes to our own
+    kernel.
     """
     return choose("product", backend, _BY_HEAD)(x, weight)
 
@@ -96,6 +97,10 @@ def _by_head_torch(x: Tensor, weight: Tensor) -> Tensor:
 def _by_head_triton(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _by_head_torch(x, weight)
+    from kernels import head_gemv
+
+    if head_gemv.serves(x, weight):
+        return head_gemv.head_gemv(x, weight)
     # The product writes tokens first, as the next one reads them.
     found = x.new_empty(*x.shape[:3], weight.shape[-1])
     rows = found.flatten(0, 1).transpose(0, 1)

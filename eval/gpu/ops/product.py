@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from eval.gpu.case import Case, Check, Op, Run
 from eval.gpu.ops.operands import PAGE, angles, on_cpu, paged, random
 from kernels.gemv import gemv, gemv_ref, norm_gemv, norm_gemv_ref
+from kernels.head_gemv import head_gemv, head_gemv_ref
 from kernels.project_append import project_append, project_append_ref
 from kernels.rope import rotate
 
@@ -118,6 +119,40 @@ def project_case(order: int, heads: int, groups: int, dim: int, k: int) -> Case:
                 build=build)  # fmt: skip
 
 
+def check_head_gemv(
+    heads: int, dim: int, width: int, *, turned: bool
+) -> Callable[[torch.device], Pairs]:
+    """Every head by its matrix, whichever way that lies."""
+
+    def run(device: torch.device) -> Pairs:
+        x = random(1, 1, heads, dim, device=device)
+        weight = random(heads, dim, width, device=device, scale=dim**-0.5)
+        if turned:
+            weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+        return [(head_gemv(x, weight), head_gemv_ref(*on_cpu(x, weight)))]
+
+    return run
+
+
+def head_gemv_case(order: int, heads: int, dim: int, width: int, *, turned: bool) -> Case:
+    """Queries into the latent space, or results out of it."""
+
+    def build(device: torch.device) -> Mapping[str, Run]:
+        x = random(1, 1, heads, dim, device=device)
+        weight = random(heads, dim, width, device=device, scale=dim**-0.5)
+        if turned:
+            weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+        def by_cublas() -> Tensor:
+            return torch.bmm(x[0].transpose(0, 1), weight).transpose(0, 1)[None]
+
+        return {"triton": lambda: head_gemv(x, weight), "cublas": by_cublas}
+
+    size = heads * (dim * width + dim + width)
+    return Case(name=f"{heads} heads {dim} to {width} bf16", order=order, moved_bytes=2 * size,
+                flops=2 * heads * dim * width, build=build)  # fmt: skip
+
+
 def gemv_case(order: int, n: int, k: int) -> Case:
     """W read once, in bf16."""
 
@@ -150,6 +185,19 @@ OPS = (
             *(gemv_case(1, n, k) for n, k in (
                 (3072, 2048), (2048, 2048), (2048, 5504), (6144, 4096), (4096, 4096),
                 (28672, 4096), (4096, 14336))),
+        ],
+    ),
+    Op(
+        name="head_gemv",
+        checks=[
+            Check(name=f"{heads} heads {dim} to {width}{' turned' * turned}", limit=BF16_LIMIT,
+                  run=check_head_gemv(heads, dim, width, turned=turned))
+            for heads, dim, width, turned in (
+                (3, 40, 200, False), (32, 64, 256, False), (32, 256, 64, True), (5, 600, 24, True))
+        ],
+        cases=[
+            head_gemv_case(1, 32, 64, 256, turned=False),
+            head_gemv_case(1, 32, 256, 64, turned=True),
         ],
     ),
     Op(
