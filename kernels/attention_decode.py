@@ -244,6 +244,7 @@ def attention_decode(
         capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
     splits = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(q.device), batch * parts)
     splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
+    early = triton.cdiv(capacity, splits) <= SPLIT_ROWS
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partials = floats((batch, parts, splits, block_m, dim) if splits > 1 else (16,))
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
@@ -262,7 +263,8 @@ def attention_decode(
         stride_b, stride_t, stride_h, stride_k, stride_v,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         **_constants(dim, block_m, config, page_size, window is not None, kv_dtype),
-        num_warps=config.warps, num_stages=config.stages, **overlapped(q.device),
+        num_warps=config.warps, num_stages=config.stages,
+        **overlapped(q.device, early=early),
     )  # fmt: skip
     if splits > 1:
         split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)

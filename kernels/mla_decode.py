@@ -238,6 +238,7 @@ def mla_decode(
     # One program fills a multiprocessor: its tiles take most of the shared memory.
     splits = triton.cdiv(multiprocessors(q.device), batch * parts)
     splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
+    early = triton.cdiv(capacity, splits) <= SPLIT_ROWS
     floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     partials = floats((batch, parts, splits, block_m, latent) if splits > 1 else (16,))
     partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
@@ -249,7 +250,8 @@ def mla_decode(
         scale * math.log2(math.e), *strides, pool.stride(0) if groups > 1 else 0,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         **_constants(latent, q_rotary.shape[3], block_m, config, page_size, window is not None),
-        num_warps=config.warps, num_stages=config.stages, **overlapped(q.device),
+        num_warps=config.warps, num_stages=config.stages,
+        **overlapped(q.device, early=early),
     )  # fmt: skip
     if splits > 1:
         split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)
