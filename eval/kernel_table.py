@@ -28,11 +28,13 @@ from kernels import (
     gdn_chunk,
     gdn_step,
     gemv,
+    head_gemv,
     latent_append,
     linear_step,
     mla_decode,
     norm_triton,
     page_write,
+    project_append,
     rope_append,
     rope_rotate,
     sample,
@@ -49,8 +51,9 @@ OPS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, gdn_chunk,
-        gdn_step, gemv, latent_append, linear_step, mla_decode, norm_triton, page_write,
-        rope_append, rope_rotate, sample, selective_chunk, selective_step, split_combine, ssm_step,
+        gdn_step, gemv, head_gemv, latent_append, linear_step, mla_decode, norm_triton, page_write,
+        project_append, rope_append, rope_rotate, sample, selective_chunk, selective_step,
+        split_combine, ssm_step,
     )
 }  # fmt: skip
 
