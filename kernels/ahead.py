@@ -101,15 +101,19 @@ class Report:
         return found
 
 
+def constants_for(variant: Variant, target: str) -> dict[str, Any]:
+    """A variant's constexprs, and OVERLAP where its kernel has one, as launched on a target."""
+    overlap = {"OVERLAP": target in OVERLAPPING} if "OVERLAP" in variant.kernel.arg_names else {}
+    return {**variant.constexprs, **overlap}
+
+
 def compile_ahead(variant: Variant, target: str) -> Report:
     """Compile for one of `TARGETS`. Triton's own errors pass through."""
     names = variant.kernel.arg_names
     signature = {n: variant.signature.get(n, "constexpr") for n in names}
-    constants = dict(variant.constexprs)
+    constants = constants_for(variant, target)
     options: dict[str, Any] = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    if "OVERLAP" in names:
-        constants["OVERLAP"] = target in OVERLAPPING
-        options |= {"launch_pdl": True} if constants["OVERLAP"] else {}
+    options |= {"launch_pdl": True} if constants.get("OVERLAP") else {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible
     }

@@ -19,7 +19,7 @@ from triton.language import constexpr
 from triton.runtime.jit import JITCallable
 
 from kernels import machine_code
-from kernels.ahead import Variant
+from kernels.ahead import Variant, constants_for
 
 _LAYOUT = (tokenize.COMMENT, tokenize.NL)
 _MARKS = {tokenize.INDENT: ">", tokenize.DEDENT: "<", tokenize.NEWLINE: ";"}
@@ -33,7 +33,7 @@ def content_key(variant: Variant, target: str) -> str:
     """
     parts = [
         triton.__version__, target, _reader(), *_sources(variant.kernel),
-        *_ordered(variant.signature), *_ordered(variant.constexprs), *sorted(variant.divisible),
+        *_ordered(variant.signature), *_ordered(constants_for(variant, target)), *sorted(variant.divisible),
         f"{variant.num_warps} warps", f"{variant.num_stages} stages",
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
