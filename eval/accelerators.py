@@ -14,10 +14,12 @@ from archs.errors import UserError, unknown_name
 from eval.hardware import ProductRate, Roofline, measure_roofline
 from infer.memory import free_bytes
 
-#: Launches in a captured decode step, and where they were measured.
-PRODUCT_LAUNCH_US, CALL_US = 3.40, 1.19
+#: Launches in a captured decode step: of a product of one row by our kernel, of more rows by the
+#: library, of any other operation; and where they were measured.
+ROW_LAUNCH_US, PRODUCT_LAUNCH_US, CALL_US = 1.00, 3.32, 1.18
 LAUNCHES_FROM = (
-    "one H100, measured: leaderboards/nvidia-h100-80gb-hbm3/2026-11-26-evening/machine.csv"
+    "one H100, measured: leaderboards/nvidia-h100-80gb-hbm3/2026-11-27, machine.csv and gemv in "
+    "kernels.csv"
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -70,9 +72,15 @@ class Accelerator:
             raise unknown_name(f"dtype of {self.name}", dtype, self.tflops_per_s)
         bandwidth = self.bandwidth_tbyte_per_s * 1e12
         return Roofline(
-            bandwidth, self.tflops_per_s[dtype] * 1e12, DTYPES[dtype],
-            products=(ProductRate(1, bandwidth, PRODUCT_LAUNCH_US),), call_us=CALL_US,
-        )  # fmt: skip
+            bandwidth,
+            self.tflops_per_s[dtype] * 1e12,
+            DTYPES[dtype],
+            products=(
+                ProductRate(1, bandwidth, ROW_LAUNCH_US),
+                ProductRate(2, bandwidth, PRODUCT_LAUNCH_US),
+            ),
+            call_us=CALL_US,
+        )
 
 
 def _part(

@@ -135,7 +135,8 @@ def measured_again(known: Roofline, device: torch.device) -> Roofline:
 
 
 def _measured(device: torch.device, dtype: torch.dtype, rows: Sequence[int]) -> Roofline:
-    with Neighbours() as others:
+    # Without gradients, as a step runs: with them a single row takes the library's product.
+    with Neighbours() as others, torch.inference_mode():
         found = replace(
             _ceilings(device, dtype, REPEATS),
             products=tuple(

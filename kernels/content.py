@@ -33,7 +33,8 @@ def content_key(variant: Variant, target: str) -> str:
     """
     parts = [
         triton.__version__, target, _reader(), *_sources(variant.kernel),
-        *_ordered(variant.signature), *_ordered(constants_for(variant, target)), *sorted(variant.divisible),
+        *_ordered(variant.signature), *_ordered(constants_for(variant, target)),
+        *sorted(variant.divisible),
         f"{variant.num_warps} warps", f"{variant.num_stages} stages",
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]

@@ -41,7 +41,7 @@ def write_results(folder: Path) -> Path:
 def _cells(folder: Path) -> Iterator[tuple[Cell, About, dict[str, str], list[Row]]]:
     machine = Table(folder / "machine.csv", ("measure", "value", *FROM), ("measure",)).rows
     if machine:
-        rates = [Row(measure=r["measure"], value=float(r["value"])) for r in machine]
+        rates = [_rate(r["measure"], float(r["value"])) for r in machine]
         yield Cell(arch="", stage="hardware"), About(dtype="bfloat16"), _origin(machine[0]), rates
     steps = Table(folder / "decode.csv", (*COLUMNS, *FROM), KEY).rows
     ours = sorted((r for r in steps if r["kernel_backend"] == "triton"), key=_place)
@@ -55,6 +55,12 @@ def _cells(folder: Path) -> Iterator[tuple[Cell, About, dict[str, str], list[Row
         )  # fmt: skip
         cell = Cell(arch=arch, stage="decode", scale=scale, batch=batch)
         yield cell, about, _origin(held[0]), [row for r in held for row in _rows(r)]
+
+
+def _rate(name: str, value: float) -> Row:
+    """A measured rate; of a product, `name` ends with its rows, which results call a batch."""
+    measure, _, rows = name.partition("@")
+    return Row(measure=measure, value=value, batch=int(rows) if rows else None)
 
 
 def _place(row: Mapping[str, str]) -> tuple[str, int, str]:

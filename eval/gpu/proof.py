@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from eval.gpu.decode_grid import COLUMNS as DECODE_COLUMNS
 from eval.gpu.decode_grid import KEY as DECODE_KEY
 from eval.gpu.decode_grid import Server, points
 from eval.gpu.table import Table
-from eval.hardware import ProductRate, Roofline, measure_roofline
+from eval.hardware import MOST_ROWS, ProductRate, Roofline, measure_roofline
 from eval.progress import Progress
 from eval.results import Provenance, Status, provenance
 
@@ -47,10 +48,10 @@ OP_COLUMNS = (
     *FROM,
 )  # fmt: skip
 MACHINE_COLUMNS = ("measure", "value", *FROM)
-RATES = (
-    "copy_bytes_per_s", "matrix_flops_per_s", "product_bytes_per_s", "product_launch_us", "call_us",
-    "read_bytes_per_s",
-)  # fmt: skip
+#: Rows of the products that are measured: one has a kernel of its own.
+PRODUCT_ROWS = (1, 2, 8, MOST_ROWS)
+RATES = ("copy_bytes_per_s", "matrix_flops_per_s", "call_us", "read_bytes_per_s")
+PRODUCTS = ("product_bytes_per_s", "product_launch_us")
 OURS = "triton"
 #: In the note of a cell that no later call may try: it would end there, too.
 FATAL = "the device was lost; remove this row to try it again"
@@ -113,17 +114,22 @@ class Proof:
         """This device, measured once a folder."""
         if self._roofline is None:
             held = {r["measure"]: float(r["value"]) for r in self.machine.rows}
+            products = [[f"{name}@{rows}" for name in PRODUCTS] for rows in PRODUCT_ROWS]
             # A row of a pass that was cut short is repeated, and the last one counts.
-            if len(held) < len(RATES):
-                r = measure_roofline(self.device, torch.bfloat16)
-                rates = (r.copy_bytes_per_s, r.matrix_flops_per_s)
-                beside = (r.bytes_per_s(1), r.launch_us(1), r.call_us, r.read_bytes_per_s)
-                held = dict(zip(RATES, (*rates, *beside), strict=True))
+            if not {*RATES, *chain.from_iterable(products)} <= held.keys():
+                r = measure_roofline(self.device, torch.bfloat16, PRODUCT_ROWS)
+                rates = r.copy_bytes_per_s, r.matrix_flops_per_s, r.call_us, r.read_bytes_per_s
+                held = dict(zip(RATES, rates, strict=True))
+                for rows, names in zip(PRODUCT_ROWS, products, strict=True):
+                    held |= zip(names, (r.bytes_per_s(rows), r.launch_us(rows)), strict=True)
                 for measure, value in held.items():
                     self.machine.append({"measure": measure, "value": value, **self._from})
-            copy, matrix, product, launch_us, call_us, read = (held[name] for name in RATES)
-            one_row = ProductRate(1, product, launch_us)
-            self._roofline = Roofline(copy, matrix, torch.bfloat16, (one_row,), call_us, read)
+            copy, matrix, call_us, read = (held[name] for name in RATES)
+            by_rows = tuple(
+                ProductRate(rows, *(held[name] for name in names))
+                for rows, names in zip(PRODUCT_ROWS, products, strict=True)
+            )
+            self._roofline = Roofline(copy, matrix, torch.bfloat16, by_rows, call_us, read)
         return self._roofline
 
     # -- correctness -----------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from eval.hardware import ProductRate, Roofline
 from eval.progress import Progress
 
 CPU = torch.device("cpu")
-RATES = Roofline(1e9, 1e12, torch.bfloat16, (ProductRate(1, 2e9, 3.0),), 1.5, 1.25e9)
+PRODUCTS = tuple(ProductRate(rows, 2e9 / rows, 3.0 + rows) for rows in (1, 2, 8, 64))
+RATES = Roofline(1e9, 1e12, torch.bfloat16, PRODUCTS, 1.5, 1.25e9)
 #: What the stubbed timer says of everything.
 SECONDS = 2e-3
 #: What a worker prints of a check that passed.
@@ -78,7 +79,8 @@ def make_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
             run()
         return Timing(SECONDS, SECONDS, SECONDS, "graph")
 
-    def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
+    def measure(device: torch.device, dtype: torch.dtype, rows: Sequence[int]) -> Roofline:
+        assert tuple(rows) == tuple(p.rows for p in PRODUCTS)
         made.log.append("roofline")
         return RATES
 

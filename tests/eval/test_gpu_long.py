@@ -31,7 +31,11 @@ def step(arch: str, context: int, ms: float, **more: object) -> dict[str, object
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     machine = Table(tmp_path / "machine.csv", ("measure", "value", *FROM), ("measure",))
-    for measure, value in (("copy_bytes_per_s", 3e12), ("matrix_flops_per_s", 7e14)):
+    rates = (
+        ("copy_bytes_per_s", 3e12), ("matrix_flops_per_s", 7e14), ("product_launch_us@1", 1.0),
+        ("product_launch_us@8", 3.0),
+    )  # fmt: skip
+    for measure, value in rates:
         machine.append({"measure": measure, "value": value, **ORIGIN})
     decode = Table(tmp_path / "decode.csv", (*COLUMNS, *FROM), KEY)
     for context in (1024, 4096):
@@ -49,6 +53,8 @@ def test_the_long_table_is_sound_and_ours_alone(folder: Path) -> None:
     long = merge([path])
     assert check_long(path) == []
     steps = long[long["measure"] == "tpot_p50_ms"]
+    launches = long[long["measure"] == "product_launch_us"].set_index("batch")["value"]
+    assert launches.to_dict() == {1: 1.0, 8: 3.0}
     assert set(steps["kernel_backend"]) == {"triton"} and 9.0 not in set(steps["value"])
     assert sorted(steps.loc[steps["arch"] == "gqa", "value"]) == [1.0, 4.0]
     intensity = long.loc[long["measure"] == "arith_intensity_pred", "value"]
