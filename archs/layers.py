@@ -69,7 +69,7 @@ class Projection(Leaf, nn.Linear):
         return product(x, self.weight, backend=self.backend)
 
 
-class SwiGLU(Leaf, nn.Module):
+class SwiGLU(nn.Module):
     """Gated MLP (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
     backend: str = "torch"
@@ -80,12 +80,8 @@ class SwiGLU(Leaf, nn.Module):
         self.gate_up = Projection(d_model, hidden, hidden)
         self.down = Projection(hidden, d_model, residual=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, T, D] -> [B, T, D]."""
-        return self.down(glue.swiglu(self.gate_up(x), backend=self.backend))
-
     def after(self, x: Unnormed) -> Tensor:
-        """The MLP of norm(x); [B, T, D]."""
+        """The MLP of norm(x). [B, T, D] -> [B, T, D]."""
         return self.down(norm_swiglu(x, self.gate_up.weight, backend=self.backend))
 
     def cost(self, step: Step) -> Cost:

@@ -18,7 +18,8 @@ from archs.ops import glue
 class Unnormed:
     """A block's input before its norm, for the one product that reads it: RMSNorm of x + residual.
 
-    x, residual: [..., D], residual None for x alone; weight: [D]. total: the sum, once read.
+    x, residual: [..., D], residual None for x alone; weight: [D], of the norm. total: the sum,
+    which the product leaves here.
     """
 
     x: Tensor
@@ -54,7 +55,7 @@ Input = Tensor | Unnormed
 
 
 def product(x: Input, weight: Tensor, *, backend: str) -> Tensor:
-    """x Wᵀ. [..., D] with [N, D] -> [..., N]; what is not normed yet is, and has its total then."""
+    """x Wᵀ. [..., D] with [N, D] -> [..., N]. An `Unnormed` x is normed on the way."""
     if isinstance(x, Unnormed):
         return choose("product", backend, _NORM_PRODUCT)(x, weight)
     return choose("product", backend, _PRODUCT)(x, weight)
@@ -70,7 +71,7 @@ def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
 
 
 def norm_swiglu(x: Unnormed, weight: Tensor, *, backend: str) -> Tensor:
-    """SwiGLU of norm(x) Wᵀ, the way into a gated MLP; x has its total afterwards.
+    """SwiGLU of norm(x) Wᵀ, the way into a gated MLP.
 
     weight: [2F, D], the gate first. Returns [..., F].
     """
