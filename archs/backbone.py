@@ -1,6 +1,6 @@
 """The backbone that every architecture shares, and how it is initialised.
 
-Embedding, L blocks of (RMSNorm, mixer, residual, RMSNorm, SwiGLU, residual), RMSNorm, tied head.
+Embedding, L blocks of (RMSNorm, mixer, residual, RMSNorm, SwiGLU, residual), RMSNorm, head.
 It never asks which mixer it holds. Initial values depend on the seed and the parameter's name
 alone, so modules that two architectures share start equal.
 """
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from archs.backends import BACKENDS
 from archs.cost import Cost, OpCost, Step
 from archs.errors import unknown_name
-from archs.layers import Projection, RMSNorm, SwiGLU
+from archs.layers import NORM_EPS, Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
 from archs.ops.product import product
 from archs.spec import LayerState, StateSpec
@@ -28,11 +28,11 @@ Stream = tuple[Tensor, Tensor]
 class Block(nn.Module):
     """One layer: mixer and MLP, each behind a norm and a residual. No MLP when `hidden` is 0."""
 
-    def __init__(self, d_model: int, mixer: Mixer, hidden: int) -> None:
+    def __init__(self, d_model: int, mixer: Mixer, hidden: int, norm_eps: float) -> None:
         super().__init__()
-        self.norm_mixer = RMSNorm(d_model)
+        self.norm_mixer = RMSNorm(d_model, norm_eps)
         self.mixer = mixer
-        self.norm_mlp = RMSNorm(d_model) if hidden else None
+        self.norm_mlp = RMSNorm(d_model, norm_eps) if hidden else None
         self.mlp = SwiGLU(d_model, hidden) if hidden else None
 
     def forward(self, x: Tensor, residual: Tensor | None, shared: Shared) -> Stream:
@@ -72,18 +72,43 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A language model over one list of mixers.
 
-    mixers: one per layer; hidden: MLP width, 0 for none.
+    mixers: one per layer; hidden: MLP width of each layer, or of all, 0 for none; tied: whether
+    the head is the embedding; norm_eps: of all norms but the mixers' own.
     """
 
     def __init__(
-        self, *, vocab_size: int, d_model: int, mixers: Sequence[Mixer], hidden: int
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        mixers: Sequence[Mixer],
+        hidden: int | Sequence[int],
+        tied: bool = True,
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
+        widths = [hidden] * len(mixers) if isinstance(hidden, int) else list(hidden)
         self.embedding = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, mixer, hidden) for mixer in mixers)
-        self.norm = RMSNorm(d_model)
+        self.blocks = nn.ModuleList(
+            Block(d_model, mixer, width, norm_eps)
+            for mixer, width in zip(mixers, widths, strict=True)
+        )
+        self.norm = RMSNorm(d_model, norm_eps)
+        self.head = None if tied else Projection(d_model, vocab_size)
         self.vocab_size = vocab_size
-        self.hidden = hidden
+        self._widths = widths
+
+    @property
+    def hidden(self) -> int:
+        """The MLP width of all layers. Raises ValueError where they have several."""
+        if len(set(self._widths)) > 1:
+            raise ValueError(f"layers have MLPs of widths {self._widths}; ask each `mlp.hidden`")
+        return self._widths[0]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """What makes logits of hidden states, [V, D]."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def use(self, backend: str) -> "Model":
         """Run all operations in their forms for `backend` (`archs.backends`), in place."""
@@ -113,8 +138,8 @@ class Model(nn.Module):
         return self.norm.after(x, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V] by the tied head."""
-        return product(hidden, self.embedding.weight, backend=self.backend)
+        """[..., D] -> [..., V]."""
+        return product(hidden, self.head_weight, backend=self.backend)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of every position. tokens: int64 [B, T] -> [B, T, V]."""
@@ -158,16 +183,17 @@ class Model(nn.Module):
             weight_bytes=self.norm.weight.nbytes,
         )
         head = OpCost(
-            name="head", matrix_flops=2 * rows * weight.numel(), weight_bytes=weight.nbytes,
-            rows=rows,
+            name="head", matrix_flops=2 * rows * weight.numel(),
+            weight_bytes=self.head_weight.nbytes, rows=rows,
         )  # fmt: skip
         return Cost.total(
             [Cost.of(embed), *(b.cost(step) for b in self.layers), Cost.of(norm, head)]
         )
 
     def non_embedding_parameters(self) -> int:
-        """Parameters apart from the (tied) embedding."""
-        return sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
+        """Parameters apart from the embedding and the head."""
+        apart = {id(self.embedding.weight), id(self.head_weight)}
+        return sum(p.numel() for p in self.parameters() if id(p) not in apart)
 
     def state_bytes(self, context: int, *, page_size: int = 1, lookback: int = 0) -> int:
         """Bytes of state of one sequence after `context` tokens."""

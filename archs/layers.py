@@ -11,6 +11,9 @@ from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.ops import glue
 from archs.ops.product import Input, Unnormed, norm_swiglu, product
 
+#: What norms add to a mean square where nothing else is said.
+NORM_EPS = 1e-5
+
 
 class Leaf:
     """A module that takes no hooks: torch's call machinery would cost a small step a tenth."""
@@ -29,7 +32,7 @@ class RMSNorm(Leaf, nn.Module):
 
     backend: str = "torch"
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float = NORM_EPS) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))

@@ -7,7 +7,7 @@ pattern over both: `gdn:gqa=3:1` repeats three `gdn` layers and one `gqa` layer.
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 from archs.backbone import Model, cast, initialise
-from archs.checks import at_least
+from archs.checks import at_least, positive
 from archs.cla import CrossLayerAttention, CrossLayerConfig
 from archs.errors import UserError, unknown_name
 from archs.files import read
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
+from archs.layer import LayerSpec
+from archs.layers import NORM_EPS
 from archs.linear import LinearAttention, LinearConfig
 from archs.mamba1 import Mamba1, Mamba1Config
 from archs.mamba2 import Mamba2, Mamba2Config
@@ -68,14 +70,23 @@ def source_digest(arch: str) -> str:
     """What the architecture files in a name or pattern said when they were loaded, as 12 hex digits
     for all of them; "" where there are none. Raises UserError as `entry_of` does.
     """
-    names = dict.fromkeys(name for name, _ in pattern_of(arch) if name not in REGISTRY)
-    digests = [_loaded(Path(name)).digest for name in names]
+    return _digest_of(name for name, _ in pattern_of(arch))
+
+
+def _digest_of(names: Iterable[str]) -> str:
+    files = dict.fromkeys(name for name in names if name not in REGISTRY)
+    digests = [_loaded(Path(name)).digest for name in files]
     return _digest(" ".join(digests))[:12] if digests else ""
 
 
 def is_pattern(arch: str) -> bool:
     """Whether a name is a layer pattern: it ends in counts, which no file's path does."""
     return "=" in arch and not arch.endswith(".py")
+
+
+def names_in(arch: str) -> list[str]:
+    """The mixers that a name or pattern speaks of, whether they exist or not."""
+    return arch.rpartition("=")[0].split(":") if is_pattern(arch) else [arch]
 
 
 def folder_name(arch: str) -> str:
@@ -120,6 +131,9 @@ class ModelSpec:
     overrides: mixer options by architecture name, e.g. {"gqa": {"kv_heads": 1}}.
     hidden: MLP width; None: chosen so that non-embedding parameters match `mha`; 0: no MLP.
     short_conv: width of a short convolution before every mixer, the same for all; 0: none.
+    layers: each of the scale's layers, where the pattern of `arch` and the three above do not say
+      enough; `arch` is a name alone then.
+    tied: whether the head is the embedding. norm_eps: of all norms of blocks and of the last one.
     """
 
     arch: str
@@ -127,29 +141,55 @@ class ModelSpec:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     hidden: int | None = None
     short_conv: int = 0
+    layers: tuple[LayerSpec, ...] = ()
+    tied: bool = True
+    norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
         at_least(self, 0, "hidden", "short_conv")
+        positive(self, "norm_eps")
+        if not self.layers:
+            return
+        if len(self.layers) != self.scale.n_layers:
+            raise UserError(
+                f"{len(self.layers)} layers do not make the {self.scale.n_layers} of scale "
+                f"{self.scale.name}; name one LayerSpec for each, or change the scale's n_layers"
+            )
+        if self.overrides or self.hidden is not None or self.short_conv:
+            raise UserError(
+                "layers say their own options, widths and convolutions; leave out overrides, "
+                "hidden and short_conv"
+            )
+
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """Every layer: those given, or what pattern, scale and options make."""
+        return self.layers or self._pattern(self.mlp_hidden())
+
+    def source_digest(self) -> str:
+        """`source_digest` of all its mixers."""
+        if self.layers:
+            return _digest_of(layer.mixer for layer in self.layers)
+        return source_digest(self.arch)
 
     def build(
         self, *, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Model:
         """The model with initial weights. Raises UserError on impossible shapes and options."""
-        model = self._assemble(dtype, self.mlp_hidden())
+        model = self.outline(dtype)
         model.to_empty(device=device)
         initialise(model, seed)
         return model
 
     def outline(self, dtype: torch.dtype = torch.float32) -> Model:
         """The model without storage (meta device): parameter counts, specs and costs."""
-        return self._assemble(dtype, self.mlp_hidden())
+        return self._assemble(dtype, self.layer_specs())
 
     def mlp_hidden(self) -> int:
-        """The MLP width in use."""
+        """The MLP width in use, where all layers have one."""
         if self.hidden is not None:
             return self.hidden
         scale = self.scale
-        bare = self._assemble(torch.float32, 0).non_embedding_parameters()
+        bare = self._assemble(torch.float32, self._pattern(0)).non_embedding_parameters()
         norms = scale.n_layers * scale.d_model
         per_unit = 3 * scale.d_model * scale.n_layers
         width = (scale.parameter_budget - bare - norms) / per_unit
@@ -163,30 +203,41 @@ class ModelSpec:
             )
         return hidden
 
-    def _assemble(self, dtype: torch.dtype, hidden: int) -> Model:
-        scale = self.scale
-        names = layer_names(self.arch, scale.n_layers)
+    def _pattern(self, hidden: int) -> tuple[LayerSpec, ...]:
+        names = layer_names(self.arch, self.scale.n_layers)
         for name in self.overrides:
             if name not in names:
                 raise unknown_name("architecture in overrides", name, set(names))
+        return tuple(
+            LayerSpec(
+                mixer=name, options=self.overrides.get(name, {}), hidden=hidden,
+                short_conv=self.short_conv,
+            )
+            for name in names
+        )  # fmt: skip
+
+    def _assemble(self, dtype: torch.dtype, layers: tuple[LayerSpec, ...]) -> Model:
+        scale = self.scale
         with torch.device("meta"):
             mixers: list[Mixer] = []
-            for layer, name in enumerate(names):
-                entry = entry_of(name)
+            for index, layer in enumerate(layers):
+                entry = entry_of(layer.mixer)
                 place = Place(
                     d_model=scale.d_model,
                     n_layers=scale.n_layers,
-                    layer=layer,
-                    siblings=tuple(i for i, other in enumerate(names) if other == name),
+                    layer=index,
+                    siblings=tuple(
+                        i for i, other in enumerate(layers) if other.mixer == layer.mixer
+                    ),
                 )
-                config = entry.config.at(scale, self.overrides.get(name, {}))
-                mixer: Mixer = entry.mixer(config, place)
-                if self.short_conv:
-                    mixer = ShortConv(mixer, scale.d_model, self.short_conv)
+                mixer: Mixer = entry.mixer(entry.config.at(scale, layer.options), place)
+                if layer.short_conv:
+                    mixer = ShortConv(mixer, scale.d_model, layer.short_conv)
                 mixers.append(mixer)
             model = Model(
-                vocab_size=scale.vocab_size, d_model=scale.d_model, mixers=mixers, hidden=hidden
-            )
+                vocab_size=scale.vocab_size, d_model=scale.d_model, mixers=mixers,
+                hidden=[layer.hidden for layer in layers], tied=self.tied, norm_eps=self.norm_eps,
+            )  # fmt: skip
             return cast(model, dtype)
 
 

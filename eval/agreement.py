@@ -169,7 +169,7 @@ def exact_logits(model: Model, ids: Tensor, first: int) -> Tensor:
             x, residual = block(x, residual, shared)
     with _widened(model.norm, wide):
         hidden = model.norm.after(x, residual)[0]
-    return F.linear(hidden[:, first:], model.embedding.weight.to(wide))
+    return F.linear(hidden[:, first:], model.head_weight.to(wide))
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def _scored(
         ):
             hidden = model.hidden_states(rows.inputs.to(device))
             targets = rows.targets.to(device)
-            losses = token_losses(hidden.flatten(0, 1), model.embedding.weight, targets.flatten())
+            losses = token_losses(hidden.flatten(0, 1), model.head_weight, targets.flatten())
             yield losses.view_as(targets).cpu(), rows.targets, rows.document
 
 

@@ -22,7 +22,8 @@ from archs.backbone import Model
 from archs.checks import parse
 from archs.errors import UserError
 from archs.files import make_folder, write
-from archs.registry import ModelSpec, is_pattern, source_digest
+from archs.layers import NORM_EPS
+from archs.registry import ModelSpec, names_in, source_digest
 from train.optim import Optimizer
 from train.recipe import UNHASHED, Recipe
 
@@ -43,14 +44,21 @@ class Identity:
     source: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, with the MLP width in use instead of the rule for it."""
-        spec = {
-            "arch": self.spec.arch,
-            "scale": asdict(self.spec.scale),
-            "overrides": {name: dict(options) for name, options in self.spec.overrides.items()},
-            "hidden": self.spec.mlp_hidden(),
-            "short_conv": self.spec.short_conv,
+        """As plain JSON values, with the MLP width in use instead of the rule for it.
+
+        Fields that came later are left out at their defaults, so that hashes of before hold.
+        """
+        given = self.spec
+        spec: dict[str, Any] = {
+            "arch": given.arch,
+            "scale": asdict(given.scale),
+            "overrides": {name: dict(options) for name, options in given.overrides.items()},
+            "hidden": None if given.layers else given.mlp_hidden(),
+            "short_conv": given.short_conv,
         }
+        spec |= {"layers": [asdict(layer) for layer in given.layers]} if given.layers else {}
+        spec |= {} if given.tied else {"tied": False}
+        spec |= {} if given.norm_eps == NORM_EPS else {"norm_eps": given.norm_eps}
         values = {"spec": spec, "recipe": self.recipe.to_dict(), "data": self.data}
         return values | ({"source": self.source} if self.source else {})
 
@@ -163,12 +171,16 @@ def load_model(
     """
     metadata, tensors = _read(path, "model.")
     spec = metadata.identity.spec
-    names = spec.arch.rpartition("=")[0] if is_pattern(spec.arch) else spec.arch
+    mixers = {layer.mixer for layer in spec.layers} or set(names_in(spec.arch))
     if arch is not None:
         options = {arch if k == spec.arch else k: v for k, v in spec.overrides.items()}
-        spec = replace(spec, arch=arch, overrides=options)
+        layers = tuple(
+            replace(layer, mixer=arch) if layer.mixer.endswith(".py") else layer
+            for layer in spec.layers
+        )
+        spec = replace(spec, arch=spec.arch if layers else arch, overrides=options, layers=layers)
         _require_same_source(path, metadata.identity.source, arch)
-    elif any(name.endswith(".py") for name in names.split(":")):
+    elif any(name.endswith(".py") for name in mixers):
         raise UserError(
             f"{path} was trained from the architecture file in '{spec.arch}'; code is only loaded "
             "from a file you name, so pass it as arch"

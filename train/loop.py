@@ -22,7 +22,7 @@ from torch import Tensor
 from archs.backbone import Model
 from archs.errors import UserError
 from archs.files import refusing
-from archs.registry import ModelSpec, source_digest
+from archs.registry import ModelSpec
 from kernels.cross_entropy import IGNORED, linear_cross_entropy
 from train.checkpoint import Identity, Progress, resume, save_checkpoint
 from train.metrics import MetricsLog
@@ -75,7 +75,7 @@ class StepReport:
 def next_token_loss(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in nats over the targets that are not -100. Both int64 [B, T]."""
     hidden = model.hidden_states(inputs)
-    return linear_cross_entropy(hidden.flatten(0, 1), model.embedding.weight, targets.flatten())
+    return linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten())
 
 
 def training_bytes(model: Model, recipe: Recipe) -> int:
@@ -113,7 +113,7 @@ def train(
     another run, and on a full disk.
     """
     run = _Run(model, data, recipe, run_dir, loss_fn)
-    source = source_digest(spec.arch)
+    source = spec.source_digest()
     run.load(Identity(spec=spec, recipe=recipe, data=data_fingerprint, source=source), resume_run)
     status: Status = "ok"
     solved = enough is not None and enough(run.progress.evaluation)

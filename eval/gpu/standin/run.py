@@ -110,7 +110,7 @@ def _stub(record: Any, baselines: bool) -> None:
 
     def build(self: archs.registry.ModelSpec, *, seed: int = 0, device: str = "cpu",
               dtype: torch.dtype = torch.float32) -> Model:  # fmt: skip
-        model = self._assemble(dtype, self.mlp_hidden())
+        model = self.outline(dtype)
         for module in model.modules():
             for name, p in list(module._parameters.items()):
                 if p is not None:
