@@ -65,6 +65,8 @@ def kernels(
         leave(ours, finished=not over)
         return
     else:
+        import pandas as pd
+
         from eval.kernel_table import cells, kernel_table, read_table
         from eval.progress import Progress
         from kernels.ahead import TARGETS
@@ -72,7 +74,12 @@ def kernels(
         targets = target or (list(TARGETS) if every else ["sm_90"])
         wanted = cells(targets, every=every, ops=op or [])
         known = read_table(out_path) if out_path is not None else {}
-        rows = kernel_table(wanted, known, progress=Progress(err, quiet=json_))
+
+        def keep(found: list[dict[str, Any]]) -> None:
+            if out_path is not None:
+                write_csv(pd.DataFrame(found), out_path)
+
+        rows = kernel_table(wanted, known, progress=Progress(err, quiet=json_), keep=keep)
     if out_path is not None:
         import pandas as pd
 

@@ -118,11 +118,16 @@ def cells(targets: Sequence[str], *, every: bool, ops: Sequence[str] = ()) -> li
 
 
 def kernel_table(
-    wanted: Sequence[Cell], known: Mapping[str, Row] | None = None, *, progress: Progress
+    wanted: Sequence[Cell],
+    known: Mapping[str, Row] | None = None,
+    *,
+    progress: Progress,
+    keep: Callable[[list[Row]], None] = lambda _: None,
 ) -> list[Row]:
     """One row per cell: registers, spills, loads, matrix instructions, faults.
 
     known: rows of an earlier table by their key; a cell whose key is among them is not compiled.
+    keep: told all rows there are where compiling ends early, whatever ended it.
     """
     rows = dict(known or {})
     missing = [cell for cell in wanted if cell.key not in rows]
@@ -136,7 +141,11 @@ def kernel_table(
         for op, group in groupby(missing, lambda cell: cell.op):
             of_op = list(group)
             with progress.cell(f"compile {op}, {len(of_op)} cells", len(of_op)):
-                rows.update((str(row["key"]), row) for row in run(compiled, of_op))
+                try:
+                    rows.update((str(row["key"]), row) for row in run(compiled, of_op))
+                except BaseException:
+                    keep(list(rows.values()))
+                    raise
     return [_named(rows[cell.key], cell) for cell in wanted]
 
 
