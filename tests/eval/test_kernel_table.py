@@ -73,6 +73,24 @@ def test_only_what_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.Monke
     assert compiled == [*wanted, wanted[2]]
 
 
+def test_what_was_compiled_is_kept_where_compiling_ends_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = cells(["sm_90"], every=True, ops=["conv_step"])[:4]
+    kept: list[list[Row]] = []
+
+    def compile_some(cell: table.Cell) -> Row:
+        if cell == wanted[3]:
+            raise KeyboardInterrupt
+        return row_of(cell)
+
+    monkeypatch.setattr(table, "compiled", compile_some)
+    known = {"another": {"key": "another"}}
+    with pytest.raises(KeyboardInterrupt):
+        kernel_table(wanted, known, progress=QUIET, keep=kept.append)
+    assert [row["key"] for row in kept[0]] == ["another", *(cell.key for cell in wanted[:3])]
+
+
 def test_what_counts_as_a_fault_is_judged_anew() -> None:
     cell = cells(["sm_90"], every=False, ops=["conv_step"])[0]
     spilling = {**row_of(cell), "spill_bytes": 8, "faults": ""}
