@@ -42,7 +42,6 @@ CONFIGS: dict[int, Config] = {
 WHOLE_CONFIGS: dict[int, Config] = {
     256: Config(8, 256, 4), 512: Config(4, 512, 4), 1024: Config(4, 1024, 4),
     2048: Config(2, 2048, 4), 4096: Config(2, 4096, 4), 8192: Config(1, 8192, 8),
-    16384: Config(1, 16384, 8),
 }  # fmt: skip
 #: Widest row that is normed.
 MAX_NORMED = max(WHOLE_CONFIGS)
@@ -126,7 +125,7 @@ def norm_gemv(
     """W norm(x + residual), RMSNorm with `norm_weight`, and the sum.
 
     residual: as x, or None for x alone; norm_weight: [K] in x's dtype, from 16 bytes on; K at most
-    16384; otherwise as `gemv`. The norm is that of the sum rounded to x's dtype, and goes into the
+    8192; otherwise as `gemv`. The norm is that of the sum rounded to x's dtype, and goes into the
     product in float32.
     Returns ([..., N] or gated [..., F], the sum [..., K]: x itself where residual is None).
     """
@@ -251,7 +250,8 @@ def _variant(
         },
         divisible=frozenset([*pointers, "row_stride"]),
         num_warps=config.warps,
-        wide_loads=max(1, rows * config.columns * dtype.itemsize // (16 * lanes)),
+        # None where a tile leaves the threads of AMD's wider warps 8 bytes each.
+        wide_loads=rows * config.columns * dtype.itemsize // (16 * lanes),
         # The row itself, once for each warp's lanes, from the first-level cache.
         narrow_in_loops=frozenset({4, 8}),
     )  # fmt: skip

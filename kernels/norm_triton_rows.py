@@ -99,7 +99,7 @@ def norm_variant(
     absent |= set() if gate else {"gate", "d_gate"}
     constexprs |= dict.fromkeys(absent)
     scalars = {name for name in kernel.arg_names if name.endswith(("rows", "inner", "outer"))}
-    tensors = set(kernel.arg_names) - scalars - set(constexprs)
+    tensors = set(kernel.arg_names) - scalars - set(constexprs) - {"OVERLAP"}
     signature = dict.fromkeys(scalars, "i32") | dict.fromkeys(tensors, POINTERS[dtype])
     signature["weight"] = POINTERS[weight]
     if backward:

@@ -208,6 +208,6 @@ def variants() -> list[Variant]:
         for heads, groups, dim, k, added in (
             (4, 2, 64, 256, True), (8, 8, 64, 512, True), (16, 4, 64, 1024, True),
             (32, 8, 64, 2048, True), (32, 8, 64, 2048, False), (32, 1, 64, 2048, True),
-            (32, 8, 128, 4096, True), (64, 8, 128, 8192, True), (96, 8, 128, MAX_NORMED, True),
+            (32, 8, 128, 4096, True), (64, 8, 128, MAX_NORMED, True),
         )
     ]  # fmt: skip
