@@ -40,5 +40,4 @@ class IdleLayer:
     @torch.inference_mode()
     def __call__(self) -> None:
         """Run it once, as a decode step written in torch does."""
-        x, _ = self._norm.after(self._x, self._x)
-        self._mlp(x)
+        self._mlp.after(self._norm.before(self._x, self._x))

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import torch
 
+from archs.checks import parse
 from archs.registry import ModelSpec
-from archs.sizes import Scale
 from eval.decode import Decoding, build_to_serve
 
 #: Steps that run uncounted first, as in `measure_decode`, and steps that are counted.
@@ -43,8 +43,7 @@ class Work:
     def from_json(cls, text: str) -> Self:
         """What `to_json` returned."""
         values: dict[str, Any] = json.loads(text)
-        scale = Scale(**values["spec"]["scale"])
-        spec = ModelSpec(**{**values["spec"], "scale": scale})
+        spec = parse(ModelSpec, values["spec"], "the work's spec")
         return cls(**{**values, "spec": spec, "dtype": getattr(torch, values["dtype"])})
 
 
