@@ -282,7 +282,8 @@ def column_major(rows: int, weight: Tensor) -> bool:
 
 
 def _matrices(model: Model) -> Iterator[Tensor]:
-    yield model.embedding.weight
+    if model.head is None:
+        yield model.embedding.weight
     for module in model.modules():
         if isinstance(module, Projection):
             yield module.weight

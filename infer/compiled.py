@@ -134,7 +134,7 @@ class CompiledStep:
                 "open the engine with compiled=False or lookback=0"
             )
         self.model = model
-        self._layout = model.embedding.weight.stride()
+        self._layout = model.head_weight.stride()
         self._tables: dict[Rotary, Tensor] | None = None
         self._held: dict[tuple[int, int], list[Held]] = {}
         options: dict[str, Any] = {"guard_filter_fn": _changing}
@@ -146,7 +146,7 @@ class CompiledStep:
 
     def __call__(self, tokens: Tensor, step: StepView) -> Tensor:
         """Logits [B, V] of tokens [B, 1] in an open step."""
-        if self.model.embedding.weight.stride() != self._layout:
+        if self.model.head_weight.stride() != self._layout:
             raise UserError(
                 "another engine laid the model's weights out anew after this step was compiled; "
                 "open a new engine"

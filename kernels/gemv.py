@@ -124,9 +124,9 @@ def norm_gemv(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """W norm(x + residual), RMSNorm with `norm_weight`, and the sum.
 
-    residual: as x, or None for x alone; norm_weight: [K] in x's dtype, from 16 bytes on; K at most
-    8192; otherwise as `gemv`. The norm is that of the sum rounded to x's dtype, and goes into the
-    product in float32.
+    residual: as x, or None for x alone; norm_weight: [K] in x's dtype, from 16 bytes on and, like
+    weight, not written by the launch right before; K at most 8192; otherwise as `gemv`. The norm is
+    that of the sum rounded to x's dtype, and goes into the product in float32.
     Returns ([..., N] or gated [..., F], the sum [..., K]: x itself where residual is None).
     """
     check_row(x, weight, gated)

@@ -173,6 +173,12 @@ def load_model(
     spec = metadata.identity.spec
     mixers = {layer.mixer for layer in spec.layers} or set(names_in(spec.arch))
     if arch is not None:
+        files = sorted({layer.mixer for layer in spec.layers if layer.mixer.endswith(".py")})
+        if len(files) > 1:
+            raise UserError(
+                f"{path} was trained from {len(files)} architecture files, {', '.join(files)}; "
+                f"arch='{arch}' can stand for one alone: build its ModelSpec and load the weights"
+            )
         options = {arch if k == spec.arch else k: v for k, v in spec.overrides.items()}
         layers = tuple(
             replace(layer, mixer=arch) if layer.mixer.endswith(".py") else layer

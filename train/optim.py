@@ -55,8 +55,11 @@ class Part:
 def parts_of(model: Model, *, split: bool) -> list[Part]:
     """The model's trainable parameters; projections by their `sizes` when `split`."""
     delicate = delicate_parameters(model)
+    # A head is no hidden matrix, whether it is the embedding or its own.
     projections = {
-        id(m.weight): m.sizes for m in model.modules() if isinstance(m, Projection) and split
+        id(m.weight): m.sizes
+        for m in model.modules()
+        if isinstance(m, Projection) and m is not model.head and split
     }
     parts: list[Part] = []
     for name, p in model.named_parameters():

@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from archs.backbone import lay_out
 from archs.cost import Step
 from archs.errors import UserError
 from archs.layer import LayerSpec
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from infer.engine import Engine
-from train.checkpoint import Identity
+from train.checkpoint import Identity, Progress, load_model, save_checkpoint
+from train.optim import Optimizer, parts_of
 from train.recipe import Recipe
 
 SCALE = get_scale("nano")
@@ -103,3 +105,29 @@ def test_files_of_layers_are_part_of_the_source(tmp_path: Path) -> None:
     layers = (replace(LAYERS[0], mixer=str(file)), *LAYERS[1:])
     assert MIXED.source_digest() == ""
     assert len(replace(MIXED, layers=layers).source_digest()) == 12
+
+
+def test_a_head_of_its_own_is_no_hidden_matrix_and_its_embedding_is_only_looked_up() -> None:
+    model = MIXED.build(seed=0)
+    parts = {part.name: part for part in parts_of(model, split=True)}
+    assert not parts["head.weight"].matrix and parts["head.weight"].decayed
+    assert any(part.matrix for part in parts.values())
+    lay_out(model, rows=1)
+    assert model.head is not None
+    assert model.embedding.weight.is_contiguous() and not model.head.weight.is_contiguous()
+
+
+def test_one_file_cannot_stand_for_several(tmp_path: Path) -> None:
+    """A checkpoint names its files; the user's one must not take the place of two."""
+    files = [tmp_path / name for name in ("one.py", "two.py")]
+    for file in files:
+        file.write_text("from archs.gqa import Attention\n\n\nclass Mine(Attention): ...\n")
+    layers = tuple(LayerSpec(mixer=str(files[i % 2])) for i in range(4))
+    spec = ModelSpec(arch="mine", scale=SCALE, layers=layers)
+    recipe = Recipe(steps=1, batch=1, seq_len=8)
+    path = tmp_path / "model.safetensors"
+    model = spec.build(seed=0)
+    identity = Identity(spec=spec, recipe=recipe)
+    save_checkpoint(path, model, Optimizer(model, recipe), identity, Progress())
+    with pytest.raises(UserError, match=r"2 architecture files.*one\.py.*can stand for one alone"):
+        load_model(path, arch=str(files[0]))

@@ -22,8 +22,9 @@ def check_gemv(n: int, k: int, dtype: torch.dtype) -> Callable[[torch.device], P
     """One row against all columns."""
 
     def run(device: torch.device) -> Pairs:
-        x = random(1, 1, k, device=device, dtype=dtype)
+        # Weights before x: they must not be written by the launch right before.
         weight = random(n, k, device=device, dtype=dtype)
+        x = random(1, 1, k, device=device, dtype=dtype)
         return [(gemv(x, weight), gemv_ref(*on_cpu(x, weight)))]
 
     return run
@@ -33,8 +34,8 @@ def check_norm_gemv(n: int, k: int, *, gated: bool) -> Callable[[torch.device], 
     """The sum of two rows, normed, against all columns; the sum alone, too."""
 
     def run(device: torch.device) -> Pairs:
-        x, residual = (random(1, 1, k, device=device) for _ in range(2))
         scale, weight = random(k, device=device), random(n, k, device=device, scale=k**-0.5)
+        x, residual = (random(1, 1, k, device=device) for _ in range(2))
         there = on_cpu(x, residual, scale, weight)
         got = norm_gemv(x, residual, scale, weight, eps=EPS, gated=gated)
         pairs = list(zip(got, norm_gemv_ref(*there, eps=EPS, gated=gated), strict=True))
@@ -125,10 +126,10 @@ def check_head_gemv(
     """Every head by its matrix, whichever way that lies."""
 
     def run(device: torch.device) -> Pairs:
-        x = random(1, 1, heads, dim, device=device)
         weight = random(heads, dim, width, device=device, scale=dim**-0.5)
         if turned:
             weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+        x = random(1, 1, heads, dim, device=device)
         return [(head_gemv(x, weight), head_gemv_ref(*on_cpu(x, weight)))]
 
     return run
@@ -138,10 +139,10 @@ def head_gemv_case(order: int, heads: int, dim: int, width: int, *, turned: bool
     """Queries into the latent space, or results out of it."""
 
     def build(device: torch.device) -> Mapping[str, Run]:
-        x = random(1, 1, heads, dim, device=device)
         weight = random(heads, dim, width, device=device, scale=dim**-0.5)
         if turned:
             weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+        x = random(1, 1, heads, dim, device=device)
 
         def by_cublas() -> Tensor:
             return torch.bmm(x[0].transpose(0, 1), weight).transpose(0, 1)[None]
