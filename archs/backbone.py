@@ -18,8 +18,9 @@ from archs.cost import Cost, OpCost, Step
 from archs.errors import unknown_name
 from archs.layers import NORM_EPS, Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
-from archs.ops.product import product
-from archs.spec import LayerState, StateSpec
+from archs.ops.dense import product
+from archs.spec import StateSpec
+from archs.state import LayerState
 
 #: A residual stream as two summands, or one and None: the norm that reads it adds them.
 Stream = tuple[Tensor, Tensor]

@@ -72,16 +72,19 @@ def why_unusable(device: torch.device) -> str | None:
     return None
 
 
-def choose(operation: str, backend: str, forms: Mapping[str, Form]) -> Form:
-    """The form of an operation for a backend. Raises NoFormError where there is none."""
-    found = forms.get(backend)
-    if found is None:
+class Forms(dict[str, Form]):
+    """The forms of one operation by backend. Raises NoFormError for a backend that has none."""
+
+    def __init__(self, operation: str, forms: Mapping[str, Form]) -> None:
+        super().__init__(forms)
+        self.operation = operation
+
+    def __missing__(self, backend: str) -> Form:
         raise NoFormError(
-            f"{operation} has no form for backend '{backend}'; it has {', '.join(forms)}"
+            f"{self.operation} has no form for backend '{backend}'; it has {', '.join(self)}"
         )
-    return found
 
 
-def everywhere(torch_form: Form, triton_form: Form) -> dict[str, Form]:
+def everywhere(operation: str, torch_form: Form, triton_form: Form) -> Forms[Form]:
     """The forms of an operation that is glue: libraries' backends take ours."""
-    return {name: torch_form if name == "torch" else triton_form for name in BACKENDS}
+    return Forms(operation, {b: torch_form if b == "torch" else triton_form for b in BACKENDS})

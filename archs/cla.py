@@ -13,9 +13,10 @@ from archs.checks import at_least
 from archs.gqa import Attention, AttentionConfig, GroupedConfig
 from archs.layers import Projection
 from archs.mixer import Place, Shared, takes_unnormed
-from archs.ops.product import Input
+from archs.ops.dense import Input
 from archs.ops.rotary import rotate_new
-from archs.spec import LayerState, StateSpec
+from archs.spec import StateSpec
+from archs.state import LayerState
 from kernels.rope import rotate
 
 
@@ -74,4 +75,5 @@ class CrossLayerAttention(Attention):
 
     def state_spec(self) -> StateSpec:
         """K and V as in `gqa`, owned by the lowest layer of the group."""
-        return replace(super().state_spec(), owner=self.owner)
+        (kv,) = super().state_spec().rows
+        return StateSpec(rows=(replace(kv, owner=self.owner),))

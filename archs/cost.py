@@ -8,25 +8,31 @@ of weights and state; activations stay in cache and are not counted.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypedDict
 
 from torch import nn
 
 from archs.errors import UserError
-from archs.spec import StateSpec
+from archs.spec import RowSpec, StateSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One `extend`: `batch` sequences, `new_tokens` each, after `context` held tokens."""
+    """One `extend`: `batch` sequences, `new_tokens` each, after `context` held tokens.
+
+    lookback: tokens that can be rolled back afterwards, for which values of fixed tensors are kept.
+    """
 
     batch: int
     new_tokens: int
     context: int
+    lookback: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.new_tokens < 1 or self.context < 0:
-            raise UserError(f"{self} needs batch >= 1, new_tokens >= 1 and context >= 0")
+        if self.batch < 1 or self.new_tokens < 1 or self.context < 0 or self.lookback < 0:
+            raise UserError(
+                f"{self} needs batch >= 1, new_tokens >= 1, context >= 0 and lookback >= 0"
+            )
 
     @property
     def tokens(self) -> int:
@@ -127,17 +133,31 @@ def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
     )
 
 
-def attention_cost(spec: StateSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int) -> OpCost:
-    """Softmax attention over the rows that `spec` keeps visible, and their traffic.
+class Traffic(TypedDict):
+    """Bytes of state that an operation moves, for the whole batch."""
+
+    state_read_bytes: int
+    state_write_bytes: int
+
+
+def state_traffic(spec: StateSpec, step: Step) -> Traffic:
+    """What a step reads and writes of the state that `spec` declares, values for rollback too."""
+    written = spec.write_bytes(step.new_tokens, context=step.context, lookback=step.lookback)
+    return {
+        "state_read_bytes": step.batch * spec.read_bytes(step.context, step.new_tokens),
+        "state_write_bytes": step.batch * written,
+    }
+
+
+def attention_cost(rows: RowSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int) -> OpCost:
+    """Softmax attention over the visible ones of `rows`, and their traffic.
 
     Matrix FLOPs 2·B·H·K·S·(d_qk + d_v) over S visible rows; about 5 vector FLOPs per score.
     """
-    rows = spec.visible_rows(step.context, step.new_tokens)
-    scores = step.tokens * heads * rows
+    scores = step.tokens * heads * rows.visible_rows(step.context, step.new_tokens)
     return OpCost(
         name="attention",
         matrix_flops=2 * scores * (qk_dim + v_dim),
         vector_flops=5 * scores,
-        state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
-        state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+        **state_traffic(StateSpec(rows=(rows,)), step),
     )

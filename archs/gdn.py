@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from archs.checks import at_least, positive
-from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import (
     Initialiser,
@@ -24,17 +25,17 @@ from archs.mixer import (
     takes_unnormed,
 )
 from archs.ops.conv import convolve
+from archs.ops.dense import Input
 from archs.ops.gated_delta import gated_delta
-from archs.ops.product import Input
 from archs.recurrent import (
-    RECURRENT_LIMIT,
     chunk_vector_flops,
     fill_dt_bias,
     fill_log_uniform,
     fill_ones,
-    memory_dtype,
+    memory_format,
 )
-from archs.spec import LayerState, StateSpec, TensorSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
+from archs.state import LayerState
 from kernels.gdn import CHUNK, gdn_chunk_matrix_flops, gdn_step_matrix_flops
 from kernels.norm import OutputNorm
 
@@ -127,16 +128,16 @@ class GatedDeltaNet(Mixer):
     def state_spec(self) -> StateSpec:
         """One key-by-value matrix per value head, and the convolution's tail."""
         c = self.config
-        tail = TensorSpec(
+        tail = FixedSpec(
             name="conv",
             shape=(c.conv_width - 1, self.conv_weight.shape[0]),
-            dtype=self.conv_weight.dtype,
+            format=Format.of(self.conv_weight.dtype),
             shards=c.key_heads,
         )
-        memory = TensorSpec(
+        memory = FixedSpec(
             name="memory",
             shape=(c.value_heads, c.key_dim, c.value_dim),
-            dtype=memory_dtype(self.out.weight),
+            format=memory_format(self.out.weight),
             shards=c.value_heads,
         )
         return StateSpec(fixed=(tail, memory))
@@ -166,8 +167,7 @@ class GatedDeltaNet(Mixer):
                 name="gated delta rule",
                 matrix_flops=matrix,
                 vector_flops=vector,
-                state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
-                state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+                **state_traffic(spec, step),
             ),
             OpCost(
                 name="norm, gate",

@@ -14,12 +14,14 @@ from torch import Tensor
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible, takes_unnormed
 from archs.ops.attention import attend
-from archs.ops.product import Input
+from archs.ops.dense import Input
 from archs.ops.rotary import project_append
-from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
+from archs.spec import RowSpec, StateSpec
+from archs.state import LayerState, Rows, Seen
 from kernels.attention import window_mask
 from kernels.rope import rope_table, rotate
 
@@ -133,18 +135,18 @@ class Attention(Mixer):
     def state_spec(self) -> StateSpec:
         """K and V of every token, 2·G·d values, within the window."""
         c = self.config
-        shape, dtype = (2, c.kv_heads, c.head_dim), self.qkv.weight.dtype
-        kv = TensorSpec(name="kv", shape=shape, dtype=dtype, shards=c.kv_heads)
-        return StateSpec(per_token=(kv,), window=c.window, sinks=c.sinks)
+        kv = RowSpec(
+            name="kv", shape=(2, c.kv_heads, c.head_dim), format=Format.of(self.qkv.weight.dtype),
+            shards=c.kv_heads, window=c.window, sinks=c.sinks,
+        )  # fmt: skip
+        return StateSpec(rows=(kv,))
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
-        c = self.config
+        c, (kv,) = self.config, self.state_spec().rows
         return Cost.of(
             linear_cost("q, k, v", self.qkv, step.tokens),
             OpCost(name="rope", vector_flops=3 * step.tokens * sum(self.qkv.sizes[:2])),
-            attention_cost(
-                self.state_spec(), step, heads=c.n_heads, qk_dim=c.head_dim, v_dim=c.head_dim
-            ),
+            attention_cost(kv, step, heads=c.n_heads, qk_dim=c.head_dim, v_dim=c.head_dim),
             linear_cost("attention out", self.out, step.tokens),
         )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step, linear_cost
-from archs.ops import glue
-from archs.ops.product import Input, Unnormed, norm_swiglu, product
+from archs.ops import dense
+from archs.ops.dense import Input, Unnormed, norm_swiglu, product
 
 #: What norms add to a mean square where nothing else is said.
 NORM_EPS = 1e-5
@@ -39,7 +39,7 @@ class RMSNorm(Leaf, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim] -> same shape."""
-        return glue.rms_norm(x, self.weight, self.eps, backend=self.backend)
+        return dense.rms_norm(x, self.weight, self.eps, backend=self.backend)
 
     def before(self, x: Tensor, residual: Tensor | None) -> Unnormed:
         """x + residual [..., dim], to be normed by the product that reads it."""
@@ -49,7 +49,7 @@ class RMSNorm(Leaf, nn.Module):
         """The norm of x + residual, and that sum; [..., dim] each."""
         if residual is None:
             return self(x), x
-        return glue.add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
+        return dense.add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
 
 
 class Projection(Leaf, nn.Linear):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from archs.checks import at_least, positive
-from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
 from archs.layers import Projection
 from archs.mixer import (
     Initialiser,
@@ -25,9 +25,10 @@ from archs.mixer import (
     takes_unnormed,
 )
 from archs.ops.decay import retention
-from archs.ops.product import Input
-from archs.recurrent import RECURRENT_LIMIT, chunk_vector_flops, fill_ones, memory_dtype
-from archs.spec import LayerState, StateSpec, TensorSpec
+from archs.ops.dense import Input
+from archs.recurrent import chunk_vector_flops, fill_ones, memory_format
+from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
+from archs.state import LayerState
 from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm import OutputNorm
 
@@ -121,8 +122,8 @@ class LinearAttention(Mixer):
         """One key-by-value matrix per head."""
         c = self.config
         shape = (c.n_heads, c.key_dim, c.value_dim)
-        dtype = memory_dtype(self.out.weight)
-        memory = TensorSpec(name="memory", shape=shape, dtype=dtype, shards=c.n_heads)
+        stored = memory_format(self.out.weight)
+        memory = FixedSpec(name="memory", shape=shape, format=stored, shards=c.n_heads)
         return StateSpec(fixed=(memory,))
 
     def cost(self, step: Step) -> Cost:
@@ -145,8 +146,7 @@ class LinearAttention(Mixer):
                 name="retention",
                 matrix_flops=matrix,
                 vector_flops=vector,
-                state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
-                state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+                **state_traffic(spec, step),
             ),
             OpCost(
                 name="norm, gate", vector_flops=9 * values, weight_bytes=self.norm_weight.nbytes

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from archs.checks import at_least
-from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared, takes_unnormed
 from archs.ops.conv import convolve
-from archs.ops.product import Input
+from archs.ops.dense import Input
 from archs.ops.selective import selective
-from archs.recurrent import RECURRENT_LIMIT, fill_dt_bias, fill_ones, memory_dtype
-from archs.spec import LayerState, StateSpec, TensorSpec
+from archs.recurrent import fill_dt_bias, fill_ones, memory_format
+from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
+from archs.state import LayerState
 from kernels.selective_scan import selective_scan_matrix_flops, selective_step_matrix_flops
 
 if TYPE_CHECKING:
@@ -100,16 +102,16 @@ class Mamba1(Mixer):
     def state_spec(self) -> StateSpec:
         """N states per channel, and the convolution's tail."""
         c = self.config
-        tail = TensorSpec(
+        tail = FixedSpec(
             name="conv",
             shape=(c.conv_width - 1, c.inner),
-            dtype=self.conv_weight.dtype,
+            format=Format.of(self.conv_weight.dtype),
             shards=c.inner,
         )
-        ssm = TensorSpec(
+        ssm = FixedSpec(
             name="ssm",
             shape=(c.inner, c.state_dim),
-            dtype=memory_dtype(self.out.weight),
+            format=memory_format(self.out.weight),
             shards=c.inner,
         )
         return StateSpec(fixed=(tail, ssm))
@@ -137,8 +139,7 @@ class Mamba1(Mixer):
                 matrix_flops=count(step.batch, step.new_tokens, c.inner, c.state_dim),
                 vector_flops=step.tokens * c.inner * (5 * c.state_dim + 12),
                 weight_bytes=sum(t.nbytes for t in small),
-                state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
-                state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+                **state_traffic(spec, step),
             ),
             linear_cost("ssm out", self.out, step.tokens),
         )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from archs.checks import at_least, positive
-from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import (
     Initialiser,
@@ -25,16 +26,16 @@ from archs.mixer import (
 )
 from archs.ops.conv import convolve
 from archs.ops.decay import ssd
-from archs.ops.product import Input
+from archs.ops.dense import Input
 from archs.recurrent import (
-    RECURRENT_LIMIT,
     chunk_vector_flops,
     fill_dt_bias,
     fill_log_uniform,
     fill_ones,
-    memory_dtype,
+    memory_format,
 )
-from archs.spec import LayerState, StateSpec, TensorSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
+from archs.state import LayerState
 from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm import OutputNorm
 
@@ -131,15 +132,15 @@ class Mamba2(Mixer):
     def state_spec(self) -> StateSpec:
         """One state-by-channel matrix per head, and the convolution's tail."""
         c = self.config
-        tail = TensorSpec(
+        tail = FixedSpec(
             name="conv",
             shape=(c.conv_width - 1, self.conv_weight.shape[0]),
-            dtype=self.conv_weight.dtype,
+            format=Format.of(self.conv_weight.dtype),
         )
-        ssm = TensorSpec(
+        ssm = FixedSpec(
             name="ssm",
             shape=(c.n_heads, c.state_dim, c.head_dim),
-            dtype=memory_dtype(self.out.weight),
+            format=memory_format(self.out.weight),
             shards=c.n_heads,
         )
         return StateSpec(fixed=(tail, ssm))
@@ -170,8 +171,7 @@ class Mamba2(Mixer):
                 name="state-space duality",
                 matrix_flops=matrix,
                 vector_flops=vector,
-                state_read_bytes=step.batch * spec.read_bytes(step.context, step.new_tokens),
-                state_write_bytes=step.batch * spec.write_bytes(step.new_tokens),
+                **state_traffic(spec, step),
             ),
             OpCost(
                 name="gate, norm",

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from archs.checks import convert
 from archs.cost import Cost, Step
 from archs.errors import UserError, unknown_name
-from archs.spec import LayerState, StateSpec
+from archs.spec import StateSpec
+from archs.state import LayerState
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -68,7 +69,7 @@ Extend = TypeVar("Extend", bound=Callable[..., Tensor])
 def takes_unnormed(extend: Extend) -> Extend:
     """Mark an `extend` that reads x by one `Projection` and by nothing else.
 
-    It gets the block's input before its norm, `archs.ops.product.Unnormed`, and the projection
+    It gets the block's input before its norm, `archs.ops.dense.Unnormed`, and the projection
     norms it on the way: in decode that is one launch fewer.
     """
     vars(extend)["takes_unnormed"] = True

@@ -20,12 +20,14 @@ from torch import Tensor
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
+from archs.formats import Format
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer, MixerConfig, Place, Shared, takes_unnormed
 from archs.ops.attention import attend_expanded, attend_latent
-from archs.ops.product import Input, by_head
+from archs.ops.dense import Input, by_head
 from archs.ops.rotary import append_latent, queries_and_key
-from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
+from archs.spec import RowSpec, StateSpec
+from archs.state import LayerState, Rows, Seen
 from kernels.rope import rope_table, rotate
 
 if TYPE_CHECKING:
@@ -179,8 +181,8 @@ class LatentAttention(Mixer):
     def state_spec(self) -> StateSpec:
         """The latent and the rotary key of every token: rank + rope values for all heads."""
         c = self.config
-        latent = TensorSpec(name="latent", shape=(c.row_dim,), dtype=self.kv_up.weight.dtype)
-        return StateSpec(per_token=(latent,))
+        stored = Format.of(self.kv_up.weight.dtype)
+        return StateSpec(rows=(RowSpec(name="latent", shape=(c.row_dim,), format=stored),))
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step, in the form that `extend` takes."""
@@ -200,6 +202,8 @@ class LatentAttention(Mixer):
             *query,
             OpCost(name="rope", vector_flops=3 * step.tokens * (c.n_heads + 1) * c.rope_dim),
             linear_cost(name, self.kv_up, step.tokens if absorbs else step.batch * rows),
-            attention_cost(self.state_spec(), step, heads=c.n_heads, qk_dim=width, v_dim=width),
+            attention_cost(
+                self.state_spec().rows[0], step, heads=c.n_heads, qk_dim=width, v_dim=width
+            ),
             linear_cost("attention out", self.out, step.tokens),
         )

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from archs.cost import Step
-
-#: Up to this many new tokens the recurrent form is used, above it the chunked one.
-RECURRENT_LIMIT = 8
+from archs.formats import Format
 
 
 def chunk_vector_flops(
@@ -31,9 +29,9 @@ def masked(values: Tensor, valid: Tensor | None) -> Tensor:
     return values.masked_fill(~valid.reshape(*valid.shape, *[1] * (values.dim() - 2)), 0)
 
 
-def memory_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of a recurrent state: float32, or float64 in a model of float64."""
-    return torch.promote_types(weight.dtype, torch.float32)
+def memory_format(weight: Tensor) -> Format:
+    """The format of a recurrent state: float32, or float64 in a model of float64."""
+    return Format.of(torch.promote_types(weight.dtype, torch.float32))
 
 
 def fill_dt_bias(

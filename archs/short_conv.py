@@ -9,10 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from archs.cost import Cost, OpCost, Step
+from archs.cost import Cost, OpCost, Step, state_traffic
+from archs.formats import Format
 from archs.mixer import Mixer, Shared
 from archs.ops.conv import convolve
-from archs.spec import LayerState, StateSpec, TensorSpec
+from archs.spec import FixedSpec, StateSpec
+from archs.state import LayerState
 
 
 class ShortConv(Mixer):
@@ -38,18 +40,18 @@ class ShortConv(Mixer):
     def state_spec(self) -> StateSpec:
         """The wrapped mixer's state and W - 1 input rows."""
         inner = self.mixer.state_spec()
+        return replace(inner, fixed=(*inner.fixed, self._tail()))
+
+    def _tail(self) -> FixedSpec:
         rows = (self.width - 1, self.weight.shape[0])
-        tail = TensorSpec(name="pre_conv", shape=rows, dtype=self.weight.dtype)
-        return replace(inner, fixed=(*inner.fixed, tail))
+        return FixedSpec(name="pre_conv", shape=rows, format=Format.of(self.weight.dtype))
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
-        tail = step.batch * (self.width - 1) * self.weight.shape[0] * self.weight.element_size()
         conv = OpCost(
             name="short conv",
             vector_flops=2 * step.tokens * self.weight.numel(),
             weight_bytes=self.weight.nbytes,
-            state_read_bytes=tail,
-            state_write_bytes=tail,
+            **state_traffic(StateSpec(fixed=(self._tail(),)), step),
         )
         return Cost.of(conv) + self.mixer.cost(step)

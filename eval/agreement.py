@@ -195,11 +195,11 @@ def _telling_length(model: Model, context: int | None) -> int:
     that have wrapped; on a GPU also several splits of a context and their combination.
     """
     pages = PAGES
-    for spec in model.state_specs():
-        if spec.window is not None:
+    for tensor in (t for spec in model.state_specs() for t in spec.owned):
+        if tensor.window is not None:
             # A ring holds the window and the page that is being filled.
-            sinks, ring = (-(-rows // PAGE_SIZE) for rows in (spec.sinks, spec.window - 1))
-            pages = max(pages, sinks + ring + 1)
+            sinks, ring = (-(-rows // PAGE_SIZE) for rows in (tensor.sinks, tensor.window - 1))
+            pages = max(pages, tensor.every * (sinks + ring + 1))
     single = sum(SHORT_PIECES) + ALONE + RAGGED
     enough = pages * PAGE_SIZE + 2 * single
     if model.embedding.weight.device.type == "cuda":

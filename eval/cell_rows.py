@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from archs.cost import Cost
+from archs.backbone import Model
+from archs.cost import Cost, Step
 from eval.counted import Work
 from eval.counters import Figure
 from eval.decode import DecodeTiming
@@ -99,3 +100,21 @@ def counted_rows(found: Mapping[str, Figure], work: Work) -> list[Row]:
         )
         for measure, figure in found.items()
     ]  # fmt: skip
+
+
+def cost_rows(model: Model, context: int) -> list[Row]:
+    """What one sequence holds, reads and does in a decode step after `context` tokens."""
+    step, specs = model.cost(Step(1, 1, context)), model.state_specs()
+    found: dict[str, float] = {
+        "state_bytes": model.state_bytes(context),
+        "scanned_bytes": sum(s.scanned_bytes(context) for s in specs),
+        "gathered_bytes": sum(s.gathered_bytes(context) for s in specs),
+        "weight_bytes": step.weight_bytes,
+        "step_bytes": step.bytes,
+        "step_flops": step.flops,
+        "arith_intensity_pred": step.intensity_flop_per_byte,
+    }
+    if context:
+        prefill = model.cost(Step(1, context, 0))
+        found["prefill_intensity_pred"] = prefill.intensity_flop_per_byte
+    return [Row(measure=m, value=v, batch=1, context=context) for m, v in found.items()]

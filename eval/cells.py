@@ -9,11 +9,11 @@ import torch
 
 from archs.backbone import Model
 from archs.backends import AUTO, NoFormError, resolve_backend
-from archs.cost import Step
 from archs.registry import ModelSpec, folder_name, layer_names
 from archs.sizes import get_scale
 from eval.agreement import agreement
 from eval.cell_rows import (
+    cost_rows,
     counted_rows,
     estimate_row,
     load_rows,
@@ -133,18 +133,7 @@ class Workshop:
             Row(measure="mlp_hidden", value=model.hidden),
         ]
         for context in COST_CONTEXTS:
-            step = model.cost(Step(1, 1, context))
-            at: dict[str, Any] = {"batch": 1, "context": context}
-            rows += [
-                Row(measure="state_bytes", value=model.state_bytes(context), **at),
-                Row(measure="weight_bytes", value=step.weight_bytes, **at),
-                Row(measure="step_bytes", value=step.bytes, **at),
-                Row(measure="step_flops", value=step.flops, **at),
-                Row(measure="arith_intensity_pred", value=step.intensity_flop_per_byte, **at),
-            ]
-            if context:
-                prefill = model.cost(Step(1, context, 0)).intensity_flop_per_byte
-                rows.append(Row(measure="prefill_intensity_pred", value=prefill, **at))
+            rows += cost_rows(model, context)
         return self._about(cell.arch, model), rows
 
     # -- training and quality ------------------------------------------------------------------

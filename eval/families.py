@@ -28,15 +28,13 @@ def state_family(specs: Iterable[StateSpec]) -> Family:
     """
     kinds: set[Family] = set()
     for spec in specs:
-        if spec.owner is not None:
+        if spec.rows and not spec.owned:
             continue
-        if not spec.per_token:
-            kinds.add("recurrent")
-        elif spec.window is not None:
-            kinds.add("window")
+        growing = [t for t in spec.owned if t.window is None]
+        if growing:
+            kinds.add("latent" if all(len(t.shape) == 1 for t in growing) else "softmax")
         else:
-            shared = all(len(tensor.shape) == 1 for tensor in spec.per_token)
-            kinds.add("latent" if shared else "softmax")
+            kinds.add("window" if spec.owned else "recurrent")
     if len(kinds) > 1:
         return "hybrid"
     return kinds.pop() if kinds else "unknown"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from archs.backbone import column_major
 from archs.backends import why_unusable
-from archs.ops.product import product
+from archs.ops.dense import product
 from eval.calls import IdleLayer
 from eval.gpu.cold import time_cold
 from eval.neighbours import BUSY, Neighbours

@@ -56,9 +56,11 @@ MEASURES: dict[str, Measure] = {
     "agreement_error": Measure("", "lower", "extend against float32 forward, gates latencies"),
     # memory
     "state_bytes_per_token": Measure("byte", "lower", "slope of the state in the context"),
-    "state_bytes_fixed": Measure("byte", "lower", "state at context 0, per sequence"),
+    "state_bytes_fixed": Measure("byte", "lower", "fixed tensors of one sequence"),
     "state_bytes": Measure("byte", "lower", "allocated state of one sequence at the context"),
     "peak_state_bytes": Measure("byte", "lower", "largest allocated state, whole batch"),
+    "scanned_bytes": Measure("byte", "lower", "rows one sequence reads through in a decode step"),
+    "gathered_bytes": Measure("byte", "lower", "rows it reads because its mixer picked them"),
     # cost of a step
     "weight_bytes": Measure("byte", "lower", "weights read in one step"),
     "step_bytes": Measure("byte", "lower", "weights and state read, state written, in one step"),

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from archs.backbone import Block, Model
-from archs.cost import Cost, OpCost, Step
+from archs.cost import Cost, OpCost, Step, state_traffic
+from archs.spec import StateSpec
 from eval.accelerators import Hardware, Link
 from eval.predict import step_ms
 
@@ -52,10 +53,7 @@ class Split:
     def _state_share(self, block: Block, step: Step) -> float:
         """The part of a layer's state traffic that one GPU has."""
         spec = block.mixer.state_spec()
-        moved = [
-            s.read_bytes(step.context, step.new_tokens) + s.write_bytes(step.new_tokens)
-            for s in (spec, spec.split(self.gpus))
-        ]
+        moved = [_moved(s, step) for s in (spec, spec.split(self.gpus))]
         return moved[1] / moved[0] if moved[0] else 1.0
 
     def _share(self, op: OpCost, held: float) -> OpCost:
@@ -98,3 +96,9 @@ def gather_us(link: Link, gpus: int, moved_bytes: float) -> float:
     """A ring's time to give every GPU all of `moved_bytes`, of which each has its share."""
     hops = gpus - 1
     return link.start_us + hops * (link.hop_us + moved_bytes / gpus / (link.gbyte_per_s * 1e3))
+
+
+def _moved(spec: StateSpec, step: Step) -> int:
+    """Bytes of state that a step reads and writes."""
+    traffic = state_traffic(spec, step)
+    return traffic["state_read_bytes"] + traffic["state_write_bytes"]

@@ -3,7 +3,7 @@
 At small sizes a step is bound by the calls it makes, not by bytes. `CompiledStep` hands the
 whole model, with states reduced to tensors and row numbers, to `torch.compile`; lengths are
 symbols, so a growing context compiles nothing anew. It serves plain batches (one length,
-adjacent slots, pages at home) and refuses others. Needs a C++ compiler.
+adjacent, at home) and refuses others. Needs a C++ compiler.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,56 +15,49 @@ from torch import Tensor
 
 from archs.backbone import Model
 from archs.errors import UserError
-from archs.spec import Seen, StateSpec
-from infer.table_step import TableStep, rows_last
-from infer.view import StepView
+from infer.pages import TableKey
+from infer.plan import Layer, StepPlan
+from infer.rows import Held, Plain
+from infer.state import InPlace, LayerState, RowTensor
 from kernels.rope import rope_table
 
 Rotary = tuple[int, float]
-TableKey = tuple[int | None, int]
 
 #: Sources of `_step`'s inputs, in torch's notation, that one engine never changes.
-STAYS = ("G[", *(f"L['{name}']" for name in ("model", "specs", "layers", "angles")))
+STAYS = ("G[", *(f"L['{name}']" for name in ("model", "layers", "angles")))
 
 
-class Rows(NamedTuple):
-    """Where a table's new rows go in a home range, and how many rows from its start are seen."""
+class Whole(NamedTuple):
+    """Values that are all of their tensor; copies, so that compiled code need not track aliases."""
 
-    row: int
-    visible: int
-    mask: Tensor | None
+    def get(self, pool: Tensor) -> Tensor:
+        """As `ValueForm.get`."""
+        return pool.clone()
 
-
-class Held(NamedTuple):
-    """One layer's tensors in the store, by name: rows of its home range, and slots."""
-
-    homes: dict[str, Tensor]
-    slots: dict[str, Tensor]
+    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
+        """As `ValueForm.put`."""
+        pool.copy_(value)
 
 
-class TracedState:
-    """A `LayerState` for one new token per sequence, made of nothing but tensors and numbers."""
+class TracedStep:
+    """What all layers share in a step of one token, made of nothing but tensors and numbers."""
 
+    new_tokens = 1
     new: Tensor | None = None
     valid: Tensor | None = None
-    each: bool = False
+    each = False
+    wrote_rows = wrote_fixed = True
 
-    def __init__(
-        self,
-        held: Held,
-        rows: Rows | None,
-        start: int,
-        angles: dict[Rotary, Tensor],
-        device: torch.device,
-        owner: "TracedState | None",
-    ) -> None:
-        self.held = held
-        self.rows = rows
+    def __init__(self, tokens: Tensor, start: int, angles: dict[Rotary, Tensor]) -> None:
+        self.batch = tokens.shape[0]
         self.start = start
         self.angles = angles
-        self.device = device
-        self.owner = owner
-        self._seen: dict[str, Seen] = {}
+        self.device = tokens.device
+
+    @property
+    def past(self) -> Tensor:
+        """As `LayerState.past`."""
+        return torch.full((self.batch,), self.start, dtype=torch.int32, device=self.device)
 
     @property
     def positions(self) -> Tensor:
@@ -75,27 +68,9 @@ class TracedState:
         """As `LayerState.rope`, but real [1, 1, 1, dim/2, 2]."""
         return self.angles[dim, theta]
 
-    def append(self, name: str, rows: Tensor) -> Seen:
-        """As `LayerState.append`."""
-        home, at = self.held.homes[name], self.rows
-        assert at is not None and rows.dtype == home.dtype
-        home.narrow(-2, at.row, 1).copy_(rows_last(rows))
-        seen = Seen(home.narrow(-2, 0, at.visible), at.mask, False)
-        self._seen[name] = seen
-        return seen
-
-    def seen(self, name: str) -> Seen:
-        """As `LayerState.seen`."""
-        return (self.owner or self)._seen[name]
-
-    def get(self, name: str) -> Tensor:
-        """As `LayerState.get`; a copy, so that compiled code need not track aliases."""
-        return self.held.slots[name].clone()
-
-    def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
-        """As `LayerState.put`."""
-        assert value.dtype == self.held.slots[name].dtype
-        self.held.slots[name].copy_(value)
+    def rotary(self, dim: int, theta: float) -> Tensor:
+        """Kernels ask for it, and none are compiled here."""
+        raise NotImplementedError
 
 
 def _changing(guards: Sequence[Any]) -> list[bool]:
@@ -105,18 +80,22 @@ def _changing(guards: Sequence[Any]) -> list[bool]:
 
 def _step(
     model: Model,
-    specs: Sequence[StateSpec],
     tokens: Tensor,
     start: int,
     angles: dict[Rotary, Tensor],
-    rows: dict[TableKey, Rows],
-    layers: Sequence[Held],
+    tables: dict[TableKey, Plain],
+    layers: Sequence[Layer],
 ) -> Tensor:
-    states: list[TracedState] = []
-    for spec, held in zip(specs, layers, strict=True):
-        owner = None if spec.owner is None else states[spec.owner]
-        at = rows[spec.window, spec.sinks] if held.homes else None
-        states.append(TracedState(held, at, start, angles, tokens.device, owner))
+    """layers: their tensors as the batch sees them: home rows, and values in place."""
+    step = TracedStep(tokens, start, angles)
+    states: list[LayerState] = []
+    for index, layer in enumerate(layers):
+        rows = {
+            name: RowTensor(Held(home, home), tables[key], (1, *shape))
+            for name, (key, home, shape) in layer.rows.items()
+        }
+        owners = {name: states[owner] for name, owner in layer.lent.items()}
+        states.append(LayerState(step, index, rows, layer.fixed, Whole(), owners))
     return model.extend_last(tokens, states)
 
 
@@ -136,7 +115,7 @@ class CompiledStep:
         self.model = model
         self._layout = model.head_weight.stride()
         self._tables: dict[Rotary, Tensor] | None = None
-        self._held: dict[tuple[int, int], list[Held]] = {}
+        self._layers: dict[tuple[int, int, int], list[Layer]] = {}
         options: dict[str, Any] = {"guard_filter_fn": _changing}
         if model.embedding.weight.device.type == "cpu":
             options["cpp_wrapper"] = True
@@ -144,7 +123,7 @@ class CompiledStep:
         own = FunctionType(_step.__code__.replace(), globals(), _step.__name__)
         self._run: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
 
-    def __call__(self, tokens: Tensor, step: StepView) -> Tensor:
+    def __call__(self, tokens: Tensor, step: StepPlan) -> Tensor:
         """Logits [B, V] of tokens [B, 1] in an open step."""
         if self.model.head_weight.stride() != self._layout:
             raise UserError(
@@ -153,41 +132,42 @@ class CompiledStep:
             )
         if not step.plain:
             raise UserError(
-                f"sequences of lengths {step.lengths} in slots {step.slots} are no plain batch, "
-                "which compiled decode needs (one length, adjacent slots, no forks, no padding); "
+                f"sequences {step.sequences} of lengths {step.lengths} are no plain batch, "
+                "which compiled decode needs (one length, adjacent, no forks, no padding); "
                 "open the engine with compiled=False"
             )
-        rows = {key: _rows(table) for key, table in step.tables.items()}
+        tables = {key: table.plain for key, table in step.tables.items()}
         if self._tables is None:
             # The first step runs as written and tells which rotary tables the layers ask for.
             logits = self.model.extend_last(tokens, step.layers)
             end = step.store.max_context
             self._tables = {
                 (dim, theta): torch.view_as_real(rope_table(end, dim, theta, step.device)[None])
-                for dim, theta in step.rotary
+                for dim, theta in step.asked
             }
             return logits
         # Compiled code writes where it pleases.
         step.wrote_rows = step.wrote_fixed = True
+        step.start_copies()
         angles = {key: table.narrow(1, step.start, 1) for key, table in self._tables.items()}
-        specs = step.store.specs
-        return self._run(self.model, specs, tokens, step.start, angles, rows, self._layers(step))
+        layers = self._layers_of(step)
+        return self._run(self.model, tokens, step.start, angles, tables, layers)
 
-    def _layers(self, step: StepView) -> list[Held]:
+    def _layers_of(self, step: StepPlan) -> list[Layer]:
         """The store's tensors as this batch sees them; they stay the same from step to step."""
-        first, count = step.slots[0], len(step.slots)
-        if (first, count) not in self._held:
+        first, count = step.sequences[0], len(step.sequences)
+        slot = step.values.first if isinstance(step.values, InPlace) else 0
+        if (first, slot, count) not in self._layers:
             store = step.store
-            self._held[first, count] = [
-                Held(
-                    {name: store.home(index, name, first, count) for name in pools},
-                    {name: tensor.narrow(0, first, count) for name, tensor in slots.items()},
+            self._layers[first, slot, count] = [
+                Layer(
+                    {
+                        name: (key, store.home(index, name, first, count), shape)
+                        for name, (key, _, shape) in layer.rows.items()
+                    },
+                    layer.lent,
+                    {name: value.narrow(0, slot, count) for name, value in layer.fixed.items()},
                 )
-                for index, (pools, slots) in enumerate(zip(store.pools, store.slots, strict=True))
+                for index, layer in enumerate(store.layers)
             ]
-        return self._held[first, count]
-
-
-def _rows(table: TableStep) -> Rows:
-    assert table.row is not None
-    return Rows(table.row, *table.visible())
+        return self._layers[first, slot, count]

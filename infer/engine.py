@@ -6,7 +6,7 @@ looks at each one (`stop`, `on_token`), the host does not wait between decode st
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,14 +14,12 @@ from torch import Tensor
 
 from archs.backbone import Model, lay_out
 from archs.errors import UserError
-from archs.spec import LayerState
-from infer import device
 from infer.clock import StepClock
 from infer.compiled import CompiledStep
 from infer.graphs import GraphedStep
+from infer.plan import StepPlan
 from infer.sampling import Sampler, Sampling, fed, require_tokens
 from infer.store import StateStore
-from infer.view import StepView
 from kernels.nucleus import greedy
 
 #: Rows of a page where nobody says otherwise.
@@ -111,45 +109,37 @@ class Engine:
             page_size=page_size,
             lookback=lookback,
             device=self.device,
+            kernels=not plain,
         )
         self.compiled = CompiledStep(self.model, lookback=lookback) if compiled else None
-        self._on_device = None if plain else device.DeviceState(self.store)
         self.graphed: GraphedStep | None = None
         wanted = self.device.type == "cuda" if graphs is None else graphs
-        if wanted and self._on_device is not None:
-            self.graphed = GraphedStep(self.model, self._on_device)
+        if wanted and not plain:
+            self.graphed = GraphedStep(self.model, self.store)
 
     @property
     def kernel_backend(self) -> str:
         """What runs the decode step, as it stands in results."""
         return self.backend if self.compiled is None else "torch-compile"
 
-    def _run(
-        self, run: Callable[[Tensor, list[LayerState]], Tensor], tokens: Tensor, step: StepView
-    ) -> Tensor:
-        if self._on_device is None:
-            return run(tokens, step.layers)
-        with closing(device.view(self._on_device, step)) as view:
-            return run(tokens, view.layers)
-
     def _step(
-        self, slots: Sequence[int], tokens: Tensor, new: Tensor | None
-    ) -> AbstractContextManager[StepView]:
+        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None
+    ) -> AbstractContextManager[StepPlan]:
         """A step of the store for these tokens; checks what can be checked without waiting."""
         if self.model.backend != self.backend:
             raise UserError(
                 f"the model was put on backend {self.model.backend} after this engine was opened "
                 f"on {self.backend}; open a new engine"
             )
-        if tokens.dim() != 2 or len(tokens) != len(slots):
+        if tokens.dim() != 2 or len(tokens) != len(sequences):
             raise UserError(
-                f"tokens of shape {list(tokens.shape)} for {len(slots)} sequences; give [B, K], a "
-                "row for each sequence"
+                f"tokens of shape {list(tokens.shape)} for {len(sequences)} sequences; give "
+                "[B, K], a row for each sequence"
             )
         if tokens.numel() and not tokens.is_cuda:
             lowest, highest = tokens.aminmax()
             self._check_ids(int(lowest), int(highest))
-        return self.store.step(slots, tokens.shape[1], new)
+        return self.store.step(sequences, tokens.shape[1], new)
 
     def _check_ids(self, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self.model.vocab_size:
@@ -159,33 +149,44 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def extend(self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
+    def extend(self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of K new tokens [B, K] per sequence (`new` [B] of them valid).
 
         Where it fails the sequences are as before, or lost (`StateStore.abort`).
         Raises UserError on shapes, counts and contexts that do not fit and on ids beyond the
         vocabulary (ids on a GPU are not looked at), StoreFullError without pages.
         """
-        with self._step(slots, tokens, new) as step:
-            return self._run(self.model.extend, tokens, step)
+        with self._step(sequences, tokens, new) as step:
+            return self.model.extend(tokens, step.layers)
+
+    @torch.inference_mode()
+    def verify(self, sequences: Sequence[int], tokens: Tensor) -> Tensor:
+        """Logits [B, K, V] of a few drafted tokens [B, K] per sequence; as `extend`.
+
+        Those of a replayed graph are valid until the next step.
+        """
+        with self._step(sequences, tokens, None) as step:
+            if self.graphed is not None and self.graphed.serves(step):
+                return self.graphed(tokens, step, every_token=True)
+            return self.model.extend(tokens, step.layers)
 
     @torch.inference_mode()
     def extend_last(
-        self, slots: Sequence[int], tokens: Tensor, new: Tensor | None = None
+        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None
     ) -> Tensor:
         """Logits [B, V] of each sequence's last valid token; otherwise as `extend`.
 
         Those of a replayed graph are valid until the next step.
         """
         single = tokens.shape[1:] == (1,)
-        with self._step(slots, tokens, new) as step:
+        with self._step(sequences, tokens, new) as step:
             if self.compiled is not None and single:
                 return self.compiled(tokens, step)
-            if self.graphed is not None and single and new is None:
+            if self.graphed is not None and single and self.graphed.serves(step):
                 return self.graphed(tokens, step)
-            return self._run(self.model.extend_last, tokens, step)
+            return self.model.extend_last(tokens, step.layers)
 
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Extend empty or held sequences by their prompts; logits [B, V] of their last tokens.
 
         Prompts of different lengths are right-padded; long ones go in chunks, and where the store
@@ -195,7 +196,7 @@ class Engine:
         if not lengths or min(lengths) == 0:
             raise UserError("a prompt is empty; give every sequence at least one token")
         self._check_ids(min(map(min, prompts)), max(map(max, prompts)))
-        self.store.check_context(slots, lengths)
+        self.store.check_context(sequences, lengths)
         chunk = self.prefill_chunk or max(lengths)
         logits: Tensor | None = None
         for start in range(0, max(lengths), chunk):
@@ -204,7 +205,7 @@ class Engine:
             counts = torch.tensor([len(p) for p in pieces])
             tokens = torch.tensor([p + [0] * (width - len(p)) for p in pieces], device=self.device)
             new = None if all(len(p) == width for p in pieces) else counts
-            fresh = self.extend_last(slots, tokens, new)
+            fresh = self.extend_last(sequences, tokens, new)
             ends = (counts > 0).to(self.device)
             logits = fresh if logits is None else torch.where(ends[:, None], fresh, logits)
         assert logits is not None
@@ -223,7 +224,7 @@ class Engine:
 
         Sequences that have ended leave the batch, or stay in it unread where decode is compiled,
         for batches as they are. Raises UserError where the context does not fit and StoreFullError
-        where the slots do not.
+        where the sequences do not.
         """
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -233,11 +234,11 @@ class Engine:
         out: list[list[int]] = [[] for _ in prompts]
         unseen: list[Tensor] = []
         clock = StepClock(self.device)
-        with self.store.sequences(len(prompts)) as slots:
-            # Which sequence each row of the batch is; `slots` keeps only theirs.
+        with self.store.sequences(len(prompts)) as sequences:
+            # Which sequence each row of the batch is; `sequences` keeps only theirs.
             rows, ended = list(range(len(prompts))), set[int]()
             clock.mark()
-            logits = self.prefill(slots, prompts)
+            logits = self.prefill(sequences, prompts)
             chosen = sampler(logits, None if uniforms is None else uniforms[0])
             for made in range(1, max_new_tokens + 1):
                 if watched:
@@ -262,11 +263,11 @@ class Engine:
                     if self.compiled is None:
                         for n in reversed(range(len(rows))):
                             if rows[n] in ended:
-                                self.store.release(slots.pop(n))
+                                self.store.release(sequences.pop(n))
                         rows = [rows[n] for n in kept]
                         chosen = chosen[kept]
                         uniforms = None if uniforms is None else uniforms[:, kept]
-                logits = self.extend_last(slots, fed(chosen))
+                logits = self.extend_last(sequences, fed(chosen))
                 chosen = sampler(logits, None if uniforms is None else uniforms[made])
         if unseen:
             out = _read(unseen)

@@ -1,25 +1,28 @@
 """The decode step as a CUDA graph: one launch for all of its kernels, ragged lengths inside.
 
 Everything that differs between steps lies in tensors that the graph reads: tokens, slots,
-lengths, block tables. One graph per batch size: its first steps run as written, which compiles the
-kernels, the next is captured, and from then on steps are replays. All graphs share one memory
-pool. Where a layer gathers rows instead of leaving them to a kernel, a graph serves contexts up to
-a bound, and longer ones get graphs of their own.
+lengths, block tables. One graph per shape, of batches that are padded to a bucket by sequences
+whose rows and values nobody reads: its first steps run as written, which compiles the kernels, the
+next is captured, and from then on steps are replays. All graphs share one memory pool. Where a
+layer gathers rows instead of leaving them to a kernel, a graph serves contexts up to a bound, and
+longer ones get graphs of their own.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from archs.backbone import Model
-from infer.device import DeviceState, DeviceStep
-from infer.view import StepView
+from archs.spec import RECURRENT_LIMIT
+from infer.books import Books
+from infer.plan import DeviceStep, StepPlan, Store, keeps_each
 
-#: Steps of one batch size that run as written before one is captured.
+#: Steps of one shape that run as written before one is captured.
 CAPTURE_AFTER = 2
 #: A bound on gathered rows lies at most this share above what is needed.
 BOUND_SLACK = 8
@@ -76,18 +79,34 @@ class _CudaGraph:
         self._graph.replay()
 
 
-Key = tuple[int, int]
+class Key(NamedTuple):
+    """What steps of one graph have in common.
+
+    batch: a bucket, which smaller batches are padded to. bound: tokens that gathered rows reach.
+    every_token: whether logits of all tokens come out of it, not of the last alone.
+    """
+
+    batch: int
+    new_tokens: int
+    bound: int
+    every_token: bool
+
+
+def bucket(batch: int) -> int:
+    """The batch that a graph is captured for: at most a quarter more than `batch`."""
+    grain = max(1, (1 << (batch - 1).bit_length()) // 8)
+    return -(-batch // grain) * grain
 
 
 class GraphedStep:
-    """`Model.extend_last` for one new token per sequence, captured once per batch size.
+    """Steps of a few new tokens per sequence, captured once per shape.
 
     prepare_s: seconds spent on steps as written and on captures, compilation included.
     """
 
-    def __init__(self, model: Model, state: DeviceState, recorder: Recorder | None = None) -> None:
+    def __init__(self, model: Model, store: Store, recorder: Recorder | None = None) -> None:
         self.model = model
-        self.state = state
+        self.store = store
         self.recorder = recorder or CudaGraphs()
         self.prepare_s = 0.0
         self._gathers = False
@@ -95,20 +114,28 @@ class GraphedStep:
         self._graphs: dict[Key, tuple[Tensor, Tensor, Recorded]] = {}
         self._weights = self._weights_at()
 
-    def __call__(self, tokens: Tensor, step: StepView) -> Tensor:
-        """Logits [B, V] of tokens [B, 1]; valid until the next step."""
-        books = self.state.send(step)
+    def serves(self, step: StepPlan) -> bool:
+        """Whether a step can be a replay: short, without padding, and no rows to join."""
+        few = step.new_tokens <= RECURRENT_LIMIT and step.full
+        return few and not any(table.joins for table in step.tables.values())
+
+    def __call__(self, tokens: Tensor, step: StepPlan, *, every_token: bool = False) -> Tensor:
+        """Logits [B, V] of the last of tokens [B, K], or [B, K, V]; valid until the next step."""
         if self._weights_at() != self._weights:
             # Weights that were cast or loaded anew lie elsewhere; graphs hold the old addresses.
             self._graphs.clear()
             self._weights = self._weights_at()
-        key = len(step.slots), self._bound(step)
+        batch = len(step.sequences)
+        key = Key(bucket(batch), step.new_tokens, self._bound(step), every_token)
+        books = step.send(padded=key.batch)
+        if batch < key.batch:
+            tokens = F.pad(tokens, (0, 0, 0, key.batch - batch))
         if key in self._graphs:
             held_books, held_tokens, graph = self._graphs[key]
             held_books.copy_(books)
             held_tokens.copy_(tokens)
             graph.replay()
-            return graph.output
+            return graph.output[:batch]
         began = time.perf_counter()
         done = self._steps.get(key, 0)
         self._steps[key] = done + 1
@@ -120,24 +147,26 @@ class GraphedStep:
         if tokens.is_cuda:
             torch.cuda.synchronize(tokens.device)
         self.prepare_s += time.perf_counter() - began
-        return logits
+        return logits[:batch]
 
-    def _bound(self, step: StepView) -> int:
+    def _bound(self, step: StepPlan) -> int:
         """Tokens that the step's graph must reach; all that fit, where nothing gathers."""
-        most = self.state.store.max_context
+        most = self.store.max_context
         if not self._gathers:
             return most
-        needed = max(step.lengths) + 1
-        grain = max(64, (1 << needed.bit_length()) // (2 * BOUND_SLACK))
-        return min(-(-needed // grain) * grain, most)
+        grain = max(64, (1 << step.bound.bit_length()) // (2 * BOUND_SLACK))
+        return min(-(-step.bound // grain) * grain, most)
 
     def _run(self, tokens: Tensor, books: Tensor, key: Key) -> Tensor:
-        step = DeviceStep(self.state, books, key[0], 1, key[1], None)
-        try:
-            logits = self.model.extend_last(tokens, step.layers)
-            self._gathers = self._gathers or step.gathered
-        finally:
-            step.close()
+        store = self.store
+        step = DeviceStep(
+            store, Books(store.on_device, books, key.batch, key.new_tokens, ragged=False),
+            key.bound, keeps_each(store.lookback, key.new_tokens),
+        )  # fmt: skip
+        layers = step.layers
+        run = self.model.extend if key.every_token else self.model.extend_last
+        logits = run(tokens, layers)
+        self._gathers = self._gathers or any(layer.gathered for layer in layers)
         return logits
 
     def _capture(self, tokens: Tensor, books: Tensor, key: Key) -> Tensor:

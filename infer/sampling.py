@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from archs.backends import choose, everywhere
+from archs.backends import everywhere
 from archs.errors import UserError
 from kernels import nucleus
 from kernels.nucleus import NO_TOKEN
@@ -44,7 +44,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, device: torch.device, *, backend: str = "torch") -> None:
         self.sampling = sampling
         self.device = device
-        self._draw = choose("sampling", backend, _DRAW)
+        self._draw = _DRAW[backend]
 
     def __call__(self, logits: Tensor, uniform: Tensor | None = None) -> Tensor:
         """logits: [B, V] -> int64 [B], `NO_TOKEN` where the logits decide none.
@@ -111,4 +111,4 @@ def _triton(sampling: Sampling, logits: Tensor, uniform: Tensor | None) -> Tenso
     return sample.top_p(logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p)
 
 
-_DRAW = everywhere(_torch, _triton)
+_DRAW = everywhere("sampling", _torch, _triton)

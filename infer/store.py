@@ -1,9 +1,9 @@
 """One store for the state of all architectures, always paged.
 
-Per-token tensors live in pages behind block tables, one table per distinct window; fixed tensors
-live in slots. Pages are reference-counted, so a fork shares its prefix and copies on write; a
-recurrent state is forked by copying its slot. With `lookback` > 0 the newest tokens can be
-rolled back: windows keep that many rows more, and fixed tensors a ring of snapshots by length.
+Row tensors live in pages behind block tables, one table for each (every, window, sinks); fixed
+tensors live in slots. Pages and slots are reference-counted: a fork shares both and copies what it
+writes to. With `lookback` > 0 the newest tokens can be rolled back: windows keep that many rows
+more, and every value of a fixed tensor has a slot of its own.
 
 Rows of one plane (a head of K, say) lie together: a pool is [*planes, pages * page_size, row].
 The loop owns lengths: `begin` opens a step, `commit` advances it. A step is all or nothing: where
@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
-from archs.spec import StateSpec, TensorSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, RowSpec, StateSpec, TensorSpec
+from infer.books import OnDevice
 from infer.memory import require_memory
-from infer.pages import PageTable, StoreFullError
+from infer.pages import PageTable, StoreFullError, TableKey
+from infer.plan import Layer, StepPlan, key_of
+from infer.slots import SlotTable
 from infer.synthetic import synthesise
-from infer.undo import undo
-from infer.view import StepView
-
-TableKey = tuple[int | None, int]
 
 
 class StateStore:
@@ -35,7 +34,9 @@ class StateStore:
     specs:    one StateSpec per layer.
     pages:    pages per table; default: enough for all sequences at full length.
     lookback: tokens that `rollback` can take back from windowed and fixed state.
-    Raises UserError when the pools cannot fit in the memory that is free.
+    kernels:  whether kernels read and write the state where it lies.
+    Raises UserError when the pools cannot fit in the memory that is free, and for a tensor that no
+    store can hold yet.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class StateStore:
         lookback: int = 0,
         pages: int | None = None,
         device: torch.device | str = "cpu",
+        kernels: bool = False,
     ) -> None:
         if max_sequences < 1 or max_context < 1 or page_size < 1 or lookback < 0:
             raise UserError(
@@ -59,41 +61,41 @@ class StateStore:
         self.page_size = page_size
         self.lookback = lookback
         self.device = torch.device(device)
+        self.kernels = kernels
         self.lengths = [0] * max_sequences
         self.oldest = [0] * max_sequences
-        #: A heap: the lowest slot is opened first, so that batches are adjacent slots.
-        self._free_slots = list(range(max_sequences))
+        #: A heap: the lowest sequence is opened first, so that batches are adjacent.
+        self._free = list(range(max_sequences))
         self._open = [False] * max_sequences
         #: Sequences whose state a failed step has overwritten.
         self._lost: set[int] = set()
-        self._step: StepView | None = None
+        self._step: StepPlan | None = None
         wanted = self.declared_bytes(max_context) * max_sequences
         if pages is not None:
-            wanted = min(wanted, pages * page_size * sum(s.token_bytes for s in self.specs))
+            page_bytes = page_size * sum(t.nbytes for s in self.specs for t in s.owned)
+            wanted = min(wanted, pages * page_bytes)
         require_memory(
             wanted, self.device, f"the state of {max_sequences} sequences of {max_context} tokens"
         )
         self.tables: dict[TableKey, PageTable] = {}
-        for spec in self.specs:
-            if spec.per_token and spec.owner is None and self._key(spec) not in self.tables:
-                self.tables[self._key(spec)] = PageTable(
-                    slots=max_sequences, max_context=max_context, page_size=page_size,
-                    window=spec.window, sinks=spec.sinks, lookback=lookback, pages=pages,
+        for tensor in (t for spec in self.specs for t in spec.owned):
+            key = key_of(tensor)
+            if key not in self.tables:
+                self.tables[key] = PageTable(
+                    key, sequences=max_sequences, max_rows=max(1, tensor.rows(max_context)),
+                    page_size=page_size, lookback=tensor.kept_back(lookback), pages=pages,
                 )  # fmt: skip
-        # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.
-        self.pools: list[dict[str, Tensor]] = [self._pools(spec) for spec in self.specs]
-        self.slots: list[dict[str, Tensor]] = [self._fixed(s, max_sequences) for s in self.specs]
-        self.history: list[dict[str, Tensor]] = [
-            {n: t.new_zeros(t.shape[0], lookback + 1, *t.shape[1:]) for n, t in fixed.items()}
-            if lookback
-            else {}
-            for fixed in self.slots
-        ]
+        self.slots: SlotTable | None = None
+        if any(spec.fixed for spec in self.specs):
+            self.slots = SlotTable(sequences=max_sequences, lookback=lookback)
+        self._bounded = self.slots is not None or any(k.window is not None for k in self.tables)
+        self.layers = [self._layer(spec) for spec in self.specs]
+        self.on_device = OnDevice(self.tables, max_sequences, max_context, self.device)
         self._homes: dict[tuple[int, str, int, int], Tensor] = {}
         # Counted from the tensors, and once: they stay, and a step adds up its bytes.
         self._page_bytes = {key: self._bytes_of_a_page(key) for key in self.tables}
-        self._fixed_bytes = sum(
-            t[0].nbytes for tensors in (*self.slots, *self.history) for t in tensors.values()
+        self._slot_bytes = sum(
+            value[0].nbytes for layer in self.layers for value in layer.fixed.values()
         )
         self.peak_bytes = 0
 
@@ -105,10 +107,11 @@ class StateStore:
 
         Whoever releases one earlier takes it out of the list. Raises StoreFullError.
         """
-        if count > len(self._free_slots):
+        if count > len(self._free):
             raise StoreFullError(
-                f"{count} sequences do not fit in the {len(self._free_slots)} free slots of "
-                f"{len(self.lengths)}; release some, or open a store with a larger max_sequences"
+                f"{count} sequences do not fit beside those that are open: {len(self._free)} of "
+                f"{len(self.lengths)} are free; release some, or open a store with a larger "
+                "max_sequences"
             )
         slots: list[int] = []
         try:
@@ -120,98 +123,94 @@ class StateStore:
                 self.release(slot)
 
     def add(self) -> int:
-        """Open an empty sequence and return its slot. Raises StoreFullError."""
-        if not self._free_slots:
-            raise StoreFullError(f"all {len(self.lengths)} sequence slots are in use; release one")
-        slot = self._free_slots[0]
-        for fixed in (*self.slots, *self.history):
-            for tensor in fixed.values():
-                tensor[slot].zero_()
-        self.lengths[slot] = self.oldest[slot] = 0
-        heappop(self._free_slots)
-        self._open[slot] = True
-        self._note_peak()
-        return slot
+        """Open an empty sequence and return its number. Raises StoreFullError."""
+        if not self._free:
+            raise StoreFullError(f"all {len(self.lengths)} sequences are in use; release one")
+        sequence = heappop(self._free)
+        if self.slots is not None:
+            self.slots.open(sequence)
+        self.lengths[sequence] = self.oldest[sequence] = 0
+        self._open[sequence] = True
+        return sequence
 
-    def release(self, slot: int) -> None:
-        """Close a sequence, a lost one too; its pages go back unless a fork still holds them."""
-        self._require_open(slot, lost=True)
+    def release(self, sequence: int) -> None:
+        """Close a sequence, a lost one too; what no fork holds becomes free."""
+        self._require_open(sequence, lost=True)
         for table in self.tables.values():
-            table.release(slot)
-        self._lost.discard(slot)
-        self._open[slot] = False
-        heappush(self._free_slots, slot)
+            table.release(sequence)
+        if self.slots is not None:
+            self.slots.release(sequence)
+        self._lost.discard(sequence)
+        self._open[sequence] = False
+        heappush(self._free, sequence)
 
-    def fork(self, slot: int) -> int:
-        """A second sequence with the same past: pages shared, fixed state copied."""
-        self._require_open(slot)
+    def fork(self, sequence: int) -> int:
+        """A second sequence with the same past: pages and slots are shared, nothing is copied."""
+        self._require_open(sequence)
         child = self.add()
         for table in self.tables.values():
-            table.fork(slot, child)
-        for fixed in (*self.slots, *self.history):
-            for tensor in fixed.values():
-                tensor[child].copy_(tensor[slot])
-        self.lengths[child], self.oldest[child] = self.lengths[slot], self.oldest[slot]
-        self._note_peak()
+            table.fork(sequence, child)
+        if self.slots is not None:
+            self.slots.fork(sequence, child)
+        self.lengths[child], self.oldest[child] = self.lengths[sequence], self.oldest[sequence]
         return child
 
-    def rollback(self, slot: int, tokens: int) -> None:
+    def rollback(self, sequence: int, tokens: int) -> None:
         """Forget the newest `tokens` tokens of a sequence, as if they had never been.
 
         Raises UserError where the state no longer reaches back that far.
         """
-        self._require_open(slot)
-        length = self.lengths[slot] - tokens
-        bounded = any(s.fixed or s.window is not None for s in self.specs)
-        oldest = self.oldest[slot] if bounded else 0
+        self._require_open(sequence)
+        end = self.lengths[sequence]
+        length = end - tokens
+        oldest = self.oldest[sequence] if self._bounded else 0
         if tokens < 0 or length < oldest:
             raise UserError(
-                f"rollback of {tokens} tokens at length {self.lengths[slot]} reaches before "
-                f"{oldest}; open the store with a larger lookback (now {self.lookback})"
+                f"rollback of {tokens} tokens at length {end} reaches before {oldest}; open the "
+                f"store with a larger lookback (now {self.lookback})"
             )
-        if tokens == 0:
-            return
         for table in self.tables.values():
-            table.truncate(slot, length, self.lengths[slot])
-        for fixed, history in zip(self.slots, self.history, strict=True):
-            for name, ring in history.items():
-                fixed[name][slot].copy_(ring[slot, length % (self.lookback + 1)])
-        self.lengths[slot] = length
+            table.truncate(sequence, table.rows(length), table.rows(end))
+        if self.slots is not None:
+            self.slots.truncate(sequence, length)
+        self.lengths[sequence] = length
 
     # -- steps -------------------------------------------------------------------------------
 
     @contextmanager
     def step(
-        self, slots: Sequence[int], new_tokens: int, new: Tensor | None = None
-    ) -> Iterator[StepView]:
+        self, sequences: Sequence[int], new_tokens: int, new: Tensor | None = None
+    ) -> Iterator[StepPlan]:
         """A step from `begin` that ends in `commit`, or in `abort` where anything fails."""
         self._require_idle()
         try:
-            step = self.begin(slots, new_tokens, new)
+            step = self.begin(sequences, new_tokens, new)
             yield step
             self.commit(step)
         except BaseException:
             self.abort()
             raise
 
-    def begin(self, slots: Sequence[int], new_tokens: int, new: Tensor | None = None) -> StepView:
+    def begin(
+        self, sequences: Sequence[int], new_tokens: int, new: Tensor | None = None
+    ) -> StepPlan:
         """Open a step of `new_tokens` tokens per sequence (`new` [B] of them valid).
 
         Raises UserError beyond max_context, for a sequence named twice and while another step is
         open, and StoreFullError without pages; the store then is as it was.
         """
         self._require_idle()
-        counts = [new_tokens] * len(slots) if new is None else [int(n) for n in new.tolist()]
-        if not slots or new_tokens < 1 or len(counts) != len(slots):
+        counts = [new_tokens] * len(sequences) if new is None else [int(n) for n in new.tolist()]
+        if not sequences or new_tokens < 1 or len(counts) != len(sequences):
             raise UserError(
-                f"a step of {new_tokens} tokens for sequences {list(slots)} and new={counts} needs "
-                "at least one of each, and one count per sequence"
+                f"a step of {new_tokens} tokens for sequences {list(sequences)} and new={counts} "
+                "needs at least one of each, and one count per sequence"
             )
         for count in counts:
             if not 0 <= count <= new_tokens:
                 raise UserError(f"new={count} must lie between 0 and {new_tokens}")
-        self.check_context(slots, counts)
-        self._step = StepView(self, list(slots), new_tokens, counts)
+        self.check_context(sequences, counts)
+        self._step = StepPlan(self, list(sequences), new_tokens, counts)
         try:
             self._step.reserve()
         except BaseException:
@@ -220,21 +219,21 @@ class StateStore:
         self._note_peak()
         return self._step
 
-    def check_context(self, slots: Sequence[int], counts: Sequence[int]) -> None:
+    def check_context(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Raise UserError unless distinct open sequences can all take `counts` more tokens."""
-        for slot, count in zip(slots, counts, strict=True):
-            self._require_open(slot)
-            if self.lengths[slot] + count > self.max_context:
+        for sequence, count in zip(sequences, counts, strict=True):
+            self._require_open(sequence)
+            if self.lengths[sequence] + count > self.max_context:
                 raise UserError(
-                    f"context {self.lengths[slot] + count} exceeds max_context="
+                    f"context {self.lengths[sequence] + count} exceeds max_context="
                     f"{self.max_context}; open the store with a larger max_context"
                 )
-        if len(set(slots)) != len(slots):
+        if len(set(sequences)) != len(sequences):
             raise UserError(
-                f"sequences {list(slots)} name one twice in a step; name each once, or fork it"
+                f"sequences {list(sequences)} name one twice in a step; name each once, or fork it"
             )
 
-    def commit(self, step: StepView) -> None:
+    def commit(self, step: StepPlan) -> None:
         """Advance the lengths of a step's sequences, free what left a window, close the step.
 
         Raises UserError for a step that is not open.
@@ -242,14 +241,15 @@ class StateStore:
         if step is not self._step:
             raise UserError("this step is not the open one; commit a step once, after its `begin`")
         step.committed = True
-        for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
-            self.lengths[slot] = length + count
+        reach = self.lookback if step.new_tokens <= RECURRENT_LIMIT else 0
+        for sequence, length, count in zip(step.sequences, step.lengths, step.counts, strict=True):
+            end = self.lengths[sequence] = length + count
             for table in self.tables.values():
-                table.settle(slot, self.lengths[slot])
-            oldest = self.lengths[slot] - self.lookback
-            if count and not step.each:
-                oldest = self.lengths[slot]
-            self.oldest[slot] = max(self.oldest[slot], oldest)
+                table.settle(sequence, table.rows(end))
+            if count:
+                self.oldest[sequence] = max(self.oldest[sequence], end - reach)
+        if self.slots is not None:
+            self.slots.settle(step.slots)
         self._step = None
         step.close()
 
@@ -266,39 +266,62 @@ class StateStore:
             # Interrupted in `commit`: every layer has run, so the step is finished instead.
             self.commit(step)
             return
-        self._lost |= undo(step)
+        self._lost |= self._undo(step)
         self._step = None
         step.close()
 
-    def fill(self, slots: Sequence[int], length: int) -> None:
+    def _undo(self, step: StepPlan) -> set[int]:
+        """Bring a step's sequences back to where they were; returns those that cannot be.
+
+        What a rollback can reach shrinks by what was overwritten. A window's rows, and values
+        without lookback, are overwritten in place: a copy before every step would cost as much as
+        the step's own writes.
+        """
+        lost = set()
+        for part in step.tables.values():
+            lengths = dict(zip(step.sequences, part.lengths, strict=True))
+            lost |= part.table.undo(part.change, lengths, written=step.wrote_rows)
+        if self.slots is not None:
+            lost |= self.slots.undo(step.slots, written=step.wrote_fixed)
+        for sequence in step.sequences:
+            reach = [t.every * t.reach(sequence) for t in self.tables.values()]
+            if self.slots is not None:
+                reach.append(self.slots.oldest(sequence))
+            self.oldest[sequence] = max(self.oldest[sequence], *reach, 0)
+        return lost
+
+    def fill(self, sequences: Sequence[int], length: int) -> None:
         """Give sequences `length` more tokens of synthetic state, for timing steps at that context.
 
         Touches no other sequence; no part of it can be rolled back. Raises as `begin`.
         """
         if length:
-            with self.step(slots, length) as step:
+            with self.step(sequences, length) as step:
                 synthesise(step)
-            for slot in slots:
-                self.oldest[slot] = self.lengths[slot]
+            for sequence in sequences:
+                self.oldest[sequence] = self.lengths[sequence]
 
-    def snapshot(self, slot: int) -> list[dict[str, Tensor]]:
-        """What each layer remembers of a sequence: copies of its visible rows and fixed tensors.
+    def snapshot(self, sequence: int) -> list[dict[str, Tensor]]:
+        """What each layer remembers of a sequence: copies of its visible rows and its values.
 
-        Per-token tensors come as [*planes, rows, row], oldest first, sinks apart.
+        Rows come as [*planes, rows, row], oldest first, sinks apart.
         """
-        self._require_open(slot)
-        length = self.lengths[slot]
-        layers = []
-        for spec, pools, fixed in zip(self.specs, self.pools, self.slots, strict=True):
-            held = {name: tensor[slot].clone() for name, tensor in fixed.items()}
-            for name, pool in pools.items():
-                table, first = self.table_of(spec), 0
-                if spec.window is not None:
-                    first = max(length - spec.window, table.oldest_row(slot))
-                rows = table.rows(slot, torch.arange(first, length))
-                held[name] = pool[..., rows.to(pool.device), :]
-            layers.append(held)
-        return layers
+        self._require_open(sequence)
+        held = []
+        for layer in self.layers:
+            found: dict[str, Tensor] = {}
+            if self.slots is not None:
+                current = self.slots.current(sequence)
+                found = {name: value[current].clone() for name, value in layer.fixed.items()}
+            for name, (key, pool, _) in layer.rows.items():
+                table = self.tables[key]
+                length, first = table.rows(self.lengths[sequence]), 0
+                if table.window is not None:
+                    first = max(length - table.window, table.oldest_row(sequence))
+                at = torch.tensor(table.places(sequence, range(first, length)), dtype=torch.int64)
+                found[name] = pool[..., at.to(self.device), :]
+            held.append(found)
+        return held
 
     # -- accounting --------------------------------------------------------------------------
 
@@ -311,67 +334,79 @@ class StateStore:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of pages in use and of the fixed state of open sequences."""
+        """Bytes of pages and slots that open sequences hold."""
         paged = sum(table.used * self._page_bytes[key] for key, table in self.tables.items())
-        return paged + (len(self.lengths) - len(self._free_slots)) * self._fixed_bytes
+        return paged + (0 if self.slots is None else self.slots.used * self._slot_bytes)
 
     def _bytes_of_a_page(self, key: TableKey) -> int:
-        """Bytes of one page of a table in the pools of all its layers."""
-        layers = zip(self.specs, self.pools, strict=True)
-        pools = [p for s, named in layers if self._key(s) == key for p in named.values()]
-        return sum(pool.nbytes for pool in pools) // self.tables[key].n_pages
+        """Bytes of one page of a table in the pools of all its tensors."""
+        rows = (r for layer in self.layers for r in layer.rows.values())
+        total = sum(pool.nbytes for held_by, pool, _ in rows if held_by == key)
+        return total // (self.tables[key].n_pages + 1)
 
     # -- inside ------------------------------------------------------------------------------
 
-    @staticmethod
-    def _key(spec: StateSpec) -> TableKey:
-        return spec.window, spec.sinks
-
-    def table_of(self, spec: StateSpec) -> PageTable:
-        """The block tables behind a layer's per-token rows."""
-        return self.tables[self._key(spec)]
-
     def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
-        """The home rows of `count` slots from `first` on, [count, *planes, rows_per_slot, row].
+        """The home rows of `count` sequences from `first` on, [count, *planes, home_rows, row].
 
         A view of the pool, made once: a small decode step is bound by the calls it makes.
         """
         key = layer, name, first, count
         found = self._homes.get(key)
         if found is None:
-            rows = self.table_of(self.specs[layer]).rows_per_slot
-            slots = self.pools[layer][name].unflatten(-2, (-1, rows)).narrow(-3, first, count)
-            self._homes[key] = found = slots.movedim(-3, 0)
+            table_key, pool, _ = self.layers[layer].rows[name]
+            table = self.tables[table_key]
+            pool = pool.narrow(-2, 0, table.n_pages * self.page_size)
+            homes = pool.unflatten(-2, (-1, table.home_rows)).narrow(-3, first, count)
+            self._homes[key] = found = homes.movedim(-3, 0)
         return found
 
-    def _pools(self, spec: StateSpec) -> dict[str, Tensor]:
-        if spec.owner is not None or not spec.per_token:
-            return {}
-        rows = self.table_of(spec).n_pages * self.page_size
-        return {t.name: self._zeros(t, (*t.shape[:-1], rows, t.shape[-1])) for t in spec.per_token}
+    def _layer(self, spec: StateSpec) -> Layer:
+        return Layer(
+            {t.name: (key_of(t), self._pool(t), t.shape) for t in spec.owned},
+            {t.name: t.owner for t in spec.rows if t.owner is not None},
+            {t.name: self._values(t) for t in spec.fixed},
+        )
 
-    def _fixed(self, spec: StateSpec, slots: int) -> dict[str, Tensor]:
-        return {t.name: self._zeros(t, (slots, *t.shape)) for t in spec.fixed}
+    def _pool(self, tensor: RowSpec) -> Tensor:
+        # One page more, for the rows of padding.
+        rows = (self.tables[key_of(tensor)].n_pages + 1) * self.page_size
+        return self._zeros(tensor, (*tensor.shape[:-1], rows, tensor.shape[-1]))
 
-    def _zeros(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
-        return torch.zeros(shape, dtype=spec.dtype, device=self.device)
+    def _values(self, tensor: FixedSpec) -> Tensor:
+        if tensor.replay is not None and self.lookback:
+            raise UserError(
+                f"'{tensor.name}' is to be rolled back by replaying '{tensor.replay}', which no "
+                "store does yet; open it with lookback=0, or declare copies (replay=None)"
+            )
+        assert self.slots is not None
+        return self._zeros(tensor, (self.slots.count, *tensor.shape))
+
+    def _zeros(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+        # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.
+        if not tensor.format.is_plain:
+            raise UserError(
+                f"'{tensor.name}' is declared as {tensor.format}, which no store holds yet; "
+                "declare a plain format"
+            )
+        return torch.zeros(shape, dtype=tensor.format.dtype, device=self.device)
 
     def _note_peak(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
 
-    def _require_open(self, slot: int, *, lost: bool = False) -> None:
+    def _require_open(self, sequence: int, *, lost: bool = False) -> None:
         """Raise unless a sequence is open and in no open step; lost: one that was lost will do."""
-        if not 0 <= slot < len(self.lengths) or not self._open[slot]:
-            raise UserError(f"sequence {slot} is not open; `add` or `fork` one first")
-        if self._step is not None and slot in self._step.slots:
+        if not 0 <= sequence < len(self.lengths) or not self._open[sequence]:
+            raise UserError(f"sequence {sequence} is not open; `add` or `fork` one first")
+        if self._step is not None and sequence in self._step.sequences:
             self._require_idle()
-        if slot in self._lost and not lost:
+        if sequence in self._lost and not lost:
             raise UserError(
-                f"sequence {slot} was lost in a step that failed; release it and start it anew"
+                f"sequence {sequence} was lost in a step that failed; release it and start it anew"
             )
 
     def _require_idle(self) -> None:
         if self._step is not None:
             raise UserError(
-                f"a step of sequences {self._step.slots} is open; commit or abort it first"
+                f"a step of sequences {self._step.sequences} is open; commit or abort it first"
             )

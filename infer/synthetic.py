@@ -2,45 +2,45 @@
 
 from torch import Tensor
 
-from infer.table_step import TableStep
-from infer.view import StepView
+from infer.plan import StepPlan
+from infer.rows import RowStep
 
 
-def synthesise(step: StepView) -> None:
-    """Write the new rows and the fixed tensors of an open step's sequences, and nothing else.
+def synthesise(step: StepPlan) -> None:
+    """Write the new rows and the values of an open step's sequences, and nothing else.
 
     Every row is touched: memory that nobody wrote to may be one page of zeros, read from cache.
     """
-    step.copy_shared()
-    step.wrote_fixed = True
+    step.wrote_rows = step.wrote_fixed = True
+    step.start_copies(joined=True)
     store = step.store
     runs = {key: new_rows(step, table) for key, table in step.tables.items()}
-    layers = zip(store.specs, store.pools, store.slots, store.history, strict=True)
-    for spec, pools, fixed, history in layers:
-        for pool in pools.values():
-            for first, end in runs[spec.window, spec.sinks]:
+    slots = {s for row in step.slots.write for s in row if s >= 0}
+    for layer in store.layers:
+        for key, pool, _ in layer.rows.values():
+            for first, end in runs[key]:
                 _fill(pool[..., first:end, :])
-        for tensor in (*fixed.values(), *history.values()):
-            for slot in step.slots:
-                _fill(tensor[slot])
+        for value in layer.fixed.values():
+            for slot in slots:
+                _fill(value[slot])
 
 
 def _fill(tensor: Tensor) -> None:
     tensor.fill_(0.01 if tensor.dtype.is_floating_point else 1)
 
 
-def new_rows(step: StepView, table: TableStep) -> list[tuple[int, int]]:
-    """Pool rows [first, end) of the step's tokens that are kept, long runs of them as one."""
+def new_rows(step: StepPlan, table: RowStep) -> list[tuple[int, int]]:
+    """Pool rows [first, end) of the step's rows that are kept, long runs of them as one."""
     pages, size = table.table, table.table.page_size
     runs: list[tuple[int, int]] = []
-    for slot, length, count in zip(step.slots, step.lengths, step.counts, strict=True):
-        for index, page in sorted(pages.tables[slot].items()):
+    for sequence, length, end in zip(step.sequences, table.lengths, table.ends, strict=True):
+        for index, page in sorted(pages.tables[sequence].items()):
             offset = (page - index) * size
-            first, end = max(length, index * size), min(length + count, (index + 1) * size)
-            if first >= end:
+            first, last = max(length, index * size), min(end, (index + 1) * size)
+            if first >= last:
                 continue
             if runs and runs[-1][1] == offset + first:
-                runs[-1] = runs[-1][0], offset + end
+                runs[-1] = runs[-1][0], offset + last
             else:
-                runs.append((offset + first, offset + end))
+                runs.append((offset + first, offset + last))
     return runs

@@ -27,6 +27,7 @@ from kernels.conv_chunk_rows import (
     load_rows,
     load_taps,
 )
+from kernels.step import require_slots
 
 #: Tokens up to which a tile serves -> (BLOCK_T, BLOCK_C, num_warps); 0: any number of tokens.
 CONFIGS: dict[int, tuple[int, int, int]] = {16: (16, 128, 4), 0: (64, 64, 4)}
@@ -69,10 +70,10 @@ def conv_chunk_fwd_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def conv_tail_fwd_kernel(  # type: ignore[no-untyped-def]
-    x, tail, slots, new, tokens, x_batch, x_row, tail_stride,
+    x, tail, slots, write, new, tokens, x_batch, x_row, tail_stride,
     C: tl.constexpr, W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of C, B): the last W - 1 rows of a slot's tail and of x, into the slot."""
+    """Grid (tiles of C, B): the last W - 1 rows of a slot's tail and of x, into another slot."""
     batch = tl.program_id(1).to(tl.int64)
     count = tokens
     if new is not None:
@@ -83,7 +84,7 @@ def conv_tail_fwd_kernel(  # type: ignore[no-untyped-def]
     last = load_rows(x + batch * x_batch, held, count + r, c, count, x_row, W, C)
     # Rows move up in place: all of them are read before any is written.
     tl.debug_barrier()
-    to = held + r[:, None] * C + c[None, :]
+    to = tail_of(tail, write, batch, tail_stride) + r[:, None] * C + c[None, :]
     inside = (r < W - 1)[:, None] & (c < C)[None, :] & (count > 0)
     tl.store(to, last.to(tail.dtype.element_ty), mask=inside)
 
@@ -128,19 +129,24 @@ def causal_conv(
     return y
 
 
-def conv_tail_(x: Tensor, tail_pool: Tensor, slots: Tensor, *, new: Tensor | None = None) -> None:
-    """Advance tails in place: the last W - 1 of the old tail and the new tokens, of which `new`.
+def conv_tail_(
+    x: Tensor, tail_pool: Tensor, read: Tensor, write: Tensor, *, new: Tensor | None = None
+) -> None:
+    """Advance tails: the last W - 1 of the old tail and the new tokens, of which `new`.
 
     x: [B, T, C], strided as in `causal_conv`; tail_pool: [slots, W-1, C], rounded to where x is
-    wider; slots: int32 [B], distinct and in range (not checked: it would wait for the device);
-    new: int32 [B] valid tokens of right-padded rows (None: T). Not differentiable.
+    wider; read, write: int32 [B], the slots of the old tails and of the new ones, in range (not
+    checked: it would wait for the device); a sequence may write to the slot that it reads, and to
+    none that another reads; new: int32 [B] valid tokens of right-padded rows (None: T), where it is
+    0 nothing is written. Not differentiable.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
-    width = check_conv(conv_tail_fwd_kernel, x, tail_pool, slots, new)
+    width = check_conv(conv_tail_fwd_kernel, x, tail_pool, read, new)
+    require_slots(tail_pool, (x.shape[0],), write=write)
     batch, tokens, channels = x.shape
     block_c, warps = TAIL_CONFIG
     conv_tail_fwd_kernel[(triton.cdiv(channels, block_c), batch)](
-        x, tail_pool, slots, new, tokens, x.stride(0), x.stride(1), tail_pool.stride(0),
+        x, tail_pool, read, write, new, tokens, x.stride(0), x.stride(1), tail_pool.stride(0),
         C=channels, W=width, BLOCK_R=triton.next_power_of_2(width - 1), BLOCK_C=block_c,
         num_warps=warps,
     )  # fmt: skip
@@ -219,5 +225,5 @@ def _variant(dtype: torch.dtype, tokens: int, options: set[str], **sizes: Any) -
 
 
 def _tail_variant(dtype: torch.dtype) -> Variant:
-    options = {"slots", "new"}
+    options = {"slots", "write", "new"}
     return conv_variant(conv_tail_fwd_kernel, (4, *TAIL_CONFIG), dtype, options, wide_rows=1)

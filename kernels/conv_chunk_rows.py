@@ -88,7 +88,7 @@ def check_conv(
         dense = tail[0].is_contiguous() and tail.stride(0) >= tail[0].numel()
         require(dense, name, shown, "must have contiguous slots")
         require(tail.device == x.device, name, shown, f"must be on {x.device}")
-    for name, vector in (("slots" if weight is None else "tail_slots", slots), ("new", new)):
+    for name, vector in (("read" if weight is None else "tail_slots", slots), ("new", new)):
         if vector is not None:
             fits = vector.shape == (batch,) and vector.dtype == torch.int32
             fits = fits and vector.is_contiguous() and vector.device == x.device
@@ -115,7 +115,7 @@ def conv_variant(
         optional -= {"tail", "dz"}
     constexprs |= dict.fromkeys(optional - options)
     names = [name for name in kernel.arg_names if name not in constexprs]
-    kinds = {"sums": "*fp32", "slots": "*i32", "new": "*i32"}
+    kinds = {"sums": "*fp32", "slots": "*i32", "write": "*i32", "new": "*i32"}
     kinds |= dict.fromkeys(("tokens", "x_batch", "x_row", "tail_stride"), "i32")
     rows = width if wide_rows is None else wide_rows
     suffix = "".join(f"_{name}" for name in sorted(options))

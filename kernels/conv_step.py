@@ -17,6 +17,7 @@ from kernels.ahead import Variant
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
+    last_slot,
     require_dims,
     require_like,
     require_shape,
@@ -43,23 +44,24 @@ def rows_of(x, tail, source, c, inside, x_row, C: tl.constexpr, W: tl.constexpr)
 
 @triton.jit
 def conv_step_fwd_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, tail, slots, new, each, y, x_row, slot_stride,
-    SILU: tl.constexpr, K: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+    x, weight, bias, tail, read, write, new, y, x_row, slot_stride,
+    SILU: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of C, B). Rows of x and y are tokens; bias, new and each may be None."""
+    """Grid (tiles of C, B). Rows of x and y are tokens; bias and new may be None."""
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     batch = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots + batch).to(tl.int64)
     count = K
     if new is not None:
         # Rows outside the tail and the new inputs must not be reached, whatever `new` says.
         count = tl.minimum(tl.maximum(tl.load(new + batch), 0), K)
+    source = tl.load(read + batch).to(tl.int64)
+    target = last_slot(write + batch * K, count, K)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = c < C
     x += batch * K * x_row
-    held = tail + slot * slot_stride
+    held = tail + source * slot_stride
     t = tl.arange(0, BLOCK_K)
     valid = (t < count)[:, None] & in_c[None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
@@ -77,15 +79,18 @@ def conv_step_fwd_kernel(  # type: ignore[no-untyped-def]
     r = tl.arange(0, BLOCK_R)
     inside = (r < W - 1)[:, None] & in_c[None, :]
     place = r[:, None] * C + c[None, :]
-    if each is not None:
+    if EACH:
         for step in range(K):
             kept = rows_of(x, held, tl.minimum(step + 1, count) + r, c, inside, x_row, C, W)
-            after = each + (batch * K + step) * (W - 1) * C + place
-            tl.store(after, kept.to(each.dtype.element_ty), mask=inside)
+            slot = tl.load(write + batch * K + step).to(tl.int64)
+            stored = inside & (step < count - 1) & (slot >= 0)
+            tl.store(tail + slot * slot_stride + place, kept.to(tail.dtype.element_ty), mask=stored)
     last = rows_of(x, held, count + r, c, inside, x_row, C, W)
-    # Rows move up in place: all of them are read before any is written.
+    # In place, rows move up: all of them are read before any is written.
     tl.debug_barrier()
-    tl.store(held + place, last.to(tail.dtype.element_ty), mask=inside & (count > 0))
+    stored = inside & (target >= 0)
+    to = tail + target.to(tl.int64) * slot_stride + place
+    tl.store(to, last.to(tail.dtype.element_ty), mask=stored)
 
 
 def conv_step(
@@ -93,18 +98,18 @@ def conv_step(
     weight: Tensor,
     bias: Tensor | None,
     tail: Tensor,
-    slots: Tensor,
+    read: Tensor,
+    write: Tensor,
     *,
     silu: bool = True,
+    each: bool = False,
     new: Tensor | None = None,
-    each: Tensor | None = None,
 ) -> Tensor:
-    """Convolve K new tokens of B sequences and advance their tails, in place.
+    """Convolve K new tokens of B sequences and advance their tails, from slot to slot.
 
     x: [B, K, C]; weight: [C, W], W >= 2; bias: [C] or None; tail: [slots, W-1, C] in float32 or
-    bfloat16; slots: int32 [B], distinct and in range (not checked: it would wait for the device);
-    new: int32 [B] valid tokens of right-padded rows (None: K); each: [B, K, W-1, C] in the tail's
-    dtype, receives the tail after every token (padded ones repeat the last).
+    bfloat16; read: int32 [B], write: int32 [B, K], each: the slots of the tails, as `kernels.step`
+    says; new: int32 [B] valid tokens of right-padded rows (None: K).
     Returns y [B, K, C] in x's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -120,16 +125,17 @@ def conv_step(
         require_shape("bias", bias, (channels,))
         inputs["bias"] = bias
     sizes = (batch, tokens, width - 1, channels)
-    require_state(conv_step_fwd_kernel, tail, slots, new, each, sizes, name="tail")
+    require_state(conv_step_fwd_kernel, tail, read, write, new, sizes, name="tail")
     require_like(tail, **inputs)
     if not weight.is_contiguous():
         raise ValueError(f"weight has strides {weight.stride()}; it must be contiguous")
     y = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     block_c, warps = CONFIGS[tail.dtype]
     conv_step_fwd_kernel[(triton.cdiv(channels, block_c), batch)](
-        x, weight, bias, tail, slots, new, each, y, row_stride("x", x), tail.stride(0),
-        SILU=silu, K=tokens, C=channels, W=width, BLOCK_K=triton.next_power_of_2(tokens),
-        BLOCK_R=triton.next_power_of_2(width - 1), BLOCK_C=block_c, num_warps=warps,
+        x, weight, bias, tail, read, write, new, y, row_stride("x", x), tail.stride(0),
+        SILU=silu, K=tokens, EACH=each and tokens > 1, C=channels, W=width,
+        BLOCK_K=triton.next_power_of_2(tokens), BLOCK_R=triton.next_power_of_2(width - 1),
+        BLOCK_C=block_c, num_warps=warps,
         **overlapped(x.device),
     )  # fmt: skip
     return y
@@ -171,17 +177,16 @@ def _variant(
 ) -> Variant:
     pointer = POINTERS[dtype]
     signature = dict.fromkeys(("x", "weight", "bias", "tail", "y"), pointer)
-    signature |= {"slots": "*i32", "x_row": "i32", "slot_stride": "i32"}
+    signature |= {"read": "*i32", "write": "*i32", "x_row": "i32", "slot_stride": "i32"}
     block_c, warps = CONFIGS[dtype]
     constexprs: dict[str, Any] = {
-        "SILU": True, "K": tokens, "C": channels, "W": 4, "BLOCK_K": triton.next_power_of_2(tokens),
-        "BLOCK_R": 4, "BLOCK_C": block_c,
+        "SILU": True, "K": tokens, "EACH": each, "C": channels, "W": 4,
+        "BLOCK_K": triton.next_power_of_2(tokens), "BLOCK_R": 4, "BLOCK_C": block_c,
     }  # fmt: skip
-    for name, used, kind in (("new", ragged, "*i32"), ("each", each, pointer)):
-        if used:
-            signature[name] = kind
-        else:
-            constexprs[name] = None
+    if ragged:
+        signature["new"] = "*i32"
+    else:
+        constexprs["new"] = None
     options = f"{'_ragged' if ragged else ''}{'_each' if each else ''}"
     return Variant(
         name=f"conv_step_{pointer[1:]}_{channels}_k{tokens}{options}",
@@ -190,5 +195,6 @@ def _variant(
         constexprs=constexprs,
         divisible=frozenset(signature),
         num_warps=warps,
+        narrow_in_loops=frozenset({4}) if each else frozenset(),
         wide_loads=4 * block_c * dtype.itemsize // (16 * 64 * warps),
     )

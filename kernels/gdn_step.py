@@ -20,6 +20,7 @@ from kernels.norm import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
+    last_slot,
     require_dims,
     require_heads,
     require_like,
@@ -43,14 +44,15 @@ NORM_EPS = 1e-6
 
 @triton.jit
 def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, a, b, a_log, dt_bias, state, slots, new, each, y,
+    q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
     q_row, k_row, v_row, a_row, b_row, slot_stride, gate, weight, arrivals, gate_row,
-    EPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    EPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
     WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of P, H, B). Rows of q, k, v, a, b, y, gate are tokens; new, each may be None,
+    """Grid (tiles of P, H, B). Rows of q, k, v, a, b, y, gate are tokens; new may be None,
     and so may all that serves the output norm.
     """
     start_next(OVERLAP)
@@ -58,19 +60,20 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (H // G)
-    slot = tl.load(slots + batch).to(tl.int64)
     count = K
     if new is not None:
         count = tl.load(new + batch)
+    source = tl.load(read + batch).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_n, in_p = n < N, p < P
     inside = in_n[:, None] & in_p[None, :]
     tile = n[:, None] * P + p[None, :]
-    held = state + slot * slot_stride + head * N * P + tile
-    s = tl.load(held, mask=inside, other=0.0).to(tl.float32)
+    own = state + head * N * P + tile
+    s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
+    last = last_slot(write + batch * K, count, K)
     for t in range(K):
         row = batch * K + t
         valid = t < count
@@ -87,10 +90,12 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
         s += kt[:, None] * delta[None, :]
         yt = tl.sum(qt[:, None] * s, 0)
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
-        if each is not None:
-            after = each + (row * H + head) * N * P + tile
-            tl.store(after, s.to(each.dtype.element_ty), mask=inside)
-    tl.store(held, s.to(state.dtype.element_ty), mask=inside & (count > 0))
+        if EACH:
+            slot = tl.load(write + row).to(tl.int64)
+            kept = inside & valid & (t < count - 1) & (slot >= 0)
+            tl.store(own + slot * slot_stride, s.to(state.dtype.element_ty), mask=kept)
+    to = own + last.to(tl.int64) * slot_stride
+    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
@@ -107,22 +112,22 @@ def gdn_step(
     a_log: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    slots: Tensor,
+    read: Tensor,
+    write: Tensor,
     *,
+    each: bool = False,
     new: Tensor | None = None,
-    each: Tensor | None = None,
     norm: OutputNorm | None = None,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Advance the states of B sequences by K tokens, in place.
+    """Advance the states of B sequences by K tokens, from slot to slot.
 
     q, k: [B, K, G, N], as the convolution left them; v: [B, K, H, P]; a, b: [B, K, H], the raw
-    gates; a_log, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; slots: int32 [B],
-    distinct and in range (not checked: it would wait for the device); new: int32 [B] valid tokens
-    of right-padded rows (None: K); each: [B, K, H, N, P] in the state's dtype, receives the state
-    after every token (padded ones repeat the last); norm: of y, head by head (None: y as it is);
-    arrivals: int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each call
-    of a stream to save the launch that clears a fresh one.
+    gates; a_log, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; read: int32 [B],
+    write: int32 [B, K], each: the slots of the states, as `kernels.step` says; new: int32 [B] valid
+    tokens of right-padded rows (None: K); norm: of y, head by head (None: y as it is); arrivals:
+    int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each call of a
+    stream to save the launch that clears a fresh one.
     Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -138,16 +143,16 @@ def gdn_step(
         require_shape(name, inputs[name], (batch, tokens, heads))
     for name in ("a_log", "dt_bias"):
         require_shape(name, inputs[name], (heads,))
-    require_state(gdn_step_fwd_kernel, state, slots, new, each, (batch, tokens, heads, n, p))
+    require_state(gdn_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
     require_like(state, **inputs)
     y = torch.empty(batch, tokens, heads, p, dtype=v.dtype, device=v.device)
     block_p, warps = CONFIGS[state.dtype]
     normed = norm_arguments(norm, arrivals, y, state, warps)
     gdn_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
-        q, k, v, a, b, a_log, dt_bias, state, slots, new, each, y,
+        q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
         *(row_stride(name, inputs[name]) for name in "qkvab"), state.stride(0),
-        EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, G=groups, H=heads, N=n, P=p,
-        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
+        EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n,
+        P=p, BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
         **overlapped(q.device),
     )  # fmt: skip
     return y
@@ -213,18 +218,17 @@ def _variant(
     signature = dict.fromkeys(("q", "k", "v", "a", "b", "y"), "*bf16")
     signature |= dict.fromkeys(("a_log", "dt_bias"), "*fp32")
     rows = ("q_row", "k_row", "v_row", "a_row", "b_row", "slot_stride")
-    signature |= dict.fromkeys(rows, "i32") | {"state": pointer, "slots": "*i32"}
+    signature |= dict.fromkeys(rows, "i32") | {"state": pointer, "read": "*i32", "write": "*i32"}
     block_p, warps = CONFIGS[dtype]
     block_n = triton.next_power_of_2(n)
     constexprs: dict[str, Any] = {
-        "EPS": NORM_EPS, "SCALE": n**-0.5, "K": tokens, "G": 16, "H": 16, "N": n, "P": p,
-        "BLOCK_N": block_n, "BLOCK_P": block_p,
+        "EPS": NORM_EPS, "SCALE": n**-0.5, "K": tokens, "EACH": each, "G": 16, "H": 16, "N": n,
+        "P": p, "BLOCK_N": block_n, "BLOCK_P": block_p,
     }  # fmt: skip
-    for name, used, kind in (("new", ragged, "*i32"), ("each", each, pointer)):
-        if used:
-            signature[name] = kind
-        else:
-            constexprs[name] = None
+    if ragged:
+        signature["new"] = "*i32"
+    else:
+        constexprs["new"] = None
     types, constants, norm_loads = norm_variant((p, p, False) if norm else None, tokens, warps)
     chosen = (("ragged", ragged), ("each", each), ("norm", norm))
     options = "".join(f"_{option}" for option, used in chosen if used)

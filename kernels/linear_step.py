@@ -21,6 +21,7 @@ from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.rope_rotate import rope_rotate_ref
 from kernels.step import (
     POINTERS,
+    last_slot,
     require_dims,
     require_heads,
     require_like,
@@ -48,14 +49,14 @@ def turned(x, cos, sin, BLOCK_N):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, state, slots, new, each, y, q_row, k_row, v_row, slot_stride,
+    q, k, v, log_decay, state, read, write, new, y, q_row, k_row, v_row, slot_stride,
     cos_sin, past, positions, gate, weight, arrivals, gate_row,
-    SCALE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
     WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of P, H, B). Rows of q, k, v, y, gate are tokens; new, each may be None, and so
+    """Grid (tiles of P, H, B). Rows of q, k, v, y, gate are tokens; new may be None, and so
     may all that serves the rotation or the output norm.
     """
     start_next(OVERLAP)
@@ -63,17 +64,18 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (H // G)
-    slot = tl.load(slots + batch).to(tl.int64)
     count = K
     if new is not None:
         count = tl.load(new + batch)
+    source = tl.load(read + batch).to(tl.int64)
+    last = last_slot(write + batch * K, count, K)
     n = tl.arange(0, BLOCK_N)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_n, in_p = n < N, p < P
     inside = in_n[:, None] & in_p[None, :]
     tile = n[:, None] * P + p[None, :]
-    held = state + slot * slot_stride + head * N * P + tile
-    s = tl.load(held, mask=inside, other=0.0).to(tl.float32)
+    own = state + head * N * P + tile
+    s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(log_decay + head).to(tl.float32))
     for t in range(K):
         row = batch * K + t
@@ -92,10 +94,12 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
         s = s * tl.where(valid, decay, 1.0) + kt[:, None] * vt[None, :]
         yt = tl.sum(qt[:, None] * s, 0) * SCALE
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
-        if each is not None:
-            after = each + (row * H + head) * N * P + tile
-            tl.store(after, s.to(each.dtype.element_ty), mask=inside)
-    tl.store(held, s.to(state.dtype.element_ty), mask=inside & (count > 0))
+        if EACH:
+            slot = tl.load(write + row).to(tl.int64)
+            kept = inside & valid & (t < count - 1) & (slot >= 0)
+            tl.store(own + slot * slot_stride, s.to(state.dtype.element_ty), mask=kept)
+    to = own + last.to(tl.int64) * slot_stride
+    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
@@ -109,26 +113,26 @@ def linear_step(
     v: Tensor,
     log_decay: Tensor,
     state: Tensor,
-    slots: Tensor,
+    read: Tensor,
+    write: Tensor,
     *,
+    each: bool = False,
     scale: float = 1.0,
     new: Tensor | None = None,
-    each: Tensor | None = None,
     cos_sin: Tensor | None = None,
     past: Tensor | None = None,
     norm: OutputNorm | None = None,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Advance the states of B sequences by K tokens, in place.
+    """Advance the states of B sequences by K tokens, from slot to slot.
 
     q, k: [B, K, G, N]; v: [B, K, H, P]; log_decay: [H]; state: [slots, H, N, P] in float32 or
-    bfloat16; slots: int32 [B], distinct and in range (not checked: it would wait for the device);
-    new: int32 [B] valid tokens of right-padded rows (None: K); each: [B, K, H, N, P] in the
-    state's dtype, receives the state after every token (padded ones repeat the last); cos_sin,
-    past: turn q and k by position, as `kernels.rope_rotate` by its `cos_sin` and `lengths` and with
-    its rounding (sums may differ in float32's last bit); norm: of y, head by head (None: y as it
-    is); arrivals: int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each
-    call of a stream to save the launch that clears a fresh one.
+    bfloat16; read: int32 [B], write: int32 [B, K], each: the slots of the states, as `kernels.step`
+    says; new: int32 [B] valid tokens of right-padded rows (None: K); cos_sin, past: turn q and k by
+    position, as `kernels.rope_rotate` by its `cos_sin` and `lengths` and with its rounding (sums
+    may differ in float32's last bit); norm: of y, head by head (None: y as it is); arrivals: int32
+    zeros, at least B * H, left at zero, for a norm: pass the same one on each call of a stream to
+    save the launch that clears a fresh one.
     Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -140,7 +144,7 @@ def linear_step(
     require_shape("v", v, (batch, tokens, heads, p))
     require_shape("log_decay", log_decay, (heads,))
     require_heads("v", heads, groups)
-    require_state(linear_step_fwd_kernel, state, slots, new, each, (batch, tokens, heads, n, p))
+    require_state(linear_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
     require_like(state, q=q, k=k, v=v, log_decay=log_decay)
     positions = None
     if cos_sin is not None or past is not None:
@@ -149,10 +153,10 @@ def linear_step(
     block_p, warps = CONFIGS[state.dtype]
     normed = norm_arguments(norm, arrivals, y, state, warps)
     linear_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
-        q, k, v, log_decay, state, slots, new, each, y,
+        q, k, v, log_decay, state, read, write, new, y,
         row_stride("q", q), row_stride("k", k), row_stride("v", v), state.stride(0),
         cos_sin, past, positions,
-        SCALE=scale, K=tokens, G=groups, H=heads, N=n, P=p,
+        SCALE=scale, K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n, P=p,
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
         **overlapped(q.device),
     )  # fmt: skip
@@ -223,16 +227,16 @@ def _variant(
 ) -> Variant:  # fmt: skip
     signature = dict.fromkeys(("q", "k", "v", "y"), "*bf16")
     signature |= dict.fromkeys(("q_row", "k_row", "v_row", "slot_stride"), "i32")
-    signature |= {"log_decay": "*fp32", "state": POINTERS[dtype], "slots": "*i32"}
+    signature |= {"log_decay": "*fp32", "state": POINTERS[dtype], "read": "*i32", "write": "*i32"}
     block_p, warps = CONFIGS[dtype]
     block_n = triton.next_power_of_2(n)
     constexprs: dict[str, Any] = {
-        "SCALE": n**-0.5, "K": tokens, "G": 8, "H": 8, "N": n, "P": p,
+        "SCALE": n**-0.5, "K": tokens, "EACH": each, "G": 8, "H": 8, "N": n, "P": p,
         "BLOCK_N": block_n, "BLOCK_P": block_p,
     }  # fmt: skip
     optional = {
-        "new": (ragged, "*i32"), "each": (each, POINTERS[dtype]),
-        "cos_sin": (turn, "*fp32"), "past": (turn, "*i32"), "positions": (turn, "i32"),
+        "new": (ragged, "*i32"), "cos_sin": (turn, "*fp32"), "past": (turn, "*i32"),
+        "positions": (turn, "i32"),
     }  # fmt: skip
     signature |= {name: kind for name, (used, kind) in optional.items() if used}
     constexprs |= {name: None for name, (used, _) in optional.items() if not used}

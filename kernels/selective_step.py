@@ -18,6 +18,7 @@ from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
+    last_slot,
     require_dims,
     require_like,
     require_shape,
@@ -35,26 +36,27 @@ CONFIGS: dict[torch.dtype, tuple[int, int]] = {
 
 @triton.jit
 def selective_step_fwd_kernel(  # type: ignore[no-untyped-def]
-    x, dt, b, c, z, a_log, d, dt_bias, state, slots, new, each, y,
+    x, dt, b, c, z, a_log, d, dt_bias, state, read, write, new, y,
     x_row, dt_row, b_row, c_row, z_row, slot_stride,
-    K: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, EACH: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of E, B). Rows of x, dt, b, c, z, y are tokens; z, new, each may be None."""
+    """Grid (tiles of E, B). Rows of x, dt, b, c, z, y are tokens; z, new may be None."""
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     batch = tl.program_id(1).to(tl.int64)
-    slot = tl.load(slots + batch).to(tl.int64)
     count = K
     if new is not None:
         count = tl.load(new + batch)
+    source = tl.load(read + batch).to(tl.int64)
+    last = last_slot(write + batch * K, count, K)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     n = tl.arange(0, BLOCK_N)
     in_e, in_n = e < E, n < N
     inside = in_e[:, None] & in_n[None, :]
     tile = e[:, None].to(tl.int64) * N + n[None, :]
-    held = state + slot * slot_stride + tile
-    h = tl.load(held, mask=inside, other=0.0).to(tl.float32)
+    own = state + tile
+    h = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + tile, mask=inside, other=0.0).to(tl.float32))
     bias = tl.load(dt_bias + e, mask=in_e, other=0.0).to(tl.float32)
     skip = tl.load(d + e, mask=in_e, other=0.0).to(tl.float32)
@@ -72,9 +74,12 @@ def selective_step_fwd_kernel(  # type: ignore[no-untyped-def]
             zt = tl.load(z + row * z_row + e, mask=in_e & valid, other=0.0).to(tl.float32)
             yt = yt * zt * tl.sigmoid(zt)
         tl.store(y + row * E + e, yt.to(y.dtype.element_ty), mask=in_e)
-        if each is not None:
-            tl.store(each + row * E * N + tile, h.to(each.dtype.element_ty), mask=inside)
-    tl.store(held, h.to(state.dtype.element_ty), mask=inside & (count > 0))
+        if EACH:
+            slot = tl.load(write + row).to(tl.int64)
+            kept = inside & valid & (t < count - 1) & (slot >= 0)
+            tl.store(own + slot * slot_stride, h.to(state.dtype.element_ty), mask=kept)
+    to = own + last.to(tl.int64) * slot_stride
+    tl.store(to, h.to(state.dtype.element_ty), mask=inside & (last >= 0))
 
 
 def selective_step(
@@ -86,19 +91,19 @@ def selective_step(
     d: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    slots: Tensor,
+    read: Tensor,
+    write: Tensor,
     *,
+    each: bool = False,
     z: Tensor | None = None,
     new: Tensor | None = None,
-    each: Tensor | None = None,
 ) -> Tensor:
-    """Advance the states of B sequences by K tokens, in place.
+    """Advance the states of B sequences by K tokens, from slot to slot.
 
-    x, z: [B, K, E]; dt: [B, K, E] before bias and softplus; b, c: [B, K, N]; a_log: [E, N];
-    d, dt_bias: [E]; state: [slots, E, N] in float32 or bfloat16; slots: int32 [B],
-    distinct and in range (not checked: it would wait for the device); new: int32 [B] valid tokens
-    of right-padded rows (None: K); each: [B, K, E, N] in the state's dtype, receives the state
-    after every token (padded ones repeat the last).
+    x, z: [B, K, E]; dt: [B, K, E] before bias and softplus; b, c: [B, K, N]; a_log: [E, N]; d,
+    dt_bias: [E]; state: [slots, E, N] in float32 or bfloat16; read: int32 [B], write: int32 [B, K],
+    each: the slots of the states, as `kernels.step` says; new: int32 [B] valid tokens of right-
+    padded rows (None: K).
     Returns y [B, K, E] in x's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -116,17 +121,17 @@ def selective_step(
     if z is not None:
         require_shape("z", z, (batch, tokens, width))
         inputs["z"] = z
-    require_state(selective_step_fwd_kernel, state, slots, new, each, (batch, tokens, width, n))
+    require_state(selective_step_fwd_kernel, state, read, write, new, (batch, tokens, width, n))
     require_like(state, **inputs)
     if not a_log.is_contiguous():
         raise ValueError(f"a_log has strides {a_log.stride()}; it must be contiguous")
     y = torch.empty(batch, tokens, width, dtype=x.dtype, device=x.device)
     block_e, warps = CONFIGS[state.dtype]
     selective_step_fwd_kernel[(triton.cdiv(width, block_e), batch)](
-        x, dt, b, c, z, a_log, d, dt_bias, state, slots, new, each, y,
+        x, dt, b, c, z, a_log, d, dt_bias, state, read, write, new, y,
         row_stride("x", x), row_stride("dt", dt), row_stride("b", b), row_stride("c", c),
         None if z is None else row_stride("z", z), state.stride(0),
-        K=tokens, E=width, N=n,
+        K=tokens, EACH=each and tokens > 1, E=width, N=n,
         BLOCK_E=block_e, BLOCK_N=triton.next_power_of_2(n), num_warps=warps, **overlapped(x.device),
     )  # fmt: skip
     return y
@@ -184,17 +189,16 @@ def _variant(
     signature = dict.fromkeys(("x", "dt", "b", "c", "z", "y"), "*bf16")
     signature |= dict.fromkeys(("a_log", "d", "dt_bias"), "*fp32")
     rows = ("x_row", "dt_row", "b_row", "c_row", "z_row", "slot_stride")
-    signature |= dict.fromkeys(rows, "i32") | {"state": pointer, "slots": "*i32"}
+    signature |= dict.fromkeys(rows, "i32") | {"state": pointer, "read": "*i32", "write": "*i32"}
     block_e, warps = CONFIGS[dtype]
     block_n = triton.next_power_of_2(n)
     constexprs: dict[str, Any] = {
-        "K": tokens, "E": width, "N": n, "BLOCK_E": block_e, "BLOCK_N": block_n,
+        "K": tokens, "EACH": each, "E": width, "N": n, "BLOCK_E": block_e, "BLOCK_N": block_n,
     }  # fmt: skip
-    for name, used, kind in (("new", ragged, "*i32"), ("each", each, pointer)):
-        if used:
-            signature[name] = kind
-        else:
-            constexprs[name] = None
+    if ragged:
+        signature["new"] = "*i32"
+    else:
+        constexprs["new"] = None
     options = f"{'_ragged' if ragged else ''}{'_each' if each else ''}"
     state_loads = block_e * block_n * dtype.itemsize // (16 * 64 * warps)
     return Variant(

@@ -20,6 +20,7 @@ from kernels.norm import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
+    last_slot,
     require_dims,
     require_heads,
     require_like,
@@ -40,14 +41,14 @@ CONFIGS: dict[torch.dtype, tuple[int, int]] = {
 
 @triton.jit
 def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
-    x, dt, b, c, a_log, d, dt_bias, state, slots, new, each, y,
+    x, dt, b, c, a_log, d, dt_bias, state, read, write, new, y,
     x_row, dt_row, b_row, c_row, slot_stride, gate, weight, arrivals, gate_row,
-    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    K: tl.constexpr, EACH: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
     WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of P, H, B). Rows of x, dt, b, c, y, gate are tokens; new, each may be None,
+    """Grid (tiles of P, H, B). Rows of x, dt, b, c, y, gate are tokens; new may be None,
     and so may all that serves the output norm.
     """
     start_next(OVERLAP)
@@ -55,17 +56,18 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = head // (H // G)
-    slot = tl.load(slots + batch).to(tl.int64)
     count = K
     if new is not None:
         count = tl.load(new + batch)
+    source = tl.load(read + batch).to(tl.int64)
+    last = last_slot(write + batch * K, count, K)
     n = tl.arange(0, BLOCK_N)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_n, in_p = n < N, p < P
     inside = in_n[:, None] & in_p[None, :]
     tile = n[:, None] * P + p[None, :]
-    held = state + slot * slot_stride + head * N * P + tile
-    s = tl.load(held, mask=inside, other=0.0).to(tl.float32)
+    own = state + head * N * P + tile
+    s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
     skip = tl.load(d + head).to(tl.float32)
@@ -80,10 +82,12 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
         s = s * tl.exp(step * rate) + bt[:, None] * (step * xt)[None, :]
         yt = tl.sum(ct[:, None] * s, 0) + skip * xt
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
-        if each is not None:
-            after = each + (row * H + head) * N * P + tile
-            tl.store(after, s.to(each.dtype.element_ty), mask=inside)
-    tl.store(held, s.to(state.dtype.element_ty), mask=inside & (count > 0))
+        if EACH:
+            slot = tl.load(write + row).to(tl.int64)
+            kept = inside & valid & (t < count - 1) & (slot >= 0)
+            tl.store(own + slot * slot_stride, s.to(state.dtype.element_ty), mask=kept)
+    to = own + last.to(tl.int64) * slot_stride
+    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
@@ -100,22 +104,22 @@ def ssm_step(
     d: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    slots: Tensor,
+    read: Tensor,
+    write: Tensor,
     *,
+    each: bool = False,
     new: Tensor | None = None,
-    each: Tensor | None = None,
     norm: OutputNorm | None = None,
     arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Advance the states of B sequences by K tokens, in place.
+    """Advance the states of B sequences by K tokens, from slot to slot.
 
-    x: [B, K, H, P]; dt: [B, K, H] before bias and softplus; b, c: [B, K, G, N];
-    a_log, d, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; slots: int32 [B],
-    distinct and in range (not checked: it would wait for the device); new: int32 [B] valid tokens
-    of right-padded rows (None: K); each: [B, K, H, N, P] in the state's dtype, receives the state
-    after every token (padded ones repeat the last); norm: of y, its groups whole heads (None: y as
-    it is); arrivals: int32 zeros, at least B * groups of the norm, left at zero, for a norm: pass
-    the same one on each call of a stream to save the launch that clears a fresh one.
+    x: [B, K, H, P]; dt: [B, K, H] before bias and softplus; b, c: [B, K, G, N]; a_log, d, dt_bias:
+    [H]; state: [slots, H, N, P] in float32 or bfloat16; read: int32 [B], write: int32 [B, K], each:
+    the slots of the states, as `kernels.step` says; new: int32 [B] valid tokens of right-padded
+    rows (None: K); norm: of y, its groups whole heads (None: y as it is); arrivals: int32 zeros, at
+    least B * groups of the norm, left at zero, for a norm: pass the same one on each call of a
+    stream to save the launch that clears a fresh one.
     Returns y [B, K, H, P] in x's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -130,16 +134,16 @@ def ssm_step(
     inputs = {"x": x, "dt": dt, "b": b, "c": c, "a_log": a_log, "d": d, "dt_bias": dt_bias}
     for name in ("a_log", "d", "dt_bias"):
         require_shape(name, inputs[name], (heads,))
-    require_state(ssm_step_fwd_kernel, state, slots, new, each, (batch, tokens, heads, n, p))
+    require_state(ssm_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
     require_like(state, **inputs)
     y = torch.empty(batch, tokens, heads, p, dtype=x.dtype, device=x.device)
     block_p, warps = CONFIGS[state.dtype]
     normed = norm_arguments(norm, arrivals, y, state, warps)
     ssm_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
-        x, dt, b, c, a_log, d, dt_bias, state, slots, new, each, y,
+        x, dt, b, c, a_log, d, dt_bias, state, read, write, new, y,
         row_stride("x", x), row_stride("dt", dt), row_stride("b", b), row_stride("c", c),
         state.stride(0),
-        K=tokens, G=groups, H=heads, N=n, P=p,
+        K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n, P=p,
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
         **overlapped(x.device),
     )  # fmt: skip
@@ -213,17 +217,17 @@ def _variant(
     signature = dict.fromkeys(("x", "dt", "b", "c", "y"), "*bf16")
     signature |= dict.fromkeys(("a_log", "d", "dt_bias"), "*fp32")
     signature |= dict.fromkeys(("x_row", "dt_row", "b_row", "c_row", "slot_stride"), "i32")
-    signature |= {"state": pointer, "slots": "*i32"}
+    signature |= {"state": pointer, "read": "*i32", "write": "*i32"}
     block_p, warps = CONFIGS[dtype]
     block_n = triton.next_power_of_2(n)
     constexprs: dict[str, Any] = {
-        "K": tokens, "G": 1, "H": 64, "N": n, "P": p, "BLOCK_N": block_n, "BLOCK_P": block_p,
+        "K": tokens, "EACH": each, "G": 1, "H": 64, "N": n, "P": p, "BLOCK_N": block_n,
+        "BLOCK_P": block_p,
     }  # fmt: skip
-    for name, used, kind in (("new", ragged, "*i32"), ("each", each, pointer)):
-        if used:
-            signature[name] = kind
-        else:
-            constexprs[name] = None
+    if ragged:
+        signature["new"] = "*i32"
+    else:
+        constexprs["new"] = None
     inner = 64 * p
     norm = None if groups is None else (inner // groups, inner, True)
     types, constants, norm_loads = norm_variant(norm, tokens, warps)

@@ -1,4 +1,11 @@
-"""What the recurrent step kernels share: the checks of their arguments, and softplus."""
+"""What the recurrent step kernels share: slots, the checks of their arguments, and softplus.
+
+A pool [slots, *shape] holds states. A sequence's state before the step lies in the slot `read[b]`;
+the state after its token t goes to `write[b, t]`, where that is not -1: after the last valid token
+always, after earlier ones with `each`. Only the last valid token's slot may be the one that the
+sequence reads, which updates it in place, and nobody writes to a slot that another reads. Slots are
+in range; checking it would wait for the device.
+"""
 
 from typing import Any
 
@@ -22,6 +29,16 @@ def softplus(x):  # type: ignore[no-untyped-def]
     # log(1 + e) loses e's low bits in the sum; what was lost is divided out again.
     lost = tl.where(one == 1.0, 1.0, one - 1.0)
     return tl.where(x > 20.0, x, tl.where(one == 1.0, grown, tl.log(one) * (grown / lost)))
+
+
+@triton.jit
+def last_slot(write, count, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The slot for the state after the last of `count` of K tokens, int32; -1: it is not kept.
+
+    write: the slots of one sequence's tokens.
+    """
+    at = tl.minimum(count, K) - 1
+    return tl.load(write + at, mask=at >= 0, other=-1)
 
 
 def require_dims(name: str, tensor: Tensor, dims: int) -> None:
@@ -58,9 +75,9 @@ def require_like(state: Tensor, **tensors: Tensor) -> None:
 def require_state(
     kernel: Any,
     state: Tensor,
-    slots: Tensor,
+    read: Tensor,
+    write: Tensor,
     new: Tensor | None,
-    each: Tensor | None,
     sizes: tuple[int, ...],
     name: str = "state",
 ) -> None:
@@ -75,18 +92,21 @@ def require_state(
     require_shape(name, state, (state.shape[0], *inner))
     if not state[0].is_contiguous() or state.stride(0) < state[0].numel():
         raise ValueError(f"{name} has strides {state.stride()}; each slot must be contiguous")
-    for other, tensor, shape, dtype in (
-        ("slots", slots, (batch,), torch.int32),
-        ("new", new, (batch,), torch.int32),
-        ("each", each, (batch, tokens, *inner), state.dtype),
-    ):
+    require_slots(state, (batch,), read=read, new=new)
+    require_slots(state, (batch, tokens), write=write)
+
+
+def require_slots(state: Tensor, shape: tuple[int, ...], **slots: Tensor | None) -> None:
+    """Raise ValueError unless they are contiguous int32 of that shape on the state's device."""
+    for name, tensor in slots.items():
         if tensor is None:
             continue
-        require_shape(other, tensor, shape)
-        if tensor.dtype != dtype or tensor.device != state.device or not tensor.is_contiguous():
+        require_shape(name, tensor, shape)
+        alike = tensor.dtype == torch.int32 and tensor.device == state.device
+        if not alike or not tensor.is_contiguous():
             raise ValueError(
-                f"{other} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; "
-                f"it must be contiguous {dtype} on {state.device}"
+                f"{name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; "
+                f"it must be contiguous torch.int32 on {state.device}"
             )
 
 

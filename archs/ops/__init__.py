@@ -1,6 +1,5 @@
 """Operations of mixers over their state, each a table of forms by backend (`archs.backends`).
 
-The torch form is the reference and works on any `LayerState`; the Triton form hands the store's
-own tensors to a kernel, which needs a `KernelState`. Kernels are imported where they are called:
-Triton exists on Linux only.
+The torch form is the reference; the Triton form hands the store's own tensors to a kernel. Kernels
+are imported where they are called: Triton exists on Linux only.
 """

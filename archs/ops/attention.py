@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archs.backends import choose
+from archs.backends import Forms
 from archs.ops import libraries
-from archs.spec import PagedSeen, Rows
+from archs.state import PagedSeen, Rows
 from kernels.attention import attention, latent_attention
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
@@ -24,7 +24,7 @@ def attend(q: Tensor, seen: Rows, *, backend: str) -> Tensor:
 
     q: [B, K, H, d] -> [B, K, H, d]. Raises UserError where the backend has no attention.
     """
-    return choose("attention", backend, _ATTEND)(q, seen)
+    return _ATTEND[backend](q, seen)
 
 
 def attend_latent(q: Tensor, q_rotary: Tensor, seen: Rows, *, scale: float, backend: str) -> Tensor:
@@ -32,7 +32,7 @@ def attend_latent(q: Tensor, q_rotary: Tensor, seen: Rows, *, scale: float, back
 
     q: [B, K, H, R], q_rotary: [B, K, H, r] -> [B, K, H, R].
     """
-    return choose("latent attention", backend, _ATTEND_LATENT)(q, q_rotary, seen, scale)
+    return _ATTEND_LATENT[backend](q, q_rotary, seen, scale)
 
 
 def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str) -> Tensor:
@@ -40,7 +40,7 @@ def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str
 
     q: [B, K, H, d]; k: [B, H, S, d]; v: [B, H, S, dv]; returns [B, K, H, dv].
     """
-    return choose("attention", backend, _ATTEND_EXPANDED)(q, k, v, seen)
+    return _ATTEND_EXPANDED[backend](q, k, v, seen)
 
 
 def _torch(q: Tensor, seen: Rows) -> Tensor:
@@ -122,8 +122,13 @@ def _as_pool(t: Tensor) -> Tensor:
     return t.as_strided(size, (rows * dim, dim, 1))
 
 
-_ATTEND = {
-    "torch": _torch, "triton": _triton, "sdpa": _torch, "flash-attn": _flash_attn,
-}  # fmt: skip
-_ATTEND_LATENT = {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
-_ATTEND_EXPANDED = {"torch": _expanded_torch, "triton": _expanded_triton, "sdpa": _expanded_torch}
+_ATTEND = Forms(
+    "attention",
+    {"torch": _torch, "triton": _triton, "sdpa": _torch, "flash-attn": _flash_attn},
+)
+_ATTEND_LATENT = Forms(
+    "latent attention", {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
+)
+_ATTEND_EXPANDED = Forms(
+    "attention", {"torch": _expanded_torch, "triton": _expanded_triton, "sdpa": _expanded_torch}
+)

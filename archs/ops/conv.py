@@ -1,12 +1,10 @@
 """The short causal convolution of a mixer with its tail in the state, by backend."""
 
-from typing import cast
-
 from torch import Tensor
 
-from archs.backends import choose, everywhere
-from archs.recurrent import RECURRENT_LIMIT
-from archs.spec import KernelState, LayerState
+from archs.backends import everywhere
+from archs.spec import RECURRENT_LIMIT
+from archs.state import LayerState
 from kernels.causal_conv import causal_conv, conv_tail, conv_tails
 
 
@@ -24,8 +22,7 @@ def convolve(
 
     Returns [B, K, C] and advances the tail; without a state the past is zero (training).
     """
-    form = choose("short convolution", backend, _CONVOLVE)
-    return form(x, weight, bias, state, name, silu)
+    return _CONVOLVE[backend](x, weight, bias, state, name, silu)
 
 
 def _torch(
@@ -47,19 +44,17 @@ def _triton(
 
     if state is None:
         return conv_chunk.causal_conv(x, weight, bias, silu=silu)
-    state = cast(KernelState, state)
     at = state.slots(name)
     if x.shape[1] <= RECURRENT_LIMIT:
         y = conv_step.conv_step(
-            x, weight, bias, at.pool, at.slots, silu=silu, new=at.new, each=at.each
+            x, weight, bias, at.pool, at.read, at.write, silu=silu, each=at.each, new=at.new
         )
     else:
         y = conv_chunk.causal_conv(
-            x, weight, bias, at.pool, silu=silu, new=at.new, tail_slots=at.slots
+            x, weight, bias, at.pool, silu=silu, new=at.new, tail_slots=at.read
         )
-        conv_chunk.conv_tail_(x, at.pool, at.slots, new=at.new)
-    state.settle(name, at)
+        conv_chunk.conv_tail_(x, at.pool, at.read, at.last, new=at.new)
     return y
 
 
-_CONVOLVE = everywhere(_torch, _triton)
+_CONVOLVE = everywhere("short convolution", _torch, _triton)

@@ -3,18 +3,17 @@
 Both hand their outputs out normed: the step kernels norm within their own launch.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backends import choose
+from archs.backends import Forms
 from archs.ops import libraries
-from archs.ops.glue import output_norm
+from archs.ops.dense import output_norm
 from archs.ops.rotary import rotate_new
-from archs.recurrent import RECURRENT_LIMIT, masked
-from archs.spec import KernelState, LayerState
+from archs.recurrent import masked
+from archs.spec import RECURRENT_LIMIT
+from archs.state import LayerState
 from kernels.decay_scan import decay_chunk, decay_step
 from kernels.norm import OutputNorm
 from kernels.rope import rope_table, rotate
@@ -41,8 +40,7 @@ def ssd(
     advances the state [H, N, P] called `name`; without one it starts at zero and is not kept
     (training).
     """
-    form = choose("state-space duality", backend, _SSD)
-    return form(x, dt, b, c, a_log, d, dt_bias, norm, state, name)
+    return _SSD[backend](x, dt, b, c, a_log, d, dt_bias, norm, state, name)
 
 
 def retention(
@@ -64,8 +62,7 @@ def retention(
     Returns [B, K, H·P], normed and gated by `norm`, and advances the state [H, N, P] called
     `name`; without one it starts at zero (training).
     """
-    form = choose("retention", backend, _RETENTION)
-    return form(qk, v, log_decay, norm, scale, theta, state, name)
+    return _RETENTION[backend](qk, v, log_decay, norm, scale, theta, state, name)
 
 
 def _scan_inputs(
@@ -107,14 +104,12 @@ def _ssd_triton(
     if state is None:
         y, _ = chunk.decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))
         return output_norm(_skip(y, x, d), norm, backend="triton")
-    state = cast(KernelState, state)
     at = state.slots(name)
     if x.shape[1] <= RECURRENT_LIMIT:
         y = step.ssm_step(
-            x, dt, b, c, a_log, d, dt_bias, at.pool, at.slots, new=at.new, each=at.each, norm=norm,
-            arrivals=at.arrivals,
+            x, dt, b, c, a_log, d, dt_bias, at.pool, at.read, at.write, each=at.each, new=at.new,
+            norm=norm, arrivals=at.arrivals,
         )  # fmt: skip
-        state.settle(name, at)
         return y.flatten(2)
     scan = _scan_inputs(x, dt, a_log, dt_bias, None)
     y, ssm = chunk.decay_chunk(c, b, *scan, state.get(name), new=at.new)
@@ -177,16 +172,14 @@ def _retention_triton(
         q, k = _turned(qk, theta, state, "triton")
         y, _ = chunk.decay_chunk(q * scale, k, v, log_decay)
         return output_norm(y, norm, backend="triton")
-    state = cast(KernelState, state)
     at = state.slots(name)
     if v.shape[1] <= RECURRENT_LIMIT:
         q, k = qk.chunk(2, 2)
         y = step.linear_step(
-            q, k, v, log_decay.flatten(), at.pool, at.slots, scale=scale, new=at.new, each=at.each,
-            cos_sin=state.rotary(qk.shape[-1], theta), past=state.past, norm=norm,
-            arrivals=at.arrivals,
+            q, k, v, log_decay.flatten(), at.pool, at.read, at.write, each=at.each,
+            new=at.new, scale=scale, cos_sin=state.rotary(qk.shape[-1], theta), past=state.past,
+            norm=norm, arrivals=at.arrivals,
         )  # fmt: skip
-        state.settle(name, at)
         return y.flatten(2)
     q, k = _turned(qk, theta, state, "triton")
     y, memory = chunk.decay_chunk(q * scale, k, v, log_decay, state.get(name), new=at.new)
@@ -206,5 +199,10 @@ def _retention_fla(
     return output_norm(y, norm, backend="fla")
 
 
-_SSD = {"torch": _ssd_torch, "triton": _ssd_triton, "mamba-ssm": _ssd_mamba_ssm}
-_RETENTION = {"torch": _retention_torch, "triton": _retention_triton, "fla": _retention_fla}
+_SSD = Forms(
+    "state-space duality",
+    {"torch": _ssd_torch, "triton": _ssd_triton, "mamba-ssm": _ssd_mamba_ssm},
+)
+_RETENTION = Forms(
+    "retention", {"torch": _retention_torch, "triton": _retention_triton, "fla": _retention_fla}
+)

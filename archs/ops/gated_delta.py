@@ -1,15 +1,14 @@
 """The gated delta rule from raw gates to normed outputs, by backend (arXiv 2412.06464, eq. 10)."""
 
-from typing import cast
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backends import choose
+from archs.backends import Forms
 from archs.ops import libraries
-from archs.ops.glue import output_norm
-from archs.recurrent import RECURRENT_LIMIT, masked
-from archs.spec import KernelState, LayerState
+from archs.ops.dense import output_norm
+from archs.recurrent import masked
+from archs.spec import RECURRENT_LIMIT
+from archs.state import LayerState
 from kernels.gdn import gdn_chunk, gdn_step
 from kernels.norm import OutputNorm, l2_norm
 
@@ -35,8 +34,7 @@ def gated_delta(
     Returns [B, K, H·P], normed and gated by `norm`, and advances the state [H, N, P] called
     `name`; without one it starts at zero and is not kept (training).
     """
-    form = choose("gated delta rule", backend, _FORMS)
-    return form(q, k, v, a, b, a_log, dt_bias, norm, state, name)
+    return _FORMS[backend](q, k, v, a, b, a_log, dt_bias, norm, state, name)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -78,14 +76,12 @@ def _triton(
     if state is None:
         y, _ = chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
         return output_norm(y, norm, backend="triton")
-    state = cast(KernelState, state)
     at = state.slots(name)
     if v.shape[1] <= RECURRENT_LIMIT:
         y = step.gdn_step(
-            q, k, v, a, b, a_log, dt_bias, at.pool, at.slots, new=at.new, each=at.each, norm=norm,
-            arrivals=at.arrivals,
+            q, k, v, a, b, a_log, dt_bias, at.pool, at.read, at.write, each=at.each, new=at.new,
+            norm=norm, arrivals=at.arrivals,
         )  # fmt: skip
-        state.settle(name, at)
         return y.flatten(2)
     inputs = _prepared(q, k, v, a, b, a_log, dt_bias)
     y, memory = chunk.gdn_chunk(*inputs, state.get(name), new=at.new)
@@ -106,4 +102,4 @@ def _fla(
     return output_norm(y, norm, backend="fla")
 
 
-_FORMS = {"torch": _torch, "triton": _triton, "fla": _fla}
+_FORMS = Forms("gated delta rule", {"torch": _torch, "triton": _triton, "fla": _fla})

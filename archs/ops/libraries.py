@@ -11,7 +11,7 @@ from torch import Tensor
 
 from archs.backends import NoFormError
 from archs.errors import UserError
-from archs.spec import KernelState, LayerState, PagedSeen, Slots
+from archs.state import LayerState, PagedSeen, Slots
 
 
 def flash_attention(q: Tensor, seen: PagedSeen) -> Tensor:
@@ -37,8 +37,8 @@ def single(x: Tensor, state: LayerState | None, name: str, library: str) -> Slot
     """
     if state is None or x.shape[1] > 1:
         return None
-    at = cast(KernelState, state).slots(name)
-    if at.new is not None or at.each is not None:
+    at = state.slots(name)
+    if at.new is not None or at.each:
         raise UserError(
             f"{library} serves neither ragged steps nor snapshots for rollback; "
             "use --backend triton"
@@ -60,7 +60,7 @@ def mamba2_update(
         at.pool.transpose(2, 3), x[:, 0], dt[:, 0, :, None].expand(-1, -1, p),
         rate[:, None, None].expand(heads, p, n), b[:, 0], c[:, 0],
         D=d[:, None].expand(heads, p), dt_bias=dt_bias[:, None].expand(heads, p),
-        dt_softplus=True, state_batch_indices=at.slots,
+        dt_softplus=True, state_batch_indices=at.last,
     )  # fmt: skip
     return cast(Tensor, y)[:, None]
 
@@ -74,7 +74,7 @@ def mamba1_update(
 
     y = selective_state_update(
         at.pool, x[:, 0], dt[:, 0], -a_log.float().exp(), b[:, 0], c[:, 0], D=d, z=z[:, 0],
-        dt_bias=dt_bias, dt_softplus=True, state_batch_indices=at.slots,
+        dt_bias=dt_bias, dt_softplus=True, state_batch_indices=at.last,
     )  # fmt: skip
     return cast(Tensor, y)[:, None]
 
@@ -106,12 +106,12 @@ def decay_update(
 
 
 def _held(at: Slots) -> Tensor:
-    return at.pool[at.slots.long()]
+    return at.pool[at.read.long()]
 
 
 def _advance(at: Slots, y: Any, after: Any) -> Tensor:
     """The library returns the new states apart: they go back to their slots."""
-    at.pool.index_copy_(0, at.slots.long(), cast(Tensor, after).to(at.pool.dtype))
+    at.pool.index_copy_(0, at.last.long(), cast(Tensor, after).to(at.pool.dtype))
     return cast(Tensor, y)
 
 

@@ -4,14 +4,13 @@ With kernels one launch rotates queries and keys and writes keys and values into
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from archs.backends import choose, everywhere
-from archs.ops.product import Input, Unnormed, product
-from archs.spec import KernelState, LayerState, Pages, Rows
+from archs.backends import everywhere
+from archs.ops.dense import Input, Unnormed, product
+from archs.state import LayerState, Pages, Rows
 from kernels.norm import rms_norm
 from kernels.rope import rotate
 
@@ -26,13 +25,12 @@ def project_append(
     x: [B, K, D]; weight: [(H + 2·G)·d, D], queries first, G = kv_heads, d = head_dim; the rows of
     `name` are [2, G, d]. Returns queries [B, K, H, d] and all rows that the new tokens may see.
     """
-    form = choose("rotary positions", backend, _APPEND)
-    return form(x, weight, state, name, kv_heads, head_dim, theta)
+    return _APPEND[backend](x, weight, state, name, kv_heads, head_dim, theta)
 
 
 def rotate_new(x: Tensor, state: LayerState, *, theta: float, backend: str) -> Tensor:
     """Rotate x [B, K, H, d] by the new tokens' positions, in place."""
-    return choose("rotary positions", backend, _ROTATE)(x, state, theta)
+    return _ROTATE[backend](x, state, theta)
 
 
 def append_latent(
@@ -45,8 +43,7 @@ def append_latent(
     it was is lost. latent: [B, K, R], before the norm of `weight` [R]. The rows of `name` are
     [R + r]. Returns the queries [B, K, H, r] and all rows that the new tokens may see.
     """
-    form = choose("rotary positions", backend, _APPEND_LATENT)
-    return form(to_turn, latent, weight, state, name, eps, theta)
+    return _APPEND_LATENT[backend](to_turn, latent, weight, state, name, eps, theta)
 
 
 def _append_torch(
@@ -68,7 +65,6 @@ def _rotate_append(
 def _append_triton(
     x: Input, weight: Tensor, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
 ) -> tuple[Tensor, Rows]:
-    state = cast(KernelState, state)
     pages = state.pages(name, weight.dtype)
     if pages is not None and isinstance(x, Unnormed):
         q = _in_one_launch(x, weight, pages, state.rotary(dim, theta))
@@ -123,7 +119,6 @@ def _append_latent_triton(
     to_turn: Sequence[Tensor], latent: Tensor, weight: Tensor, state: LayerState, name: str,
     eps: float, theta: float,
 ) -> tuple[Tensor, Rows]:  # fmt: skip
-    state = cast(KernelState, state)
     pages = state.pages(name, latent.dtype)
     if pages is None:
         return _append_latent_torch(to_turn, latent, weight, state, name, eps, theta)
@@ -144,10 +139,9 @@ def _rotate_torch(x: Tensor, state: LayerState, theta: float) -> Tensor:
 def _rotate_triton(x: Tensor, state: LayerState, theta: float) -> Tensor:
     from kernels.rope_rotate import rope_rotate
 
-    state = cast(KernelState, state)
     return rope_rotate(x, state.rotary(x.shape[-1], theta), state.past)
 
 
-_APPEND = everywhere(_append_torch, _append_triton)
-_APPEND_LATENT = everywhere(_append_latent_torch, _append_latent_triton)
-_ROTATE = everywhere(_rotate_torch, _rotate_triton)
+_APPEND = everywhere("rotary positions", _append_torch, _append_triton)
+_APPEND_LATENT = everywhere("rotary positions", _append_latent_torch, _append_latent_triton)
+_ROTATE = everywhere("rotary positions", _rotate_torch, _rotate_triton)

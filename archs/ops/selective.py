@@ -1,14 +1,13 @@
 """Mamba's selective scan with its gate, by backend (S6, arXiv 2312.00752, eq. 2)."""
 
-from typing import cast
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backends import choose
+from archs.backends import Forms
 from archs.ops import libraries
-from archs.recurrent import RECURRENT_LIMIT, masked
-from archs.spec import KernelState, LayerState
+from archs.recurrent import masked
+from archs.spec import RECURRENT_LIMIT
+from archs.state import LayerState
 from kernels.selective_scan import selective_scan, selective_step
 
 
@@ -32,8 +31,7 @@ def selective(
     a_log: [E, N] (A = -e^{a_log}); d, dt_bias: [E]. Returns [B, K, E] and advances the state
     [E, N] called `name`; without one it starts at zero and is not kept (training).
     """
-    form = choose("selective scan", backend, _FORMS)
-    return form(x, z, dt, b, c, a_log, d, dt_bias, state, name)
+    return _FORMS[backend](x, z, dt, b, c, a_log, d, dt_bias, state, name)
 
 
 def _scan_inputs(
@@ -71,13 +69,12 @@ def _triton(
     if state is None:
         y, _ = chunk.selective_scan(*_scan_inputs(x, dt, b, c, a_log, d, dt_bias, None))
         return y * F.silu(z)
-    state = cast(KernelState, state)
     at = state.slots(name)
     if x.shape[1] <= RECURRENT_LIMIT:
         y = step.selective_step(
-            x, dt, b, c, a_log, d, dt_bias, at.pool, at.slots, z=z, new=at.new, each=at.each
-        )
-        state.settle(name, at)
+            x, dt, b, c, a_log, d, dt_bias, at.pool, at.read, at.write, z=z, each=at.each,
+            new=at.new,
+        )  # fmt: skip
         return y
     scan = _scan_inputs(x, dt, b, c, a_log, d, dt_bias, None)
     y, ssm = chunk.selective_scan(*scan, state.get(name), new=at.new)
@@ -95,4 +92,4 @@ def _mamba_ssm(
     return libraries.mamba1_update(x, z, dt, b, c, a_log, d, dt_bias, at)
 
 
-_FORMS = {"torch": _torch, "triton": _triton, "mamba-ssm": _mamba_ssm}
+_FORMS = Forms("selective scan", {"torch": _torch, "triton": _triton, "mamba-ssm": _mamba_ssm})

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from archs.backbone import cast
 from archs.cost import Cost, Step
 from archs.mixer import Mixer, Shared
+from archs.spec import RECURRENT_LIMIT
 from eval.conformance.recorded import Recorded, Use
 from eval.conformance.subject import Subject
 from eval.conformance.tally import Tally
@@ -57,8 +58,9 @@ def check_state(subject: Subject) -> Check:
                 for tensor, use in recorded.uses.items():
                     uses[layer].setdefault(tensor, []).append(use)
         for layer, (mixer, used) in enumerate(zip(each.mixers, uses, strict=True)):
-            owned = mixer.state_spec().owner is None
+            lent = {t.name for t in mixer.state_spec().rows if t.owner is not None}
             for tensor, all_uses in used.items():
+                owned = tensor not in lent
                 tensors += owned
                 fault = _unused(all_uses, owned)
                 if fault:
@@ -88,12 +90,14 @@ def check_bytes(subject: Subject) -> Check:
             slots = [engine.store.add(), engine.store.add()]
             tokens = subject.tokens(2, 48)
             start = 0
-            for size in (1, 7, 16, 1, 20, 3):
+            for size in (1, 7, 16, 5, 15, 4):
                 engine.extend(slots, tokens[:, start : start + size])
                 start += size
-                held = held_bytes(engine.store, len(slots))
+                held = held_bytes(engine.store)
                 declared = 2 * engine.store.declared_bytes(start)
-                if not declared == held == engine.store.allocated_bytes:
+                # A long step leaves fewer values to go back to than single tokens do.
+                fewer = lookback > 0 and size > RECURRENT_LIMIT and held < declared
+                if held != engine.store.allocated_bytes or not (held == declared or fewer):
                     detail = f"declared {declared}, tensors hold {held}, allocated_bytes "
                     detail += f"{engine.store.allocated_bytes} at {start} tokens, "
                     detail += f"page_size {page_size}, lookback {lookback}"
@@ -101,16 +105,16 @@ def check_bytes(subject: Subject) -> Check:
     return Check(name, True, f"{subject.model.state_bytes(48)} bytes at 48 tokens")
 
 
-def held_bytes(store: StateStore, sequences: int) -> int:
-    """Bytes of the store's tensors that so many open sequences hold: pages in use and slots."""
+def held_bytes(store: StateStore) -> int:
+    """Bytes of the store's tensors that open sequences hold: pages in use, and slots."""
     total = 0
-    for spec, pools in zip(store.specs, store.pools, strict=True):
-        for pool in pools.values():
-            table = store.table_of(spec)
-            total += pool.nbytes * sum(n > 0 for n in table.refs) // table.n_pages
-    for fixed in (*store.slots, *store.history):
-        for tensor in fixed.values():
-            total += tensor.nbytes * sequences // len(store.lengths)
+    for layer in store.layers:
+        for key, pool, _ in layer.rows.values():
+            table = store.tables[key]
+            total += pool.nbytes // (table.n_pages + 1) * sum(n > 0 for n in table.refs)
+        for value in layer.fixed.values():
+            assert store.slots is not None
+            total += value[0].nbytes * sum(n > 0 for n in store.slots.refs)
     return total
 
 
@@ -222,7 +226,7 @@ def _layers(
     with subject.step(batch, context, new) as step:
         for layer, (mixer, state) in enumerate(zip(subject.mixers, step.layers, strict=True)):
             with Tally([*mixer.parameters(), *mixer.buffers()]) as tally:
-                recorded = Recorded(state, mixer.state_spec(), tally, new)
+                recorded = Recorded(state, mixer.state_spec(), tally, context=context, tokens=new)
                 y = mixer.extend(x.clone(), recorded)
             require_alike(mixer, "extend", y, x)
             yield layer, tally, recorded
@@ -233,7 +237,7 @@ def _whole(subject: Subject, at: Step) -> Tally:
     model = subject.model
     with subject.step(at.batch, at.context, at.new_tokens) as step, Tally(model.parameters()) as t:
         states = [
-            Recorded(state, mixer.state_spec(), t, at.new_tokens)
+            Recorded(state, mixer.state_spec(), t, context=at.context, tokens=at.new_tokens)
             for mixer, state in zip(subject.mixers, step.layers, strict=True)
         ]
         model.extend(subject.tokens(at.batch, at.new_tokens), states)

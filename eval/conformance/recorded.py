@@ -4,13 +4,19 @@
 so that a `Tally` sees which of their bytes a mixer reads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from archs.spec import LayerState, Rows, Seen, StateSpec, TensorSpec
+from archs.spec import StateSpec, TensorSpec
+from archs.state import LayerState, Pages, Rows, Seen, Slots
 from eval.conformance.tally import Tally, Watched
 from eval.conformance.verdict import StateFault, short
+
+Declared = TypeVar("Declared", bound=TensorSpec)
 
 
 @dataclass(slots=True)
@@ -32,15 +38,19 @@ class Recorded:
     Raises StateFault on names, shapes and dtypes that the layer does not declare.
     """
 
-    def __init__(self, inner: LayerState, spec: StateSpec, tally: Tally, tokens: int) -> None:
+    def __init__(
+        self, inner: LayerState, spec: StateSpec, tally: Tally, *, context: int, tokens: int
+    ) -> None:
         self.inner = inner
         self.spec = spec
         self.tally = tally
+        self.context = context
         self.tokens = tokens
-        self.uses = {t.name: Use() for t in (*spec.per_token, *spec.fixed)}
+        self.uses = {t.name: Use() for t in (*spec.rows, *spec.fixed)}
         self.new = inner.new
         self.valid = inner.valid
         self.each = inner.each
+        self.past = inner.past
 
     @property
     def positions(self) -> Tensor:
@@ -55,18 +65,20 @@ class Recorded:
 
     def append(self, name: str, rows: Tensor) -> Rows:
         """As `LayerState.append`."""
-        declared = self._declared(name, self.spec.per_token, "append")
-        if self.spec.owner is not None:
-            raise StateFault(f"appends '{name}', whose owner is layer {self.spec.owner}")
-        self._hold(rows, declared, (rows.shape[0], self.tokens, *declared.shape), "append")
+        declared = self._declared(name, self.spec.rows, "append")
+        if declared.owner is not None:
+            raise StateFault(f"appends '{name}', whose owner is layer {declared.owner}")
+        batch, new = rows.shape[0], -(-self.tokens // declared.every)
+        self._hold(rows, declared, (batch, new, *declared.shape), "append")
         self.uses[name].stored = True
-        self.tally.state_write_bytes += rows.nbytes
+        complete = declared.new_rows(self.context, self.tokens)
+        self.tally.state_write_bytes += rows.nbytes // new * complete
         with self.tally.pause():
             return self._watch(name, self.inner.append(name, rows))
 
     def seen(self, name: str) -> Rows:
         """As `LayerState.seen`."""
-        self._declared(name, self.spec.per_token, "seen")
+        self._declared(name, self.spec.rows, "seen")
         with self.tally.pause():
             return self._watch(name, self.inner.seen(name))
 
@@ -92,11 +104,29 @@ class Recorded:
         self.uses[name].reads.append(self.tally.watch_state(rows))
         return Seen(rows, seen.mask, seen.causal)
 
-    def _declared(self, name: str, tensors: tuple[TensorSpec, ...], verb: str) -> TensorSpec:
+    # Kernels take what lies in the store itself; the kit runs the torch forms.
+
+    def rotary(self, dim: int, theta: float) -> Tensor:
+        """As `LayerState.rotary`."""
+        return self.inner.rotary(dim, theta)
+
+    def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
+        """As `LayerState.pages`."""
+        return self.inner.pages(name, dtype)
+
+    def written(self, name: str) -> Rows:
+        """As `LayerState.written`."""
+        return self.inner.written(name)
+
+    def slots(self, name: str) -> Slots:
+        """As `LayerState.slots`."""
+        return self.inner.slots(name)
+
+    def _declared(self, name: str, tensors: Sequence[Declared], verb: str) -> Declared:
         for tensor in tensors:
             if tensor.name == name:
                 return tensor
-        kind = "per_token" if tensors is self.spec.per_token else "fixed"
+        kind = "row" if tensors is self.spec.rows else "fixed"
         known = ", ".join(t.name for t in tensors) or "none"
         raise StateFault(
             f"state.{verb}('{name}'): state_spec declares no {kind} tensor of that name "
@@ -108,9 +138,10 @@ class Recorded:
             raise StateFault(
                 f"state.{verb}('{spec.name}') stores {list(got.shape)}, declared {list(shape)}"
             )
-        if got.dtype != spec.dtype:
+        stored = spec.format.dtype
+        if got.dtype != stored:
             raise StateFault(
                 f"state.{verb}('{spec.name}') stores {short(got.dtype)} where "
-                f"{short(spec.dtype)} is declared: a silent cast; declare {short(got.dtype)}, "
+                f"{short(stored)} is declared: a silent cast; declare {short(got.dtype)}, "
                 "or cast before you store"
             )

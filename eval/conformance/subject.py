@@ -13,7 +13,7 @@ from archs.mixer import Mixer
 from archs.registry import ModelSpec
 from archs.sizes import Scale, get_scale
 from infer.engine import PAGE_MULTIPLE, Engine
-from infer.view import StepView
+from infer.plan import StepPlan
 
 #: Small enough to be quick, windowed well below the sequences that are checked.
 CHECK_SCALE = replace(
@@ -92,7 +92,7 @@ class Subject:
         return torch.cat(pieces, 1)
 
     @contextmanager
-    def step(self, batch: int, context: int, new: int) -> Iterator[StepView]:
+    def step(self, batch: int, context: int, new: int) -> Iterator[StepPlan]:
         """An open step after `context` tokens; pages hold one token, so no row is read in vain."""
         engine = self.engine(batch, context + new, page_size=1)
         slots = [engine.store.add() for _ in range(batch)]

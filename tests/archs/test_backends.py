@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from archs.backends import BACKENDS, NoFormError, choose, everywhere, resolve_backend
+from archs.backends import BACKENDS, Forms, NoFormError, everywhere, resolve_backend
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import SCALES
@@ -42,8 +42,8 @@ def test_an_old_gpu_is_refused_and_not_replaced(name: str) -> None:
 
 def test_a_missing_form_is_named_with_those_there_are() -> None:
     with pytest.raises(NoFormError, match="scan has no form for backend 'fla'; it has torch, tri"):
-        choose("scan", "fla", {"torch": 1, "triton": 2})
-    assert everywhere("ours", "kernel") == {
+        Forms("scan", {"torch": 1, "triton": 2})["fla"]
+    assert everywhere("glue", "ours", "kernel") == {
         name: "ours" if name == "torch" else "kernel" for name in BACKENDS
     }
 

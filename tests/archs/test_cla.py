@@ -51,10 +51,10 @@ def test_lowest_layer_of_a_group_owns_the_state(
 ) -> None:
     model = build(arch, **options)
     specs = model.state_specs()
-    assert [s.owner for s in specs] == owners
+    assert [s.rows[0].owner for s in specs] == owners
     store = Engine(model, max_context=32).store
-    for spec, pools in zip(specs, store.pools, strict=True):
-        assert bool(pools) is (spec.owner is None)
+    for spec, layer in zip(specs, store.layers, strict=True):
+        assert bool(layer.rows) is bool(spec.owned)
 
 
 def test_sharing_layers_hold_no_key_or_value_weights() -> None:

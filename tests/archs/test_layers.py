@@ -48,7 +48,7 @@ def test_each_layer_is_what_it_says() -> None:
     assert model.norm.eps == 1e-3
     with pytest.raises(ValueError, match=r"widths \[48, 16, 0, 80\]"):
         _ = model.hidden
-    windows = [spec.window for spec in model.state_specs()]
+    windows = [next((t.window for t in s.rows), None) for s in model.state_specs()]
     assert windows == [None, None, 4, None]
 
 

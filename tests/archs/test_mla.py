@@ -11,7 +11,7 @@ from archs.errors import UserError
 from archs.mla import LatentAttention, LatentConfig
 from archs.registry import ModelSpec
 from archs.sizes import SCALES, Scale
-from archs.spec import Seen
+from archs.state import Seen
 from kernels.attention import FLOP_FORMULAS
 from tests.archs.hf import assert_equal, copy_backbone, random_model
 
@@ -99,7 +99,7 @@ def test_forms_agree_and_the_cheaper_one_is_taken(
 
 def test_state_is_one_latent_row_for_all_heads() -> None:
     spec = ModelSpec(arch="mla", scale=SCALES["tiny"]).outline().state_specs()[0]
-    assert [(t.name, t.shape) for t in spec.per_token] == [("latent", (64 + 16,))]
+    assert [(t.name, t.shape) for t in spec.rows] == [("latent", (64 + 16,))]
 
 
 def test_defaults_reach_deepseek_v3_ratios_at_8b() -> None:

@@ -114,7 +114,7 @@ def test_override_of_an_absent_architecture_is_refused() -> None:
 
 def test_override_reaches_its_layers_only() -> None:
     spec = ModelSpec(arch="swa:gqa=3:1", scale=TINY, overrides={"swa": {"window": 7}})
-    assert [s.window for s in spec.outline().state_specs()] == [7, 7, 7, None]
+    assert [s.rows[0].window for s in spec.outline().state_specs()] == [7, 7, 7, None]
 
 
 def parameters(model: Model) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def test_file_may_stand_in_a_pattern_and_takes_overrides(tmp_path: Path) -> None
     file = tmp_path / "mine.py"
     file.write_text(GOOD_FILE)
     spec = ModelSpec(arch=f"{file}:gqa=3:1", scale=TINY, overrides={str(file): {"window": 5}})
-    assert [s.window for s in spec.outline().state_specs()] == [5, 5, 5, None]
+    assert [s.rows[0].window for s in spec.outline().state_specs()] == [5, 5, 5, None]
 
 
 def test_a_path_with_an_equals_sign_is_a_file(tmp_path: Path) -> None:

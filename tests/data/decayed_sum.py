@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared
-from archs.spec import LayerState, StateSpec, TensorSpec
+from archs.spec import FixedSpec, StateSpec
+from archs.state import LayerState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,9 @@ class DecayedSum(Mixer):
         return self.out(gate.sigmoid() * each.to(x.dtype) + self.skip * x), each
 
     def state_spec(self) -> StateSpec:
-        total = TensorSpec(name="sum", shape=(self.out.out_features,), dtype=torch.float32)
+        total = FixedSpec(
+            name="sum", shape=(self.out.out_features,), format=Format.of(torch.float32)
+        )
         return StateSpec(fixed=(total,))
 
     def cost(self, step: Step) -> Cost:

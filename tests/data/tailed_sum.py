@@ -4,9 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared
-from archs.spec import LayerState, StateSpec, TensorSpec
+from archs.spec import FixedSpec, StateSpec
+from archs.state import LayerState
 
 
 class TailedSum(Mixer):
@@ -50,8 +52,8 @@ class TailedSum(Mixer):
 
     def state_spec(self) -> StateSpec:
         width, dtype = self.taps.shape[1], self.taps.dtype
-        tail = TensorSpec(name="tail", shape=(1, width), dtype=dtype)
-        total = TensorSpec(name="sum", shape=(width,), dtype=torch.float32)
+        tail = FixedSpec(name="tail", shape=(1, width), format=Format.of(dtype))
+        total = FixedSpec(name="sum", shape=(width,), format=Format.of(torch.float32))
         return StateSpec(fixed=(tail, total))
 
     def cost(self, step: Step) -> Cost:

@@ -15,7 +15,7 @@ from archs.gqa import Attention
 from archs.linear import LinearAttention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
-from archs.spec import LayerState
+from archs.state import LayerState
 from eval.agreement import agreement, exact_logits
 from eval.calls import CountCalls, IdleLayer
 from eval.cells import CellFailure, Workshop
@@ -33,7 +33,7 @@ from eval.suite import Suite
 from infer.compiled import CompiledStep
 from infer.engine import Engine
 from infer.memory import DoesNotFitError
-from infer.table_step import TableStep
+from infer.rows import RowStep
 from kernels import gemv
 from tests.eval.conftest import Command
 from tests.kernels.interpreter import interpreted
@@ -77,12 +77,12 @@ def test_a_wrong_extend_does_not_agree(
     assert not agreement(model).holds
 
 
-def _shifted(self: TableStep) -> Tensor:
+def _shifted(self: RowStep) -> Tensor:
     """Ring positions that are one page off."""
     return RING_POSITIONS(self) - 64
 
 
-RING_POSITIONS = TableStep._ring_positions
+RING_POSITIONS = RowStep._ring_positions
 
 
 @pytest.mark.parametrize("arch", ["swa", "swa:gqa=3:1"])
@@ -94,7 +94,7 @@ def test_a_ring_that_is_wrong_is_seen_before_it_is_timed(
         "device": CPU,
     }  # fmt: skip
     assert [row["status"] for row in bench_archs([arch], **at)] == ["ok", "ok"]
-    monkeypatch.setattr(TableStep, "_ring_positions", _shifted)
+    monkeypatch.setattr(RowStep, "_ring_positions", _shifted)
     [row] = bench_archs([arch], **at)
     assert row["status"] == "incorrect" and row["agreement_error"] > 0.01
 
@@ -105,13 +105,13 @@ def test_a_window_with_sinks_is_held_where_it_has_wrapped(monkeypatch: pytest.Mo
     )
     model = spec.build().eval()
     assert agreement(model).holds
-    monkeypatch.setattr(TableStep, "_ring_positions", _shifted)
+    monkeypatch.setattr(RowStep, "_ring_positions", _shifted)
     assert not agreement(model).holds
 
 
 def test_a_context_without_a_ring_is_not_held_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate costs no more than what is timed: at 48 tokens nothing wraps."""
-    monkeypatch.setattr(TableStep, "_ring_positions", _shifted)
+    monkeypatch.setattr(RowStep, "_ring_positions", _shifted)
     model = ModelSpec(arch="swa", scale=replace(TINY, vocab_size=257)).build().eval()
     assert agreement(model, context=48).holds
 
@@ -138,16 +138,16 @@ def test_the_gate_costs_no_more_at_a_longer_context(
 def test_lengths_that_differ_are_held_to_the_truth(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def plain_mask(self: TableStep) -> tuple[int, Tensor | None]:
+    def plain_mask(self: RowStep) -> tuple[int, Tensor | None]:
         end, mask = VISIBLE(self)
-        return end, mask if self.step.uniform or mask is None else torch.ones_like(mask)
+        return end, mask if self.plan.uniform or mask is None else torch.ones_like(mask)
 
-    monkeypatch.setattr(TableStep, "visible", plain_mask)
+    monkeypatch.setattr(RowStep, "visible_at_home", plain_mask)
     assert not agreement(model).holds
     assert agreement(model, batches=(1,)).holds
 
 
-VISIBLE = TableStep.visible
+VISIBLE = RowStep.visible_at_home
 
 
 @pytest.mark.parametrize(("batches", "holds"), [((1, 2), True), ((1, 8), False)], ids=str)

@@ -10,9 +10,10 @@ import torch
 
 from archs.cost import Step
 from archs.errors import UserError
+from archs.formats import Format
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
-from archs.spec import TensorSpec
+from archs.spec import RowSpec, StateSpec
 from eval import api
 from eval.accelerators import ACCELERATORS, Link, hardware_of
 from eval.fit import fit, largest, rate_edges
@@ -134,11 +135,11 @@ def test_state_is_divided_by_heads_and_a_latent_is_everyones(arch: str, part: fl
 
 
 def test_heads_that_do_not_divide_leave_the_larger_part() -> None:
-    spec = replace(split("gqa", 1).model.state_specs()[0], window=None)
-    heads = replace(spec.per_token[0], shape=(2, 3, 4), shards=3)
-    assert replace(spec, per_token=(heads,)).split(2).token_bytes == 2 * 2 * 4 * 2
+    (rows,) = split("gqa", 1).model.state_specs()[0].rows
+    heads = replace(rows, shape=(2, 3, 4), shards=3)
+    assert StateSpec(rows=(heads,)).split(2).rows[0].nbytes == 2 * 2 * 4 * 2
     with pytest.raises(UserError, match=r"'kv' of shape \[2, 3\] has no 4 equal shards"):
-        TensorSpec(name="kv", shape=(2, 3), dtype=torch.float32, shards=4)
+        RowSpec(name="kv", shape=(2, 3), format=Format.of(torch.float32), shards=4)
 
 
 def test_collectives_take_a_rings_time() -> None:

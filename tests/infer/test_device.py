@@ -15,12 +15,13 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY
-from archs.spec import LayerState
+from archs.state import LayerState
 from eval.conformance import CHECK_SCALE, Subject, error_of
 from eval.conformance.laws import check_fork, check_padding, check_rollback
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from infer.sampling import Sampling
+from tests.infer.recorded import Again
 from tests.kernels.interpreter import interpreted
 
 TOLERANCE = 1e-4
@@ -93,20 +94,6 @@ def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
     assert 1 <= len(launches.seen) <= MORE_LAUNCHES.get(arch, 2), launches.seen
 
 
-class Again:
-    """Work that is recorded by keeping it: a replay calls it and writes to the same output."""
-
-    def __init__(self, work: Callable[[], Tensor]) -> None:
-        self._work = work
-        self.output = torch.empty(0)
-
-    def replay(self) -> None:
-        fresh = self._work()
-        if self.output.shape != fresh.shape:
-            self.output = torch.empty_like(fresh)
-        self.output.copy_(fresh)
-
-
 def subject_of(arch: str) -> Subject:
     return Subject(arch, SCALE, backend="triton")
 
@@ -175,9 +162,7 @@ def test_training_form_and_its_gradients(arch: str) -> None:
 
 def graphed(subject: Subject, sequences: int, context: int) -> Engine:
     engine = subject.engine(sequences, context)
-    state = engine._on_device
-    assert state is not None
-    engine.graphed = GraphedStep(engine.model, state, recorder=Again)
+    engine.graphed = GraphedStep(engine.model, engine.store, recorder=Again)
     return engine
 
 

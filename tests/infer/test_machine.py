@@ -5,6 +5,7 @@ every step the logits of all valid tokens must be those of one `forward` over th
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -23,20 +24,24 @@ from torch import Tensor
 
 from archs.backbone import Model
 from archs.errors import UserError
-from archs.recurrent import RECURRENT_LIMIT
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.spec import RECURRENT_LIMIT
 from infer.engine import Engine
+from infer.graphs import GraphedStep
 from infer.pages import StoreFullError
 from infer.store import StateStore
+from tests.infer.recorded import Again
 from tests.kernels.interpreter import interpreted
 
 VOCAB, CONTEXT, SLOTS = 31, 56, 4
 SCALE = get_scale("tiny").with_options(
     {"d_model": 64, "head_dim": 32, "n_layers": 2, "vocab_size": VOCAB, "seq_len": 16}
 )
+DATA = Path(__file__).parents[1] / "data"
 #: Everything that may be remembered: all rows, a window of them with and without sinks, a latent
-#: row, another layer's rows, recurrent states with a convolution's tail, and mixtures.
+#: row, another layer's rows, rows of several tokens, picked rows, recurrent states with a
+#: convolution's tail, and mixtures.
 KINDS: dict[str, tuple[str, dict[str, int]]] = {
     "rows": ("gqa", {}),
     "window 1": ("swa", {"window": 1}),
@@ -45,6 +50,9 @@ KINDS: dict[str, tuple[str, dict[str, int]]] = {
     "window 9": ("swa", {"window": 9}),
     "latent": ("mla", {}),
     "shared rows": ("cla", {}),
+    "pooled rows": (str(DATA / "pooled_rows.py"), {}),
+    "picked rows": (str(DATA / "picked_rows.py"), {}),
+    "retention": ("linear", {}),
     "delta rule": ("gdn", {}),
     "scan": ("mamba1", {}),
     "state and window": ("gdn:swa=1:1", {"window": 4, "sinks": 2}),
@@ -80,7 +88,9 @@ class Machine(RuleBasedStateMachine):
         self.told: dict[int, list[int]] = {}
         #: The shortest length that a rollback must reach.
         self.floor: dict[int, int] = {}
-        self.bounded = any(s.fixed or s.window is not None for s in self.store.specs)
+        self.bounded = any(
+            s.fixed or any(t.window is not None for t in s.rows) for s in self.store.specs
+        )
         self.seed = 0
 
     def engine_of(self, data: st.DataObject) -> Engine:
@@ -184,7 +194,7 @@ class Machine(RuleBasedStateMachine):
 
     def tell(self, slots: list[int], tokens: Tensor, counts: list[int]) -> None:
         lookback, width = self.store.lookback, tokens.shape[1]
-        kept = lookback if width <= min(lookback + 1, RECURRENT_LIMIT) else 0
+        kept = lookback if width <= RECURRENT_LIMIT else 0
         for slot, row, count in zip(slots, tokens.tolist(), counts, strict=True):
             self.told[slot] = self.told[slot] + row[:count]
             if count:
@@ -248,7 +258,7 @@ class Machine(RuleBasedStateMachine):
         """Where no copy is kept: recurrent states beyond lookback, windows beyond their ring."""
         specs, lookback = self.store.specs, self.store.lookback
         fixed = any(s.fixed for s in specs) and width > lookback
-        return fixed or (any(s.window for s in specs) and width > lookback + 1)
+        return fixed or (any(t.window for s in specs for t in s.rows) and width > lookback + 1)
 
     # -- what always holds ---------------------------------------------------------------------
 
@@ -274,10 +284,13 @@ class Machine(RuleBasedStateMachine):
             assert table.used == sum(n > 0 for n in refs)
             for slot, told in self.told.items():
                 # No holes: all that a sequence may still see, back to where it may be cut.
-                pages, first = -(-len(told) // table.page_size), table.first_page[slot]
+                rows, first = table.rows(len(told)), table.first_page[slot]
+                pages = -(-rows // table.page_size)
                 sunk = range(min(table.sink_pages, pages))
                 assert set(table.tables[slot]) == {*sunk, *range(first, pages)}
-                assert not self.bounded or table.reach(slot) <= self.store.oldest[slot] <= len(told)
+                assert not self.bounded or (
+                    table.every * table.reach(slot) <= self.store.oldest[slot] <= len(told)
+                )
         assert {s for s in range(SLOTS) if self.store._open[s]} == set(self.told)
         assert all(self.store.lengths[s] == len(t) for s, t in self.told.items())
         most = sum(self.store.declared_bytes(len(t)) for t in self.told.values())
@@ -318,10 +331,23 @@ class CompiledMachine(Machine):
 
 
 class DeviceMachine(Machine):
-    """The store as kernels read it, in Triton's interpreter."""
+    """The store as kernels read it, in Triton's interpreter; short steps are recorded and replayed
+    in batches padded to a bucket.
+    """
 
     backend = "triton"
     page_sizes = st.sampled_from([16, 32, 64])
+
+    def engine_of(self, data: st.DataObject) -> Engine:
+        engine = super().engine_of(data)
+        if data.draw(st.booleans(), "graphs"):
+            engine.graphed = GraphedStep(engine.model, engine.store, recorder=Again)
+        return engine
+
+    def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
+        if set(counts) != {tokens.shape[1]}:
+            return super().run(slots, tokens, counts)
+        return list(self.engine.verify(slots, tokens).clone())
 
 
 def drive(machine: type[Machine], examples: int, steps: int) -> None:
@@ -361,10 +387,10 @@ def test_compiled_steps_give_what_recomputing_gives(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", ["rows", "window 5, sinks 6", "delta rule"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernels_give_what_recomputing_gives(kind: str) -> None:
     class OfKind(DeviceMachine):
         kinds = (kind,)
 
     with interpreted():
-        drive(OfKind, 6, 10)
+        drive(OfKind, 4, 10)

@@ -1,17 +1,20 @@
 """The paged store: allocation, copy-on-write, windows, rollback and its refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archs.errors import UserError
-from archs.spec import StateSpec, TensorSpec
+from archs.formats import Format
+from archs.spec import FixedSpec, RowSpec, StateSpec
 from infer.pages import StoreFullError
 from infer.store import StateStore
 
-ROW = TensorSpec(name="kv", shape=(2, 3), dtype=torch.float32)
-CELL = TensorSpec(name="cell", shape=(4,), dtype=torch.float32)
+ROW = RowSpec(name="kv", shape=(2, 3), format=Format.of(torch.float32))
+CELL = FixedSpec(name="cell", shape=(4,), format=Format.of(torch.float32))
 
 
 def store_of(*specs: StateSpec, **options: int) -> StateStore:
@@ -25,7 +28,7 @@ def feed(store: StateStore, slots: list[int], values: list[int], count: int | No
     step = store.begin(slots, len(values), new)
     rows = torch.tensor(values, dtype=torch.float32)[None, :, None, None]
     for layer, spec in zip(step.layers, store.specs, strict=True):
-        if spec.per_token and spec.owner is None:
+        if spec.owned:
             layer.append("kv", rows.expand(len(slots), -1, 2, 3))
         if spec.fixed:
             layer.put("cell", torch.full((len(slots), 4), float(values[-1])),
@@ -38,7 +41,7 @@ def held(store: StateStore, slot: int, layer: int = 0) -> list[int]:
 
 
 def test_rows_come_back_in_order_across_pages() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)))
+    store = store_of(StateSpec(rows=(ROW,)))
     slot = store.add()
     feed(store, [slot], [1, 2, 3])
     feed(store, [slot], [4, 5, 6, 7, 8, 9])
@@ -46,62 +49,63 @@ def test_rows_come_back_in_order_across_pages() -> None:
 
 
 def test_a_plain_batch_is_read_without_a_gather() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)))
+    store = store_of(StateSpec(rows=(ROW,)))
     slots = [store.add(), store.add()]
     feed(store, slots, [1, 2, 3])
     step = store.begin(slots, 1)
     seen = step.layers[0].append("kv", torch.zeros(2, 1, 2, 3))
-    assert seen.rows.untyped_storage().data_ptr() == store.pools[0]["kv"].data_ptr()
+    assert seen.rows.untyped_storage().data_ptr() == store.layers[0].rows["kv"][1].data_ptr()
     assert seen.mask is None
 
 
 def test_a_windowed_layer_frees_the_pages_it_leaves() -> None:
-    store = store_of(StateSpec(per_token=(ROW,), window=6))
+    store = store_of(StateSpec(rows=(replace(ROW, window=6),)))
     slot = store.add()
     for token in range(30):
         feed(store, [slot], [token])
         assert store.allocated_bytes == store.declared_bytes(token + 1)
     assert held(store, slot) == list(range(24, 30))
-    assert store.allocated_bytes <= 3 * 4 * ROW.row_bytes
+    assert store.allocated_bytes <= 3 * 4 * ROW.nbytes
 
 
 def test_layers_of_one_window_share_a_table() -> None:
-    full, windowed = StateSpec(per_token=(ROW,)), StateSpec(per_token=(ROW,), window=6)
+    full, windowed = StateSpec(rows=(ROW,)), StateSpec(rows=(replace(ROW, window=6),))
     store = store_of(full, windowed, windowed, full)
     assert len(store.tables) == 2
 
 
 def test_a_sharing_layer_owns_nothing_and_sees_its_owner() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)), StateSpec(per_token=(ROW,), owner=0))
+    store = store_of(StateSpec(rows=(ROW,)), StateSpec(rows=(replace(ROW, owner=0),)))
     slot = store.add()
     step = store.begin([slot], 2)
     seen = step.layers[0].append("kv", torch.ones(1, 2, 2, 3))
     assert step.layers[1].seen("kv") is seen
     store.commit(step)
-    assert store.allocated_bytes == 4 * ROW.row_bytes
-    with pytest.raises(ValueError, match="declares no per-token tensor"):
+    assert store.allocated_bytes == 4 * ROW.nbytes
+    with pytest.raises(ValueError, match="declares no row tensor"):
         store.begin([slot], 1).layers[1].append("kv", torch.ones(1, 1, 2, 3))
 
 
 def test_fork_shares_pages_until_either_side_writes() -> None:
-    store = store_of(StateSpec(per_token=(ROW,), fixed=(CELL,)))
+    store = store_of(StateSpec(rows=(ROW,), fixed=(CELL,)))
     parent = store.add()
     feed(store, [parent], [1, 2, 3, 4, 5])
     before = store.allocated_bytes
     child = store.fork(parent)
-    assert store.allocated_bytes == before + CELL.row_bytes
+    assert store.allocated_bytes == before
     feed(store, [parent], [60])
+    assert store.allocated_bytes == before + CELL.nbytes + 4 * ROW.nbytes
     feed(store, [child], [70])
     assert held(store, parent) == [1, 2, 3, 4, 5, 60]
     assert held(store, child) == [1, 2, 3, 4, 5, 70]
-    assert store.allocated_bytes == before + CELL.row_bytes + 4 * ROW.row_bytes
+    assert store.allocated_bytes == before + CELL.nbytes + 4 * ROW.nbytes
     store.release(parent)
     store.release(child)
     assert store.allocated_bytes == 0
 
 
 def test_sequences_join_and_leave_while_others_go_on() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)))
+    store = store_of(StateSpec(rows=(ROW,)))
     a, b = store.add(), store.add()
     feed(store, [a, b], [1, 2, 3, 4, 5])
     store.release(a)
@@ -115,7 +119,7 @@ def test_sequences_join_and_leave_while_others_go_on() -> None:
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_rollback_restores_rows_and_fixed_state(window: int | None) -> None:
-    store = store_of(StateSpec(per_token=(ROW,), fixed=(CELL,), window=window), lookback=3)
+    store = store_of(StateSpec(rows=(replace(ROW, window=window),), fixed=(CELL,)), lookback=3)
     slot = store.add()
     for token in range(1, 20):
         feed(store, [slot], [token])
@@ -133,20 +137,26 @@ def test_rollback_refuses_what_the_state_no_longer_reaches() -> None:
     slot = store.add()
     feed(store, [slot], [1, 2, 3, 4, 5, 6])
     with pytest.raises(UserError, match="larger lookback"):
+        store.rollback(slot, 3)
+    store.rollback(slot, 2)
+    assert store.snapshot(slot)[0]["cell"].tolist() == [4.0] * 4
+    # A long step has no values between its tokens.
+    feed(store, [slot], list(range(9)))
+    with pytest.raises(UserError, match="larger lookback"):
         store.rollback(slot, 1)
 
 
 def test_a_store_without_bounded_state_rolls_back_any_distance() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)))
+    store = store_of(StateSpec(rows=(ROW,)))
     slot = store.add()
     feed(store, [slot], list(range(20)))
     store.rollback(slot, 17)
     assert held(store, slot) == [0, 1, 2]
-    assert store.allocated_bytes == 4 * ROW.row_bytes
+    assert store.allocated_bytes == 4 * ROW.nbytes
 
 
 def test_a_small_pool_fills_and_says_so() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)), pages=3)
+    store = store_of(StateSpec(rows=(ROW,)), pages=3)
     a, b = store.add(), store.add()
     feed(store, [a], [1] * 8)
     feed(store, [b], [1] * 4)
@@ -158,7 +168,7 @@ def test_a_small_pool_fills_and_says_so() -> None:
 
 
 def test_a_step_that_finds_the_pool_full_loses_nothing() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)), pages=3)
+    store = store_of(StateSpec(rows=(ROW,)), pages=3)
     a = store.add()
     feed(store, [a], [1, 2, 3, 4, 5, 6])
     b = store.fork(a)
@@ -180,8 +190,8 @@ def test_slots_run_out_with_a_remedy() -> None:
 
 def test_bad_input_names_value_and_rule() -> None:
     with pytest.raises(UserError, match="page_size=0"):
-        store_of(StateSpec(per_token=(ROW,)), page_size=0)
-    store = store_of(StateSpec(per_token=(ROW,)))
+        store_of(StateSpec(rows=(ROW,)), page_size=0)
+    store = store_of(StateSpec(rows=(ROW,)))
     with pytest.raises(UserError, match="sequence 0 is not open"):
         store.begin([0], 1)
     slot = store.add()
@@ -193,7 +203,7 @@ def test_bad_input_names_value_and_rule() -> None:
 
 def test_a_pool_that_cannot_fit_is_refused_before_it_is_made() -> None:
     with pytest.raises(UserError, match=r"GiB.*lower the batch"):
-        store_of(StateSpec(per_token=(ROW,)), max_context=10**13)
+        store_of(StateSpec(rows=(ROW,)), max_context=10**13)
 
 
 def reach(values: list[int], window: int | None) -> list[int]:
@@ -214,7 +224,7 @@ ACTIONS = st.lists(
 def test_any_history_reads_back_as_a_list_would(
     actions: list[tuple[str, int]], window: int | None, page_size: int
 ) -> None:
-    spec = StateSpec(per_token=(ROW,), fixed=(CELL,), window=window)
+    spec = StateSpec(rows=(replace(ROW, window=window),), fixed=(CELL,))
     store = store_of(spec, max_sequences=4, max_context=200, page_size=page_size, lookback=4)
     model: dict[int, list[int]] = {store.add(): []}
     counter = 1

@@ -1,6 +1,7 @@
 """A step is all or nothing: pages, rows, fixed tensors and slots after steps that fail."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
+from archs.formats import Format
 from archs.registry import ModelSpec
-from archs.spec import StateSpec, TensorSpec
+from archs.spec import FixedSpec, StateSpec
 from eval.conformance import CHECK_SCALE
 from infer.engine import Engine
 from infer.pages import StoreFullError
@@ -51,11 +53,11 @@ def ids(batch: int, count: int, seed: int = 1) -> Tensor:
 
 
 def test_begin_gives_back_all_that_it_took_where_pages_run_out() -> None:
-    store = store_of(StateSpec(per_token=(ROW,), window=4), page_size=1, pages=5)
+    store = store_of(StateSpec(rows=(replace(ROW, window=4),)), page_size=1, pages=5)
     a, b = store.add(), store.add()
     feed(store, [a], list(range(1, 9)))
     feed(store, [b], [1])
-    table = store.table_of(store.specs[0])
+    table = next(iter(store.tables.values()))
     before = store.allocated_bytes, [dict(t) for t in table.tables], list(table.refs)
     with pytest.raises(StoreFullError):
         store.begin([a, b], 6)
@@ -67,11 +69,11 @@ def test_begin_gives_back_all_that_it_took_where_pages_run_out() -> None:
 
 
 def test_begin_gives_shared_pages_back_to_those_who_shared_them() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)), pages=3)
+    store = store_of(StateSpec(rows=(ROW,)), pages=3)
     a = store.add()
     feed(store, [a], [1, 2, 3, 4, 5, 6])
     b = store.fork(a)
-    table = store.table_of(store.specs[0])
+    table = next(iter(store.tables.values()))
     with pytest.raises(StoreFullError):
         store.begin([a, b], 3)
     assert table.tables[a] == table.tables[b] and table.used == 2
@@ -134,7 +136,7 @@ def test_a_rollback_after_a_failed_step_is_right_or_refused(
 
 
 @pytest.mark.parametrize(
-    ("arch", "count", "lookback"), [("gdn", 1, 0), ("swa", 20, 0), ("gdn", 4, 3), ("gdn", 20, 3)]
+    ("arch", "count", "lookback"), [("gdn", 1, 0), ("swa", 20, 0), ("gdn", 4, 3)]
 )
 def test_a_sequence_whose_state_was_overwritten_says_so_until_it_is_released(
     arch: str, count: int, lookback: int, monkeypatch: pytest.MonkeyPatch
@@ -192,14 +194,14 @@ def test_a_step_that_fails_on_the_device_is_undone_too(
     for row, tokens in zip(got, ids(2, 2, seed=4), strict=True):
         whole = engine.model.use("torch")(torch.cat((ids(1, 20)[0], tokens))[None])[0, -2:]
         torch.testing.assert_close(row, whole, rtol=1e-4, atol=1e-4)
-    pages = 3 * 16 * sum(spec.token_bytes for spec in engine.store.specs)
+    pages = 3 * 16 * sum(t.nbytes for spec in engine.store.specs for t in spec.rows)
     assert engine.store.allocated_bytes == pages
 
 
 def test_more_prompts_than_slots_leave_every_slot_free() -> None:
     engine = engine_for("gqa", max_sequences=2)
     for _ in range(2):
-        with pytest.raises(StoreFullError, match="3 sequences do not fit in the 2 free slots of 2"):
+        with pytest.raises(StoreFullError, match=r"3 sequences do not fit .*: 2 of 2 are free"):
             engine.generate([[1], [2], [3]], 2)
     assert len(engine.generate([[1], [2]], 2).tokens) == 2
 
@@ -218,7 +220,7 @@ def test_a_generation_that_is_interrupted_leaves_nothing_behind(stop: int | None
 
 
 def test_one_step_is_open_at_a_time_and_is_committed_once() -> None:
-    store = store_of(StateSpec(per_token=(ROW,), fixed=(CELL,)))
+    store = store_of(StateSpec(rows=(ROW,), fixed=(CELL,)))
     a, b = store.add(), store.add()
     step = store.begin([a], 1)
     for refused in (lambda: store.begin([b], 1), lambda: store.fork(a), lambda: store.release(a)):
@@ -231,9 +233,9 @@ def test_one_step_is_open_at_a_time_and_is_committed_once() -> None:
 
 
 def test_a_commit_that_is_interrupted_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = store_of(StateSpec(per_token=(ROW,), window=3), page_size=1)
+    store = store_of(StateSpec(rows=(replace(ROW, window=3),)), page_size=1)
     slots = [store.add(), store.add()]
-    table = store.table_of(store.specs[0])
+    table = next(iter(store.tables.values()))
     settle = table.settle
 
     def interrupted(slot: int, length: int) -> None:
@@ -273,13 +275,15 @@ def test_shapes_that_do_not_fit_the_sequences_are_refused() -> None:
         engine.extend([slot], ids(1, 2), torch.tensor([1, 1]))
 
 
-COUNT = TensorSpec(name="count", shape=(2,), dtype=torch.int8)
+COUNT = FixedSpec(name="count", shape=(2,), format=Format.of(torch.int8))
 
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_fill_touches_its_own_sequences_alone(window: int | None) -> None:
     store = store_of(
-        StateSpec(per_token=(ROW,), fixed=(CELL, COUNT), window=window), max_sequences=3, lookback=2
+        StateSpec(rows=(replace(ROW, window=window),), fixed=(CELL, COUNT)),
+        max_sequences=3,
+        lookback=2,
     )
     a, c = store.add(), store.add()
     feed(store, [a, c], [1, 2, 3, 4, 5, 6])
@@ -301,7 +305,7 @@ def test_fill_touches_its_own_sequences_alone(window: int | None) -> None:
 
 
 def test_fill_beyond_the_context_is_refused_and_keeps_no_page() -> None:
-    store = store_of(StateSpec(per_token=(ROW,)))
+    store = store_of(StateSpec(rows=(ROW,)))
     a, b = store.add(), store.add()
     store.fill([a], 30)
     allocated = store.allocated_bytes

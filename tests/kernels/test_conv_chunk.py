@@ -195,10 +195,22 @@ def test_tails_move_up_in_place(
     expected = conv_tail(x, tail, w, new=torch.tensor(counts(case)))
     spoil_padding(case, x)
     pool = pool_of(tail)
-    op.conv_tail_(x, pool, int32(SLOTS), new=None if new is None else int32(new))
+    op.conv_tail_(x, pool, int32(SLOTS), int32(SLOTS), new=None if new is None else int32(new))
     assert torch.equal(pool[list(SLOTS)], expected)
     others = [slot for slot in range(POOL) if slot not in SLOTS]
     assert pool[others].isnan().all()
+
+
+def test_a_tail_moves_to_another_slot_and_leaves_its_own(interpreter: None) -> None:
+    args = arguments(Case(t=9, new=(9, 0, 4)))
+    pool = pool_of(args["tail"])
+    before, targets, new = pool.clone(), [0, 2, 5], int32((9, 0, 4))
+    assert not set(targets) & set(SLOTS)
+    op.conv_tail_(args["x"], pool, int32(SLOTS), int32(targets), new=new)
+    expected = conv_tail(args["x"], args["tail"], 4, new=new)
+    assert torch.equal(pool[[0, 5]], expected[[0, 2]])
+    others = [1, *SLOTS, 2]
+    assert torch.equal(pool[others].nan_to_num(), before[others].nan_to_num())
 
 
 def test_steps_in_pieces_equal_one_step(interpreter: None) -> None:
@@ -209,7 +221,7 @@ def test_steps_in_pieces_equal_one_step(interpreter: None) -> None:
     pieces = []
     for piece in x.split((17, 1, 22), 1):
         pieces.append(op.causal_conv(piece, **args, tail=pool, tail_slots=slots))
-        op.conv_tail_(piece, pool, slots)
+        op.conv_tail_(piece, pool, slots, slots)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-6, atol=1e-6)
     assert torch.equal(pool[list(SLOTS)], x[:, -3:])
 
@@ -271,8 +283,10 @@ def test_tails_are_refused_as_convolutions_are(change: str, interpreter: None) -
     spoil, message = WRONG[change]
     spoil(args)
     before = args["tail"].clone()
-    with pytest.raises(ValueError, match=message.removeprefix("tail_")):
-        op.conv_tail_(args["x"], args["tail"], args["tail_slots"], new=args.get("new"))
+    with pytest.raises(ValueError, match=message.replace("tail_slots", "read")):
+        op.conv_tail_(
+            args["x"], args["tail"], args["tail_slots"], int32(SLOTS), new=args.get("new")
+        )
     assert torch.equal(args["tail"].nan_to_num(), before.nan_to_num())
 
 
@@ -287,7 +301,7 @@ def test_tails_are_refused_as_convolutions_are(change: str, interpreter: None) -
 )
 def test_pools_that_do_not_fit_are_refused(pool: Tensor, message: str, interpreter: None) -> None:
     with pytest.raises(ValueError, match=message):
-        op.conv_tail_(acceptable()["x"], pool, int32(SLOTS))
+        op.conv_tail_(acceptable()["x"], pool, int32(SLOTS), int32(SLOTS))
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
@@ -295,4 +309,4 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match=r"x=.*is on cpu, needs cuda"):
         op.causal_conv(**args)
     with pytest.raises(ValueError, match=r"x=.*is on cpu, needs cuda"):
-        op.conv_tail_(args["x"], args["tail"], args["tail_slots"])
+        op.conv_tail_(args["x"], args["tail"], args["tail_slots"], int32(SLOTS))

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import conv_step as op
 from kernels.causal_conv import causal_conv, conv_tail
 from tests.kernels.interpreter import interpreted
+from tests.kernels.slots import in_place
 
 SLOTS = (4, 1, 3)
 B, POOL = len(SLOTS), 6
@@ -66,7 +67,7 @@ def arguments(case: Case) -> dict[str, Any]:
 
 
 def pool_of(case: Case) -> Tensor:
-    return torch.randn(POOL, case.w - 1, case.c).to(case.dtype)
+    return torch.randn(POOL + B * case.k, case.w - 1, case.c).to(case.dtype)
 
 
 def int32(values: tuple[int, ...]) -> Tensor:
@@ -80,7 +81,7 @@ def test_equals_the_oracle_and_the_torch_form(
 ) -> None:
     args, pool = arguments(case), pool_of(case)
     before = pool.clone()
-    each = torch.empty(B, case.k, *pool.shape[1:], dtype=case.dtype)
+    at = in_place(SLOTS, case.k, case.new, POOL if snapshots else None)
     held = before[list(SLOTS)]
     expected, tails = op.conv_step_ref(**args, tail=held, silu=case.silu)
     counts = case.new or (case.k,) * B
@@ -91,10 +92,9 @@ def test_equals_the_oracle_and_the_torch_form(
     y = op.conv_step(
         **args,
         tail=pool,
-        slots=int32(SLOTS),
+        **at,
         silu=case.silu,
         new=None if case.new is None else int32(case.new),
-        each=each if snapshots else None,
     )
     assert y.dtype == case.dtype
     exact = TOLERANCE[case.dtype]
@@ -111,9 +111,10 @@ def test_equals_the_oracle_and_the_torch_form(
         assert torch.equal(pool[slot], torch_tail[row])
         assert torch.equal(pool[slot], tails[row, count - 1].to(case.dtype) if count else held[row])
         if snapshots:
-            assert torch.equal(each[row, :count].double(), tails[row, :count])
-            assert (each[row, count:] == pool[slot]).all()
-    others = [slot for slot in range(POOL) if slot not in SLOTS]
+            kept = pool[at["write"][row, :count]]
+            assert torch.equal(kept.double(), tails[row, :count])
+    used = {int(s) for row, count in zip(at["write"], counts, strict=True) for s in row[:count]}
+    others = [slot for slot in range(len(pool)) if slot not in used]
     assert torch.equal(pool[others], before[others])
 
 
@@ -123,8 +124,8 @@ def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
     single, outputs = pool.clone(), []
     for t in range(case.k):
         token = args | {"x": args["x"][:, t : t + 1]}
-        outputs.append(op.conv_step(**token, tail=single, slots=int32(SLOTS)))
-    y = op.conv_step(**args, tail=pool, slots=int32(SLOTS))
+        outputs.append(op.conv_step(**token, tail=single, **in_place(SLOTS, 1)))
+    y = op.conv_step(**args, tail=pool, **in_place(SLOTS, case.k))
     assert torch.equal(y, torch.cat(outputs, 1))
     assert torch.equal(pool, single)
 
@@ -146,11 +147,11 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda x: x.update(tail=x["tail"].mT.contiguous().mT),
         "tail has strides .*each slot must be contiguous",
     ),
-    "slots shape": (lambda x: x.update(slots=int32((0, 1))), "slots has shape"),
-    "slots dtype": (lambda x: x.update(slots=x["slots"].long()), "slots is torch.int64"),
+    "read shape": (lambda x: x.update(read=int32((0, 1))), "read has shape"),
+    "read dtype": (lambda x: x.update(read=x["read"].long()), "read is torch.int64"),
     "new shape": (lambda x: x.update(new=int32((1,))), "new has shape"),
-    "each shape": (lambda x: x.update(each=torch.zeros(B, 2, 2, 20)), "each has shape"),
-    "each dtype": (lambda x: x.update(each=torch.zeros(B, 2, 3, 20).half()), "each is"),
+    "write shape": (lambda x: x.update(write=x["write"][:, :1]), "write has shape"),
+    "write dtype": (lambda x: x.update(write=x["write"].long()), "write is torch.int64"),
     "x strides": (lambda x: x.update(x=x["x"].mT.contiguous().mT), "x has strides .*last must be"),
     "x spacing": (
         lambda x: x.update(x=torch.zeros(B, 5, 20)[:, :2]),
@@ -163,7 +164,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 def acceptable(tokens: int = 2) -> dict[str, Any]:
     case = Case(k=tokens, c=20)
-    return arguments(case) | {"tail": pool_of(case), "slots": int32(SLOTS)}
+    return arguments(case) | {"tail": pool_of(case), **in_place(SLOTS, tokens)}
 
 
 @pytest.mark.parametrize("change", WRONG)

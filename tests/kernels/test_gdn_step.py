@@ -25,6 +25,7 @@ from tests.kernels.output_norms import (
     normed,
     output_norm,
 )
+from tests.kernels.slots import in_place
 
 SLOTS = (4, 1, 3)
 B, POOL = len(SLOTS), 6
@@ -94,7 +95,7 @@ def arguments(case: Case) -> dict[str, Any]:
 
 
 def pool_of(case: Case) -> Tensor:
-    return torch.randn(POOL, case.h, case.n, case.p).to(case.state)
+    return torch.randn(POOL + B * case.k, case.h, case.n, case.p).to(case.state)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -112,7 +113,7 @@ def test_equals_the_oracle_and_the_torch_form(
 ) -> None:
     args, pool = arguments(case), pool_of(case)
     before = pool.clone()
-    each = torch.empty(B, case.k, *pool.shape[1:], dtype=case.state)
+    at = in_place(SLOTS, case.k, case.new, POOL if snapshots else None)
     arrivals = torch.zeros(B * case.h, dtype=torch.int32)
     expected, states = op.gdn_step_ref(**args, state=before[list(SLOTS)])
     torch_y, torch_states = torch_form(args, before[list(SLOTS)].float())
@@ -125,9 +126,8 @@ def test_equals_the_oracle_and_the_torch_form(
     y = op.gdn_step(
         **args,
         state=pool,
-        slots=int32(SLOTS),
+        **at,
         new=None if case.new is None else int32(case.new),
-        each=each if snapshots else None,
         arrivals=arrivals,
     )
     assert y.dtype == case.inputs and pool.dtype == case.state and not arrivals.any()
@@ -144,10 +144,9 @@ def test_equals_the_oracle_and_the_torch_form(
         else:
             assert torch.equal(pool[slot], before[slot])
         if snapshots:
-            close(each[row, :count], states[row, :count], rounded)
-            assert torch.equal(each[row, max(count - 1, 0)], pool[slot])
-            assert (each[row, count:] == pool[slot]).all()
-    others = [slot for slot in range(POOL) if slot not in SLOTS]
+            close(pool[at["write"][row, :count]], states[row, :count], rounded)
+    used = {int(s) for row, count in zip(at["write"], counts, strict=True) for s in row[:count]}
+    others = [slot for slot in range(len(pool)) if slot not in used]
     assert torch.equal(pool[others], before[others])
 
 
@@ -167,8 +166,8 @@ def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
     single, outputs = pool.clone(), []
     for t in range(case.k):
         token = args | {name: args[name][:, t : t + 1] for name in "qkvab"}
-        outputs.append(op.gdn_step(**token, state=single, slots=int32(SLOTS)))
-    y = op.gdn_step(**args, state=pool, slots=int32(SLOTS))
+        outputs.append(op.gdn_step(**token, state=single, **in_place(SLOTS, 1)))
+    y = op.gdn_step(**args, state=pool, **in_place(SLOTS, case.k))
     close(y, torch.cat(outputs, 1), 1e-6)
     close(pool, single, 1e-6)
 
@@ -181,11 +180,13 @@ def test_a_norm_within_equals_one_in_a_launch_of_its_own(
     case = Case(k=3, n=16, p=48, inputs=dtype, norm=True)
     args, pool = arguments(case), pool_of(case)
     arrivals = torch.zeros(B * case.h, dtype=torch.int32)
-    y = op.gdn_step(**args | {"norm": None}, state=pool.clone(), slots=int32(SLOTS))
+    y = op.gdn_step(**args | {"norm": None}, state=pool.clone(), **in_place(SLOTS, case.k))
     expected = normed(y, args["norm"], norm_triton.gated_rms_norm)
     for order in (nullcontext(), backwards()):
         with order:
-            y = op.gdn_step(**args, state=pool.clone(), slots=int32(SLOTS), arrivals=arrivals)
+            y = op.gdn_step(
+                **args, state=pool.clone(), **in_place(SLOTS, case.k), arrivals=arrivals
+            )
         close(y, expected, TOLERANCE[dtype] / 10)
         assert not arrivals.any()
 
@@ -194,7 +195,7 @@ def test_slots_may_lie_apart(interpreter: None) -> None:
     case = Case(k=1, n=16, p=16)
     args, wide = arguments(case), torch.randn(POOL, 2, case.h, case.n, case.p)
     before = wide.clone()
-    op.gdn_step(**args, state=wide[:, 1], slots=int32(SLOTS))
+    op.gdn_step(**args, state=wide[:, 1], **in_place(SLOTS, case.k))
     _, states = op.gdn_step_ref(**args, state=before[list(SLOTS), 1])
     close(wide[list(SLOTS), 1], states[:, -1], 2e-5)
     assert torch.equal(wide[:, 0], before[:, 0])
@@ -206,7 +207,7 @@ def test_step_sizes_of_any_size(x: float, interpreter: None) -> None:
     args = arguments(case) | {"dt_bias": torch.zeros(1), "a_log": torch.zeros(1)}
     args["a"], args["b"] = torch.full((B, 1, 1), x), torch.full((B, 1, 1), -60.0)
     pool = torch.ones(POOL, 1, case.n, case.p)
-    op.gdn_step(**args, state=pool, slots=int32(SLOTS))
+    op.gdn_step(**args, state=pool, **in_place(SLOTS, case.k))
     decay = torch.exp(-F.softplus(torch.tensor(x, dtype=torch.float64)))
     assert pool[SLOTS[0], 0, 0, 0].double() == pytest.approx(decay.item(), rel=2e-6, abs=1e-20)
 
@@ -235,16 +236,16 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda x: x.update(state=x["state"][:1].expand(POOL, -1, -1, -1)),
         "state has strides",
     ),
-    "slots shape": (lambda x: x.update(slots=int32((0, 1))), "slots has shape"),
-    "slots dtype": (lambda x: x.update(slots=x["slots"].long()), "slots is torch.int64"),
-    "slots stride": (lambda x: x.update(slots=int32((0, 9, 1, 9, 2, 9))[::2]), "slots is .*strid"),
+    "read shape": (lambda x: x.update(read=int32((0, 1))), "read has shape"),
+    "read dtype": (lambda x: x.update(read=x["read"].long()), "read is torch.int64"),
+    "read stride": (lambda x: x.update(read=int32((0, 9, 1, 9, 2, 9))[::2]), "read is .*strid"),
     "new shape": (lambda x: x.update(new=int32((1,))), "new has shape"),
     "new dtype": (lambda x: x.update(new=torch.ones(B)), "new is torch.float32"),
-    "each shape": (lambda x: x.update(each=torch.zeros(B, 1, 2, 16, 16)), "each has shape"),
-    "each dtype": (lambda x: x.update(each=torch.zeros(B, 2, 2, 16, 16).half()), "each is"),
-    "each device": (
-        lambda x: x.update(each=torch.zeros(B, 2, 2, 16, 16, device="meta")),
-        "each is .* on meta",
+    "write shape": (lambda x: x.update(write=x["write"][:, :1]), "write has shape"),
+    "write dtype": (lambda x: x.update(write=x["write"].long()), "write is torch.int64"),
+    "write device": (
+        lambda x: x.update(write=x["write"].to("meta")),
+        "write is .* on meta",
     ),
     "v strides": (lambda x: x.update(v=x["v"].mT.contiguous().mT), "v has strides .*last must be"),
     "v spacing": (
@@ -259,7 +260,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 def acceptable(tokens: int = 2) -> dict[str, Any]:
     case = Case(k=tokens, n=16, p=16)
-    return arguments(case) | {"state": pool_of(case), "slots": int32(SLOTS)}
+    return arguments(case) | {"state": pool_of(case), **in_place(SLOTS, tokens)}
 
 
 @pytest.mark.parametrize("change", WRONG)

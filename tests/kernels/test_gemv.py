@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels.gemv as module
-from archs.ops.product import Unnormed, norm_swiglu, product
+from archs.ops.dense import Unnormed, norm_swiglu, product
 from kernels.gemv import CONFIGS, WHOLE_CONFIGS, gemv_ref, norm_gemv_ref, serves
 from tests.kernels.interpreter import interpreted
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels.head_gemv as module
-from archs.ops.product import by_head
+from archs.ops.dense import by_head
 from kernels.head_gemv import head_gemv_ref, serves
 from tests.kernels.interpreter import interpreted
 

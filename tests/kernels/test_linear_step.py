@@ -24,6 +24,7 @@ from tests.kernels.output_norms import (
     normed,
     output_norm,
 )
+from tests.kernels.slots import in_place
 
 SLOTS = (4, 1, 3)
 B, POOL = len(SLOTS), 6
@@ -100,7 +101,7 @@ def angles(positions: int, n: int) -> Tensor:
 
 
 def pool_of(case: Case) -> Tensor:
-    return torch.randn(POOL, case.h, case.n, case.p).to(case.state)
+    return torch.randn(POOL + B * case.k, case.h, case.n, case.p).to(case.state)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -118,7 +119,7 @@ def test_equals_the_oracle_and_the_torch_form(
 ) -> None:
     args, pool = arguments(case), pool_of(case)
     before = pool.clone()
-    each = torch.empty(B, case.k, *pool.shape[1:], dtype=case.state)
+    at = in_place(SLOTS, case.k, case.new, POOL if snapshots else None)
     arrivals = torch.zeros(B * case.h, dtype=torch.int32)
     expected, states = op.linear_step_ref(**args, state=before[list(SLOTS)])
     torch_y, torch_states = torch_form(args, before[list(SLOTS)].float())
@@ -131,9 +132,8 @@ def test_equals_the_oracle_and_the_torch_form(
     y = op.linear_step(
         **args,
         state=pool,
-        slots=int32(SLOTS),
+        **at,
         new=None if case.new is None else int32(case.new),
-        each=each if snapshots else None,
         arrivals=arrivals,
     )
     assert y.dtype == case.inputs and pool.dtype == case.state and not arrivals.any()
@@ -153,10 +153,9 @@ def test_equals_the_oracle_and_the_torch_form(
         else:
             assert torch.equal(pool[slot], before[slot])
         if snapshots:
-            close(each[row, :count], states[row, :count], rounded)
-            assert torch.equal(each[row, max(count - 1, 0)], pool[slot])
-            assert (each[row, count:] == pool[slot]).all()
-    others = [slot for slot in range(POOL) if slot not in SLOTS]
+            close(pool[at["write"][row, :count]], states[row, :count], rounded)
+    used = {int(s) for row, count in zip(at["write"], counts, strict=True) for s in row[:count]}
+    others = [slot for slot in range(len(pool)) if slot not in used]
     assert torch.equal(pool[others], before[others])
 
 
@@ -178,8 +177,8 @@ def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
     single, outputs = pool.clone(), []
     for t in range(case.k):
         token = args | {name: args[name][:, t : t + 1] for name in "qkv"}
-        outputs.append(op.linear_step(**token, state=single, slots=int32(SLOTS)))
-    y = op.linear_step(**args, state=pool, slots=int32(SLOTS))
+        outputs.append(op.linear_step(**token, state=single, **in_place(SLOTS, 1)))
+    y = op.linear_step(**args, state=pool, **in_place(SLOTS, case.k))
     close(y, torch.cat(outputs, 1), 1e-6)
     close(pool, single, 1e-6)
 
@@ -196,12 +195,12 @@ def test_rotation_and_norm_within_equal_launches_of_their_own(
     norm, at = plain.pop("norm"), (plain.pop("cos_sin"), plain.pop("past"))
     for name in "qk":
         plain[name] = rope_rotate.rope_rotate(args[name].clone(), *at)
-    y = op.linear_step(**plain, state=apart, slots=int32(SLOTS))
+    y = op.linear_step(**plain, state=apart, **in_place(SLOTS, case.k))
     expected = normed(y, norm, norm_triton.gated_rms_norm)
     for order in (nullcontext(), backwards()):
         within = pool.clone()
         with order:
-            y = op.linear_step(**args, state=within, slots=int32(SLOTS), arrivals=arrivals)
+            y = op.linear_step(**args, state=within, **in_place(SLOTS, case.k), arrivals=arrivals)
         close(y, expected, TOLERANCE[dtype] / 10)
         close(within, apart, 1e-6)
         assert not arrivals.any()
@@ -212,15 +211,15 @@ def test_positions_past_the_table_turn_by_nothing(interpreter: None) -> None:
     args, pool = arguments(case), pool_of(case)
     plain = {name: x for name, x in args.items() if name not in ("cos_sin", "past")}
     past = int32((POSITIONS, POSITIONS + 3, POSITIONS + 90))
-    y = op.linear_step(**args | {"past": past}, state=pool.clone(), slots=int32(SLOTS))
-    close(y, op.linear_step(**plain, state=pool.clone(), slots=int32(SLOTS)), 1e-6)
+    y = op.linear_step(**args | {"past": past}, state=pool.clone(), **in_place(SLOTS, case.k))
+    close(y, op.linear_step(**plain, state=pool.clone(), **in_place(SLOTS, case.k)), 1e-6)
 
 
 def test_slots_may_lie_apart(interpreter: None) -> None:
     case = Case(k=1, n=16, p=16)
     args, wide = arguments(case), torch.randn(POOL, 2, case.h, case.n, case.p)
     before = wide.clone()
-    op.linear_step(**args, state=wide[:, 1], slots=int32(SLOTS))
+    op.linear_step(**args, state=wide[:, 1], **in_place(SLOTS, case.k))
     _, states = op.linear_step_ref(**args, state=before[list(SLOTS), 1])
     close(wide[list(SLOTS), 1], states[:, -1], 2e-5)
     assert torch.equal(wide[:, 0], before[:, 0])
@@ -247,12 +246,12 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda x: x.update(state=x["state"].mT.contiguous().mT),
         "state has strides .*each slot must be contiguous",
     ),
-    "slots shape": (lambda x: x.update(slots=int32((0, 1))), "slots has shape"),
-    "slots dtype": (lambda x: x.update(slots=x["slots"].long()), "slots is torch.int64"),
+    "read shape": (lambda x: x.update(read=int32((0, 1))), "read has shape"),
+    "read dtype": (lambda x: x.update(read=x["read"].long()), "read is torch.int64"),
     "new shape": (lambda x: x.update(new=int32((1,))), "new has shape"),
     "new dtype": (lambda x: x.update(new=torch.ones(B)), "new is torch.float32"),
-    "each shape": (lambda x: x.update(each=torch.zeros(B, 1, 2, 16, 16)), "each has shape"),
-    "each dtype": (lambda x: x.update(each=torch.zeros(B, 2, 2, 16, 16).half()), "each is"),
+    "write shape": (lambda x: x.update(write=x["write"][:, :1]), "write has shape"),
+    "write dtype": (lambda x: x.update(write=x["write"].long()), "write is torch.int64"),
     "v strides": (lambda x: x.update(v=x["v"].mT.contiguous().mT), "v has strides .*last must be"),
     "q spacing": (
         lambda x: x.update(q=torch.zeros(B, 5, 1, 16)[:, :2]),
@@ -279,7 +278,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 def acceptable(tokens: int = 2) -> dict[str, Any]:
     case = Case(k=tokens, n=16, p=16, turn=True)
-    return arguments(case) | {"state": pool_of(case), "slots": int32(SLOTS)}
+    return arguments(case) | {"state": pool_of(case), **in_place(SLOTS, tokens)}
 
 
 @pytest.mark.parametrize("change", WRONG)
@@ -316,7 +315,7 @@ def test_token_counts_outside_1_to_8_are_refused(tokens: int, interpreter: None)
 
 
 def test_an_empty_batch_is_refused(interpreter: None) -> None:
-    args = acceptable() | {"slots": int32(())}
+    args = acceptable() | in_place((), 2)
     with pytest.raises(ValueError, match="B=0, K=2 new tokens"):
         op.linear_step(**args | {name: args[name][:0] for name in "qkv"})
 

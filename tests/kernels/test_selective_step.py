@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from kernels import selective_step as op
 from kernels.selective_scan import selective_step as torch_step
 from tests.kernels.interpreter import interpreted
+from tests.kernels.slots import in_place
 
 SLOTS = (4, 1, 3)
 B, POOL = len(SLOTS), 6
@@ -73,7 +74,7 @@ def arguments(case: Case) -> dict[str, Tensor]:
 
 
 def pool_of(case: Case) -> Tensor:
-    return torch.randn(POOL, case.e, case.n).to(case.state)
+    return torch.randn(POOL + B * case.k, case.e, case.n).to(case.state)
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -91,7 +92,7 @@ def test_equals_the_oracle_and_the_torch_form(
 ) -> None:
     args, pool = arguments(case), pool_of(case)
     before = pool.clone()
-    each = torch.empty(B, case.k, *pool.shape[1:], dtype=case.state)
+    at = in_place(SLOTS, case.k, case.new, POOL if snapshots else None)
     expected, states = op.selective_step_ref(**args, state=before[list(SLOTS)])
     torch_y, torch_states = torch_form(args, before[list(SLOTS)].float())
     counts = case.new or (case.k,) * B
@@ -101,9 +102,8 @@ def test_equals_the_oracle_and_the_torch_form(
     y = op.selective_step(
         **args,
         state=pool,
-        slots=int32(SLOTS),
+        **at,
         new=None if case.new is None else int32(case.new),
-        each=each if snapshots else None,
     )
     assert y.dtype == case.inputs and pool.dtype == case.state
     exact, rounded = TOLERANCE[case.inputs], TOLERANCE[case.state]
@@ -117,10 +117,9 @@ def test_equals_the_oracle_and_the_torch_form(
         else:
             assert torch.equal(pool[slot], before[slot])
         if snapshots:
-            close(each[row, :count], states[row, :count], rounded)
-            assert torch.equal(each[row, max(count - 1, 0)], pool[slot])
-            assert (each[row, count:] == pool[slot]).all()
-    others = [slot for slot in range(POOL) if slot not in SLOTS]
+            close(pool[at["write"][row, :count]], states[row, :count], rounded)
+    used = {int(s) for row, count in zip(at["write"], counts, strict=True) for s in row[:count]}
+    others = [slot for slot in range(len(pool)) if slot not in used]
     assert torch.equal(pool[others], before[others])
 
 
@@ -138,8 +137,8 @@ def test_many_tokens_equal_one_at_a_time(interpreter: None) -> None:
     single, outputs = pool.clone(), []
     for t in range(case.k):
         token = {name: x[:, t : t + 1] if x.dim() > 2 else x for name, x in args.items()}
-        outputs.append(op.selective_step(**token, state=single, slots=int32(SLOTS)))
-    y = op.selective_step(**args, state=pool, slots=int32(SLOTS))
+        outputs.append(op.selective_step(**token, state=single, **in_place(SLOTS, 1)))
+    y = op.selective_step(**args, state=pool, **in_place(SLOTS, case.k))
     close(y, torch.cat(outputs, 1), 1e-6)
     close(pool, single, 1e-6)
 
@@ -148,7 +147,7 @@ def test_slots_may_lie_apart(interpreter: None) -> None:
     case = Case(k=1)
     args, wide = arguments(case), torch.randn(POOL, 2, case.e, case.n)
     before = wide.clone()
-    op.selective_step(**args, state=wide[:, 1], slots=int32(SLOTS))
+    op.selective_step(**args, state=wide[:, 1], **in_place(SLOTS, case.k))
     _, states = op.selective_step_ref(**args, state=before[list(SLOTS), 1])
     close(wide[list(SLOTS), 1], states[:, -1], 2e-5)
     assert torch.equal(wide[:, 0], before[:, 0])
@@ -175,12 +174,12 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda x: x.update(state=x["state"].mT.contiguous().mT),
         "state has strides .*each slot must be contiguous",
     ),
-    "slots shape": (lambda x: x.update(slots=int32((0, 1))), "slots has shape"),
-    "slots dtype": (lambda x: x.update(slots=x["slots"].long()), "slots is torch.int64"),
+    "read shape": (lambda x: x.update(read=int32((0, 1))), "read has shape"),
+    "read dtype": (lambda x: x.update(read=x["read"].long()), "read is torch.int64"),
     "new shape": (lambda x: x.update(new=int32((1,))), "new has shape"),
     "new dtype": (lambda x: x.update(new=torch.ones(B)), "new is torch.float32"),
-    "each shape": (lambda x: x.update(each=torch.zeros(B, 1, 20, 16)), "each has shape"),
-    "each dtype": (lambda x: x.update(each=torch.zeros(B, 2, 20, 16).half()), "each is"),
+    "write shape": (lambda x: x.update(write=x["write"][:, :1]), "write has shape"),
+    "write dtype": (lambda x: x.update(write=x["write"].long()), "write is torch.int64"),
     "x strides": (lambda x: x.update(x=x["x"].mT.contiguous().mT), "x has strides .*last must be"),
     "z spacing": (
         lambda x: x.update(z=torch.zeros(B, 5, 20)[:, :2]),
@@ -193,7 +192,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 def acceptable(tokens: int = 2) -> dict[str, Any]:
     case = Case(k=tokens, e=20, gate=True)
-    return arguments(case) | {"state": pool_of(case), "slots": int32(SLOTS)}
+    return arguments(case) | {"state": pool_of(case), **in_place(SLOTS, tokens)}
 
 
 @pytest.mark.parametrize("change", WRONG)

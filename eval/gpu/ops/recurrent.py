@@ -109,21 +109,42 @@ def _per_head(heads: int, device: torch.device) -> dict[str, Tensor]:
     }
 
 
+def scattered(tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """`read` and `write` of three sequences: two read one slot, the other is updated in place, and
+    the first of several states is not kept.
+    """
+    write = torch.arange(6, 6 + 3 * tokens, dtype=torch.int32).view(3, tokens)
+    write[1, -1] = 1
+    if tokens > 1:
+        write[0, 0] = -1
+    read = torch.tensor([4, 1, 4], dtype=torch.int32)
+    return {"read": read.to(device), "write": write.to(device)}
+
+
+def in_slots(pool: Tensor, before: Tensor, tokens: int, states: Tensor) -> Pairs:
+    """What lies in the slots of a pool against the states [3, K, ...], and that all else stayed."""
+    write = scattered(tokens, torch.device("cpu"))["write"].flatten().tolist()
+    kept = [row for row, slot in enumerate(write) if slot >= 0]
+    others = [slot for slot in range(len(pool)) if slot not in write]
+    at = torch.tensor([write[row] for row in kept]).to(pool.device)
+    rest = torch.tensor(others).to(pool.device)
+    return [(pool[at], states.flatten(0, 1)[torch.tensor(kept)]), (pool[rest], before[rest])]
+
+
 def check_step(
     step: Callable[..., Tensor], reference: Callable[..., tuple[Tensor, Tensor]], make: Make,
     sizes: tuple[int, ...], tokens: int, dtype: torch.dtype,
 ) -> Callable[[torch.device], Pairs]:  # fmt: skip
-    """Outputs, snapshots and states of scattered slots."""
+    """Outputs, and the states after all tokens in scattered slots."""
 
     def run(device: torch.device) -> Pairs:
         inputs = make(3, tokens, sizes, device)
-        pool = random(6, *sizes, device=device, dtype=dtype)
-        at = torch.tensor([4, 1, 3], dtype=torch.int32, device=device)
+        pool = random(6 + 3 * tokens, *sizes, device=device, dtype=dtype)
+        before, at = pool.clone(), scattered(tokens, device)
         held = {name: t.cpu() for name, t in inputs.items() if name != "arrivals"}
-        expected, states = reference(**held, state=pool[at.long()].cpu())
-        each = torch.empty(3, tokens, *sizes, dtype=dtype, device=device)
-        y = step(**inputs, state=pool, slots=at, each=each)
-        pairs = [(y, expected), (each, states), (pool[at.long()], states[:, -1])]
+        expected, states = reference(**held, state=pool[at["read"].long()].cpu())
+        y = step(**inputs, state=pool, **at, each=True)
+        pairs = [(y, expected), *in_slots(pool, before, tokens, states)]
         left = inputs.get("arrivals")
         return pairs if left is None else [*pairs, (left, torch.zeros_like(left))]
 
@@ -141,7 +162,8 @@ def step_case(
     def build(device: torch.device) -> Mapping[str, Run]:
         inputs = make(batch, 1, sizes, device)
         pool, at = random(batch, *sizes, device=device, dtype=dtype), slots(batch, device)
-        return {"triton": lambda: step(**inputs, state=pool, slots=at), **others(inputs, pool)}
+        place = {"read": at, "write": at[:, None]}
+        return {"triton": lambda: step(**inputs, state=pool, **place), **others(inputs, pool)}
 
     shapes = make(batch, 1, sizes, torch.device("meta"))
     values = shapes.get("x", shapes.get("v"))
@@ -204,13 +226,13 @@ def _op(
 
 def check_conv(device: torch.device) -> Pairs:
     """Outputs and tails of scattered slots, four tokens."""
-    x, pool = random(3, 4, 512, device=device), random(6, 3, 512, device=device)
+    x, pool = random(3, 4, 512, device=device), random(18, 3, 512, device=device)
     weight, bias = random(512, 4, device=device), random(512, device=device)
-    at = torch.tensor([4, 1, 3], dtype=torch.int32, device=device)
-    held: list[Any] = on_cpu(x, weight, bias, pool[at.long()])
+    before, at = pool.clone(), scattered(4, device)
+    held: list[Any] = on_cpu(x, weight, bias, pool[at["read"].long()])
     expected, tails = conv_step.conv_step_ref(*held)
-    got = conv_step.conv_step(x, weight, bias, pool, at)
-    return [(got, expected), (pool[at.long()], tails[:, -1])]
+    got = conv_step.conv_step(x, weight, bias, pool, at["read"], at["write"], each=True)
+    return [(got, expected), *in_slots(pool, before, 4, tails)]
 
 
 def conv_case(batch: int, channels: int) -> Case:
@@ -229,7 +251,8 @@ def conv_case(batch: int, channels: int) -> Case:
             return F.silu(summed + bias)[:, None]
 
         return {
-            "triton": lambda: conv_step.conv_step(x, weight, bias, pool, at), "torch": by_torch
+            "triton": lambda: conv_step.conv_step(x, weight, bias, pool, at, at[:, None]),
+            "torch": by_torch,
         }  # fmt: skip
 
     moved = 2 * channels * (8 * batch + 5)

@@ -1,17 +1,19 @@
-"""Products of activations with weights, by backend.
+"""Norms, gates, and products of activations with weights, by backend.
 
 Matrices belong to the libraries: cuBLAS has nothing to learn from us. A single row is no matrix;
-where nothing is to be differentiated, it goes to our own kernels.
+where nothing is to be differentiated, it goes to our own kernels, with the norm before it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backends import choose, everywhere
-from archs.ops import glue
+from archs.backends import everywhere
+from kernels import norm
+from kernels.norm import OutputNorm
 
 
 @dataclass
@@ -43,10 +45,8 @@ class Unnormed:
         """The norm itself, where no product takes it in."""
         if self.residual is None:
             self.total = self.x
-            return glue.rms_norm(self.x, self.weight, self.eps, backend=backend)
-        y, self.total = glue.add_rms_norm(
-            self.x, self.residual, self.weight, self.eps, backend=backend
-        )
+            return rms_norm(self.x, self.weight, self.eps, backend=backend)
+        y, self.total = add_rms_norm(self.x, self.residual, self.weight, self.eps, backend=backend)
         return y
 
 
@@ -57,8 +57,8 @@ Input = Tensor | Unnormed
 def product(x: Input, weight: Tensor, *, backend: str) -> Tensor:
     """x Wᵀ. [..., D] with [N, D] -> [..., N]. An `Unnormed` x is normed on the way."""
     if isinstance(x, Unnormed):
-        return choose("product", backend, _NORM_PRODUCT)(x, weight)
-    return choose("product", backend, _PRODUCT)(x, weight)
+        return _NORM_PRODUCT[backend](x, weight)
+    return _PRODUCT[backend](x, weight)
 
 
 def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
@@ -67,7 +67,7 @@ def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
     One matrix product a head, all tokens of the batch as its rows; a single token goes to our own
     kernel.
     """
-    return choose("product", backend, _BY_HEAD)(x, weight)
+    return _BY_HEAD[backend](x, weight)
 
 
 def norm_swiglu(x: Unnormed, weight: Tensor, *, backend: str) -> Tensor:
@@ -75,14 +75,14 @@ def norm_swiglu(x: Unnormed, weight: Tensor, *, backend: str) -> Tensor:
 
     weight: [2F, D], the gate first. Returns [..., F].
     """
-    return choose("product", backend, _NORM_SWIGLU)(x, weight)
+    return _NORM_SWIGLU[backend](x, weight)
 
 
-def _torch(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _triton(x: Tensor, weight: Tensor) -> Tensor:
+def _product_triton(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() != x.shape[-1] or torch.is_grad_enabled():
         return F.linear(x, weight)
     from kernels.gemv import gemv, serves
@@ -110,23 +110,23 @@ def _by_head_triton(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _norm_product(x: Unnormed, weight: Tensor) -> Tensor:
-    return _torch(x.normed(backend="torch"), weight)
+    return _product(x.normed(backend="torch"), weight)
 
 
 def _norm_product_triton(x: Unnormed, weight: Tensor) -> Tensor:
     found = _one_row(x, weight, gated=False)
-    return _triton(x.normed(backend="triton"), weight) if found is None else found
+    return _product_triton(x.normed(backend="triton"), weight) if found is None else found
 
 
 def _norm_swiglu(x: Unnormed, weight: Tensor) -> Tensor:
-    return glue.swiglu(_norm_product(x, weight), backend="torch")
+    return swiglu(_norm_product(x, weight), backend="torch")
 
 
 def _norm_swiglu_triton(x: Unnormed, weight: Tensor) -> Tensor:
     found = _one_row(x, weight, gated=True)
     if found is not None:
         return found
-    return glue.swiglu(_triton(x.normed(backend="triton"), weight), backend="triton")
+    return swiglu(_product_triton(x.normed(backend="triton"), weight), backend="triton")
 
 
 def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:
@@ -141,7 +141,66 @@ def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:
     return y
 
 
-_NORM_PRODUCT = everywhere(_norm_product, _norm_product_triton)
-_NORM_SWIGLU = everywhere(_norm_swiglu, _norm_swiglu_triton)
-_BY_HEAD = everywhere(_by_head_torch, _by_head_triton)
-_PRODUCT = everywhere(_torch, _triton)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:
+    """As `kernels.norm.rms_norm`."""
+    return _RMS_NORM[backend](x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of x + residual, and the sum. [..., D] -> [..., D] twice."""
+    return _ADD_RMS_NORM[backend](x, residual, weight, eps)
+
+
+def output_norm(y: Tensor, how: OutputNorm, *, backend: str) -> Tensor:
+    """Norm and gate a mixer's output y [B, K, H, P] in a launch of its own. -> [B, K, H·P]."""
+    return _GATED_RMS_NORM[backend](
+        y.reshape(how.gate.shape), how.gate, how.weight, how.eps, gate_first=how.gate_first,
+        group=how.group,
+    ).flatten(2)  # fmt: skip
+
+
+def swiglu(gate_up: Tensor, *, backend: str) -> Tensor:
+    """silu(first half) · second half. [..., 2F] -> [..., F]."""
+    return _SWIGLU[backend](gate_up)
+
+
+def _add_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return norm.rms_norm(total, weight, eps), total
+
+
+def _norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from kernels import norm_triton
+
+    return norm_triton.rms_norm(x, weight, eps)
+
+
+def _add_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from kernels import norm_triton
+
+    # Under autocast the stream stays as wide as torch's promotion would leave it.
+    return norm_triton.add_rms_norm(x.to(residual.dtype), residual, weight, eps)
+
+
+def _gated_triton(x: Tensor, gate: Tensor, weight: Tensor, eps: float, **options: Any) -> Tensor:
+    from kernels import norm_triton
+
+    return norm_triton.gated_rms_norm(x, gate, weight, eps, **options)
+
+
+def _swiglu_triton(gate_up: Tensor) -> Tensor:
+    from kernels import norm_triton
+
+    return norm_triton.swiglu(gate_up)
+
+
+_RMS_NORM = everywhere("RMSNorm", norm.rms_norm, _norm_triton)
+_ADD_RMS_NORM = everywhere("RMSNorm", _add_torch, _add_triton)
+_GATED_RMS_NORM = everywhere("gated RMSNorm", norm.gated_rms_norm, _gated_triton)
+_SWIGLU = everywhere("SwiGLU", norm.swiglu, _swiglu_triton)
+_NORM_PRODUCT = everywhere("product", _norm_product, _norm_product_triton)
+_NORM_SWIGLU = everywhere("product", _norm_swiglu, _norm_swiglu_triton)
+_BY_HEAD = everywhere("product", _by_head_torch, _by_head_triton)
+_PRODUCT = everywhere("product", _product, _product_triton)

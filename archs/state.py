@@ -1,0 +1,242 @@
+"""The face of the store that a mixer sees: one layer's state during one `extend`.
+
+`LayerState` never tells a layer how its tensors are stored, and no layer advances a position.
+Torch forms read what `append`, `seen` and `get` return; kernels read and write `Pages` and `Slots`
+where they lie.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: The position of a row that no token may see; a power of two, so exact as a float too.
+NEVER = 2**62
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pages:
+    """A row tensor as a kernel reads and writes it: in pages behind a block table.
+
+    pool:     [*planes, pages * page_size, row].
+    table:    int32 [B, max_pages], the pool page of each page of a sequence.
+    past:     int32 [B], rows before this step; total: int32 [B], with those of its K tokens.
+    new:      int32 [B] valid new rows of a right-padded batch (None: all).
+    ends:     int64 [B, K], before which row each new token sees (None: token t sees `past + t`
+      and those before it, the plain case that kernels know).
+    """
+
+    pool: Tensor
+    table: Tensor
+    past: Tensor
+    total: Tensor
+    new: Tensor | None
+    page_size: int
+    window: int | None
+    sinks: int
+    ends: Tensor | None = None
+
+    def rows_at(self, new_tokens: int, bound: int) -> tuple[Tensor, Tensor]:
+        """Pool rows that hold all that the new tokens may see, and their positions, int64 [B, S].
+
+        Whole pages: what nobody may see is among them. bound: most rows that a sequence has.
+        """
+        size, most, device = self.page_size, self.table.shape[1], self.table.device
+        pages = torch.arange(min(-(-bound // size), most), device=device)[None]
+        again = torch.zeros_like(pages, dtype=torch.bool)
+        sink_pages = -(-self.sinks // size)
+        if self.window is not None:
+            count = -(-(self.window + new_tokens) // size) + 1
+            if sink_pages + count < pages.shape[1]:
+                oldest = (self.past.long() - self.window + 1).clamp(min=0) // size
+                near = oldest[:, None] + torch.arange(count, device=device)
+                sunk = torch.arange(sink_pages, device=device).expand(near.shape[0], -1)
+                # A page among the sinks must not be seen a second time within the window.
+                again = torch.cat((torch.zeros_like(sunk, dtype=torch.bool), near < sink_pages), 1)
+                again |= torch.cat((sunk, near), 1) >= most
+                pages = torch.cat((sunk, near), 1).clamp(max=most - 1)
+        pages = pages.expand(self.table.shape[0], -1)
+        offsets = torch.arange(size, device=device)
+        rows = self.table.long().gather(1, pages)[..., None] * size + offsets
+        positions = pages[..., None] * size + offsets
+        positions = positions.masked_fill(again.expand_as(pages)[..., None], NEVER)
+        return rows.flatten(1), positions.flatten(1)
+
+    def mask_of(self, rows_at: Tensor, new_tokens: int) -> Tensor:
+        """bool [B, 1, K, S]: which rows, at positions [1 or B, S], each new token may see."""
+        ends = self.ends
+        if ends is None:
+            new = torch.arange(1, new_tokens + 1, device=rows_at.device)
+            ends = self.past.long()[:, None] + new
+        return visible(rows_at, ends, self.window, self.sinks)
+
+
+def visible(rows_at: Tensor, ends: Tensor, window: int | None, sinks: int) -> Tensor:
+    """Which rows a token may see: those before its end, of which the newest `window` and the sinks.
+
+    rows_at: positions [1 or B, S]; ends: [1 or B, K]. Returns bool [1 or B, 1, K, S].
+    """
+    row, end = rows_at[:, None, :], ends[:, :, None]
+    mask = row < end
+    if window is not None:
+        mask &= (row >= end - window) | (row < sinks)
+    return mask.unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The rows of a row tensor that this step's new tokens may see, new rows included.
+
+    rows:   [B, *planes, S, row].
+    mask:   bool [1 or B, 1, K, S], True where the token may look; None where it may everywhere, or
+      `causal` says it all.
+    causal: True where rows are exactly those of the new tokens and token i sees rows 0..i.
+    """
+
+    rows: Tensor
+    mask: Tensor | None
+    causal: bool
+
+    @property
+    def length(self) -> int:
+        """S, rows that a token may see at most."""
+        return self.rows.shape[-2]
+
+
+class PagedSeen:
+    """As `Seen`, of rows in pages that kernels read where they lie; gathered if asked for.
+
+    bound: most rows that a sequence of this step has, those of its K new tokens included.
+    """
+
+    causal = False
+
+    def __init__(self, pages: Pages, new_tokens: int, bound: int) -> None:
+        self.pages = pages
+        self.new_tokens = new_tokens
+        self.length = bound
+
+    @property
+    def gathered(self) -> bool:
+        """Whether rows or their mask have been asked for."""
+        return "_rows_at" in self.__dict__
+
+    @cached_property
+    def _rows_at(self) -> tuple[Tensor, Tensor]:
+        return self.pages.rows_at(self.new_tokens, self.length)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[B, *planes, S, row]: a copy of the pages."""
+        return self.pages.pool[..., self._rows_at[0], :].movedim(-3, 0)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B, 1, K, S]."""
+        return self.pages.mask_of(self._rows_at[1], self.new_tokens)
+
+
+Rows = Seen | PagedSeen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slots:
+    """A fixed tensor as a kernel updates it: read from one slot, written to others.
+
+    pool:  [slots, *shape].
+    read:  int32 [B], the slot of the value before the step.
+    write: int32 [B, K], the slot of the value after each token; -1: that one is not kept. The last
+      valid token's may be the one that was read.
+    last:  int32 [B], the slot of the value after the step; that of padding where no token is valid.
+    each:  whether values after tokens before the last valid one are kept, too.
+    new:   int32 [B] valid new tokens of a right-padded batch (None: all K).
+    arrivals: int32 zeros that the programs of one norm count in and leave at zero.
+    """
+
+    pool: Tensor
+    read: Tensor
+    write: Tensor
+    last: Tensor
+    each: bool
+    new: Tensor | None
+    arrivals: Tensor
+
+
+class LayerState(Protocol):
+    """One layer's state during one `extend` of K new tokens per sequence.
+
+    new:   int64 [B] valid new tokens of a right-padded batch; None when all K are valid.
+    valid: bool [B, K], the same as a mask; None when all K are valid.
+    each:  True when `put` also needs the value after every single token (rollback).
+    """
+
+    @property
+    def new(self) -> Tensor | None:
+        """Valid new tokens, int64 [B]."""
+        ...
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which new tokens are valid, bool [B, K]."""
+        ...
+
+    @property
+    def each(self) -> bool:
+        """Whether values between tokens are kept."""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """Absolute positions of the new tokens, int64 [1 or B, K]."""
+        ...
+
+    @property
+    def past(self) -> Tensor:
+        """Tokens of each sequence before this step, int32 [B]."""
+        ...
+
+    def rope(self, dim: int, theta: float) -> Tensor:
+        """Rotary angles of the new tokens, complex64 [1 or B, K, 1, dim/2]."""
+        ...
+
+    def rotary(self, dim: int, theta: float) -> Tensor:
+        """Cosines and sines of all positions, float32 [positions, dim/2, 2], for kernels."""
+        ...
+
+    def append(self, name: str, rows: Tensor) -> Rows:
+        """Store the new rows [B, R, *shape] and return all rows that the new tokens may see.
+
+        R is K, or for one row to `every` tokens ⌈K / every⌉: the rows that the new tokens
+        complete, in order; what lies beyond a sequence's own is not looked at.
+        Raises UserError for another shape or dtype than was declared, as `put` does.
+        """
+        ...
+
+    def seen(self, name: str) -> Rows:
+        """What the owner's `append` returned in this step (rows of another layer)."""
+        ...
+
+    def get(self, name: str) -> Tensor:
+        """A fixed tensor [B, *shape]; writing into it in place is allowed, then `put` it."""
+        ...
+
+    def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
+        """The fixed tensor after the new tokens [B, *shape]; `each` [B, K, *shape]."""
+        ...
+
+    def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
+        """Where a kernel may write new rows in `dtype`; None where they must go through `append`.
+
+        Raises UserError where another dtype was declared.
+        """
+        ...
+
+    def written(self, name: str) -> Rows:
+        """What `append` would return, after a kernel has written the new rows into `pages`."""
+        ...
+
+    def slots(self, name: str) -> Slots:
+        """Where a kernel reads and writes a fixed tensor."""
+        ...

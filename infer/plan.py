@@ -1,0 +1,329 @@
+"""One plan per step: which tokens of which sequences, where their rows and values go, what is
+copied first.
+
+The host's books become a plan in `StateStore.begin`; torch forms and kernels both read it. A plan
+has K >= 1 tokens for each sequence, of which some may be padding: decode, verification of drafts
+and chunks of prompts are plans of different shapes and may stand in one batch.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from archs.spec import RowSpec, kept_states
+from infer.books import Books, OnDevice, book, staged
+from infer.pages import PageTable, TableKey
+from infer.rows import Held, InPages, RowForm, RowStep
+from infer.slots import SlotChange, SlotTable
+from infer.state import InPlace, LayerState, RowTensor, Shared, Slotted, ValueForm
+from kernels.rope import rope_table
+
+
+class Layer(NamedTuple):
+    """The tensors of one layer in the store, by name.
+
+    rows: of its own: their block table, their pool [*planes, rows, row] and a row's shape.
+    lent: the layers that own the others. fixed: pools [slots, *shape].
+    """
+
+    rows: dict[str, tuple[TableKey, Tensor, tuple[int, ...]]]
+    lent: dict[str, int]
+    fixed: dict[str, Tensor]
+
+
+class Store(Protocol):
+    """What a step needs of the store; `infer.store` says what each is."""
+
+    device: torch.device
+    kernels: bool
+    max_context: int
+    lookback: int
+    lengths: list[int]
+    tables: dict[TableKey, PageTable]
+    slots: SlotTable | None
+    layers: list[Layer]
+    on_device: OnDevice
+
+    def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
+        """The home rows of `count` sequences."""
+        ...
+
+
+class StepPlan:
+    """An open step of K new tokens for some sequences.
+
+    lengths, counts: tokens of each sequence before the step, and its valid new ones.
+    wrote_rows, wrote_fixed: whether rows, and values, may have been written: what cannot be undone.
+    """
+
+    def __init__(
+        self, store: Store, sequences: list[int], new_tokens: int, counts: list[int]
+    ) -> None:
+        self.store = store
+        self.sequences = sequences
+        self.new_tokens = new_tokens
+        self.counts = counts
+        self.device = store.device
+        self.kernels = store.kernels
+        self.lengths = [store.lengths[s] for s in sequences]
+        self.start = self.lengths[0]
+        self.uniform = self.lengths.count(self.start) == len(sequences)
+        self.full = counts.count(new_tokens) == len(counts)
+        first = sequences[0]
+        self.adjacent = sequences == list(range(first, first + len(sequences)))
+        self.each = keeps_each(store.lookback, new_tokens)
+        self.wrote_rows = self.wrote_fixed = False
+        self.committed = False
+        self.tables = {key: RowStep(self, table) for key, table in store.tables.items()}
+        self.slots = SlotChange()
+        self.batch = len(sequences)
+        self._rope: dict[tuple[int, float], Tensor] = {}
+
+    def reserve(self) -> None:
+        """Make rows and values writable. Raises StoreFullError, with part of the work done."""
+        for step in self.tables.values():
+            step.reserve()
+        slots, change, new = self.store.slots, self.slots, self.new_tokens
+        if slots is not None:
+            for sequence, length, count in zip(
+                self.sequences, self.lengths, self.counts, strict=True
+            ):
+                slots.reserve(sequence, length, count, new, change)
+
+    @property
+    def bound(self) -> int:
+        """Most tokens that a sequence has after the step, padding included."""
+        return max(self.lengths) + self.new_tokens
+
+    @property
+    def plain(self) -> bool:
+        """Whether the step is one view of the store, whatever the layers remember: one length,
+        adjacent sequences, no padding, new rows side by side in every table, values in place.
+        """
+        lined_up = self.uniform and self.full and self.adjacent
+        lined_up = lined_up and all(step.row is not None for step in self.tables.values())
+        return lined_up and isinstance(self.values, InPlace | None)
+
+    def start_copies(self, *, joined: bool = False) -> None:
+        """Copy what is shared and will be written to; joined: in tables that join rows, too.
+
+        Those wait until the past has been gathered: a page that a step frees may be the target of
+        a copy and hold somebody's past.
+        """
+        due = {
+            key: step for key, step in self.tables.items()
+            if step.change.copies and (joined or not step.joins)
+        }  # fmt: skip
+        moved = staged(self.slots.copies, self.device) if self.slots.copies else None
+        if not due and moved is None:
+            return
+        self.wrote_rows |= bool(due)
+        for layer in self.store.layers:
+            for key, pool, _ in layer.rows.values():
+                if key in due:
+                    due[key].copy_shared(pool)
+            if moved is not None:
+                for value in layer.fixed.values():
+                    value.index_copy_(0, moved[:, 1], value.index_select(0, moved[:, 0]))
+
+    def _sent(self, padded: int) -> Tensor:
+        """The books on the device, of a batch padded to so many sequences.
+
+        A small copy from pageable memory: the driver stages it and does not wait for the device.
+        """
+        slots = self.store.slots
+        sent = book(
+            self.sequences, self.lengths, self.counts, self.new_tokens,
+            None if slots is None else self.slots, padded=padded,
+            padding=(len(self.store.lengths), 0 if slots is None else slots.padding),
+        )  # fmt: skip
+        return sent.to(self.device, non_blocking=True)
+
+    @cached_property
+    def books(self) -> Books:
+        """The step as tensors on the device."""
+        return Books(
+            self.store.on_device, self._sent(self.batch), self.batch, self.new_tokens,
+            ragged=not self.full,
+        )  # fmt: skip
+
+    def send(self, padded: int) -> Tensor:
+        """Bring the device up to date for kernels, which write where they please.
+
+        Returns the books, of a batch that is padded to so many sequences.
+        """
+        self.prepare()
+        return self._sent(padded)
+
+    def prepare(self) -> None:
+        """What must have happened before kernels run."""
+        self.wrote_rows = self.wrote_fixed = True
+        self.start_copies()
+        self.store.on_device.update()
+
+    # -- what all layers share (torch forms) ---------------------------------------------------
+
+    @property
+    def new(self) -> Tensor | None:
+        """As `archs.state.LayerState.new`."""
+        return None if self.full else self.books.new
+
+    @property
+    def valid(self) -> Tensor | None:
+        """As `archs.state.LayerState.valid`."""
+        return None if self.full else self.books.valid
+
+    @property
+    def past(self) -> Tensor:
+        """As `archs.state.LayerState.past`."""
+        return self.books.past
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """As `archs.state.LayerState.positions`."""
+        if not self.uniform:
+            return self.books.positions
+        return torch.arange(self.start, self.start + self.new_tokens, device=self.device)[None]
+
+    def rope(self, dim: int, theta: float) -> Tensor:
+        """As `archs.state.LayerState.rope`."""
+        angles = self._rope.get((dim, theta))
+        if angles is None:
+            table = rope_table(self.bound, dim, theta, self.device)
+            if self.uniform:
+                angles = table[self.start : self.bound].unsqueeze(0)
+            else:
+                angles = table[self.positions]
+            self._rope[dim, theta] = angles
+        return angles
+
+    @property
+    def asked(self) -> list[tuple[int, float]]:
+        """The (dim, theta) of the rotary angles that layers have asked for in this step."""
+        return list(self._rope)
+
+    def rotary(self, dim: int, theta: float) -> Tensor:
+        """As `archs.state.LayerState.rotary`."""
+        return self.store.on_device.rotary(dim, theta)
+
+    # -- layers --------------------------------------------------------------------------------
+
+    @cached_property
+    def values(self) -> ValueForm | None:
+        """How values are got and put; None where no layer has any."""
+        slots = self.store.slots
+        if slots is None:
+            return None
+        read, count = self.slots.read, len(self.sequences)
+        adjacent = read == list(range(read[0], read[0] + count)) and read == self.slots.last
+        if adjacent and not self.each and not self.kernels:
+            return InPlace(read[0], count)
+        return Slotted(self.books, self.each, slots.padding)
+
+    @cached_property
+    def layers(self) -> list[LayerState]:
+        """One state per layer, to hand to `Mixer.extend`."""
+        if self.kernels:
+            self.prepare()
+            step = DeviceStep(self.store, self.books, self.bound, self.each)
+            forms: dict[TableKey, RowForm] = {key: s.form() for key, s in self.tables.items()}
+            return layers_of(self.store, step, forms, self.values)
+        self.start_copies()
+        forms = {key: s.form() for key, s in self.tables.items()}
+        homes = self.sequences[0] if self.adjacent else None
+        return layers_of(self.store, self, forms, self.values, homes)
+
+    def close(self) -> None:
+        """Part with all that points back here: what a finished step held is free at once, not
+        when the garbage collector finds the circle.
+        """
+        self.__dict__.pop("layers", None)
+        self.tables.clear()
+
+
+class DeviceStep:
+    """What all layers share in a step whose books are on the device; kernels read nothing else.
+
+    bound: most tokens that a sequence has after the step.
+    """
+
+    def __init__(self, store: Store, books: Books, bound: int, each: bool) -> None:
+        self.store = store
+        self.books = books
+        self.bound = bound
+        self.each = each
+        self.batch, self.new_tokens = books.write.shape
+        self.new = books.new
+        self.past = books.past
+        self.wrote_rows = self.wrote_fixed = True
+
+    @property
+    def valid(self) -> Tensor | None:
+        """As `archs.state.LayerState.valid`."""
+        return self.books.valid
+
+    @property
+    def positions(self) -> Tensor:
+        """As `archs.state.LayerState.positions`."""
+        return self.books.positions
+
+    def rope(self, dim: int, theta: float) -> Tensor:
+        """As `archs.state.LayerState.rope`."""
+        end = max(self.store.max_context, self.bound)
+        return rope_table(end, dim, theta, self.store.device)[self.positions]
+
+    def rotary(self, dim: int, theta: float) -> Tensor:
+        """As `archs.state.LayerState.rotary`."""
+        return self.store.on_device.rotary(dim, theta)
+
+    @property
+    def layers(self) -> list[LayerState]:
+        """One state per layer, for a step that joins no rows."""
+        store = self.store
+        forms: dict[TableKey, RowForm] = {
+            key: InPages(self.books.rows(key), table.rows(self.bound), True)
+            for key, table in store.tables.items()
+        }
+        values = None
+        if store.slots is not None:
+            values = Slotted(self.books, self.each, store.slots.padding)
+        return layers_of(store, self, forms, values)
+
+
+def layers_of(
+    store: Store, step: Shared, forms: Mapping[TableKey, RowForm], values: ValueForm | None,
+    first: int | None = None,
+) -> list[LayerState]:  # fmt: skip
+    """One state per layer.
+
+    first: of adjacent sequences, whose home rows forms may ask for.
+    """
+    states: list[LayerState] = []
+    for index, layer in enumerate(store.layers):
+        rows: dict[str, RowTensor] = {}
+        for name, (key, pool, shape) in layer.rows.items():
+            home = None
+            if first is not None and store.tables[key].has_homes:
+                home = store.home(index, name, first, step.batch)
+            new = step.new_tokens if key.every == 1 else -(-step.new_tokens // key.every)
+            rows[name] = RowTensor(Held(pool, home), forms[key], (new, *shape))
+        owners = {name: states[owner] for name, owner in layer.lent.items()}
+        states.append(LayerState(step, index, rows, layer.fixed, values or NONE, owners))
+    return states
+
+
+#: Of a store without fixed tensors.
+NONE = InPlace(0, 0)
+
+
+def keeps_each(lookback: int, new_tokens: int) -> bool:
+    """Whether a step keeps values after tokens before its last, so that it can be rolled back."""
+    return lookback > 0 and kept_states(new_tokens, lookback) > 1
+
+
+def key_of(tensor: RowSpec) -> TableKey:
+    """The block table behind a row tensor."""
+    return TableKey(tensor.every, tensor.window, tensor.sinks)

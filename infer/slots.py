@@ -1,0 +1,221 @@
+"""Which slot holds which value of the fixed tensors: one slot per sequence and length in reach.
+
+All fixed tensors of all layers share the numbering. Without lookback a sequence has one slot that
+steps update in place. With it every token's value goes into a slot of its own, so that a rollback
+forgets slots and nothing is copied. A fork holds its source's slots once more; a value that
+several sequences hold is never written to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from archs.spec import RECURRENT_LIMIT, kept_states
+from infer.counted import Counted
+
+#: The slot of zeros, which every empty sequence reads; nobody writes to it.
+ZERO = 0
+
+
+class State(NamedTuple):
+    """Where the value after `length` tokens lies."""
+
+    length: int
+    slot: int
+
+
+@dataclass(slots=True)
+class Moved:
+    """A sequence's part of a step.
+
+    before: what it held. stay: those of them that stay in reach. written: the step's own values.
+    taken: slots of theirs that were free; reused: whose older value they overwrite.
+    parted: what it no longer holds from the step's begin; late: from its end.
+    """
+
+    before: list[State]
+    stay: list[State] = field(default_factory=list)
+    written: list[State] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+    reused: set[int] = field(default_factory=set)
+    parted: list[State] = field(default_factory=list)
+    late: list[State] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class SlotChange:
+    """What a step does to the fixed tensors of its sequences.
+
+    read, write, last: as in `archs.state.Slots`, a list for each sequence.
+    copies: (source, target) slots to copy before any layer runs.
+    """
+
+    read: list[int] = field(default_factory=list)
+    write: list[list[int]] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    moved: dict[int, Moved] = field(default_factory=dict)
+
+
+class SlotTable:
+    """Slots of up to `sequences` sequences that can be taken back by `lookback` tokens.
+
+    There are `count` slots: that of zeros, one for each sequence and length in reach, and one
+    that padding may write to.
+    """
+
+    def __init__(self, *, sequences: int, lookback: int) -> None:
+        self.lookback = lookback
+        self.share = lookback + 1
+        self.count = sequences * self.share + 2
+        self.padding = self.count - 1
+        self._slots = Counted(sequences * self.share, first=ZERO + 1)
+        self.states: list[list[State]] = [[] for _ in range(sequences)]
+
+    @property
+    def used(self) -> int:
+        """Slots that some sequence holds."""
+        return self._slots.used
+
+    @property
+    def refs(self) -> list[int]:
+        """How many sequences hold each slot."""
+        return self._slots.refs
+
+    def current(self, sequence: int) -> int:
+        """The slot of a sequence's newest value."""
+        states = self.states[sequence]
+        return states[-1].slot if states else ZERO
+
+    def oldest(self, sequence: int) -> int:
+        """The shortest length that a sequence can be taken back to."""
+        states = self.states[sequence]
+        return states[0].length if states else 0
+
+    def open(self, sequence: int) -> None:
+        """An empty sequence."""
+        self.states[sequence] = [State(0, ZERO)]
+
+    def release(self, sequence: int) -> None:
+        """Give all slots of a sequence back."""
+        self._drop(self.states[sequence])
+        self.states[sequence] = []
+
+    def fork(self, source: int, target: int) -> None:
+        """Let `target` share all slots of `source`."""
+        self.states[target] = list(self.states[source])
+        self._hold(self.states[target])
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the values after more than `length` tokens, which must be in reach."""
+        states = self.states[sequence]
+        kept = [s for s in states if s.length <= length]
+        self._drop(states[len(kept) :])
+        self.states[sequence] = kept
+
+    def reserve(self, sequence: int, length: int, new: int, step: int, change: SlotChange) -> None:
+        """Find slots for the values after `new` of a step's `step` tokens; adds to `change`."""
+        held, write = self.states[sequence], [-1] * step
+        change.write.append(write)
+        if new == 0:
+            change.read.append(held[-1].slot)
+            change.last.append(self.padding)
+            return
+        if self.lookback:
+            moved = self._beside(held, length + new, new, step)
+        else:
+            moved = self._in_place(sequence, held, length + new)
+        read, last = held[-1], moved.written[-1].slot
+        if read in moved.parted:
+            # Somebody else may write to what is parted with: it is read where it is copied to.
+            change.copies.append((read.slot, last))
+            change.read.append(last)
+        else:
+            change.read.append(read.slot)
+        for length_then, slot in moved.written:
+            write[length_then - length - 1] = slot
+        change.last.append(last)
+        change.moved[sequence] = moved
+        self.states[sequence] = [*moved.stay, *moved.written]
+
+    def _in_place(self, sequence: int, held: list[State], end: int) -> Moved:
+        slot = held[-1].slot
+        if self._is_own(slot):
+            return Moved(held, written=[State(end, slot)], reused={slot})
+        self._drop(held)
+        fresh = self._take(ZERO + 1 + sequence)
+        return Moved(held, written=[State(end, fresh)], taken=[fresh], parted=held)
+
+    def _beside(self, held: list[State], end: int, new: int, step: int) -> Moved:
+        """Values beside those that stay in reach; what falls out of it makes room."""
+        kept, moved = min(new, kept_states(step, self.lookback)), Moved(held)
+        if step <= RECURRENT_LIMIT:
+            moved.stay = [s for s in held if s.length >= end - self.lookback]
+        # Oldest first, so that the value before the step, which is read, gives way to the last one.
+        room: list[State] = []
+        for state in held[: len(held) - len(moved.stay)]:
+            if state == held[-1] and (kept < self.share or state.slot == ZERO):
+                moved.late.append(state)
+            elif self._is_own(state.slot):
+                room.append(state)
+            else:
+                moved.parted.append(state)
+        moved.parted += room[kept:]
+        self._drop(moved.parted)
+        for at, length in enumerate(range(end - kept + 1, end + 1)):
+            if at < len(room):
+                slot = room[at].slot
+                moved.reused.add(slot)
+            else:
+                slot = self._take(ZERO + 1)
+                moved.taken.append(slot)
+            moved.written.append(State(length, slot))
+        return moved
+
+    def _is_own(self, slot: int) -> bool:
+        """Whether one sequence alone holds a slot."""
+        return slot != ZERO and self._slots.refs[slot] == 1
+
+    def settle(self, change: SlotChange) -> None:
+        """The step is done: values that it read and that fell out of reach go."""
+        for moved in change.moved.values():
+            self._drop(moved.late)
+
+    def undo(self, change: SlotChange, *, written: bool) -> set[int]:
+        """Take back what a step did; returns the sequences whose value it has overwritten.
+
+        written: whether values may have been written.
+        """
+        lost, spoilt = set(), set[int]()
+        for moved in change.moved.values():
+            for slot in moved.taken:
+                self._slots.drop(slot)
+            if written:
+                spoilt |= moved.reused.union(moved.taken)
+        for sequence, moved in change.moved.items():
+            kept: list[State] = []
+            for state in moved.before:
+                # Behind a value that is gone no earlier one is in reach.
+                kept = [] if state.slot in spoilt else [*kept, state]
+            self._hold([s for s in kept if s in moved.parted])
+            self._drop([s for s in moved.before if s not in kept and s not in moved.parted])
+            if not kept:
+                lost.add(sequence)
+            self.states[sequence] = kept or [State(0, ZERO)]
+        return lost
+
+    def _hold(self, states: Sequence[State]) -> None:
+        for state in states:
+            if state.slot != ZERO:
+                self._slots.hold(state.slot)
+
+    def _take(self, wanted: int) -> int:
+        slot = self._slots.take(wanted)
+        # Sequences hold at most `share` slots each, and there are as many for each.
+        assert slot is not None
+        return slot
+
+    def _drop(self, states: Sequence[State]) -> None:
+        for state in states:
+            if state.slot != ZERO:
+                self._slots.drop(state.slot)

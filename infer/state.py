@@ -1,0 +1,244 @@
+"""One layer's state in one step: the only `LayerState` there is, whatever runs the layers.
+
+What a layer gives is what it declared: a store casts nothing and broadcasts nothing. What differs
+between a plain batch, any other, kernels and compiled code are the forms that its tensors come in:
+`RowForm` stores and sees rows, `ValueForm` gets and puts values.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from archs.errors import UserError
+from archs.state import PagedSeen, Pages, Rows, Slots
+from infer.books import Books
+from infer.rows import Held, InPages, Joined, RowForm
+
+
+class Shared(Protocol):
+    """What all layers share in a step.
+
+    batch, new_tokens: B and K; new, valid, each: as `archs.state.LayerState`'s.
+    wrote_rows, wrote_fixed: set where rows, and values, may have been written to.
+    """
+
+    batch: int
+    new_tokens: int
+    each: bool
+    wrote_rows: bool
+    wrote_fixed: bool
+
+    @property
+    def new(self) -> Tensor | None: ...
+    @property
+    def valid(self) -> Tensor | None: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def past(self) -> Tensor: ...
+    def rope(self, dim: int, theta: float) -> Tensor: ...
+    def rotary(self, dim: int, theta: float) -> Tensor: ...
+
+
+class ValueForm(Protocol):
+    """One way to get and put the value of a fixed tensor from and into its pool [slots, *shape]."""
+
+    def get(self, pool: Tensor) -> Tensor:
+        """The values before the step [B, *shape]; may be written into."""
+        ...
+
+    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
+        """Keep the values after it, and `each` [B, K, *shape] after its tokens."""
+        ...
+
+
+class InPlace(NamedTuple):
+    """Adjacent slots that are updated in place."""
+
+    first: int
+    batch: int
+
+    def get(self, pool: Tensor) -> Tensor:
+        """As `ValueForm.get`; a view."""
+        return pool.narrow(0, self.first, self.batch)
+
+    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
+        """As `ValueForm.put`."""
+        held = self.get(pool)
+        if value.data_ptr() != held.data_ptr():
+            held.copy_(value)
+
+
+class Slotted(NamedTuple):
+    """Values in any slots, read from one and written to others."""
+
+    books: Books
+    each: bool
+    padding: int
+
+    def get(self, pool: Tensor) -> Tensor:
+        """As `ValueForm.get`; a copy."""
+        return pool.index_select(0, self.books.read_at)
+
+    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
+        """As `ValueForm.put`."""
+        if each is not None:
+            pool.index_copy_(0, self.books.write_at(self.padding), each.flatten(0, 1))
+        pool.index_copy_(0, self.books.last_at, value)
+
+    def slots(self, pool: Tensor) -> Slots:
+        """The pool as kernels see it."""
+        books = self.books
+        return Slots(
+            pool=pool, read=books.read, write=books.write, last=books.last, each=self.each,
+            new=books.count if books.ragged else None, arrivals=books.shared.arrivals,
+        )  # fmt: skip
+
+
+class RowTensor(NamedTuple):
+    """A row tensor of a layer in a step.
+
+    shape: of the new rows of one sequence, padding included: [R, *shape].
+    """
+
+    held: Held
+    form: RowForm
+    shape: tuple[int, ...]
+
+
+class LayerState:
+    """As `archs.state.LayerState`."""
+
+    def __init__(
+        self, step: Shared, index: int, rows: Mapping[str, RowTensor],
+        fixed: Mapping[str, Tensor], values: ValueForm, owners: Mapping[str, "LayerState"],
+    ) -> None:  # fmt: skip
+        self._step = step
+        self._index = index
+        self._rows = rows
+        self._fixed = fixed
+        self._values = values
+        self._owners = owners
+        self._seen: dict[str, Rows] = {}
+        self.each = step.each
+
+    @property
+    def new(self) -> Tensor | None:
+        """As `archs.state.LayerState.new`."""
+        return self._step.new
+
+    @property
+    def valid(self) -> Tensor | None:
+        """As `archs.state.LayerState.valid`."""
+        return self._step.valid
+
+    @property
+    def positions(self) -> Tensor:
+        """As `archs.state.LayerState.positions`."""
+        return self._step.positions
+
+    @property
+    def past(self) -> Tensor:
+        """As `archs.state.LayerState.past`."""
+        return self._step.past
+
+    def rope(self, dim: int, theta: float) -> Tensor:
+        """As `archs.state.LayerState.rope`."""
+        return self._step.rope(dim, theta)
+
+    def rotary(self, dim: int, theta: float) -> Tensor:
+        """As `archs.state.LayerState.rotary`."""
+        return self._step.rotary(dim, theta)
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    @property
+    def gathered(self) -> bool:
+        """Whether rows of pages were gathered instead of being left to a kernel."""
+        return any(isinstance(s, PagedSeen) and s.gathered for s in self._seen.values())
+
+    def append(self, name: str, rows: Tensor) -> Rows:
+        """As `archs.state.LayerState.append`."""
+        held, form, shape = self._row(name)
+        _require_fit(self._index, name, rows, (self._step.batch, *shape), held.pool)
+        self._step.wrote_rows = True
+        self._seen[name] = seen = form.append(held, rows)
+        return seen
+
+    def seen(self, name: str) -> Rows:
+        """As `archs.state.LayerState.seen`."""
+        return self._owners.get(name, self)._seen[name]
+
+    def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
+        """As `archs.state.LayerState.pages`."""
+        held, form, _ = self._row(name)
+        _require_dtype(self._index, name, dtype, held.pool)
+        if isinstance(form, InPages):
+            return form.books.pages(held.pool)
+        if isinstance(form, Joined):
+            return None
+        raise ValueError(_NO_KERNELS)
+
+    def written(self, name: str) -> Rows:
+        """As `archs.state.LayerState.written`."""
+        held, form, _ = self._row(name)
+        if not isinstance(form, InPages):
+            raise ValueError(_NO_KERNELS)
+        self._seen[name] = seen = form.see(held)
+        return seen
+
+    def _row(self, name: str) -> RowTensor:
+        found = self._rows.get(name)
+        if found is None:
+            raise ValueError(f"layer {self._index} declares no row tensor '{name}' of its own")
+        return found
+
+    # -- values ----------------------------------------------------------------------------------
+
+    def get(self, name: str) -> Tensor:
+        """As `archs.state.LayerState.get`."""
+        # What is returned may be written into.
+        self._step.wrote_fixed = True
+        return self._values.get(self._fixed[name])
+
+    def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
+        """As `archs.state.LayerState.put`."""
+        step, pool = self._step, self._fixed[name]
+        _require_fit(self._index, name, value, (step.batch, *pool.shape[1:]), pool)
+        if each is not None:
+            shape = (step.batch, step.new_tokens, *pool.shape[1:])
+            _require_fit(self._index, name, each, shape, pool)
+        elif self.each:
+            raise ValueError(f"'{name}' needs its value after each token (state.each)")
+        step.wrote_fixed = True
+        self._values.put(pool, value, each if self.each else None)
+
+    def slots(self, name: str) -> Slots:
+        """As `archs.state.LayerState.slots`."""
+        if not isinstance(self._values, Slotted):
+            raise ValueError(_NO_KERNELS)
+        return self._values.slots(self._fixed[name])
+
+
+_NO_KERNELS = "kernels read and write the state of a store that is opened with kernels=True"
+
+
+def _require_fit(layer: int, name: str, given: Tensor, shape: Sequence[int], held: Tensor) -> None:
+    """Raise UserError unless `given` has this shape and the dtype of the store's tensor."""
+    if given.shape != tuple(shape):
+        raise UserError(
+            f"layer {layer} gives '{name}' of shape {list(given.shape)} where this step and its "
+            f"state_spec say {list(shape)}; make both agree"
+        )
+    _require_dtype(layer, name, given.dtype, held)
+
+
+def _require_dtype(layer: int, name: str, dtype: torch.dtype, held: Tensor) -> None:
+    """Raise UserError unless the store's tensor has this dtype."""
+    if dtype != held.dtype:
+        raise UserError(
+            f"layer {layer} gives '{name}' in {dtype} and its state_spec declares {held.dtype}; "
+            "declare what the mixer gives, or convert in the mixer"
+        )

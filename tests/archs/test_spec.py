@@ -1,0 +1,146 @@
+"""What is declared: formats, rows, values; and the bytes that follow from it."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from archs.cost import Step, state_traffic
+from archs.errors import UserError
+from archs.formats import Format
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from archs.spec import FixedSpec, RowSpec, StateSpec
+from infer.store import StateStore
+from tests.eval.test_conformance import DATA
+
+HALF, WIDE = Format.of(torch.bfloat16), Format.of(torch.float32)
+#: 4-bit numbers in groups of 32 with a scale and a zero point in bfloat16.
+INT4 = Format(dtype=torch.uint8, bits=4, kind="int", group=32, scale=HALF, zero=HALF)
+
+
+def row(**options: Any) -> RowSpec:
+    """Rows of 64 bytes."""
+    return RowSpec(**{"name": "kv", "shape": (2, 16), "format": HALF, **options})
+
+
+@pytest.mark.parametrize(
+    ("stored", "numbers", "nbytes"),
+    [(HALF, 7, 14), (INT4, 64, 32 + 2 * 2 * 2), (INT4, 33, 17 + 2 * 2 * 2),
+     (Format(dtype=torch.int32, bits=3, kind="int"), 11, 8)],
+    ids=str,
+)  # fmt: skip
+def test_bytes_of_a_format_include_its_scales(stored: Format, numbers: int, nbytes: int) -> None:
+    assert stored.nbytes(numbers) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"bits": 9, "dtype": torch.uint8}, "bits=9 do not fit in an element of torch.uint8"),
+     ({"group": 32}, "group=32 with scale=None"),
+     ({"group": 0, "scale": HALF}, "group=0 must be at least 1"),
+     ({"zero": HALF}, "a zero point belongs to a scale")],
+    ids=str,
+)  # fmt: skip
+def test_a_format_that_contradicts_itself_is_refused(options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Format(**{"dtype": torch.int8, "bits": 4, **options})
+
+
+def test_a_dtype_without_plain_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"dtype torch\.complex64; choose one of float64"):
+        Format.of(torch.complex64)
+
+
+def test_a_format_that_no_store_holds_yet_is_refused() -> None:
+    with pytest.raises(UserError, match="'kv' is declared as int4 in groups of 32"):
+        StateStore([StateSpec(rows=(row(format=INT4),))], max_sequences=1, max_context=8)
+
+
+@pytest.mark.parametrize(
+    ("context", "new", "visible"), [(0, 1, 1), (3, 2, 5), (20, 1, 7), (20, 4, 10), (20, 0, 7)]
+)
+def test_visible_rows_of_a_window_with_sinks(context: int, new: int, visible: int) -> None:
+    assert row(window=5, sinks=2).visible_rows(context, new) == visible
+
+
+def test_rows_of_several_tokens_come_when_they_are_complete() -> None:
+    means = row(every=4)
+    assert [means.rows(n) for n in (0, 3, 4, 11)] == [0, 0, 1, 2]
+    assert means.new_rows(3, 1) == 1 and means.new_rows(4, 3) == 0
+    assert means.visible_rows(6, 2) == 2
+    assert means.held_pages(40, page_size=4) == 3
+    assert StateSpec(rows=(means,)).bytes_per_token == 16
+    assert StateSpec(rows=(row(every=3),)).bytes_per_token == pytest.approx(64 / 3)
+    assert StateSpec(rows=(row(every=4),)).write_bytes(1, context=3) == 64
+    assert StateSpec(rows=(row(every=4),)).write_bytes(1, context=4) == 0
+
+
+def test_held_scanned_and_gathered_bytes_are_told_apart() -> None:
+    key = row(name="key", shape=(4,))
+    spec = StateSpec(rows=(key, row(picks=16)), fixed=(value(),))
+    assert spec.state_bytes(1000) == 1000 * (8 + 64) + 40
+    assert spec.scanned_bytes(1000) == 1001 * 8
+    assert spec.gathered_bytes(1000) == 16 * 64
+    assert spec.gathered_bytes(9, 2) == 2 * 11 * 64
+    assert spec.read_bytes(1000) == 1001 * 8 + 16 * 64 + 40
+
+
+def value(**options: Any) -> FixedSpec:
+    """A value of 40 bytes."""
+    return FixedSpec(**{"name": "memory", "shape": (10,), "format": WIDE, **options})
+
+
+@pytest.mark.parametrize(
+    ("new", "lookback", "values"), [(1, 0, 1), (4, 0, 1), (4, 4, 4), (8, 4, 5), (9, 4, 1)]
+)
+def test_values_that_a_rollback_can_reach_are_written_one_by_one(
+    new: int, lookback: int, values: int
+) -> None:
+    spec = StateSpec(fixed=(value(),))
+    assert spec.write_bytes(new, lookback=lookback) == values * 40
+    assert state_traffic(spec, Step(3, new, 50, lookback)) == {
+        "state_read_bytes": 3 * 40, "state_write_bytes": 3 * values * 40
+    }  # fmt: skip
+
+
+def test_a_replayed_value_is_held_once_and_names_its_rows() -> None:
+    inputs = row(name="inputs", window=4)
+    spec = StateSpec(rows=(inputs,), fixed=(value(replay="inputs"),))
+    assert spec.state_bytes(100, lookback=4) == (4 + 3) * 64 + 40
+    with pytest.raises(UserError, match="replays 'rows', which is no windowed row tensor"):
+        StateSpec(rows=(inputs,), fixed=(value(replay="rows"),))
+    with pytest.raises(UserError, match="rolled back by replaying 'inputs', which no store does"):
+        StateStore([spec], max_sequences=1, max_context=8, lookback=4)
+
+
+@pytest.mark.parametrize("name", ["every", "window", "picks"])
+def test_counts_below_one_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"'kv': {name}=0 must be at least 1"):
+        row(**{name: 0})
+
+
+def test_a_layer_may_read_anothers_rows_beside_its_own() -> None:
+    spec = ModelSpec(arch=str(DATA / "pooled_rows.py"), scale=get_scale("tiny")).outline()
+    first, second = spec.state_specs()[:2]
+    assert [t.name for t in first.owned] == ["kv", "means"]
+    assert [t.name for t in second.owned] == ["kv"]
+    assert second.bytes_per_token == 0 < second.scanned_bytes(99)
+
+
+@pytest.mark.parametrize("arch", ["gdn", "mamba2"])
+def test_four_tokens_back_hold_five_values_at_1b(arch: str) -> None:
+    specs = ModelSpec(arch=arch, scale=get_scale("1b")).outline(torch.bfloat16).state_specs()
+    store = StateStore(specs, max_sequences=2, max_context=64, lookback=4, device="meta")
+    sequence = store.add()
+    for new in (9, 1, 1, 4, 1, 3):
+        store.commit(store.begin([sequence], new))
+        held = sum(t.nbytes for layer in store.layers for t in layer.fixed.values())
+        assert store.slots is not None and held % store.slots.count == 0
+        one = held // store.slots.count
+        assert store.allocated_bytes <= 5 * one
+    assert store.allocated_bytes == 5 * one == 5 * sum(spec.fixed_bytes for spec in specs)
+    # Of all sequences together: that of zeros and that of padding beside five for each.
+    assert store.slots.count == 2 * 5 + 2
+    store.rollback(sequence, 4)
+    assert store.allocated_bytes == one
