@@ -13,6 +13,7 @@ from typing import Self, TypedDict
 from torch import nn
 
 from archs.errors import UserError
+from archs.formats import Format
 from archs.spec import RowSpec, StateSpec
 
 
@@ -123,12 +124,13 @@ class Cost:
 
 def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
     """A projection of `tokens` rows: weights read once, 2 FLOPs per weight and row."""
-    bias = layer.bias
+    weight, bias = layer.weight, layer.bias
+    stored = Format.of(weight.dtype).nbytes(weight.numel())
     return OpCost(
         name=name,
-        matrix_flops=2 * tokens * layer.weight.numel(),
+        matrix_flops=2 * tokens * weight.numel(),
         vector_flops=0 if bias is None else tokens * bias.numel(),
-        weight_bytes=layer.weight.nbytes + (0 if bias is None else bias.nbytes),
+        weight_bytes=stored + (0 if bias is None else bias.nbytes),
         rows=tokens,
     )
 

@@ -121,6 +121,8 @@ class StepPlan:
         if not due and moved is None:
             return
         self.wrote_rows |= bool(due)
+        # With lookback a copy may stand where an older value of its sequence did.
+        self.wrote_fixed |= moved is not None and self.store.lookback > 0
         for layer in self.store.layers:
             for key, pool, _ in layer.rows.values():
                 if key in due:

@@ -151,7 +151,6 @@ class SlotTable:
         kept, moved = min(new, kept_states(step, self.lookback)), Moved(held)
         if step <= RECURRENT_LIMIT:
             moved.stay = [s for s in held if s.length >= end - self.lookback]
-        # Oldest first, so that the value before the step, which is read, gives way to the last one.
         room: list[State] = []
         for state in held[: len(held) - len(moved.stay)]:
             if state == held[-1] and (kept < self.share or state.slot == ZERO):
@@ -160,16 +159,20 @@ class SlotTable:
                 room.append(state)
             else:
                 moved.parted.append(state)
+        # What the step reads gives way to its last value alone.
+        read = room.pop() if room and room[-1] == held[-1] else None
         moved.parted += room[kept:]
         self._drop(moved.parted)
         for at, length in enumerate(range(end - kept + 1, end + 1)):
-            if at < len(room):
+            if read is not None and length == end:
+                slot = read.slot
+            elif at < len(room):
                 slot = room[at].slot
-                moved.reused.add(slot)
             else:
                 slot = self._take(ZERO + 1)
                 moved.taken.append(slot)
             moved.written.append(State(length, slot))
+        moved.reused = {s.slot for s in moved.written}.difference(moved.taken)
         return moved
 
     def _is_own(self, slot: int) -> bool:
