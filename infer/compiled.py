@@ -16,7 +16,8 @@ from torch import Tensor
 from archs.backbone import Model
 from archs.errors import UserError
 from infer.pages import TableKey
-from infer.plan import Layer, StepPlan
+from infer.plan import StepPlan
+from infer.pools import LayerTensors
 from infer.rows import Held, Plain
 from infer.state import InPlace, LayerState, RowTensor
 from kernels.rope import rope_table
@@ -84,7 +85,7 @@ def _step(
     start: int,
     angles: dict[Rotary, Tensor],
     tables: dict[TableKey, Plain],
-    layers: Sequence[Layer],
+    layers: Sequence[LayerTensors],
 ) -> Tensor:
     """layers: their tensors as the batch sees them: home rows, and values in place."""
     step = TracedStep(tokens, start, angles)
@@ -115,7 +116,7 @@ class CompiledStep:
         self.model = model
         self._layout = model.head_weight.stride()
         self._tables: dict[Rotary, Tensor] | None = None
-        self._layers: dict[tuple[int, int, int], list[Layer]] = {}
+        self._layers: dict[tuple[int, int, int], list[LayerTensors]] = {}
         options: dict[str, Any] = {"guard_filter_fn": _changing}
         if model.embedding.weight.device.type == "cpu":
             options["cpp_wrapper"] = True
@@ -153,21 +154,21 @@ class CompiledStep:
         layers = self._layers_of(step)
         return self._run(self.model, tokens, step.start, angles, tables, layers)
 
-    def _layers_of(self, step: StepPlan) -> list[Layer]:
+    def _layers_of(self, step: StepPlan) -> list[LayerTensors]:
         """The store's tensors as this batch sees them; they stay the same from step to step."""
         first, count = step.sequences[0], len(step.sequences)
         slot = step.values.first if isinstance(step.values, InPlace) else 0
         if (first, slot, count) not in self._layers:
             store = step.store
             self._layers[first, slot, count] = [
-                Layer(
+                LayerTensors(
                     {
-                        name: (key, store.home(index, name, first, count), shape)
+                        name: (key, store.pools.home(index, name, first, count), shape)
                         for name, (key, _, shape) in layer.rows.items()
                     },
                     layer.lent,
                     {name: value.narrow(0, slot, count) for name, value in layer.fixed.items()},
                 )
-                for index, layer in enumerate(store.layers)
+                for index, layer in enumerate(store.pools.layers)
             ]
         return self._layers[first, slot, count]

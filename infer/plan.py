@@ -8,30 +8,19 @@ and chunks of prompts are plans of different shapes and may stand in one batch.
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from archs.spec import RowSpec, kept_states
+from archs.spec import kept_states
 from infer.books import Books, OnDevice, book, staged
 from infer.pages import PageTable, TableKey
+from infer.pools import Pools
 from infer.rows import Held, InPages, RowForm, RowStep
 from infer.slots import SlotChange, SlotTable
-from infer.state import InPlace, LayerState, RowTensor, Shared, Slotted, ValueForm
+from infer.state import InPlace, LayerState, RowTensor, Slotted, StepContext, ValueForm
 from kernels.rope import rope_table
-
-
-class Layer(NamedTuple):
-    """The tensors of one layer in the store, by name.
-
-    rows: of its own: their block table, their pool [*planes, rows, row] and a row's shape.
-    lent: the layers that own the others. fixed: pools [slots, *shape].
-    """
-
-    rows: dict[str, tuple[TableKey, Tensor, tuple[int, ...]]]
-    lent: dict[str, int]
-    fixed: dict[str, Tensor]
 
 
 class Store(Protocol):
@@ -44,12 +33,8 @@ class Store(Protocol):
     lengths: list[int]
     tables: dict[TableKey, PageTable]
     slots: SlotTable | None
-    layers: list[Layer]
+    pools: Pools
     on_device: OnDevice
-
-    def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
-        """The home rows of `count` sequences."""
-        ...
 
 
 class StepPlan:
@@ -123,7 +108,7 @@ class StepPlan:
         self.wrote_rows |= bool(due)
         # With lookback a copy may stand where an older value of its sequence did.
         self.wrote_fixed |= moved is not None and self.store.lookback > 0
-        for layer in self.store.layers:
+        for layer in self.store.pools.layers:
             for key, pool, _ in layer.rows.values():
                 if key in due:
                     due[key].copy_shared(pool)
@@ -296,7 +281,7 @@ class DeviceStep:
 
 
 def layers_of(
-    store: Store, step: Shared, forms: Mapping[TableKey, RowForm], values: ValueForm | None,
+    store: Store, step: StepContext, forms: Mapping[TableKey, RowForm], values: ValueForm | None,
     first: int | None = None,
 ) -> list[LayerState]:  # fmt: skip
     """One state per layer.
@@ -304,12 +289,12 @@ def layers_of(
     first: of adjacent sequences, whose home rows forms may ask for.
     """
     states: list[LayerState] = []
-    for index, layer in enumerate(store.layers):
+    for index, layer in enumerate(store.pools.layers):
         rows: dict[str, RowTensor] = {}
         for name, (key, pool, shape) in layer.rows.items():
             home = None
             if first is not None and store.tables[key].has_homes:
-                home = store.home(index, name, first, step.batch)
+                home = store.pools.home(index, name, first, step.batch)
             new = step.new_tokens if key.every == 1 else -(-step.new_tokens // key.every)
             rows[name] = RowTensor(Held(pool, home), forms[key], (new, *shape))
         owners = {name: states[owner] for name, owner in layer.lent.items()}
@@ -324,8 +309,3 @@ NONE = InPlace(0, 0)
 def keeps_each(lookback: int, new_tokens: int) -> bool:
     """Whether a step keeps values after tokens before its last, so that it can be rolled back."""
     return lookback > 0 and kept_states(new_tokens, lookback) > 1
-
-
-def key_of(tensor: RowSpec) -> TableKey:
-    """The block table behind a row tensor."""
-    return TableKey(tensor.every, tensor.window, tensor.sinks)

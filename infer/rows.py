@@ -17,7 +17,7 @@ from infer.books import Books, RowBooks, pool_rows, staged
 from infer.pages import Change, PageTable
 
 
-class Step(Protocol):
+class StepBooks(Protocol):
     """What a step's plan tells of it; `infer.plan.StepPlan` says what each is."""
 
     sequences: list[int]
@@ -116,7 +116,7 @@ class RowStep:
     new: rows of the padded batch.
     """
 
-    def __init__(self, plan: Step, table: PageTable) -> None:
+    def __init__(self, plan: StepBooks, table: PageTable) -> None:
         self.plan = plan
         self.table = table
         self.new = -(-plan.new_tokens // table.every)

@@ -17,7 +17,7 @@ from infer.books import Books
 from infer.rows import Held, InPages, Joined, RowForm
 
 
-class Shared(Protocol):
+class StepContext(Protocol):
     """What all layers share in a step.
 
     batch, new_tokens: B and K; new, valid, each: as `archs.state.LayerState`'s.
@@ -112,7 +112,7 @@ class LayerState:
     """As `archs.state.LayerState`."""
 
     def __init__(
-        self, step: Shared, index: int, rows: Mapping[str, RowTensor],
+        self, step: StepContext, index: int, rows: Mapping[str, RowTensor],
         fixed: Mapping[str, Tensor], values: ValueForm, owners: Mapping[str, "LayerState"],
     ) -> None:  # fmt: skip
         self._step = step

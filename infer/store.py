@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
-from archs.spec import RECURRENT_LIMIT, FixedSpec, RowSpec, StateSpec, TensorSpec
+from archs.spec import RECURRENT_LIMIT, StateSpec
 from infer.books import OnDevice
 from infer.memory import require_memory
 from infer.pages import PageTable, StoreFullError, TableKey
-from infer.plan import Layer, StepPlan, key_of
+from infer.plan import StepPlan
+from infer.pools import Pools, key_of
 from infer.slots import SlotTable
 from infer.synthetic import synthesise
 
@@ -89,14 +90,8 @@ class StateStore:
         if any(spec.fixed for spec in self.specs):
             self.slots = SlotTable(sequences=max_sequences, lookback=lookback)
         self._bounded = self.slots is not None or any(k.window is not None for k in self.tables)
-        self.layers = [self._layer(spec) for spec in self.specs]
+        self.pools = Pools(self.specs, self.tables, self.slots, lookback, self.device)
         self.on_device = OnDevice(self.tables, max_sequences, max_context, self.device)
-        self._homes: dict[tuple[int, str, int, int], Tensor] = {}
-        # Counted from the tensors, and once: they stay, and a step adds up its bytes.
-        self._page_bytes = {key: self._bytes_of_a_page(key) for key in self.tables}
-        self._slot_bytes = sum(
-            value[0].nbytes for layer in self.layers for value in layer.fixed.values()
-        )
         self.peak_bytes = 0
 
     # -- sequences ---------------------------------------------------------------------------
@@ -308,7 +303,7 @@ class StateStore:
         """
         self._require_open(sequence)
         held = []
-        for layer in self.layers:
+        for layer in self.pools.layers:
             found: dict[str, Tensor] = {}
             if self.slots is not None:
                 current = self.slots.current(sequence)
@@ -335,61 +330,10 @@ class StateStore:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of pages and slots that open sequences hold."""
-        paged = sum(table.used * self._page_bytes[key] for key, table in self.tables.items())
-        return paged + (0 if self.slots is None else self.slots.used * self._slot_bytes)
-
-    def _bytes_of_a_page(self, key: TableKey) -> int:
-        """Bytes of one page of a table in the pools of all its tensors."""
-        rows = (r for layer in self.layers for r in layer.rows.values())
-        total = sum(pool.nbytes for held_by, pool, _ in rows if held_by == key)
-        return total // (self.tables[key].n_pages + 1)
+        paged = sum(table.used * self.pools.page_bytes[key] for key, table in self.tables.items())
+        return paged + (0 if self.slots is None else self.slots.used * self.pools.slot_bytes)
 
     # -- inside ------------------------------------------------------------------------------
-
-    def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
-        """The home rows of `count` sequences from `first` on, [count, *planes, home_rows, row].
-
-        A view of the pool, made once: a small decode step is bound by the calls it makes.
-        """
-        key = layer, name, first, count
-        found = self._homes.get(key)
-        if found is None:
-            table_key, pool, _ = self.layers[layer].rows[name]
-            table = self.tables[table_key]
-            pool = pool.narrow(-2, 0, table.n_pages * self.page_size)
-            homes = pool.unflatten(-2, (-1, table.home_rows)).narrow(-3, first, count)
-            self._homes[key] = found = homes.movedim(-3, 0)
-        return found
-
-    def _layer(self, spec: StateSpec) -> Layer:
-        return Layer(
-            {t.name: (key_of(t), self._pool(t), t.shape) for t in spec.owned},
-            {t.name: t.owner for t in spec.rows if t.owner is not None},
-            {t.name: self._values(t) for t in spec.fixed},
-        )
-
-    def _pool(self, tensor: RowSpec) -> Tensor:
-        # One page more, for the rows of padding.
-        rows = (self.tables[key_of(tensor)].n_pages + 1) * self.page_size
-        return self._zeros(tensor, (*tensor.shape[:-1], rows, tensor.shape[-1]))
-
-    def _values(self, tensor: FixedSpec) -> Tensor:
-        if tensor.replay is not None and self.lookback:
-            raise UserError(
-                f"'{tensor.name}' is to be rolled back by replaying '{tensor.replay}', which no "
-                "store does yet; open it with lookback=0, or declare copies (replay=None)"
-            )
-        assert self.slots is not None
-        return self._zeros(tensor, (self.slots.count, *tensor.shape))
-
-    def _zeros(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Tensor:
-        # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.
-        if not tensor.format.is_plain:
-            raise UserError(
-                f"'{tensor.name}' is declared as {tensor.format}, which no store holds yet; "
-                "declare a plain format"
-            )
-        return torch.zeros(shape, dtype=tensor.format.dtype, device=self.device)
 
     def _note_peak(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)

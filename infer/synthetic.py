@@ -16,7 +16,7 @@ def synthesise(step: StepPlan) -> None:
     store = step.store
     runs = {key: new_rows(step, table) for key, table in step.tables.items()}
     slots = {s for row in step.slots.write for s in row if s >= 0}
-    for layer in store.layers:
+    for layer in store.pools.layers:
         for key, pool, _ in layer.rows.values():
             for first, end in runs[key]:
                 _fill(pool[..., first:end, :])

@@ -108,7 +108,7 @@ def check_bytes(subject: Subject) -> Check:
 def held_bytes(store: StateStore) -> int:
     """Bytes of the store's tensors that open sequences hold: pages in use, and slots."""
     total = 0
-    for layer in store.layers:
+    for layer in store.pools.layers:
         for key, pool, _ in layer.rows.values():
             table = store.tables[key]
             total += pool.nbytes // (table.n_pages + 1) * sum(n > 0 for n in table.refs)

@@ -53,7 +53,7 @@ def test_lowest_layer_of_a_group_owns_the_state(
     specs = model.state_specs()
     assert [s.rows[0].owner for s in specs] == owners
     store = Engine(model, max_context=32).store
-    for spec, layer in zip(specs, store.layers, strict=True):
+    for spec, layer in zip(specs, store.pools.layers, strict=True):
         assert bool(layer.rows) is bool(spec.owned)
 
 

@@ -135,7 +135,7 @@ def test_four_tokens_back_hold_five_values_at_1b(arch: str) -> None:
     sequence = store.add()
     for new in (9, 1, 1, 4, 1, 3):
         store.commit(store.begin([sequence], new))
-        held = sum(t.nbytes for layer in store.layers for t in layer.fixed.values())
+        held = sum(t.nbytes for layer in store.pools.layers for t in layer.fixed.values())
         assert store.slots is not None and held % store.slots.count == 0
         one = held // store.slots.count
         assert store.allocated_bytes <= 5 * one

@@ -16,7 +16,7 @@ from archs.state import LayerState
 from eval.agreement import Agreement
 from eval.conformance import LAWS, Check, Subject, judge, run_checks
 from eval.conformance.declared import STEPS
-from infer.store import StateStore
+from infer.pools import Pools
 
 DATA = Path(__file__).parents[1] / "data"
 BASE = DATA / "tailed_sum.py"
@@ -293,13 +293,13 @@ def test_arithmetic_of_the_delta_rule_grows_with_tokens_not_with_their_square(
 
 
 def test_pools_of_twice_the_rows_are_counted_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = StateStore._pool
+    honest = Pools._rows
 
-    def doubled(self: StateStore, tensor: RowSpec) -> Tensor:
+    def doubled(self: Pools, tensor: RowSpec) -> Tensor:
         pool = honest(self, tensor)
         return torch.cat((pool, pool), -2)
 
-    monkeypatch.setattr(StateStore, "_pool", doubled)
+    monkeypatch.setattr(Pools, "_rows", doubled)
     subject = Subject("gqa")
     found = judge(subject, "declared = allocated bytes")
     assert found.passed is False

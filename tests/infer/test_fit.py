@@ -51,7 +51,7 @@ def test_rows_of_another_type_are_refused(
             UserError, match=rf"layer 0 gives 'kv' in {given} .*declares {declared}"
         ):
             layer.append("kv", rows)
-    assert not store.layers[0].rows["kv"][1].float().any()
+    assert not store.pools.layers[0].rows["kv"][1].float().any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,7 +68,7 @@ def test_fixed_tensors_of_another_type_are_refused(lookback: int, backend: str) 
     layer.put("cell", good, good[:, None].expand(-1, 2, -1) if lookback else None)
     assert store.slots is not None
     now = [store.slots.current(sequence) for sequence in (0, 1)]
-    assert store.layers[0].fixed["cell"][now].tolist() == good.tolist()
+    assert store.pools.layers[0].fixed["cell"][now].tolist() == good.tolist()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

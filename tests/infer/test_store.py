@@ -54,7 +54,7 @@ def test_a_plain_batch_is_read_without_a_gather() -> None:
     feed(store, slots, [1, 2, 3])
     step = store.begin(slots, 1)
     seen = step.layers[0].append("kv", torch.zeros(2, 1, 2, 3))
-    assert seen.rows.untyped_storage().data_ptr() == store.layers[0].rows["kv"][1].data_ptr()
+    assert seen.rows.untyped_storage().data_ptr() == store.pools.layers[0].rows["kv"][1].data_ptr()
     assert seen.mask is None
 
 

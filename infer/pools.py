@@ -1,0 +1,102 @@
+"""The tensors of a store: a pool for every row tensor and every fixed tensor of every layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from archs.errors import UserError
+from archs.spec import FixedSpec, RowSpec, StateSpec, TensorSpec
+from infer.pages import PageTable, TableKey
+from infer.slots import SlotTable
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of one layer in the store, by name.
+
+    rows: of its own: their block table, their pool [*planes, rows, row] and a row's shape.
+    lent: the layers that own the others. fixed: pools [slots, *shape].
+    """
+
+    rows: dict[str, tuple[TableKey, Tensor, tuple[int, ...]]]
+    lent: dict[str, int]
+    fixed: dict[str, Tensor]
+
+
+class Pools:
+    """Rows of one plane (a head of K, say) lie together; values lie in slots.
+
+    page_bytes: of a page of each block table, in the pools of all its tensors; slot_bytes: of a
+    slot in those of all fixed tensors. Both are counted from the tensors.
+    Raises UserError for a tensor that no store can hold yet.
+    """
+
+    def __init__(
+        self, specs: Sequence[StateSpec], tables: Mapping[TableKey, PageTable],
+        slots: SlotTable | None, lookback: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        self._tables = tables
+        self._slots = slots
+        self._lookback = lookback
+        self._device = device
+        self.layers = [self._layer(spec) for spec in specs]
+        self.page_bytes = {key: self._bytes_of_a_page(key) for key in tables}
+        self.slot_bytes = sum(t[0].nbytes for layer in self.layers for t in layer.fixed.values())
+        self._homes: dict[tuple[int, str, int, int], Tensor] = {}
+
+    def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
+        """The home rows of `count` sequences from `first` on, [count, *planes, home_rows, row].
+
+        A view of the pool, made once: a small decode step is bound by the calls it makes.
+        """
+        at = layer, name, first, count
+        found = self._homes.get(at)
+        if found is None:
+            key, pool, _ = self.layers[layer].rows[name]
+            table = self._tables[key]
+            pool = pool.narrow(-2, 0, table.n_pages * table.page_size)
+            homes = pool.unflatten(-2, (-1, table.home_rows)).narrow(-3, first, count)
+            self._homes[at] = found = homes.movedim(-3, 0)
+        return found
+
+    def _layer(self, spec: StateSpec) -> LayerTensors:
+        return LayerTensors(
+            {t.name: (key_of(t), self._rows(t), t.shape) for t in spec.owned},
+            {t.name: t.owner for t in spec.rows if t.owner is not None},
+            {t.name: self._values(t) for t in spec.fixed},
+        )
+
+    def _rows(self, tensor: RowSpec) -> Tensor:
+        table = self._tables[key_of(tensor)]
+        # One page more, for the rows of padding.
+        rows = (table.n_pages + 1) * table.page_size
+        return self._zeros(tensor, (*tensor.shape[:-1], rows, tensor.shape[-1]))
+
+    def _values(self, tensor: FixedSpec) -> Tensor:
+        if tensor.replay is not None and self._lookback:
+            raise UserError(
+                f"'{tensor.name}' is to be rolled back by replaying '{tensor.replay}', which no "
+                "store does yet; open it with lookback=0, or declare copies (replay=None)"
+            )
+        assert self._slots is not None
+        return self._zeros(tensor, (self._slots.count, *tensor.shape))
+
+    def _zeros(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Tensor:
+        # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.
+        if not tensor.format.is_plain:
+            raise UserError(
+                f"'{tensor.name}' is declared as {tensor.format}, which no store holds yet; "
+                "declare a plain format"
+            )
+        return torch.zeros(shape, dtype=tensor.format.dtype, device=self._device)
+
+    def _bytes_of_a_page(self, key: TableKey) -> int:
+        rows = (r for layer in self.layers for r in layer.rows.values())
+        total = sum(pool.nbytes for held_by, pool, _ in rows if held_by == key)
+        return total // (self._tables[key].n_pages + 1)
+
+
+def key_of(tensor: RowSpec) -> TableKey:
+    """The block table behind a row tensor."""
+    return TableKey(tensor.every, tensor.window, tensor.sinks)
