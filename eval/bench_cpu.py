@@ -19,6 +19,7 @@ from torch import Tensor
 from archs.backbone import Model
 from archs.registry import ModelSpec
 from archs.sizes import Scale, get_scale
+from eval.bench_host import ARCH, BATCH, SCALE, host_work_ms
 from eval.decode import measure_decode
 from infer.engine import Engine
 from kernels.cross_entropy import linear_cross_entropy
@@ -300,7 +301,7 @@ def _seeded() -> torch.Generator:
 
 
 def main() -> None:
-    """Run everything and print two tables."""
+    """Run everything and print three tables."""
     console = Console()
     table = Table("what", "ratio", "spread", "ours ms", "target", "", title="against transformers")
     tiny = ModelSpec(arch="mha", scale=get_scale("tiny"))
@@ -348,6 +349,15 @@ def main() -> None:
             f"{short:,} -> {long:,}", wanted,
         )  # fmt: skip
     console.print(flat)
+    title = f"host work of a step, {BATCH} sequences, {ARCH} at {SCALE}"
+    host = Table("rolls back", "median ms", "p99 ms", "target", "", title=title)
+    for lookback in (0, 4):
+        median, p99 = host_work_ms(lookback)
+        host.add_row(
+            f"{lookback} tokens", f"{median:.2f}", f"{p99:.2f}", "p99 <= 1 ms",
+            "met" if p99 <= 1 else "MISSED",
+        )  # fmt: skip
+    console.print(host)
 
 
 if __name__ == "__main__":

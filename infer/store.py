@@ -108,14 +108,14 @@ class StateStore:
                 f"{len(self.lengths)} are free; release some, or open a store with a larger "
                 "max_sequences"
             )
-        slots: list[int] = []
+        opened: list[int] = []
         try:
             for _ in range(count):
-                slots.append(self.add())
-            yield slots
+                opened.append(self.add())
+            yield opened
         finally:
-            for slot in slots:
-                self.release(slot)
+            for sequence in opened:
+                self.release(sequence)
 
     def add(self) -> int:
         """Open an empty sequence and return its number. Raises StoreFullError."""

@@ -27,6 +27,7 @@ from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import RECURRENT_LIMIT
+from infer.counted import Counted
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from infer.pages import StoreFullError
@@ -317,6 +318,13 @@ class CompiledMachine(Machine):
             self.engines[self.kind] = Engine(
                 self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=4, compiled=True
             )
+        store = self.engines[self.kind].store
+        # Which page is taken next must not depend on the histories before: it decides what a
+        # failed step has overwritten.
+        for table in store.tables.values():
+            table._pages = Counted(table.n_pages)
+        if store.slots is not None:
+            store.slots._slots = Counted(len(store.slots.refs) - 1, first=1)
         return self.engines[self.kind]
 
     def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
