@@ -35,6 +35,7 @@ from kernels import (
 )
 from kernels.norm import l2_norm
 from tests.kernels.interpreter import interpreted
+from tests.kernels.slots import in_place
 
 MAX_TOKENS = 8
 #: Tokens that step kernels are given at most: each launch interprets every program anew.
@@ -128,8 +129,12 @@ def slotted(
         slots = torch.arange(batch, 0, -1)
         pool[slots] = state
         constants: dict[str, Any] = {key: inputs.pop(key) for key in fixed}
-        constants |= {state_name: pool, "slots": slots.int()}
-        y = by_steps(step, inputs, constants, MAX_TOKENS)
+
+        def placed(**given: Any) -> Tensor:
+            tokens = max(given[name].shape[1] for name in inputs)
+            return step(**given, **in_place(slots.tolist(), tokens))
+
+        y = by_steps(placed, inputs, constants | {state_name: pool}, MAX_TOKENS)
         return y, pool[slots]
 
     return run
@@ -157,7 +162,8 @@ def conv_kernels(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tupl
     """The convolution's kernels on many tokens: outputs first, then the tail in its slot."""
     y = conv_chunk.causal_conv(x, weight, bias, state)
     tail = state.detach().clone()
-    conv_chunk.conv_tail_(x.detach(), tail, torch.arange(len(tail)).int())
+    slots = torch.arange(len(tail)).int()
+    conv_chunk.conv_tail_(x.detach(), tail, slots, slots)
     return y, tail
 
 
