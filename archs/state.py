@@ -141,6 +141,24 @@ class PagedSeen:
 Rows = Seen | PagedSeen
 
 
+def pages_of(seen: Rows) -> Pages | None:
+    """The pages of rows that attention kernels can read; None: only the rows themselves.
+
+    Kernels know rows of one token each, of which a token sees its own.
+    """
+    if not isinstance(seen, PagedSeen) or seen.pages.ends is not None:
+        return None
+    return seen.pages
+
+
+def mask_of(seen: Rows, new_tokens: int) -> Tensor:
+    """bool [1 or B, K, S]: which rows each of K new tokens may see, said in full."""
+    if seen.mask is not None:
+        return seen.mask.squeeze(1)
+    everything = torch.ones(1, new_tokens, seen.length, dtype=torch.bool, device=seen.rows.device)
+    return everything.tril() if seen.causal else everything
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slots:
     """A fixed tensor as a kernel updates it: read from one slot, written to others.
@@ -151,6 +169,7 @@ class Slots:
       valid token's may be the one that was read.
     last:  int32 [B], the slot of the value after the step; that of padding where no token is valid.
     each:  whether values after tokens before the last valid one are kept, too.
+    in_place: whether `last` is what was read, for every sequence of every step.
     new:   int32 [B] valid new tokens of a right-padded batch (None: all K).
     arrivals: int32 zeros that the programs of one norm count in and leave at zero.
     """
@@ -160,6 +179,7 @@ class Slots:
     write: Tensor
     last: Tensor
     each: bool
+    in_place: bool
     new: Tensor | None
     arrivals: Tensor
 

@@ -208,7 +208,7 @@ class StepPlan:
         adjacent = read == list(range(read[0], read[0] + count)) and read == self.slots.last
         if adjacent and not self.each and not self.kernels:
             return InPlace(read[0], count)
-        return Slotted(self.books, self.each, slots.padding)
+        return Slotted(self.books, self.each, slots.lookback == 0, slots.padding)
 
     @cached_property
     def layers(self) -> list[LayerState]:
@@ -276,7 +276,8 @@ class DeviceStep:
         }
         values = None
         if store.slots is not None:
-            values = Slotted(self.books, self.each, store.slots.padding)
+            slots = store.slots
+            values = Slotted(self.books, self.each, slots.lookback == 0, slots.padding)
         return layers_of(store, self, forms, values)
 
 

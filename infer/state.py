@@ -76,6 +76,7 @@ class Slotted(NamedTuple):
 
     books: Books
     each: bool
+    in_place: bool
     padding: int
 
     def get(self, pool: Tensor) -> Tensor:
@@ -93,6 +94,7 @@ class Slotted(NamedTuple):
         books = self.books
         return Slots(
             pool=pool, read=books.read, write=books.write, last=books.last, each=self.each,
+            in_place=self.in_place,
             new=books.count if books.ragged else None, arrivals=books.shared.arrivals,
         )  # fmt: skip
 

@@ -72,9 +72,11 @@ class StateStore:
         self._lost: set[int] = set()
         self._step: StepPlan | None = None
         wanted = self.declared_bytes(max_context) * max_sequences
+        row_bytes = sum(t.nbytes for s in self.specs for t in s.owned)
         if pages is not None:
-            page_bytes = page_size * sum(t.nbytes for s in self.specs for t in s.owned)
-            wanted = min(wanted, pages * page_bytes)
+            wanted = min(wanted, pages * page_size * row_bytes)
+        # Beside them a page for padding, and the slots of zeros and of padding.
+        wanted += page_size * row_bytes + 2 * sum(s.fixed_bytes for s in self.specs)
         require_memory(
             wanted, self.device, f"the state of {max_sequences} sequences of {max_context} tokens"
         )

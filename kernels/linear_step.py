@@ -21,6 +21,7 @@ from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.rope_rotate import rope_rotate_ref
 from kernels.step import (
     POINTERS,
+    keep_state,
     last_slot,
     require_dims,
     require_heads,
@@ -95,9 +96,7 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
         yt = tl.sum(qt[:, None] * s, 0) * SCALE
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
         if EACH:
-            slot = tl.load(write + row).to(tl.int64)
-            kept = inside & valid & (t < count - 1) & (slot >= 0)
-            tl.store(own + slot * slot_stride, s.to(state.dtype.element_ty), mask=kept)
+            keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
     to = own + last.to(tl.int64) * slot_stride
     tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:

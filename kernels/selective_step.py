@@ -18,6 +18,7 @@ from kernels.ahead import TOKEN_LOADS, Variant
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
+    keep_state,
     last_slot,
     require_dims,
     require_like,
@@ -75,9 +76,7 @@ def selective_step_fwd_kernel(  # type: ignore[no-untyped-def]
             yt = yt * zt * tl.sigmoid(zt)
         tl.store(y + row * E + e, yt.to(y.dtype.element_ty), mask=in_e)
         if EACH:
-            slot = tl.load(write + row).to(tl.int64)
-            kept = inside & valid & (t < count - 1) & (slot >= 0)
-            tl.store(own + slot * slot_stride, h.to(state.dtype.element_ty), mask=kept)
+            keep_state(own, write + batch * K, slot_stride, h, inside, t, count)
     to = own + last.to(tl.int64) * slot_stride
     tl.store(to, h.to(state.dtype.element_ty), mask=inside & (last >= 0))
 

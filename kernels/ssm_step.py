@@ -20,6 +20,7 @@ from kernels.norm import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.step import (
     POINTERS,
+    keep_state,
     last_slot,
     require_dims,
     require_heads,
@@ -83,9 +84,7 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
         yt = tl.sum(ct[:, None] * s, 0) + skip * xt
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
         if EACH:
-            slot = tl.load(write + row).to(tl.int64)
-            kept = inside & valid & (t < count - 1) & (slot >= 0)
-            tl.store(own + slot * slot_stride, s.to(state.dtype.element_ty), mask=kept)
+            keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
     to = own + last.to(tl.int64) * slot_stride
     tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:

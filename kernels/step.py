@@ -41,6 +41,18 @@ def last_slot(write, count, K: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.load(write + at, mask=at >= 0, other=-1)
 
 
+@triton.jit
+def keep_state(own, write, slot_stride, s, inside, t, count):  # type: ignore[no-untyped-def]
+    """Store the state s after token t of a sequence in the token's slot, where it is kept.
+
+    own: the tile's place in slot 0; write: the slots of the sequence's tokens. The last of its
+    `count` tokens is left out: its slot may be the one that was read.
+    """
+    slot = tl.load(write + t).to(tl.int64)
+    kept = inside & (t < count - 1) & (slot >= 0)
+    tl.store(own + slot * slot_stride, s.to(own.dtype.element_ty), mask=kept)
+
+
 def require_dims(name: str, tensor: Tensor, dims: int) -> None:
     """Raise ValueError unless the tensor has that many dimensions."""
     if tensor.dim() != dims:

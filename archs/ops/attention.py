@@ -1,5 +1,7 @@
 """Softmax attention of the new tokens over what they may see, by backend.
 
+Kernels know rows of one token each; those of several are gathered and go to torch's attention.
+
 Training is torch's fused attention under every backend: it picks FlashAttention or cuDNN, whose
 published forward and backward rates on Hopper are above those of Triton kernels.
 """
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from archs.backends import Forms
 from archs.ops import libraries
-from archs.state import PagedSeen, Rows
+from archs.state import Rows, pages_of
 from kernels.attention import attention, latent_attention
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
@@ -49,9 +51,9 @@ def _torch(q: Tensor, seen: Rows) -> Tensor:
 
 
 def _triton(q: Tensor, seen: Rows) -> Tensor:
-    if not isinstance(seen, PagedSeen):
+    p = pages_of(seen)
+    if p is None:
         return _torch(q, seen)
-    p = seen.pages
     k, v = p.pool.unbind(0)
     at: dict[str, Any] = {"page_size": p.page_size, "window": p.window, "sinks": p.sinks}
     if q.shape[1] <= DECODE_LIMIT:
@@ -64,7 +66,8 @@ def _triton(q: Tensor, seen: Rows) -> Tensor:
 
 
 def _flash_attn(q: Tensor, seen: Rows) -> Tensor:
-    return libraries.flash_attention(q, seen) if isinstance(seen, PagedSeen) else _torch(q, seen)
+    p = pages_of(seen)
+    return _torch(q, seen) if p is None else libraries.flash_attention(q, p)
 
 
 def _latent_torch(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Tensor:
@@ -74,11 +77,11 @@ def _latent_torch(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Tens
 
 
 def _latent_triton(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Tensor:
-    if not isinstance(seen, PagedSeen):
+    p, new = pages_of(seen), q.shape[1]
+    if p is None:
         return _latent_torch(q, q_rotary, seen, scale)
     from kernels.mla_decode import mla_decode
 
-    p, new = seen.pages, q.shape[1]
     pieces = []
     for start in range(0, new, MLA_DECODE_LIMIT):
         at = slice(start, start + MLA_DECODE_LIMIT)
@@ -98,11 +101,11 @@ def _expanded_torch(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
 
 
 def _expanded_triton(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
-    if not isinstance(seen, PagedSeen):
+    p = pages_of(seen)
+    if p is None:
         return _expanded_torch(q, k, v, seen)
     from kernels.attention_prefill import attention_prefill
 
-    p = seen.pages
     batch, heads, rows = k.shape[:3]
     # Each sequence's rows of a head are a run of pages of its own.
     pages = rows // p.page_size

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from archs.backends import NoFormError
 from archs.errors import UserError
-from archs.state import LayerState, PagedSeen, Slots
+from archs.state import LayerState, Pages, Slots
 
 
-def flash_attention(q: Tensor, seen: PagedSeen) -> Tensor:
+def flash_attention(q: Tensor, p: Pages) -> Tensor:
     """flash-attn's decode over pages. q: [B, K, H, d] -> [B, K, H, d]."""
     from flash_attn import flash_attn_with_kvcache
 
-    p = seen.pages
     if p.sinks:
         raise NoFormError(f"sinks={p.sinks}: flash-attn has no sinks; use --backend triton")
     # [G, pages * page_size, d] as the library's [pages, page_size, G, d].
@@ -38,7 +37,7 @@ def single(x: Tensor, state: LayerState | None, name: str, library: str) -> Slot
     if state is None or x.shape[1] > 1:
         return None
     at = state.slots(name)
-    if at.new is not None or at.each:
+    if at.new is not None or not at.in_place:
         raise UserError(
             f"{library} serves neither ragged steps nor snapshots for rollback; "
             "use --backend triton"

@@ -10,7 +10,7 @@ from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared
 from archs.spec import RowSpec, StateSpec
-from archs.state import LayerState, Rows, Seen, visible
+from archs.state import LayerState, Rows, Seen, mask_of, visible
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class PickedRows(Mixer):
         return self._attend(q, key_q, state.append("key", key), state.append("kv", kv))
 
     def _attend(self, q: Tensor, key_q: Tensor, keys: Rows, kv: Rows) -> Tensor:
-        scores = (key_q @ keys.rows.mT).masked_fill(~_mask(keys, q.shape[1]), -torch.inf)
+        scores = (key_q @ keys.rows.mT).masked_fill(~mask_of(keys, q.shape[1]), -torch.inf)
         best, at = scores.topk(min(self.config.picks, keys.length), -1)
         batch = torch.arange(len(q), device=q.device)[:, None, None]
         k, v = kv.rows[batch, :, at].unbind(3)
@@ -73,11 +73,3 @@ class PickedRows(Mixer):
         )
         projections = linear_cost("q, k, v, keys", self.qkv_keys, step.tokens)
         return Cost.of(projections, attention, linear_cost("out", self.out, step.tokens))
-
-
-def _mask(seen: Rows, tokens: int) -> Tensor:
-    """bool [1 or B, K, S]."""
-    if seen.mask is not None:
-        return seen.mask.squeeze(1)
-    everything = torch.ones(1, tokens, seen.length, dtype=torch.bool)
-    return everything.tril() if seen.causal else everything

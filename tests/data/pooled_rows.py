@@ -12,7 +12,7 @@ from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared
 from archs.spec import FixedSpec, RowSpec, StateSpec
-from archs.state import LayerState, Rows, Seen, visible
+from archs.state import LayerState, Rows, Seen, mask_of, visible
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +99,7 @@ class PooledRows(Mixer):
         for seen in parts:
             k, v = seen.rows.unbind(1)
             score = q @ k.mT * self.config.dim**-0.5
-            scores.append(score.masked_fill(~_mask(seen, q.shape[1]), -torch.inf))
+            scores.append(score.masked_fill(~mask_of(seen, q.shape[1]), -torch.inf))
             values.append(v)
         weights = torch.cat(scores, -1).softmax(-1).split([s.shape[-1] for s in scores], -1)
         mixed = [w @ v for w, v in zip(weights, values, strict=True)]
@@ -127,11 +127,3 @@ class PooledRows(Mixer):
         )
         projections = linear_cost("q, k, v", self.qkv, step.tokens)
         return Cost.of(projections, attention, linear_cost("out", self.out, step.tokens))
-
-
-def _mask(seen: Rows, tokens: int) -> Tensor:
-    """bool [1 or B, K, S]."""
-    if seen.mask is not None:
-        return seen.mask.squeeze(1)
-    everything = torch.ones(1, tokens, seen.length, dtype=torch.bool)
-    return everything.tril() if seen.causal else everything

@@ -14,13 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from archs.errors import UserError
+from archs.formats import Format
+from archs.ops import libraries
+from archs.ops.attention import attend
 from archs.registry import HYBRIDS, REGISTRY
+from archs.spec import RowSpec, StateSpec
 from archs.state import LayerState
 from eval.conformance import CHECK_SCALE, Subject, error_of
 from eval.conformance.laws import check_fork, check_padding, check_rollback
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from infer.sampling import Sampling
+from infer.store import StateStore
 from tests.infer.recorded import Again
 from tests.kernels.interpreter import interpreted
 
@@ -246,3 +251,45 @@ def test_a_library_that_lacks_an_operation_says_so() -> None:
     slot = engine.store.add()
     with pytest.raises(UserError, match=r"gated delta rule has no form for backend 'flash-attn'"):
         engine.extend([slot], torch.zeros(1, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 9])
+def test_attention_over_rows_of_several_tokens_sees_those_that_are_complete(tokens: int) -> None:
+    """Kernels know one row a token: these go to torch's attention, or nobody would be told."""
+    pooled = RowSpec(name="kv", shape=(2, 1, 16), format=Format.of(torch.float32), every=3)
+    store = StateStore(
+        [StateSpec(rows=(pooled,))], max_sequences=2, max_context=64, page_size=16, kernels=True
+    )
+    pair = [store.add(), store.add()]
+    rows = torch.randn(2, 8, 2, 1, 16)
+    with store.step(pair, 20, torch.tensor([20, 16])) as step:
+        step.layers[0].append("kv", rows[:, :7])
+    with store.step(pair, tokens) as step:
+        more = -(-tokens // 3)
+        fresh = torch.randn(2, more, 2, 1, 16)
+        seen = step.layers[0].append("kv", fresh)
+        q = torch.randn(2, tokens, 2, 16)
+        got = attend(q, seen, backend="triton")
+    for b, past in enumerate((20, 16)):
+        k, v = torch.cat((rows[b, : past // 3], fresh[b])).unbind(1)
+        for t in range(tokens):
+            kept = (past + t + 1) // 3
+            weights = (q[b, t] @ k[:kept, 0].T / 4).softmax(-1)
+            torch.testing.assert_close(got[b, t], weights @ v[:kept, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lookback", [0, 4])
+def test_a_library_that_updates_in_place_gets_no_other_slots(lookback: int) -> None:
+    """Without this, a state that is read from one slot would be taken from another."""
+    spec = Subject("mamba1").model.state_specs()
+    store = StateStore(
+        spec, max_sequences=1, max_context=64, page_size=16, lookback=lookback, kernels=True
+    )
+    x = torch.zeros(1, 1, 4)
+    with store.step([store.add()], 1) as step:
+        if lookback:
+            with pytest.raises(UserError, match="mamba-ssm serves neither ragged steps nor snap"):
+                libraries.single(x, step.layers[0], "ssm", "mamba-ssm")
+        else:
+            at = libraries.single(x, step.layers[0], "ssm", "mamba-ssm")
+            assert at is not None and torch.equal(at.read, at.last)

@@ -6,7 +6,7 @@ every step the logits of all valid tokens must be those of one `forward` over th
 
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -27,13 +27,9 @@ from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import RECURRENT_LIMIT
-from infer.counted import Counted
 from infer.engine import Engine
-from infer.graphs import GraphedStep
 from infer.pages import StoreFullError
 from infer.store import StateStore
-from tests.infer.recorded import Again
-from tests.kernels.interpreter import interpreted
 
 VOCAB, CONTEXT, SLOTS = 31, 56, 4
 SCALE = get_scale("tiny").with_options(
@@ -307,57 +303,6 @@ class Machine(RuleBasedStateMachine):
         assert self.store.allocated_bytes == 0
 
 
-class CompiledMachine(Machine):
-    """Single tokens of plain batches go through compiled code; other batches are refused there."""
-
-    engines: ClassVar[dict[str, Engine]] = {}
-
-    def engine_of(self, data: st.DataObject) -> Engine:
-        # One for all histories of a kind: compiling takes seconds.
-        if self.kind not in self.engines:
-            self.engines[self.kind] = Engine(
-                self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=4, compiled=True
-            )
-        store = self.engines[self.kind].store
-        # Which page is taken next must not depend on the histories before: it decides what a
-        # failed step has overwritten.
-        for table in store.tables.values():
-            table._pages = Counted(table.n_pages)
-        if store.slots is not None:
-            store.slots._slots = Counted(len(store.slots.refs) - 1, first=1)
-        return self.engines[self.kind]
-
-    def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
-        if tokens.shape[1] > 1 or 0 in counts:
-            return super().run(slots, tokens, counts)
-        before = self.books()
-        try:
-            return [row[None].clone() for row in self.engine.extend_last(slots, tokens)]
-        except UserError as error:
-            assert "no plain batch" in str(error) and self.books() == before
-            return super().run(slots, tokens, counts)
-
-
-class DeviceMachine(Machine):
-    """The store as kernels read it, in Triton's interpreter; short steps are recorded and replayed
-    in batches padded to a bucket.
-    """
-
-    backend = "triton"
-    page_sizes = st.sampled_from([16, 32, 64])
-
-    def engine_of(self, data: st.DataObject) -> Engine:
-        engine = super().engine_of(data)
-        if data.draw(st.booleans(), "graphs"):
-            engine.graphed = GraphedStep(engine.model, engine.store, recorder=Again)
-        return engine
-
-    def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
-        if set(counts) != {tokens.shape[1]}:
-            return super().run(slots, tokens, counts)
-        return list(self.engine.verify(slots, tokens).clone())
-
-
 def drive(machine: type[Machine], examples: int, steps: int) -> None:
     run_state_machine_as_test(
         machine,
@@ -380,25 +325,3 @@ def test_any_long_history_gives_what_recomputing_gives(kind: str) -> None:
         kinds = (kind,)
 
     drive(OfKind, 60, 60)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", ["rows", "window 3, sinks 1", "delta rule"])
-def test_compiled_steps_give_what_recomputing_gives(kind: str) -> None:
-    class OfKind(CompiledMachine):
-        kinds = (kind,)
-        engines: ClassVar[dict[str, Engine]] = {}
-
-    drive(OfKind, 30, 25)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", KINDS)
-def test_kernels_give_what_recomputing_gives(kind: str) -> None:
-    class OfKind(DeviceMachine):
-        kinds = (kind,)
-
-    with interpreted():
-        drive(OfKind, 4, 10)

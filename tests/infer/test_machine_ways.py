@@ -1,0 +1,88 @@
+"""Any history once more where steps are compiled, and where kernels run and graphs are replayed."""
+
+from typing import ClassVar
+
+import pytest
+from hypothesis import strategies as st
+from torch import Tensor
+
+from archs.errors import UserError
+from infer.counted import Counted
+from infer.engine import Engine
+from infer.graphs import GraphedStep
+from tests.infer.recorded import Again
+from tests.infer.test_machine import CONTEXT, KINDS, SLOTS, Machine, drive
+from tests.kernels.interpreter import interpreted
+
+
+class CompiledMachine(Machine):
+    """Single tokens of plain batches go through compiled code; other batches are refused there."""
+
+    engines: ClassVar[dict[str, Engine]] = {}
+
+    def engine_of(self, data: st.DataObject) -> Engine:
+        # One for all histories of a kind: compiling takes seconds.
+        if self.kind not in self.engines:
+            self.engines[self.kind] = Engine(
+                self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=4, compiled=True
+            )
+        store = self.engines[self.kind].store
+        # Which page is taken next must not depend on the histories before: it decides what a
+        # failed step has overwritten.
+        for table in store.tables.values():
+            table._pages = Counted(table.n_pages)
+        if store.slots is not None:
+            store.slots._slots = Counted(len(store.slots.refs) - 1, first=1)
+        return self.engines[self.kind]
+
+    def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
+        if tokens.shape[1] > 1 or 0 in counts:
+            return super().run(slots, tokens, counts)
+        before = self.books()
+        try:
+            return [row[None].clone() for row in self.engine.extend_last(slots, tokens)]
+        except UserError as error:
+            assert "no plain batch" in str(error) and self.books() == before
+            return super().run(slots, tokens, counts)
+
+
+class DeviceMachine(Machine):
+    """The store as kernels read it, in Triton's interpreter; short steps are recorded and replayed
+    in batches padded to a bucket.
+    """
+
+    backend = "triton"
+    page_sizes = st.sampled_from([16, 32, 64])
+
+    def engine_of(self, data: st.DataObject) -> Engine:
+        engine = super().engine_of(data)
+        if data.draw(st.booleans(), "graphs"):
+            engine.graphed = GraphedStep(engine.model, engine.store, recorder=Again)
+        return engine
+
+    def run(self, slots: list[int], tokens: Tensor, counts: list[int]) -> list[Tensor]:
+        if set(counts) != {tokens.shape[1]}:
+            return super().run(slots, tokens, counts)
+        return list(self.engine.verify(slots, tokens).clone())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["rows", "window 3, sinks 1", "delta rule"])
+def test_compiled_steps_give_what_recomputing_gives(kind: str) -> None:
+    class OfKind(CompiledMachine):
+        kinds = (kind,)
+        engines: ClassVar[dict[str, Engine]] = {}
+
+    drive(OfKind, 30, 25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_give_what_recomputing_gives(kind: str) -> None:
+    class OfKind(DeviceMachine):
+        kinds = (kind,)
+
+    with interpreted():
+        drive(OfKind, 4, 10)
