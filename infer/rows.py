@@ -7,6 +7,7 @@ joined with them.
 """
 
 from functools import cached_property
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -131,9 +132,14 @@ class RowStep:
         self.before = table.blocks[plan.sequences] if self.joins else None
 
     def reserve(self) -> None:
-        """Make the new rows writable. Raises StoreFullError, with part of the work done."""
+        """Make the new rows writable. Raises StoreFullError, with part of the work done.
+
+        Of sequences that share a page the last keeps it and writes there. The longest comes last,
+        so that what it writes lies behind the rows of all: they may get the page back.
+        """
         reserve, change = self.table.reserve, self.change
-        for row in zip(self.plan.sequences, self.lengths, self.counts, strict=True):
+        wanted = zip(self.plan.sequences, self.lengths, self.counts, strict=True)
+        for row in wanted if self.plan.uniform else sorted(wanted, key=itemgetter(1)):
             reserve(*row, change)
 
     def copy_shared(self, pool: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from infer.store import StateStore
 from tests.infer.test_store import CELL, ROW, feed, held, store_of
 from tests.kernels.interpreter import interpreted
 
+POOLED_ROWS = Path(__file__).parents[1] / "data" / "pooled_rows.py"
 FAILURES = [RuntimeError("device"), torch.OutOfMemoryError("memory"), KeyboardInterrupt()]
 
 
@@ -110,6 +112,29 @@ def test_after_a_failed_step_sequences_go_on_as_if_it_had_not_been(
     for slot in slots:
         engine.store.release(slot)
     assert engine.store.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize(
+    ("arch", "window"), [("gqa", 12), ("swa", 12), ("swa", 2), (str(POOLED_ROWS), 12)]
+)
+def test_whoever_writes_on_in_a_shared_page_leaves_the_rows_of_longer_forks_alone(
+    arch: str, window: int, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last of those who share a page keeps it, and the others get it back where a step fails.
+    engine = engine_for(arch, window, lookback=4, page_size=4)
+    store, tokens = engine.store, ids(1, 31)
+    longest = store.add()
+    for piece in tokens.split([24, 3, 4], 1):
+        engine.extend([longest], piece)
+    slots, lengths = [longest, store.fork(longest), store.fork(longest)], [31, 29, 28]
+    for slot, length in zip(slots, lengths, strict=True):
+        store.rollback(slot, 31 - length)
+    fails_in_last_layer(engine, FAILURES[0], monkeypatch)([slots[i] for i in order], ids(3, 3))
+    more = ids(1, 2, seed=2)
+    for slot, length in zip(slots, lengths, strict=True):
+        expected = engine.model(torch.cat((tokens[:, :length], more), 1))[:, -2:]
+        torch.testing.assert_close(engine.extend([slot], more), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rollback_after_a_failed_step_is_right_or_refused(
