@@ -8,7 +8,7 @@ of weights and state; activations stay in cache and are not counted.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self, TypedDict
+from typing import Protocol, Self, TypedDict, runtime_checkable
 
 from torch import nn
 
@@ -122,15 +122,27 @@ class Cost:
         return self.flops / self.bytes
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A linear layer that says how its weights are stored."""
+
+    @property
+    def format(self) -> Format: ...
+
+
 def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
-    """A projection of `tokens` rows: weights read once, 2 FLOPs per weight and row."""
-    weight, bias = layer.weight, layer.bias
-    stored = Format.of(weight.dtype).nbytes(weight.numel())
+    """A projection of `tokens` rows: weights read once, 2 FLOPs per weight and row.
+
+    Weights are read in the layer's format where it names one (`archs.layers.Projection`), else as
+    their dtype.
+    """
+    weights, bias = layer.in_features * layer.out_features, layer.bias
+    stored = layer.format if isinstance(layer, Stored) else Format.of(layer.weight.dtype)
     return OpCost(
         name=name,
-        matrix_flops=2 * tokens * weight.numel(),
+        matrix_flops=2 * tokens * weights,
         vector_flops=0 if bias is None else tokens * bias.numel(),
-        weight_bytes=stored + (0 if bias is None else bias.nbytes),
+        weight_bytes=stored.nbytes(weights) + (0 if bias is None else bias.nbytes),
         rows=tokens,
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step, linear_cost
+from archs.formats import Format
 from archs.ops import dense
 from archs.ops.dense import Input, Unnormed, norm_swiglu, product
 
@@ -62,6 +63,11 @@ class Projection(Leaf, nn.Linear):
         self.sizes = sizes
         #: Writes into the residual stream: initialised (2L)^-0.5 smaller.
         self.residual = residual
+
+    @property
+    def format(self) -> Format:
+        """How the weights are stored, which is what a step reads of them."""
+        return Format.of(self.weight.dtype)
 
     def __call__(self, x: Input) -> Tensor:
         """`forward`, called directly."""

@@ -236,12 +236,12 @@ class RowBooks:
                 first_kept=self.kept_from if newest else None,
             )  # fmt: skip
             return
-        at, chosen = self._newest_targets if newest else self._targets
+        at, chosen = self._newest_targets if newest else self.targets
         flat = rows.flatten(0, 1)
         pool.index_copy_(-2, at, (flat if chosen is None else flat[chosen]).movedim(0, -2))
 
     @cached_property
-    def _targets(self) -> tuple[Tensor, Tensor | None]:
+    def targets(self) -> tuple[Tensor, Tensor | None]:
         """Pool rows to write, and which of the flattened [B*R] new rows go there (None: all)."""
         return self._chosen(newest=False)
 

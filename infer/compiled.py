@@ -1,12 +1,14 @@
-"""The decode step compiled by torch: one call instead of a hundred small ones.
+"""Decode steps compiled by torch: one call instead of a hundred small ones.
 
-At small sizes a step is bound by the calls it makes, not by bytes. `CompiledStep` hands the
-whole model, with states reduced to tensors and row numbers, to `torch.compile`; lengths are
-symbols, so a growing context compiles nothing anew. It serves plain batches (one length,
-adjacent, at home) and refuses others. Needs a C++ compiler.
+At small sizes a step is bound by the calls it makes, not by bytes. `CompiledStep` hands the whole
+model, with states reduced to tensors and row numbers, to `torch.compile`; lengths are symbols, so a
+growing context compiles nothing anew. Code is compiled for each number of new tokens and each form
+of the state (`Shape`). Rows must be at home in adjacent sequences; other steps are refused. Needs a
+C++ compiler.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -18,14 +20,16 @@ from archs.errors import UserError
 from infer.pages import TableKey
 from infer.plan import StepPlan
 from infer.pools import LayerTensors
-from infer.rows import Held, Plain
-from infer.state import InPlace, LayerState, RowTensor
+from infer.rows import AtHome, Held, Plain
+from infer.state import InPlace, LayerState, RowTensor, Slotted, ValueForm
 from kernels.rope import rope_table
 
 Rotary = tuple[int, float]
 
+_NUMBERS = count()
+
 #: Sources of `_step`'s inputs, in torch's notation, that one engine never changes.
-STAYS = ("G[", *(f"L['{name}']" for name in ("model", "layers", "angles")))
+STAYS = ("G[", *(f"L['{name}']" for name in ("model", "layers", "angles", "every_token")))
 
 
 class Whole(NamedTuple):
@@ -40,38 +44,74 @@ class Whole(NamedTuple):
         pool.copy_(value)
 
 
-class TracedStep:
-    """What all layers share in a step of one token, made of nothing but tensors and numbers."""
+class Indexed(NamedTuple):
+    """Values in any slots, as `Slotted`; read, last: int64 [B]; write: int64 [B * K]."""
 
-    new_tokens = 1
-    new: Tensor | None = None
-    valid: Tensor | None = None
-    each = False
+    read: Tensor
+    write: Tensor
+    last: Tensor
+
+    def get(self, pool: Tensor) -> Tensor:
+        """As `ValueForm.get`."""
+        return pool.index_select(0, self.read)
+
+    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
+        """As `ValueForm.put`."""
+        if each is not None:
+            pool.index_copy_(0, self.write, each.flatten(0, 1))
+        pool.index_copy_(0, self.last, value)
+
+
+class Told(NamedTuple):
+    """What a step's plan tells of it, in tensors; see `archs.state.LayerState`.
+
+    positions: int64 [1 or B, K]; new: int64 [B]; valid: bool [B, K]; both None: all are valid.
+    """
+
+    positions: Tensor
+    new: Tensor | None
+    valid: Tensor | None
+    each: bool
+
+
+class TracedStep:
+    """What all layers share in a step, made of nothing but tensors and numbers."""
+
     wrote_rows = wrote_fixed = True
 
-    def __init__(self, tokens: Tensor, start: int, angles: dict[Rotary, Tensor]) -> None:
-        self.batch = tokens.shape[0]
-        self.start = start
+    def __init__(self, tokens: Tensor, told: Told, angles: Mapping[Rotary, Tensor]) -> None:
+        self.batch, self.new_tokens = tokens.shape
+        self.positions, self.new, self.valid, self.each = told
         self.angles = angles
-        self.device = tokens.device
 
     @property
     def past(self) -> Tensor:
         """As `LayerState.past`."""
-        return torch.full((self.batch,), self.start, dtype=torch.int32, device=self.device)
-
-    @property
-    def positions(self) -> Tensor:
-        """As `LayerState.positions`."""
-        return torch.arange(self.start, self.start + 1, device=self.device)[None]
+        return self.positions[:, 0].int().expand(self.batch)
 
     def rope(self, dim: int, theta: float) -> Tensor:
-        """As `LayerState.rope`, but real [1, 1, 1, dim/2, 2]."""
+        """As `LayerState.rope`, but real [1 or B, K, 1, dim/2, 2]."""
         return self.angles[dim, theta]
 
     def rotary(self, dim: int, theta: float) -> Tensor:
         """Kernels ask for it, and none are compiled here."""
         raise NotImplementedError
+
+
+class Shape(NamedTuple):
+    """What steps of one compiled code have in common: all but sizes.
+
+    single: whether the batch is one sequence. masked: whether each table's form has a mask.
+    """
+
+    new_tokens: int
+    every_token: bool
+    single: bool
+    uniform: bool
+    full: bool
+    rows: tuple[type, ...]
+    masked: tuple[bool, ...]
+    values: type
 
 
 def _changing(guards: Sequence[Any]) -> list[bool]:
@@ -82,65 +122,57 @@ def _changing(guards: Sequence[Any]) -> list[bool]:
 def _step(
     model: Model,
     tokens: Tensor,
-    start: int,
-    angles: dict[Rotary, Tensor],
-    tables: dict[TableKey, Plain],
+    told: Told,
+    angles: Mapping[Rotary, Tensor],
+    tables: Mapping[TableKey, Plain | AtHome],
+    values: ValueForm,
     layers: Sequence[LayerTensors],
+    every_token: bool,
 ) -> Tensor:
-    """layers: their tensors as the batch sees them: home rows, and values in place."""
-    step = TracedStep(tokens, start, angles)
+    """layers: their tensors as the batch sees them: home rows, and values in place or in slots."""
+    step = TracedStep(tokens, told, angles)
     states: list[LayerState] = []
     for index, layer in enumerate(layers):
         rows = {
-            name: RowTensor(Held(home, home), tables[key], (1, *shape))
-            for name, (key, home, shape) in layer.rows.items()
+            name: RowTensor(Held(home, home), tables[key], (-(-step.new_tokens // key.every), *row))
+            for name, (key, home, row) in layer.rows.items()
         }
         owners = {name: states[owner] for name, owner in layer.lent.items()}
-        states.append(LayerState(step, index, rows, layer.fixed, Whole(), owners))
-    return model.extend_last(tokens, states)
+        states.append(LayerState(step, index, rows, layer.fixed, values, owners))
+    return model.extend(tokens, states) if every_token else model.extend_last(tokens, states)
 
 
 class CompiledStep:
-    """`Model.extend_last` for one token per sequence, compiled at its first calls.
+    """`Model.extend` or `extend_last` for a few tokens per sequence, compiled at its first calls.
 
-    Raises UserError for a store with lookback, and at the call for a batch that is not plain or
-    a model whose weights have been laid out anew since.
+    Raises UserError at the call for sequences whose rows lie apart, and for a model whose weights
+    have been laid out anew since.
     """
 
-    def __init__(self, model: Model, *, lookback: int) -> None:
-        if lookback:
-            raise UserError(
-                f"lookback={lookback} needs snapshots that a compiled step does not take; "
-                "open the engine with compiled=False or lookback=0"
-            )
+    def __init__(self, model: Model) -> None:
         self.model = model
         self._layout = model.head_weight.stride()
         self._tables: dict[Rotary, Tensor] | None = None
-        self._layers: dict[tuple[int, int, int], list[LayerTensors]] = {}
-        options: dict[str, Any] = {"guard_filter_fn": _changing}
-        if model.embedding.weight.device.type == "cpu":
-            options["cpp_wrapper"] = True
-        # torch keeps what it compiled by code object, up to a limit: each engine has its own.
-        own = FunctionType(_step.__code__.replace(), globals(), _step.__name__)
-        self._run: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
+        self._layers: dict[tuple[int, int, int | None], list[LayerTensors]] = {}
+        self._code: dict[Shape, Callable[..., Tensor]] = {}
 
-    def __call__(self, tokens: Tensor, step: StepPlan) -> Tensor:
-        """Logits [B, V] of tokens [B, 1] in an open step."""
+    def __call__(self, tokens: Tensor, step: StepPlan, *, every_token: bool = False) -> Tensor:
+        """Logits [B, V] of the last of tokens [B, K] in an open step, or [B, K, V] of all."""
         if self.model.head_weight.stride() != self._layout:
             raise UserError(
                 "another engine laid the model's weights out anew after this step was compiled; "
                 "open a new engine"
             )
-        if not step.plain:
+        if not step.at_home:
             raise UserError(
-                f"sequences {step.sequences} of lengths {step.lengths} are no plain batch, "
-                "which compiled decode needs (one length, adjacent, no forks, no padding); "
-                "open the engine with compiled=False"
+                f"sequences {step.sequences} of lengths {step.lengths} lie apart, and compiled "
+                "decode needs their rows side by side (adjacent sequences, no forks, no step "
+                "longer than a window's ring); open the engine with compiled=False"
             )
-        tables = {key: table.plain for key, table in step.tables.items()}
         if self._tables is None:
             # The first step runs as written and tells which rotary tables the layers ask for.
-            logits = self.model.extend_last(tokens, step.layers)
+            run = self.model.extend if every_token else self.model.extend_last
+            logits = run(tokens, step.layers)
             end = step.store.max_context
             self._tables = {
                 (dim, theta): torch.view_as_real(rope_table(end, dim, theta, step.device)[None])
@@ -150,25 +182,60 @@ class CompiledStep:
         # Compiled code writes where it pleases.
         step.wrote_rows = step.wrote_fixed = True
         step.start_copies()
-        angles = {key: table.narrow(1, step.start, 1) for key, table in self._tables.items()}
+        told = Told(step.positions, step.new, step.valid, step.each)
+        if step.uniform:
+            angles = {
+                key: table.narrow(1, step.start, step.new_tokens)
+                for key, table in self._tables.items()
+            }
+        else:
+            # Positions of padding may lie past the last row.
+            at = told.positions.clamp(max=step.store.max_context - 1)
+            angles = {key: table[0][at] for key, table in self._tables.items()}
+        tables = {key: table.form_at_home() for key, table in step.tables.items()}
+        values: ValueForm = Whole()
+        if isinstance(step.values, Slotted):
+            books = step.values.books
+            values = Indexed(books.read_at, books.write_at(step.values.padding), books.last_at)
+        shape = Shape(
+            step.new_tokens, every_token, step.batch == 1, step.uniform, step.full,
+            tuple(type(form) for form in tables.values()),
+            tuple(form.mask is not None for form in tables.values()), type(values),
+        )  # fmt: skip
+        if shape not in self._code:
+            self._code[shape] = self._compiled()
+        run_compiled = self._code[shape]
         layers = self._layers_of(step)
-        return self._run(self.model, tokens, step.start, angles, tables, layers)
+        return run_compiled(self.model, tokens, told, angles, tables, values, layers, every_token)
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        # torch 2.13 frees a tensor twice where its C++ wrapper writes by index under deterministic
+        # algorithms.
+        on_cpu = self.model.embedding.weight.device.type == "cpu"
+        wrapped = on_cpu and not torch.are_deterministic_algorithms_enabled()
+        options: dict[str, Any] = {"guard_filter_fn": _changing, "cpp_wrapper": wrapped}
+        # torch keeps what it compiled by code object, up to a limit, and by name which sizes differ
+        # between calls: each shape of each engine has both of its own.
+        code = _step.__code__.replace(co_name=f"{_step.__name__}_{next(_NUMBERS)}")
+        own = FunctionType(code, globals(), code.co_name)
+        return torch.compile(own, fullgraph=True, options=options)
 
     def _layers_of(self, step: StepPlan) -> list[LayerTensors]:
         """The store's tensors as this batch sees them; they stay the same from step to step."""
-        first, count = step.sequences[0], len(step.sequences)
-        slot = step.values.first if isinstance(step.values, InPlace) else 0
-        if (first, slot, count) not in self._layers:
+        first, batch = step.sequences[0], step.batch
+        slot = step.values.first if isinstance(step.values, InPlace) else None
+        if (first, batch, slot) not in self._layers:
             store = step.store
-            self._layers[first, slot, count] = [
+            self._layers[first, batch, slot] = [
                 LayerTensors(
                     {
-                        name: (key, store.pools.home(index, name, first, count), shape)
+                        name: (key, store.pools.home(index, name, first, batch), shape)
                         for name, (key, _, shape) in layer.rows.items()
                     },
                     layer.lent,
-                    {name: value.narrow(0, slot, count) for name, value in layer.fixed.items()},
+                    layer.fixed if slot is None
+                    else {name: v.narrow(0, slot, batch) for name, v in layer.fixed.items()},
                 )
                 for index, layer in enumerate(store.pools.layers)
-            ]
-        return self._layers[first, slot, count]
+            ]  # fmt: skip
+        return self._layers[first, batch, slot]

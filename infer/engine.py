@@ -59,8 +59,8 @@ class Engine:
     page_size: tokens of a page (None: what suits the backend).
     backend: which forms of the operations run (`archs.backends`), for this model from now on
       (None: those that it is set to).
-    compiled: compile the decode step at its first calls (`infer.compiled`; plain batches only,
-      backend torch only).
+    compiled: compile decode steps at their first calls (`infer.compiled`; adjacent sequences that
+      share no rows, backend torch only).
     graphs: replay the decode step as a CUDA graph (None: on CUDA, but for backend torch).
     prefill_chunk: longest piece of a prompt processed at once (None: the whole prompt).
     Raises UserError on options that exclude each other and on pages that kernels cannot read.
@@ -111,7 +111,7 @@ class Engine:
             device=self.device,
             kernels=not plain,
         )
-        self.compiled = CompiledStep(self.model, lookback=lookback) if compiled else None
+        self.compiled = CompiledStep(self.model) if compiled else None
         self.graphed: GraphedStep | None = None
         wanted = self.device.type == "cuda" if graphs is None else graphs
         if wanted and not plain:
@@ -160,12 +160,14 @@ class Engine:
             return self.model.extend(tokens, step.layers)
 
     @torch.inference_mode()
-    def verify(self, sequences: Sequence[int], tokens: Tensor) -> Tensor:
+    def verify(self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
         """Logits [B, K, V] of a few drafted tokens [B, K] per sequence; as `extend`.
 
         Those of a replayed graph are valid until the next step.
         """
-        with self._step(sequences, tokens, None) as step:
+        with self._step(sequences, tokens, new) as step:
+            if self.compiled is not None:
+                return self.compiled(tokens, step, every_token=True)
             if self.graphed is not None and self.graphed.serves(step):
                 return self.graphed(tokens, step, every_token=True)
             return self.model.extend(tokens, step.layers)

@@ -84,13 +84,9 @@ class StepPlan:
         return max(self.lengths) + self.new_tokens
 
     @property
-    def plain(self) -> bool:
-        """Whether the step is one view of the store, whatever the layers remember: one length,
-        adjacent sequences, no padding, new rows side by side in every table, values in place.
-        """
-        lined_up = self.uniform and self.full and self.adjacent
-        lined_up = lined_up and all(step.row is not None for step in self.tables.values())
-        return lined_up and isinstance(self.values, InPlace | None)
+    def at_home(self) -> bool:
+        """Whether the batch's rows are views of the pools, which new rows are written to."""
+        return all(step.at_home and not step.joins for step in self.tables.values())
 
     def start_copies(self, *, joined: bool = False) -> None:
         """Copy what is shared and will be written to; joined: in tables that join rows, too.

@@ -90,6 +90,29 @@ class Plain(NamedTuple):
         return Seen(held.home.narrow(-2, 0, self.visible), self.mask, False)
 
 
+class AtHome(NamedTuple):
+    """Sequences of any lengths at home: written by index, read as one view.
+
+    who, at: int64 [N], the sequence of the batch and the home row of each new row that is valid;
+    chosen: which of the flattened [B * R] new rows those are (None: all of them).
+    visible, mask: as `Plain`'s.
+    """
+
+    who: Tensor
+    at: Tensor
+    chosen: Tensor | None
+    visible: int
+    mask: Tensor | None
+
+    def append(self, held: Held, rows: Tensor) -> Seen:
+        """As `RowForm.append`."""
+        assert held.home is not None
+        new = rows.flatten(0, 1)
+        new = new if self.chosen is None else new[self.chosen]
+        held.home.movedim(-2, 1).index_put_((self.who, self.at), new)
+        return Seen(held.home.narrow(-2, 0, self.visible), self.mask, False)
+
+
 class InPages(NamedTuple):
     """Rows in pages anywhere; they are gathered where no kernel reads them.
 
@@ -183,16 +206,21 @@ class RowStep:
         if plan.uniform and plan.start == 0:
             return FromEmpty(self)
         if self.at_home:
-            return self.plain if self.row is not None else AtHome(self)
+            return self.form_at_home()
         return InPages(self.books, max(self.ends), False)
 
-    @property
-    def plain(self) -> Plain:
-        """The form of sequences at one length and at home."""
-        assert self.row is not None
-        return Plain(self.row, self.counts[0], *self.visible_at_home())
-
     # -- rows at home --------------------------------------------------------------------------
+
+    def form_at_home(self) -> Plain | AtHome:
+        """The form of sequences at home in a step that joins no rows."""
+        visible, mask = self.visible_at_home()
+        if self.row is not None:
+            return Plain(self.row, self.counts[0], visible, mask)
+        at, chosen = self.books.targets
+        # In adjacent home ranges, of which the batch's view begins with the first.
+        home_rows = self.table.home_rows
+        at = at - self.plan.sequences[0] * home_rows
+        return AtHome(at // home_rows, at % home_rows, chosen, visible, mask)
 
     @property
     def _wrapped(self) -> bool:
@@ -225,20 +253,6 @@ class RowStep:
         """bool [1 or B, 1, K, S]: which rows, at positions [1 or B, S], each new token may see."""
         ends = (self.plan.positions + 1) // self.table.every
         return visible(rows_at, ends, self.table.window, self.table.sinks)
-
-
-class AtHome:
-    """Sequences of any lengths at home: written by index, read as one view."""
-
-    def __init__(self, step: RowStep) -> None:
-        self._books = step.books
-        self._count, self._mask = step.visible_at_home()
-
-    def append(self, held: Held, rows: Tensor) -> Seen:
-        """As `RowForm.append`."""
-        assert held.home is not None
-        self._books.write(held.pool, rows, newest=False, kernels=False)
-        return Seen(held.home.narrow(-2, 0, self._count), self._mask, False)
 
 
 class FromEmpty:

@@ -16,3 +16,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fast_algorithms(poisoned_memory: None) -> None:
+    """The algorithms of everyday use, with which compiled code is other code."""
+    torch.use_deterministic_algorithms(False)

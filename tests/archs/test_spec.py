@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from archs.cost import Step, state_traffic
+from archs.cost import Step, linear_cost, state_traffic
 from archs.errors import UserError
 from archs.formats import Format
+from archs.layers import Projection
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import FixedSpec, RowSpec, StateSpec
@@ -144,3 +146,16 @@ def test_four_tokens_back_hold_five_values_at_1b(arch: str) -> None:
     assert store.slots.count == 2 * 5 + 2
     store.rollback(sequence, 4)
     assert store.allocated_bytes == one
+
+
+def test_a_projection_is_read_in_the_format_that_it_names() -> None:
+    class Packed(Projection):
+        format = INT4
+
+    plain = linear_cost("plain", Projection(64, 32, 64).bfloat16(), 3)
+    packed = linear_cost("packed", Packed(64, 32, 64).bfloat16(), 3)
+    assert plain.weight_bytes == 2 * 64 * 96
+    # Four bits a weight, and a scale and a zero point of two bytes for every 32.
+    assert packed.weight_bytes == 64 * 96 // 2 + 64 * 96 // 32 * 4
+    assert packed.matrix_flops == plain.matrix_flops == 2 * 3 * 64 * 96
+    assert linear_cost("torch's", nn.Linear(64, 96), 1).weight_bytes == 4 * 64 * 96 + 4 * 96

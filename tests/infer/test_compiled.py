@@ -1,4 +1,4 @@
-"""Compiled decode: the tokens of the plain engine, past windows and pages; clear refusals."""
+"""Compiled steps: the logits of the plain engine, past windows and pages; clear refusals."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from archs.registry import REGISTRY, ModelSpec
 from eval.conformance import CHECK_SCALE
 from infer.engine import Engine
 from infer.sampling import Sampling
+
+pytestmark = pytest.mark.usefixtures("fast_algorithms")
 
 PROMPTS = [[5, 9, 200, 31, 7], [1, 2, 3, 4, 5]]
 
@@ -55,41 +57,76 @@ def test_a_sequence_that_ends_before_others_stays_in_the_batch() -> None:
         assert engine.store.allocated_bytes == 0
 
 
-def test_a_ragged_batch_is_refused_with_a_remedy() -> None:
-    engine = engines_for("gqa")[1]
-    with pytest.raises(UserError, match=r"lengths \[3, 1\].*compiled=False"):
-        engine.generate([[1, 2, 3], [4]], 4)
-    assert engine.store.allocated_bytes == 0
-
-
-@pytest.mark.parametrize(
-    ("prompts", "picked", "new"),
-    [([3, 3, 3], [0, 2], None), ([3, 3], [1, 0], None), ([9, 1], [0, 1], None),
-     ([3, 3], [0, 1], [1, 0])],
-    ids=["a subset", "another order", "unlike lengths", "padding"],
-)  # fmt: skip
-@pytest.mark.parametrize("arch", ["gdn", "gqa"])
-def test_a_batch_that_is_not_plain_is_refused_before_it_changes_anything(
-    arch: str, prompts: list[int], picked: list[int], new: list[int] | None
-) -> None:
+def verified_alike(arch: str, cuts: tuple[int, int, int], *, more: int) -> None:
+    """Steps of three tokens with rollbacks between them, sequences of unlike lengths, padding."""
     model = ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3)
-    engine = Engine(model, max_sequences=3, max_context=64, page_size=8, compiled=True)
-    slots = [engine.store.add() for _ in prompts]
-    engine.prefill(slots, [[1] * n for n in prompts])
-    before, allocated = [engine.store.snapshot(s) for s in slots], engine.store.allocated_bytes
-    counts = None if new is None else torch.tensor(new)
-    with pytest.raises(UserError, match="no plain batch"):
-        engine.extend_last([slots[i] for i in picked], torch.tensor([[5]] * len(picked)), counts)
-    assert engine.store.allocated_bytes == allocated
-    for slot, layers in zip(slots, before, strict=True):
-        for held, now in zip(layers, engine.store.snapshot(slot), strict=True):
-            assert all(torch.equal(held[name], now[name]) for name in held)
+    options = {"max_sequences": 3, "max_context": 64, "page_size": 8, "lookback": 3}
+    plain, compiled = Engine(model, **options), Engine(model, **options, compiled=True)
+    for engine in (plain, compiled):
+        engine.prefill([engine.store.add() for _ in cuts], [[1, 2, 3], [5] * 11, [7] * 6])
+    generator = torch.Generator().manual_seed(1)
+
+    def step(counts: list[int]) -> None:
+        tokens = torch.randint(256, (3, 3), generator=generator)
+        new = None if min(counts) == 3 else torch.tensor(counts)
+        expected, found = (e.verify([0, 1, 2], tokens, new) for e in (plain, compiled))
+        for ours, theirs, count in zip(found, expected, counts, strict=True):
+            torch.testing.assert_close(ours[:count], theirs[:count], rtol=1e-4, atol=1e-4)
+
+    step([3, 3, 3])
+    step([3, 3, 3])
+    for engine in (plain, compiled):
+        for sequence, tokens in enumerate(cuts):
+            engine.store.rollback(sequence, tokens)
+    step([3, 3, 3])
+    step([3, 0, 2])
+    for _ in range(more):
+        step([3, 3, 3])
+    assert compiled.store.lengths == plain.store.lengths
+    assert compiled.compiled is not None and len(compiled.compiled._code) == 2
 
 
-def test_lookback_is_refused_with_a_remedy() -> None:
-    model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build()
-    with pytest.raises(UserError, match="lookback=2"):
-        Engine(model, lookback=2, compiled=True)
+def test_compiled_verification_gives_the_same_logits() -> None:
+    verified_alike("gqa", (0, 3, 1), more=1)
+
+
+def test_compiled_verification_is_right_under_deterministic_algorithms() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    verified_alike("mla", (0, 0, 0), more=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"])
+def test_compiled_verification_of_all_architectures_gives_the_same_logits(arch: str) -> None:
+    # Past the window of `CHECK_SCALE`, whose ring then wraps.
+    verified_alike(arch, (2, 0, 3), more=10)
+
+
+def test_states_in_any_slots_are_served_and_rows_that_lie_apart_are_refused() -> None:
+    options = {"max_sequences": 3, "max_context": 64, "page_size": 8}
+    for arch in ("gdn", "gqa"):
+        model = ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3)
+        plain, compiled = Engine(model, **options), Engine(model, **options, compiled=True)
+        for engine in (plain, compiled):
+            slots = [engine.store.add() for _ in range(3)]
+            engine.prefill(slots, [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+            engine.extend_last(slots, torch.tensor([[5]] * 3))
+        before = [compiled.store.snapshot(s) for s in range(3)]
+        allocated = compiled.store.allocated_bytes
+        for picked in ([0, 2], [1, 0]):
+            tokens = torch.tensor([[5], [6]])
+            expected = plain.extend_last(picked, tokens)
+            if arch == "gdn":
+                torch.testing.assert_close(
+                    compiled.extend_last(picked, tokens), expected, rtol=1e-4, atol=1e-4
+                )
+                continue
+            with pytest.raises(UserError, match=r"lie apart.*compiled=False"):
+                compiled.extend_last(picked, tokens)
+            assert compiled.store.allocated_bytes == allocated
+            for slot, layers in enumerate(before):
+                for held, now in zip(layers, compiled.store.snapshot(slot), strict=True):
+                    assert all(torch.equal(held[name], now[name]) for name in held)
 
 
 def test_filling_the_last_row_compiles_nothing_anew() -> None:
