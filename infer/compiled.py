@@ -44,24 +44,6 @@ class Whole(NamedTuple):
         pool.copy_(value)
 
 
-class Indexed(NamedTuple):
-    """Values in any slots, as `Slotted`; read, last: int64 [B]; write: int64 [B * K]."""
-
-    read: Tensor
-    write: Tensor
-    last: Tensor
-
-    def get(self, pool: Tensor) -> Tensor:
-        """As `ValueForm.get`."""
-        return pool.index_select(0, self.read)
-
-    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
-        """As `ValueForm.put`."""
-        if each is not None:
-            pool.index_copy_(0, self.write, each.flatten(0, 1))
-        pool.index_copy_(0, self.last, value)
-
-
 class Told(NamedTuple):
     """What a step's plan tells of it, in tensors; see `archs.state.LayerState`.
 
@@ -102,6 +84,7 @@ class Shape(NamedTuple):
     """What steps of one compiled code have in common: all but sizes.
 
     single: whether the batch is one sequence. masked: whether each table's form has a mask.
+    deterministic: whether torch's deterministic algorithms are asked for.
     """
 
     new_tokens: int
@@ -112,6 +95,7 @@ class Shape(NamedTuple):
     rows: tuple[type, ...]
     masked: tuple[bool, ...]
     values: type
+    deterministic: bool
 
 
 def _changing(guards: Sequence[Any]) -> list[bool]:
@@ -183,7 +167,7 @@ class CompiledStep:
         step.wrote_rows = step.wrote_fixed = True
         step.start_copies()
         told = Told(step.positions, step.new, step.valid, step.each)
-        if step.uniform:
+        if step.uniform and step.full:
             angles = {
                 key: table.narrow(1, step.start, step.new_tokens)
                 for key, table in self._tables.items()
@@ -195,24 +179,24 @@ class CompiledStep:
         tables = {key: table.form_at_home() for key, table in step.tables.items()}
         values: ValueForm = Whole()
         if isinstance(step.values, Slotted):
-            books = step.values.books
-            values = Indexed(books.read_at, books.write_at(step.values.padding), books.last_at)
+            values = step.values.indexed
         shape = Shape(
             step.new_tokens, every_token, step.batch == 1, step.uniform, step.full,
             tuple(type(form) for form in tables.values()),
             tuple(form.mask is not None for form in tables.values()), type(values),
+            torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         if shape not in self._code:
-            self._code[shape] = self._compiled()
+            self._code[shape] = self._compiled(shape)
         run_compiled = self._code[shape]
         layers = self._layers_of(step)
         return run_compiled(self.model, tokens, told, angles, tables, values, layers, every_token)
 
-    def _compiled(self) -> Callable[..., Tensor]:
+    def _compiled(self, shape: Shape) -> Callable[..., Tensor]:
         # torch 2.13 frees a tensor twice where its C++ wrapper writes by index under deterministic
         # algorithms.
         on_cpu = self.model.embedding.weight.device.type == "cpu"
-        wrapped = on_cpu and not torch.are_deterministic_algorithms_enabled()
+        wrapped = on_cpu and not shape.deterministic
         options: dict[str, Any] = {"guard_filter_fn": _changing, "cpp_wrapper": wrapped}
         # torch keeps what it compiled by code object, up to a limit, and by name which sizes differ
         # between calls: each shape of each engine has both of its own.

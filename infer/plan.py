@@ -204,7 +204,7 @@ class StepPlan:
         adjacent = read == list(range(read[0], read[0] + count)) and read == self.slots.last
         if adjacent and not self.each and not self.kernels:
             return InPlace(read[0], count)
-        return Slotted(self.books, self.each, slots.lookback == 0, slots.padding)
+        return slotted(slots, self.books, self.each)
 
     @cached_property
     def layers(self) -> list[LayerState]:
@@ -270,11 +270,13 @@ class DeviceStep:
             key: InPages(self.books.rows(key), table.rows(self.bound), True)
             for key, table in store.tables.items()
         }
-        values = None
-        if store.slots is not None:
-            slots = store.slots
-            values = Slotted(self.books, self.each, slots.lookback == 0, slots.padding)
+        values = None if store.slots is None else slotted(store.slots, self.books, self.each)
         return layers_of(store, self, forms, values)
+
+
+def slotted(slots: SlotTable, books: Books, each: bool) -> Slotted:
+    """Values of a step in their slots; without lookback every step updates them in place."""
+    return Slotted(books, each=each, in_place=slots.lookback == 0, padding=slots.padding)
 
 
 def layers_of(

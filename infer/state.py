@@ -6,6 +6,7 @@ between a plain batch, any other, kernels and compiled code are the forms that i
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -71,30 +72,59 @@ class InPlace(NamedTuple):
             held.copy_(value)
 
 
-class Slotted(NamedTuple):
-    """Values in any slots, read from one and written to others."""
+class Indexed(NamedTuple):
+    """Values in any slots, read from one and written to others.
 
-    books: Books
-    each: bool
-    in_place: bool
-    padding: int
+    read, last: int64 [B]; write: int64 [B * K]. See `archs.state.Slots`.
+    """
+
+    read: Tensor
+    write: Tensor
+    last: Tensor
 
     def get(self, pool: Tensor) -> Tensor:
         """As `ValueForm.get`; a copy."""
-        return pool.index_select(0, self.books.read_at)
+        return pool.index_select(0, self.read)
 
     def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
         """As `ValueForm.put`."""
         if each is not None:
-            pool.index_copy_(0, self.books.write_at(self.padding), each.flatten(0, 1))
-        pool.index_copy_(0, self.books.last_at, value)
+            pool.index_copy_(0, self.write, each.flatten(0, 1))
+        pool.index_copy_(0, self.last, value)
+
+
+class Slotted:
+    """As `Indexed`, from a step's books, which kernels read themselves.
+
+    in_place: as `archs.state.Slots`'. padding: the slot that takes what is not kept.
+    """
+
+    def __init__(self, books: Books, *, each: bool, in_place: bool, padding: int) -> None:
+        self._books = books
+        self._each = each
+        self._in_place = in_place
+        self._padding = padding
+
+    @cached_property
+    def indexed(self) -> Indexed:
+        """The books as indices."""
+        books = self._books
+        return Indexed(books.read_at, books.write_at(self._padding), books.last_at)
+
+    def get(self, pool: Tensor) -> Tensor:
+        """As `ValueForm.get`; a copy."""
+        return self.indexed.get(pool)
+
+    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
+        """As `ValueForm.put`."""
+        self.indexed.put(pool, value, each)
 
     def slots(self, pool: Tensor) -> Slots:
         """The pool as kernels see it."""
-        books = self.books
+        books = self._books
         return Slots(
-            pool=pool, read=books.read, write=books.write, last=books.last, each=self.each,
-            in_place=self.in_place,
+            pool=pool, read=books.read, write=books.write, last=books.last, each=self._each,
+            in_place=self._in_place,
             new=books.count if books.ragged else None, arrivals=books.shared.arrivals,
         )  # fmt: skip
 

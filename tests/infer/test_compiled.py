@@ -102,6 +102,21 @@ def test_compiled_verification_of_all_architectures_gives_the_same_logits(arch: 
     verified_alike(arch, (2, 0, 3), more=10)
 
 
+def test_padding_may_reach_beyond_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tables of rotary angles grow by doubling: this one ends where the context does.
+    monkeypatch.setattr("kernels.rope._TABLES", {})
+    model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build(seed=3)
+    options = {"max_sequences": 2, "max_context": 255, "page_size": 16}
+    plain, compiled = Engine(model, **options), Engine(model, **options, compiled=True)
+    tokens, new = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([1, 0])
+    for engine in (plain, compiled):
+        engine.prefill([engine.store.add(), engine.store.add()], [[1] * 253, [2] * 253])
+        engine.extend_last([0, 1], tokens[:, :1])
+    expected, found = (e.verify([0, 1], tokens, new) for e in (plain, compiled))
+    for b, count in enumerate(new.tolist()):
+        torch.testing.assert_close(found[b, :count], expected[b, :count], rtol=1e-4, atol=1e-4)
+
+
 def test_states_in_any_slots_are_served_and_rows_that_lie_apart_are_refused() -> None:
     options = {"max_sequences": 3, "max_context": 64, "page_size": 8}
     for arch in ("gdn", "gqa"):

@@ -22,13 +22,14 @@ class CompiledMachine(Machine):
     compiled = (1, 3)
 
     engines: ClassVar[dict[str, Engine]] = {}
+    lookback = 2
 
     def engine_of(self, data: st.DataObject) -> Engine:
         # One for all histories of a kind: compiling takes seconds.
         if self.kind not in self.engines:
             self.engines[self.kind] = Engine(
-                self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=4, lookback=2,
-                compiled=True,
+                self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=4,
+                lookback=self.lookback, compiled=True,
             )  # fmt: skip
         store = self.engines[self.kind].store
         # Which page is taken next must not depend on the histories before: it decides what a
@@ -73,11 +74,16 @@ class DeviceMachine(Machine):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("fast_algorithms")
-@pytest.mark.parametrize("kind", ["rows", "window 3, sinks 1", "state and window"])
-def test_compiled_steps_give_what_recomputing_gives(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "lookback"),
+    [("rows", 0), ("window 3, sinks 1", 2), ("delta rule", 0), ("state and window", 2)],
+)
+def test_compiled_steps_give_what_recomputing_gives(kind: str, lookback: int) -> None:
     class OfKind(CompiledMachine):
         kinds = (kind,)
         engines: ClassVar[dict[str, Engine]] = {}
+
+    OfKind.lookback = lookback
 
     drive(OfKind, 30, 25)
 
