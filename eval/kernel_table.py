@@ -25,6 +25,7 @@ from kernels import (
     conv_chunk,
     conv_step,
     decay_chunk,
+    few_rows,
     gdn_chunk,
     gdn_step,
     gemv,
@@ -50,10 +51,10 @@ from kernels.content import content_key
 OPS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, gdn_chunk,
-        gdn_step, gemv, head_gemv, latent_append, linear_step, mla_decode, norm_triton, page_write,
-        project_append, rope_append, rope_rotate, sample, selective_chunk, selective_step,
-        split_combine, ssm_step,
+        attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, few_rows,
+        gdn_chunk, gdn_step, gemv, head_gemv, latent_append, linear_step, mla_decode, norm_triton,
+        page_write, project_append, rope_append, rope_rotate, sample, selective_chunk,
+        selective_step, split_combine, ssm_step,
     )
 }  # fmt: skip
 

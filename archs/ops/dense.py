@@ -1,7 +1,8 @@
 """Norms, gates, and products of activations with weights, by backend.
 
-Matrices belong to the libraries: cuBLAS has nothing to learn from us. A single row is no matrix;
-where nothing is to be differentiated, it goes to our own kernels, with the norm before it.
+Matrices belong to the libraries: cuBLAS has nothing to learn from us. A single row is no matrix,
+and up to 16 rows are hardly one; where nothing is to be differentiated, they go to our own kernels,
+one row with the norm before it.
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Unnormed:
         return y
 
 
+#: Rows up to which a product is our own: as `kernels.few_rows.ROWS`, which takes Triton to read.
+MOST_ROWS = 16
 #: What a projection reads.
 Input = Tensor | Unnormed
 
@@ -83,11 +86,13 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product_triton(x: Tensor, weight: Tensor) -> Tensor:
-    if x.numel() != x.shape[-1] or torch.is_grad_enabled():
+    if x.numel() > MOST_ROWS * x.shape[-1] or torch.is_grad_enabled():
         return F.linear(x, weight)
-    from kernels.gemv import gemv, serves
+    from kernels import few_rows, gemv
 
-    return gemv(x, weight) if serves(x, weight) else F.linear(x, weight)
+    if gemv.serves(x, weight):
+        return gemv.gemv(x, weight)
+    return few_rows.few_rows(x, weight) if few_rows.serves(x, weight) else F.linear(x, weight)
 
 
 def _by_head_torch(x: Tensor, weight: Tensor) -> Tensor:
@@ -126,7 +131,13 @@ def _norm_swiglu_triton(x: Unnormed, weight: Tensor) -> Tensor:
     found = _one_row(x, weight, gated=True)
     if found is not None:
         return found
-    return swiglu(_product_triton(x.normed(backend="triton"), weight), backend="triton")
+    normed = x.normed(backend="triton")
+    if normed.numel() <= MOST_ROWS * normed.shape[-1] and not torch.is_grad_enabled():
+        from kernels.few_rows import few_rows, serves
+
+        if serves(normed, weight):
+            return few_rows(normed, weight, gated=True)
+    return swiglu(_product_triton(normed, weight), backend="triton")
 
 
 def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:

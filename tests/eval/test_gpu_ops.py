@@ -33,6 +33,7 @@ QUICK = {
     "selective_chunk": "80x16 tokens 1",
     "gemv": "129x200 bfloat16",
     "head_gemv": "3 heads 40 to 200",
+    "few_rows": "2 rows 129x200 bfloat16",
     "project_append": "4/2 heads d 32 of 200",
     "norm_triton": "norms of 64",
     "rope_append": "3 tokens",
@@ -109,6 +110,8 @@ CASES: dict[str, Case] = {
     "gemv": product.gemv_case(0, 33, 64),
     "gemv normed gated": product.normed_case(0, 24, 64),
     "project_append": product.project_case(0, 4, 2, 32, 64),
+    "few rows": product.few_rows_case(0, 3, 33, 64),
+    "few rows gated": product.few_rows_case(0, 3, 34, 64, gated=True),
     "head_gemv": product.head_gemv_case(0, 3, 32, 24, turned=False),
     "head_gemv turned": product.head_gemv_case(0, 3, 32, 24, turned=True),
     "decode split": attention.decode_case(0, 1, 600, (2, 1), 32),
@@ -184,6 +187,8 @@ def test_bytes_are_those_of_the_operands() -> None:
     assert CASES["norm"].moved_bytes == 4 * nbytes(x)
     assert CASES["swiglu"].moved_bytes == 3 * nbytes(x)
     assert CASES["greedy"].moved_bytes == nbytes(torch.empty(3, 1000, **bf16))
+    x, weight = torch.empty(3, 64, **bf16), torch.empty(34, 64, **bf16)
+    assert CASES["few rows gated"].moved_bytes == nbytes(x, weight, torch.empty(3, 17, **bf16))
     x, tail = torch.empty(3, 1, 96, **bf16), torch.empty(3, 3, 96, **bf16)
     weights = torch.empty(96, 4, **bf16), torch.empty(96, **bf16)
     assert CASES["conv"].moved_bytes == nbytes(x, x, tail, tail, *weights)

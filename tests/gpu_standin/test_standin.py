@@ -32,7 +32,7 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1},
     ),
 }
-BESIDE = ("gemv", "norm", "swiglu")
+BESIDE = ("few_rows", "gemv", "norm", "swiglu")
 
 
 def launches_per_layer(cell: dict[str, Any]) -> dict[str, float]:

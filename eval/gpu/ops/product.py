@@ -1,4 +1,4 @@
-"""Products of one row with a matrix on a device, and what stands around them, beside cuBLAS."""
+"""Products of one row, and of a few, with a matrix on a device, beside cuBLAS."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from eval.gpu.case import Case, Check, Op, Run
 from eval.gpu.ops.operands import PAGE, angles, on_cpu, paged, random
+from kernels.few_rows import few_rows, few_rows_ref
 from kernels.gemv import gemv, gemv_ref, norm_gemv, norm_gemv_ref
 from kernels.head_gemv import head_gemv, head_gemv_ref
 from kernels.project_append import project_append, project_append_ref
@@ -165,6 +166,43 @@ def gemv_case(order: int, n: int, k: int) -> Case:
                 flops=2 * n * k, build=build)  # fmt: skip
 
 
+def check_few_rows(
+    m: int, n: int, k: int, dtype: torch.dtype, gated: bool
+) -> Callable[[torch.device], Pairs]:
+    """Rows against all columns; the last of them once more, alone beside another."""
+
+    def run(device: torch.device) -> Pairs:
+        x = random(m, k, device=device, dtype=dtype)
+        weight = random(n, k, device=device, dtype=dtype, scale=k**-0.5)
+        y = few_rows(x, weight, gated=gated)
+        again = few_rows(torch.stack((-2 * x[-1], x[-1])), weight, gated=gated)[1]
+        return [
+            (y, few_rows_ref(*on_cpu(x, weight), gated=gated)),
+            # To the last bit, or infinitely far: the limit is for rounding.
+            (torch.where(again == y[-1], again, torch.inf), y[-1]),
+        ]
+
+    return run
+
+
+def few_rows_case(order: int, m: int, n: int, k: int, *, gated: bool = False) -> Case:
+    """W read once, in bf16; gated: cuBLAS, then silu(gate) · up."""
+    width = n // 2 if gated else n
+
+    def build(device: torch.device) -> Mapping[str, Run]:
+        x, weight = random(m, k, device=device), random(n, k, device=device, scale=k**-0.5)
+
+        def cublas() -> Tensor:
+            y = F.linear(x, weight)
+            return F.silu(y[:, :width]) * y[:, width:] if gated else y
+
+        return {"triton": lambda: few_rows(x, weight, gated=gated), "cublas": cublas}
+
+    return Case(name=f"{m} rows {n}x{k} bf16" + (" gated" if gated else ""), order=order,
+                moved_bytes=2 * (n * k + m * width + m * k), flops=2 * m * n * k,
+                build=build)  # fmt: skip
+
+
 OPS = (
     Op(
         name="gemv",
@@ -209,5 +247,29 @@ OPS = (
             for size in ((4, 2, 32, 200), (32, 8, 64, 2048), (32, 1, 64, 2048), (32, 8, 128, 4096))
         ],
         cases=[project_case(0, 32, 8, 64, 2048), project_case(1, 32, 8, 128, 4096)],
+    ),
+    Op(
+        name="few_rows",
+        checks=[
+            Check(name=f"{m} rows {n}x{k} {str(dtype)[6:]}" + (" gated" if gated else ""),
+                  limit=BF16_LIMIT, run=check_few_rows(m, n, k, dtype, gated))
+            for m, n, k, dtype, gated in (
+                (2, 129, 200, torch.bfloat16, False), (5, 67, 488, torch.float16, False),
+                (8, 3000, 2056, torch.bfloat16, False), (16, 515, 5504, torch.bfloat16, False),
+                (3, 4100, 1032, torch.bfloat16, False), (8, 16500, 520, torch.float16, False),
+                (16, 134, 520, torch.bfloat16, True), (5, 4102, 1032, torch.bfloat16, True),
+                (8, 11008, 264, torch.float16, True), (2, 16486, 264, torch.bfloat16, True),
+            )
+        ],
+        cases=[
+            # The matrices of a 1b and of an 8b model.
+            *(few_rows_case(0, 8, n, k) for n, k in ((11008, 2048), (2048, 2048))),
+            few_rows_case(0, 8, 11008, 2048, gated=True),
+            *(few_rows_case(1, 8, n, k) for n, k in (
+                (3072, 2048), (2048, 5504), (128256, 2048), (6144, 4096), (4096, 4096),
+                (28672, 4096), (4096, 14336))),
+            few_rows_case(1, 8, 28672, 4096, gated=True),
+            *(few_rows_case(1, 16, n, k) for n, k in ((11008, 2048), (4096, 4096))),
+        ],
     ),
 )  # fmt: skip
