@@ -7,6 +7,7 @@ whether it came from a suite, a command or Python. Every refusal is a `UserError
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from numbers import Real
 from types import UnionType
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -114,6 +115,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return {k: convert(options[1], v, f"{where}.{k}") for k, v in value.items()}
     if is_dataclass(hint) and isinstance(hint, type):
         return parse(hint, value, where)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        if value not in list(hint):
+            raise unknown_name(where.rpartition(": ")[2], str(value), [str(e) for e in hint])
+        return hint(value)
     if hint is float and _is_number(value):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

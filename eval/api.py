@@ -6,8 +6,8 @@
     api.leaderboard(results)
     plot.quality_against_state(results)
 
-Tables carry the Measures' names (`eval.measures`); every function raises `archs.errors.UserError`
-on bad input, with the remedy in its message.
+Tables carry the Measures' names (`eval.results.measures`); every function raises
+`archs.errors.UserError` on bad input, with the remedy in its message.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,8 +29,8 @@ from eval.leaderboard import merge, rank, wide
 from eval.options import resolve_device
 from eval.processes import default_workers
 from eval.progress import Progress
+from eval.results.schema import load_long
 from eval.run import run_suite
-from eval.schema import load_long
 from eval.suite import load_suite
 
 __all__ = [

@@ -17,7 +17,7 @@ from eval.hardware import Roofline
 from eval.predict import step_ms
 from eval.progress import Watch
 from eval.quality import Estimate
-from eval.results import Row
+from eval.results.rows import Row
 from train.loop import StepReport
 
 

@@ -49,7 +49,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     # Libraries that are interrupted while they are imported may raise something else.
     if any(isinstance(e, KeyboardInterrupt) for e in _chain(error)):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        told = "interrupted; finished cells are kept, run the same command again to go on"
+        told = "interrupted; finished points are kept, run the same command again to go on"
         return INTERRUPTED, told
     if isinstance(error, UserError):
         return 2, str(error)

@@ -53,8 +53,8 @@ def _version(wanted: bool) -> None:
 
 def _failures(results: Path) -> list[str]:
     """The statuses of cells that failed and have not succeeded since."""
-    from eval.results import CELL_FAILED
-    from eval.schema import load_long
+    from eval.results.rows import CELL_FAILED
+    from eval.results.schema import load_long
     from eval.tidy import tidy
 
     rows = tidy(load_long(results))
@@ -107,17 +107,16 @@ def run(
         int | None,
         typer.Option(min=1, help="Models that train at once; default: one a core or GPU."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the cells and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the points and stop.")] = False,
     json_: Json = False,
 ) -> None:
     """Run a whole suite: train, ask, time, rank, report. A stopped run resumes."""
-    from eval.cells import Workshop
     from eval.leaderboard import rank, to_table, wide
-    from eval.plan import plan
+    from eval.plan import points
     from eval.processes import default_workers
     from eval.report import write_report
+    from eval.results.schema import load_long
     from eval.run import has_architecture, run_suite
-    from eval.schema import load_long
     from eval.suite import load_suite
 
     chosen = load_suite(suite)
@@ -126,11 +125,11 @@ def run(
     folder = out_dir or Path("runs") / chosen.name
     where = resolve_device(device)
     if dry_run:
-        cells = [item.cell for item in plan(Workshop(chosen, folder, where, None))]
+        planned = list(points(chosen, where.type))
         if json_:
-            show([{"cell": cell.key, **asdict(cell)} for cell in cells], json_)
-        for cell in () if json_ else cells:
-            out.print(cell.key, soft_wrap=True)
+            show([{"cell": point.key, **asdict(point)} for point in planned], json_)
+        for point in () if json_ else planned:
+            out.print(point.key, soft_wrap=True)
         return
     finished = run_suite(
         chosen, folder, device=where, fresh=not resume,

@@ -225,7 +225,7 @@ def leaderboard(
 ) -> None:
     """Merge runs into one ranked table, a wide CSV and a page."""
     from eval.leaderboard import merge, rank, to_table, wide
-    from eval.schema import document
+    from eval.results.schema import document
 
     if schema:
         print(document(), end="")
@@ -250,7 +250,7 @@ def leaderboard(
 def _check(runs: list[Path], json_: bool) -> None:
     """Say what is wrong with which row; exit code 1 where something is."""
     from eval.leaderboard import merge
-    from eval.schema import check_long
+    from eval.results.schema import check_long
 
     files = [run / "results.csv" if run.is_dir() else run for run in runs]
     faults = [

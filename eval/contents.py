@@ -1,21 +1,20 @@
-"""What a run folder's figures came from beside its configuration: files that may change meanwhile.
+"""The text that a run folder's figures came from, which may change meanwhile; and failures that may
+not be failures any more.
 
-An architecture file that was edited makes the cells of its architecture stale: they go, with their
-checkpoints, and run again. A corpus that now holds other text ends the run: figures of two texts
-must not stand in one column, and only the user knows which of them is meant.
+A corpus that now holds other text ends the run: figures of two texts must not stand in one column,
+and only the user knows which of them is meant.
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from archs.checks import parse
 from archs.errors import UserError
 from archs.files import read_text, write
-from archs.registry import folder_name, source_digest
-from eval.results import CELL_FAILED, Results, Status
+from eval.results.folder import Line
+from eval.results.rows import CELL_FAILED, Status
 
 NAME = "contents.json"
 #: Failures that may have been the machine's: such cells always run again.
@@ -24,10 +23,9 @@ PASSING = (Status.ERROR, Status.OOM)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """corpus: the name of the tokens that were trained on; sources: digests by architecture."""
+    """corpus: the name of the tokens that were trained on."""
 
     corpus: str = ""
-    sources: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, out: Path) -> "Contents":
@@ -47,27 +45,6 @@ class Contents:
         write(out / NAME, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def take_up(out: Path, results: Results, archs: Iterable[str]) -> list[str]:
-    """Make a folder's results those of today's files and of failures that stand; what was dropped,
-    in words. Raises UserError where a file cannot be read.
-    """
-    held = Contents.of(out)
-    now = {arch: digest for arch in archs if (digest := source_digest(arch))}
-    edited = {arch for arch in now if held.sources.get(arch, now[arch]) != now[arch]}
-    for arch in edited:
-        shutil.rmtree(out / "cells" / folder_name(arch), ignore_errors=True)
-    told = []
-    stale = results.drop(lambda line: line["arch"] in edited)
-    if stale:
-        names = ", ".join(sorted(edited))
-        told.append(f"{stale} cells run again: {names} changed since")
-    failed = results.drop(_worth_another_try(results.provenance.commit))
-    if failed:
-        told.append(f"{failed} cells that failed run again")
-    replace(held, sources={**held.sources, **now}).write(out)
-    return told
-
-
 def require_corpus(out: Path, tokens: str) -> None:
     """Keep the name of the tokens; raises UserError where others were trained on before."""
     held = Contents.of(out)
@@ -79,13 +56,9 @@ def require_corpus(out: Path, tokens: str) -> None:
     replace(held, corpus=tokens).write(out)
 
 
-def _worth_another_try(commit: str) -> Callable[[dict[str, str]], bool]:
-    """Cells that may end otherwise now: by luck, or since the code is another."""
-
-    def failed(line: dict[str, str]) -> bool:
-        if line["measure"] != CELL_FAILED:
-            return False
-        changed = line["commit"] != commit or commit.endswith("-dirty")
-        return changed or line["status"] in PASSING
-
-    return failed
+def worth_another_try(lines: Sequence[Line] | None, commit: str) -> bool:
+    """Whether a point failed and may end otherwise now: by luck, or since the code is another."""
+    if not lines or lines[0]["measure"] != CELL_FAILED:
+        return False
+    changed = lines[0]["commit"] != commit or commit.endswith("-dirty")
+    return changed or lines[0]["status"] in PASSING

@@ -19,7 +19,7 @@ import torch
 
 from eval.counted import STEPS, Work, copied_bytes, product_size
 from eval.ncu import NotCountedError, counted
-from eval.results import Status
+from eval.results.rows import Status
 
 FLOPS = {
     "smsp__sass_thread_inst_executed_op_fadd_pred_on.sum": 1,

@@ -12,7 +12,7 @@ import torch
 from archs.backends import why_unusable
 from eval.counters import Counters
 from eval.hardware import measure_roofline
-from eval.results import hardware_name
+from eval.provenance import hardware_name
 from infer.memory import free_bytes
 
 #: Optional libraries and what they are for.

@@ -19,10 +19,10 @@ import pandas as pd
 
 from archs.errors import UserError
 from eval.families import families_of
-from eval.measures import MEASURES
 from eval.paired import DOCUMENTS, ahead_of, paired_intervals
-from eval.results import CELL_FAILED
-from eval.schema import load_long
+from eval.results.measures import MEASURES
+from eval.results.rows import CELL_FAILED
+from eval.results.schema import load_long
 from eval.seeds import keys_of, over_seeds
 from eval.sheet import Field, Sheet
 from eval.tidy import IDENTITY, QUALIFIERS, UNTIL_SOLVED, tidy

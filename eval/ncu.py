@@ -17,7 +17,7 @@ from contextlib import suppress
 import torch
 
 from eval import child
-from eval.results import Status
+from eval.results.rows import Status
 
 #: A run under `ncu` that takes longer than this hangs.
 PATIENCE_S = 900.0

@@ -1,119 +1,80 @@
-"""The cells of a suite in the order in which they run, and what becomes of one that fails."""
+"""The points of a suite, in the order in which they are measured."""
 
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
+from typing import Any
 
-from archs.errors import UserError
-from archs.files import REFUSALS, refused
-from eval.cells import CellFailure, Workshop
-from eval.decode import out_of_memory
-from eval.progress import Watch
-from eval.results import CELL_FAILED, About, Cell, Row, Status
-from infer.sampling import NoTokenError
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval.measure.cost import CONTEXTS
+from eval.results.point import Point
+from eval.suite import Suite
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A cell, roughly how long it takes relative to others, and the work itself."""
+def points(suite: Suite, device: str) -> Iterator[Point]:
+    """All points of a suite on a kind of device (cpu, cuda).
 
-    cell: Cell
-    weight: float
-    work: Callable[[Watch], tuple[About, list[Row]]]
-
-    @property
-    def label(self) -> str:
-        """What a person reads of the cell."""
-        return " ".join(_words(self.cell))
-
-
-def plan(workshop: Workshop) -> list[Planned]:
-    """All cells of the suite in the order in which they run."""
-    suite = workshop.suite
-    cells = [Planned(Cell(arch="", stage="hardware"), 3.0, workshop.hardware)]
-    train, mqar = suite.train, suite.mqar
-    for arch in suite.archs:
-        for scale in suite.scales:
-            cell = Cell(arch=arch, stage="cost", scale=scale)
-            cells.append(Planned(cell, 0.3, _bind(workshop.cost, cell)))
-    if train is not None:
-        for seed, scale in product(train.seeds, train.scales):
-            for arch in suite.archs:
-                cell = Cell(arch=arch, stage="train", scale=scale, seed=seed)
-                steps = train.steps
-                if seed == train.seeds[0] and len(train.learning_rates) > 1:
-                    swept = len(train.learning_rates) * train.sweep_steps
-                    steps = swept + steps * (train.sweep_steps != steps)
-                cells.append(Planned(cell, 0.14 * steps, _bind(workshop.train, cell)))
-    if mqar is not None:
-        for seed in mqar.seeds:
-            for arch in suite.archs:
-                cell = Cell(arch=arch, stage="mqar", scale="mqar", seed=seed)
-                cells.append(Planned(cell, 0.02 * mqar.steps, _bind(workshop.mqar, cell)))
-    for index, decode in enumerate(suite.decode):
-        for batch in decode.batches:
-            for arch in suite.archs:
-                cell = Cell(
-                    arch=arch, stage="decode", scale=decode.scale, batch=batch, section=index
-                )
-                weight = 0.5 if decode.scale in suite.trained_scales else 5.0
-                cells.append(Planned(cell, weight, _bind(workshop.decode, cell)))
-    return cells
-
-
-def _bind(
-    work: Callable[[Cell, Watch], tuple[About, list[Row]]], cell: Cell
-) -> Callable[[Watch], tuple[About, list[Row]]]:
-    return lambda watch: work(cell, watch)
-
-
-def _words(cell: Cell) -> Iterator[str]:
-    yield cell.stage
-    if cell.arch:
-        yield cell.arch
-    if cell.scale:
-        yield f"@{cell.scale}"
-    if cell.batch:
-        yield f"batch {cell.batch}"
-    if cell.seed:
-        yield f"seed {cell.seed}"
-
-
-def guarded(item: Planned, watch: Watch, out: Path) -> tuple[About, list[Row] | None]:
-    """The cell's rows, or one row that says how it failed; None when the budget stopped it.
-
-    Raises UserError on what the user can mend (a full disk, a bad corpus): the cell runs again.
+    They go stage by stage, so that a short time budget leaves every architecture with the same
+    columns.
     """
-    try:
-        return item.work(watch)
-    except CellFailure as failure:
-        if failure.stopped:
-            return About(), None
-        return failure.about, [_failed(failure.status, str(failure))]
-    except Exception as error:
-        if out_of_memory(error):
-            return About(), [_failed(Status.OOM, _one_line(error))]
-        if isinstance(error, NoTokenError):
-            return About(), [_failed(Status.NAN, _one_line(error))]
-        if isinstance(error, UserError):
-            raise
-        if isinstance(error, OSError) and error.errno in REFUSALS:
-            # Not the architecture's fault: a row would say so for ever.
-            why = refused(error, error.filename or out, "used")
-            raise UserError(
-                f"{why}; finished cells are kept, run the same command again to go on"
-            ) from error
-        with suppress(OSError), (out / "errors.log").open("a", encoding="utf-8") as log:
-            log.write(f"{item.cell}\n{traceback.format_exc()}\n")
-        return About(), [_failed(Status.ERROR, f"{type(error).__name__}: {_one_line(error)}")]
+    rows = sorted({b for plan in suite.decode for b in plan.batches})
+    yield Point(stage="hardware", device=device, options={"rows": rows})
+    for arch, scale in product(suite.archs, suite.scales):
+        yield _of(
+            suite.model(arch, get_scale(scale)), "cost", device, scale, {"contexts": [*CONTEXTS]}
+        )
+    train, recall = suite.train, suite.mqar
+    if train is not None:
+        for seed, scale, arch in product(train.seeds, train.scales, suite.archs):
+            plan = replace(
+                train, scale=scale, learning_rates=train.rates_at(scale),
+                seeds=train.seeds[:1], ladder=(),
+            )  # fmt: skip
+            options = {"corpus": suite.corpus, "plan": plan, "quality": suite.quality}
+            spec = suite.trained_model(arch, scale, suite.corpus.vocab_size)
+            yield _of(spec, "train", device, scale, _plain(options), seed=seed)
+    if recall is not None:
+        for seed, arch in product(recall.seeds, suite.archs):
+            options = asdict(replace(recall, seeds=(seed,), overrides={}))
+            yield _of(suite.mqar_model(arch), "mqar", device, "mqar", options, seed=seed)
+    for decode in suite.decode:
+        for batch, arch in product(decode.batches, suite.archs):
+            no_cache = decode.no_cache if batch == min(decode.batches) else 0
+            options = asdict(replace(decode, batches=(batch,), no_cache=no_cache))
+            spec = suite.model(arch, get_scale(decode.scale))
+            yield _of(spec, "decode", device, decode.scale, options, batch=batch)
 
 
-def _failed(status: Status, note: str) -> Row:
-    return Row(measure=CELL_FAILED, status=status, note=note)
+def _of(
+    spec: ModelSpec, stage: str, device: str, scale: str, options: dict[str, Any], **more: int
+) -> Point:
+    return Point(
+        stage=stage, arch=spec.arch, scale=scale, device=device, model=asdict(spec),
+        source=spec.source_digest(), options=options, **more,
+    )  # fmt: skip
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if value is None else asdict(value) for name, value in options.items()}
+
+
+def weight(point: Point, trained_scales: list[str]) -> float:
+    """Roughly how long a point takes relative to others."""
+    options = point.options
+    match point.stage:
+        case "hardware":
+            return 3.0
+        case "cost":
+            return 0.3
+        case "train":
+            plan = options["plan"]
+            steps = plan["steps"]
+            rates = len(plan["learning_rates"])
+            if point.seed == plan["seeds"][0] and rates > 1:
+                steps = rates * plan["sweep_steps"] + steps * (plan["sweep_steps"] != steps)
+            return 0.14 * steps
+        case "mqar":
+            return 0.02 * options["steps"]
+        case _:
+            return 0.5 if point.scale in trained_scales else 5.0

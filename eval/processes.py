@@ -1,9 +1,9 @@
-"""Trained cells of a suite in processes of one thread each, as many as there are cores.
+"""Points that train, in processes of one thread each, as many as there are cores.
 
 Threads of one small model wait for each other, without end where another program has one of the
 cores; processes do not. Small models leave most of a GPU idle, which several fill. A worker is
-given a cell as a line of JSON, says how far it is, and answers with the cell's rows. What a worker
-dies of ends its cell alone.
+given a point as a line of JSON, says how far it is, and answers with what it found. What a worker
+dies of ends its point alone.
 """
 
 import json
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,15 +22,14 @@ from typing import IO, Any
 
 import torch
 
+from archs.checks import parse
 from archs.errors import UserError
 from eval import child
-from eval.cells import Workshop
-from eval.plan import Planned, guarded, plan
+from eval.measure import measure
+from eval.measure.site import Site
 from eval.progress import Progress, Watch
-from eval.results import CELL_FAILED, About, Cell, Row, Status
-from eval.suite import load_suite
-
-Found = tuple[About, list[Row] | None]
+from eval.results.point import Point
+from eval.results.rows import About, Found, Status, failed
 
 
 def cores() -> int:
@@ -44,14 +43,14 @@ def default_workers(device: torch.device) -> int:
 
 
 class _Worker:
-    """A process, the cell that it is at, and how far it is."""
+    """A process, the point that it is at, and how far it is."""
 
     def __init__(self, command: Sequence[str], said: "SimpleQueue[tuple[_Worker, str]]") -> None:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=child.environment(),
         )  # fmt: skip
-        self.item: Planned | None = None
+        self.point: Point | None = None
         Thread(target=self._listen, args=(said,), daemon=True).start()
 
     def _listen(self, said: "SimpleQueue[tuple[_Worker, str]]") -> None:
@@ -60,82 +59,85 @@ class _Worker:
             said.put((self, line))
         said.put((self, ""))
 
-    def begin(self, item: Planned) -> None:
-        """Give it a cell."""
-        self.item, self.began_s = item, time.monotonic()
+    def begin(self, point: Point) -> None:
+        """Give it a point."""
+        self.point, self.began_s = point, time.monotonic()
         self.fraction, self.text = 0.0, ""
         assert self.process.stdin is not None
         # One that has died says so by the end of its output.
         with suppress(BrokenPipeError):
-            print(json.dumps(asdict(item.cell)), file=self.process.stdin, flush=True)
+            print(point.to_json(), file=self.process.stdin, flush=True)
 
     def hear(self, line: str) -> Found | None:
-        """What a line says of its cell; None where it has only come further."""
+        """What a line says of its point; None where it has only come further."""
         if not line.endswith("\n"):
             code = self.process.wait()
             status = Status.OOM if code == -signal.SIGKILL else Status.ERROR
-            note = f"its process ended with {_end(code)}"
-            return About(), [Row(measure=CELL_FAILED, status=status, note=note)]
+            return Found(
+                about=About(), rows=(failed(status, f"its process ended with {_end(code)}"),)
+            )
         said: dict[str, Any] = json.loads(line)
         if "fraction" in said:
             self.fraction, self.text = said["fraction"], said["text"]
             return None
         if "error" in said:
             raise UserError(said["error"])
-        rows = said["rows"]
-        return About(**said["about"]), None if rows is None else [_row(row) for row in rows]
+        return parse(Found, said, "a worker's answer")
 
 
 def side_by_side(
-    items: Sequence[Planned], out: Path, device: torch.device, deadline: float | None,
-    workers: int, progress: Progress,
-) -> Iterator[tuple[Planned, Found]]:  # fmt: skip
-    """Each cell with its rows as it ends; rows are None where the time budget stopped it.
+    points: Sequence[Point], weights: Mapping[Point, float], site: Site, workers: int,
+    progress: Progress,
+) -> Iterator[tuple[Point, Found]]:  # fmt: skip
+    """Each point with what was found as it ends; stopped where the time budget ended it.
 
-    Cells of one architecture and scale run in order, since they share a sweep of rates.
-    deadline: by the monotonic clock. Raises UserError where a cell did.
+    Points of one architecture and scale are measured in order, since they share a sweep of rates.
+    Raises UserError where a point did.
     """
-    command = child.command("eval.processes", str(out), str(device), repr(deadline))
+    command = child.command(
+        "eval.processes", str(site.folder), str(site.cache), str(site.device), repr(site.deadline)
+    )
     said: SimpleQueue[tuple[_Worker, str]] = SimpleQueue()
-    waiting, running, idle = list(items), list[_Worker](), list[_Worker]()
+    waiting, running, idle = list(points), list[_Worker](), list[_Worker]()
     try:
         while waiting or running:
-            while len(running) < workers and (item := _next(waiting, running)) is not None:
-                waiting.remove(item)
+            while len(running) < workers and (point := _next(waiting, running)) is not None:
+                waiting.remove(point)
                 worker = idle.pop() if idle else _Worker(command, said)
-                worker.begin(item)
+                worker.begin(point)
                 running.append(worker)
             worker, line = said.get()
-            if worker.item is None:
+            if worker.point is None:
                 # The end of one that had nothing to do.
                 idle.remove(worker)
                 continue
-            item, found = worker.item, worker.hear(line)
+            point, found = worker.point, worker.hear(line)
             if found is None:
-                _show(running, progress)
+                _show(running, weights, progress)
                 continue
             running.remove(worker)
             if line:
-                worker.item = None
+                worker.point = None
                 idle.append(worker)
-            if found[1] is None:
+            if found.stopped:
                 waiting.clear()
-            progress.done(item.label, item.weight, time.monotonic() - worker.began_s, worker.text)
-            yield item, found
+            seconds = time.monotonic() - worker.began_s
+            progress.done(point.label, weights[point], seconds, worker.text)
+            yield point, found
     finally:
         for worker in [*idle, *running]:
             worker.process.kill()
             worker.process.wait()
 
 
-def _next(waiting: Sequence[Planned], running: Sequence[_Worker]) -> Planned | None:
-    """The first cell that no earlier one of its architecture and scale is still at."""
-    taken = {_sweep(w.item.cell) for w in running if w.item is not None}
-    return next((item for item in waiting if _sweep(item.cell) not in taken), None)
+def _next(waiting: Sequence[Point], running: Sequence[_Worker]) -> Point | None:
+    """The first point that no earlier one of its architecture and scale is still at."""
+    taken = {_sweep(w.point) for w in running if w.point is not None}
+    return next((point for point in waiting if _sweep(point) not in taken), None)
 
 
-def _sweep(cell: Cell) -> tuple[str, str, str]:
-    return cell.stage, cell.arch, cell.scale
+def _sweep(point: Point) -> tuple[str, str, str]:
+    return point.stage, point.arch, point.scale
 
 
 def _end(code: int) -> str:
@@ -144,24 +146,20 @@ def _end(code: int) -> str:
     return f"exit code {code}"
 
 
-def _row(values: dict[str, Any]) -> Row:
-    return Row(**{**values, "status": Status(values["status"])})
-
-
-def _show(running: Sequence[_Worker], progress: Progress) -> None:
-    done = [(w.item, w.fraction) for w in running if w.item is not None]
-    labels = ", ".join(f"{item.label} {100 * fraction:.0f} %" for item, fraction in done)
-    progress.show(sum(fraction * item.weight for item, fraction in done), "", labels)
+def _show(running: Sequence[_Worker], weights: Mapping[Point, float], progress: Progress) -> None:
+    done = [(w.point, w.fraction) for w in running if w.point is not None]
+    labels = ", ".join(f"{point.label} {100 * fraction:.0f} %" for point, fraction in done)
+    progress.show(sum(fraction * weights[point] for point, fraction in done), "", labels)
 
 
 class _Told(Watch):
-    """A cell's line, kept by the process that started this one."""
+    """A point's line, kept by the process that started this one."""
 
     def __init__(self, told: IO[str]) -> None:
         self.told = told
 
     def at(self, fraction: float, text: str = "") -> None:
-        """The cell is `fraction` done."""
+        """The point is `fraction` done."""
         _say(self.told, {"fraction": fraction, "text": text})
 
 
@@ -169,32 +167,29 @@ def _say(told: IO[str], what: dict[str, Any]) -> None:
     try:
         print(json.dumps(what), file=told, flush=True)
     except BrokenPipeError:
-        # Nobody waits for this cell any more.
+        # Nobody waits for this point any more.
         os._exit(1)
 
 
-def _main(folder: str, device_name: str, deadline: str) -> None:
-    """Work on the cells that standard input names, until it ends."""
+def _main(folder: str, cache: str, device_name: str, deadline: str) -> None:
+    """Measure the points that standard input names, until it ends."""
     # Ctrl-C is for the process that started this one, which ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     # What libraries print must not stand between the answers.
     told = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    out = Path(folder)
-    until = None if deadline == "None" else float(deadline)
-    suite = load_suite(str(out / "config.toml"))
-    planned = {p.cell: p for p in plan(Workshop(suite, out, torch.device(device_name), until))}
+    site = Site(
+        Path(folder), torch.device(device_name), cache=Path(cache),
+        deadline=None if deadline == "None" else float(deadline),
+    )  # fmt: skip
     for line in sys.stdin:
         try:
-            about, rows = guarded(planned[Cell(**json.loads(line))], _Told(told), out)
+            found = measure(Point.from_json(line), site, _Told(told))
         except UserError as error:
             _say(told, {"error": str(error)})
             return
-        _say(
-            told,
-            {"about": asdict(about), "rows": rows if rows is None else [asdict(r) for r in rows]},
-        )
+        _say(told, asdict(found))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,16 @@ class Watch:
         self.found = found
 
 
+class Silent(Watch):
+    """Tells nobody."""
+
+    def __init__(self) -> None:
+        self.found = ""
+
+    def at(self, fraction: float, text: str = "") -> None:
+        """As `Watch.at`."""
+
+
 class Progress:
     """A bar on a terminal; one line per cell elsewhere. `quiet` shows nothing.
 
@@ -53,7 +63,7 @@ class Progress:
         self._done, self._total = 0.0, max(total, 1e-9)
         self._began = self._said_s = time.monotonic()
         if cells < planned and not self.quiet:
-            self.console.print(f"{planned - cells} of {planned} cells are done already")
+            self.console.print(f"{planned - cells} of {planned} points are done already")
         if self.quiet:
             yield
             return

@@ -22,10 +22,10 @@ from eval.claims import claims as check_claims
 from eval.isoquality import iso_quality_cost
 from eval.ladder import long_enough, trained_sizes
 from eval.leaderboard import BY_ROW, headlines, merge, rank, wide
-from eval.measures import MEASURES
 from eval.pictures.palette import NIGHT, SHAPES, Look, Palette
 from eval.pictures.plans import Picture, pictures
 from eval.report_kernels import kernel_section
+from eval.results.measures import MEASURES
 from eval.verdict import verdict
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"

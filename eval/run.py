@@ -1,10 +1,8 @@
-"""A whole suite, cell by cell: train, ask, time, record; resumable at any point.
+"""A whole suite, point by point; resumable at any of them.
 
-A cell is what is recorded as one (an architecture trained with one seed, decoded at one scale and
-batch, …). A finished cell is in `results.csv` and is not run again; a failed one is a row with
-its status. Cells go stage by stage, so that a short time budget leaves every architecture with
-the same columns. Models train side by side, each in a process of one thread (`eval.processes`):
-on a CPU one on each core, on a GPU as many as are asked for.
+A point that was measured is in a file of its own and is not measured again (`eval.results.folder`);
+a failed one is a row with its status. Models train side by side, each in a process of one thread
+(`eval.processes`): on a CPU one on each core, on a GPU as many as are asked for.
 """
 
 import shutil
@@ -18,22 +16,26 @@ import tomli_w
 import torch
 
 from archs.errors import UserError
-from archs.files import read_text, refusing, write
-from eval.cells import Workshop
-from eval.contents import require_corpus, take_up
+from archs.files import refusing, write
+from eval.contents import require_corpus, worth_another_try
 from eval.lock import only_writer
-from eval.plan import Planned, guarded, plan
-from eval.processes import Found, side_by_side
+from eval.measure import measure
+from eval.measure.site import Site
+from eval.plan import points, weight
+from eval.processes import side_by_side
 from eval.progress import Progress
-from eval.results import TRAINED, About, Results, provenance
-from eval.schema import load_long
+from eval.provenance import provenance
+from eval.results.folder import POINTS, TABLE, Results
+from eval.results.point import Point
+from eval.results.rows import TRAINED, About, Found
+from eval.results.schema import load_long
 from eval.suite import Suite
 
 #: What a run folder may hold of ours: the only names that --fresh removes. The configuration is
 #: the last of them, so that a folder emptied in part is still known as ours.
 OWN_NAMES = (
     "results.csv", "leaderboard.csv", "report.html", "errors.log", "contents.json", "cells",
-    "plots", "config.toml",
+    "plots", "points", "config.toml",
 )  # fmt: skip
 
 
@@ -43,19 +45,15 @@ def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
     with refusing(out, "written"):
         if out.exists() and any(out.iterdir()) and not config.exists():
             raise UserError(f"'{out}' is not empty and not a run folder; choose another --out")
+        if (out / TABLE).exists() and not (out / POINTS).exists() and not fresh:
+            raise UserError(
+                f"'{out}' holds results of an earlier version of this program, which cannot be "
+                "gone on with; choose another --out, or --fresh to replace them"
+            )
         if fresh:
             _remove_own(out)
         out.mkdir(parents=True, exist_ok=True)
-        text = f"# config_hash = {suite.config_hash}\n" + tomli_w.dumps(suite.as_toml())
-        if config.exists():
-            held = read_text(config)
-            if held != text:
-                raise UserError(
-                    f"'{out}' belongs to another configuration ({_hash_in(held)}, this is "
-                    f"{suite.config_hash}); choose another --out, or --fresh to replace it"
-                )
-        else:
-            write(config, text)
+        write(config, f"# config_hash = {suite.config_hash}\n" + tomli_w.dumps(suite.as_toml()))
 
 
 def _remove_own(out: Path) -> None:
@@ -65,11 +63,6 @@ def _remove_own(out: Path) -> None:
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
-
-
-def _hash_in(text: str) -> str:
-    first = text.partition("\n")[0]
-    return first.rpartition(" ")[2] or "unreadable"
 
 
 def run_suite(
@@ -82,51 +75,57 @@ def run_suite(
     workers: int = 1,
     progress: Progress,
 ) -> bool:
-    """Run what is not done yet; True when all cells are recorded, False when the budget ended.
+    """Measure what is not measured yet; True when all points are, False when the budget ended.
 
     workers: how many processes train at once; what is timed runs alone.
-    Raises UserError on a folder of another configuration or one that another process writes to,
-    bad input, or a full disk.
+    Raises UserError on a folder that another process writes to, bad input, or a full disk.
     """
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
     with only_writer(out):
         prepare_folder(suite, out, fresh=fresh)
-        results = Results(out / "results.csv", provenance(suite.config_hash, device))
-        for told in take_up(out, results, suite.archs):
-            progress.console.print(told, markup=False)
-        workshop = Workshop(suite, out, device, deadline)
-        planned = plan(workshop)
-        waiting = [p for p in planned if not results.done(p.cell)]
-        if any(item.cell.stage == "train" for item in waiting):
+        results = Results(out, provenance(suite.config_hash, device))
+        wanted = list(points(suite, device.type))
+        site = Site(out, device, cache=out.parent / ".cache", deadline=deadline)
+        again = [p for p in wanted if worth_another_try(results.held(p), results.provenance.commit)]
+        for point in again:
+            results.drop(point)
+        if again:
+            progress.console.print(f"{len(again)} points that failed are measured again")
+        waiting = [point for point in wanted if results.held(point) is None]
+        if any(point.stage == "train" for point in waiting):
             # Workers find the text tokenized, too: each would do it anew.
-            require_corpus(out, workshop.tokens.name)
-        with progress.over(sum(p.weight for p in waiting), len(waiting), len(planned)):
-            for item, (about, rows) in _finished(workshop, waiting, workers, progress):
-                if rows is None:
-                    return False
-                results.append(item.cell, about, rows)
+            tokens = site.tokens(suite.corpus.spec, suite.corpus.vocab_size)
+            require_corpus(out, tokens.name)
+        weights = {point: weight(point, suite.trained_scales) for point in waiting}
+        try:
+            with progress.over(sum(weights.values()), len(waiting), len(wanted)):
+                for point, found in _finished(site, waiting, weights, workers, progress):
+                    if found.stopped:
+                        return False
+                    results.record(point, found)
+        finally:
+            results.merge(wanted)
     return True
 
 
 def _finished(
-    workshop: Workshop, waiting: Sequence[Planned], workers: int, progress: Progress
-) -> Iterator[tuple[Planned, Found]]:
-    """Each cell as it ends, with its rows: None where the time budget ended before."""
-    on_cpu = workshop.device.type == "cpu"
-    for trained, group in groupby(waiting, lambda item: item.cell.stage in TRAINED):
-        items = list(group)
+    site: Site, waiting: Sequence[Point], weights: dict[Point, float], workers: int,
+    progress: Progress,
+) -> Iterator[tuple[Point, Found]]:  # fmt: skip
+    """Each point as it ends, with what was found."""
+    on_cpu = site.device.type == "cpu"
+    for trained, group in groupby(waiting, lambda point: point.stage in TRAINED):
+        several = list(group)
         if trained and workers > 1:
-            yield from side_by_side(
-                items, workshop.out, workshop.device, workshop.deadline, workers, progress
-            )
+            yield from side_by_side(several, weights, site, workers, progress)
             continue
-        for item in items:
-            if workshop.deadline is not None and time.monotonic() >= workshop.deadline:
-                yield item, (About(), None)
+        for point in several:
+            if site.late:
+                yield point, Found(about=About(), rows=(), stopped=True)
                 return
-            with progress.cell(item.label, item.weight) as watch, _threads(trained and on_cpu):
-                found = guarded(item, watch, workshop.out)
-            yield item, found
+            with progress.cell(point.label, weights[point]) as watch, _threads(trained and on_cpu):
+                found = measure(point, site, watch)
+            yield point, found
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.measures import MEASURES
+from eval.results.measures import MEASURES
 from eval.statistics import student_t_mean
 
 FIGURES = ("value", "low", "high", "n", "status")

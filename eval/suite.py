@@ -294,8 +294,9 @@ class Suite:
 
     @property
     def config_hash(self) -> str:
-        """Twelve hex digits of everything that determines the suite's cells."""
-        text = json.dumps(asdict(self), sort_keys=True, default=str)
+        """Twelve hex digits of everything but the suite's name and its architectures."""
+        plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
+        text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eval.results import Status
+from eval.results.rows import Status
 
 Run = Callable[[], object]
 

@@ -17,7 +17,7 @@ from eval.agreement import Agreement, agreement
 from eval.decode import build_to_serve, decode_cost, measure_decode
 from eval.hardware import Roofline
 from eval.predict import step_ms
-from eval.results import Status
+from eval.results.rows import Status
 from infer.memory import DoesNotFitError
 
 #: (scale, batch, context), most valuable first.

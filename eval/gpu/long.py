@@ -12,7 +12,9 @@ from archs.registry import ModelSpec, layer_names
 from archs.sizes import get_scale
 from eval.gpu.decode_grid import COLUMNS, KEY
 from eval.gpu.table import Table
-from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status
+from eval.results.folder import write_table
+from eval.results.point import Point
+from eval.results.rows import CELL_FAILED, About, Found, Provenance, Row, Status, records
 
 #: Columns of a decode row that are measures by the same name, of the whole step.
 MEASURED = (
@@ -29,20 +31,23 @@ def write_results(folder: Path) -> Path:
 
     Raises UserError where the disk refuses.
     """
-    target, fresh = folder / "results.csv", folder / "results.new"
-    fresh.unlink(missing_ok=True)
-    for cell, about, origin, rows in _cells(folder):
-        Results(fresh, Provenance(**origin, config_hash=CONFIG)).append(cell, about, rows)
-    if fresh.exists():
-        fresh.replace(target)
+    target = folder / "results.csv"
+    lines = [
+        line
+        for point, found, origin in _points(folder)
+        for line in records(point, found, Provenance(**origin, config_hash=CONFIG))
+    ]
+    if lines:
+        write_table(target, lines)
     return target
 
 
-def _cells(folder: Path) -> Iterator[tuple[Cell, About, dict[str, str], list[Row]]]:
+def _points(folder: Path) -> Iterator[tuple[Point, Found, dict[str, str]]]:
     machine = Table(folder / "machine.csv", ("measure", "value", *FROM), ("measure",)).rows
     if machine:
         rates = [_rate(r["measure"], float(r["value"])) for r in machine]
-        yield Cell(arch="", stage="hardware"), About(dtype="bfloat16"), _origin(machine[0]), rates
+        found = Found(about=About(dtype="bfloat16"), rows=tuple(rates))
+        yield Point(stage="hardware", device="cuda"), found, _origin(machine[0])
     steps = Table(folder / "decode.csv", (*COLUMNS, *FROM), KEY).rows
     ours = sorted((r for r in steps if r["kernel_backend"] == "triton"), key=_place)
     for (scale, batch, arch), group in groupby(ours, key=_place):
@@ -53,8 +58,9 @@ def _cells(folder: Path) -> Iterator[tuple[Cell, About, dict[str, str], list[Row
             params=sum(p.numel() for p in spec.outline().parameters()),
             dtype="bfloat16", kernel_backend="triton",
         )  # fmt: skip
-        cell = Cell(arch=arch, stage="decode", scale=scale, batch=batch)
-        yield cell, about, _origin(held[0]), [row for r in held for row in _rows(r)]
+        point = Point(stage="decode", arch=arch, scale=scale, batch=batch, device="cuda")
+        rows = tuple(row for r in held for row in _rows(r))
+        yield point, Found(about=about, rows=rows), _origin(held[0])
 
 
 def _rate(name: str, value: float) -> Row:

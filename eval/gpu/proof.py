@@ -38,7 +38,8 @@ from eval.gpu.decode_grid import Server, points
 from eval.gpu.table import Table
 from eval.hardware import MOST_ROWS, ProductRate, Roofline, measure_roofline
 from eval.progress import Progress
-from eval.results import Provenance, Status, provenance
+from eval.provenance import provenance
+from eval.results.rows import Provenance, Status
 
 FROM = tuple(f.name for f in fields(Provenance) if f.name != "config_hash")
 CHECK_COLUMNS = ("op", "check", "status", "error", "limit", "note", *FROM)

@@ -15,7 +15,7 @@ import torch
 
 from eval import child
 from eval.gpu.case import Check, lost, verdict
-from eval.results import Status
+from eval.results.rows import Status
 
 #: Checks that a worker is given: neighbours compile the same kernels, and a start takes as long as
 #: many checks.

@@ -56,16 +56,16 @@ def decodebench(
 
 @pytest.fixture(autouse=True)
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells run in this process, which tests may patch, unless a test says how many at once."""
+    """Points are measured in this process, which tests may patch, unless a test says otherwise."""
     monkeypatch.setattr("eval.processes.cores", lambda: 1)
 
 
 @pytest.fixture
 def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
     """Commands and suites take this machine's rates as given."""
-    for module in ("cells", "doctor", "accelerators"):
+    for module in ("measure.site", "doctor", "accelerators"):
         monkeypatch.setattr(f"eval.{module}.measure_roofline", lambda *_: STUB_ROOFLINE)
-    monkeypatch.setattr("eval.cells.measured_again", lambda known, _: known)
+    monkeypatch.setattr("eval.measure.site.measured_again", lambda known, _: known)
     return STUB_ROOFLINE
 
 

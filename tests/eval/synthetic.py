@@ -4,13 +4,16 @@ State bytes are those of the 70m shapes; losses, latencies and the machine are i
 fixed seed.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 
 import numpy as np
 
-from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status
+from eval.results.folder import write_table
+from eval.results.point import Point
+from eval.results.rows import CELL_FAILED, About, Found, Provenance, Row, Status, records
 
 ARCHS = (
     "mha", "gqa", "mqa", "swa", "mla", "cla", "linear", "gdn", "mamba1", "mamba2",
@@ -43,37 +46,53 @@ PARAMS = {"tiny": 1.05e6, "70m": 67.1e6, "micro": 0.45e6, "mini": 2.4e6}
 LADDER = ("gqa", "gdn", "mamba2")
 
 
+class Recorded:
+    """Points and their rows, to be written as one table."""
+
+    def __init__(self, where: Provenance = HERE) -> None:
+        self.where = where
+        self.lines: list[dict[str, object]] = []
+
+    def append(self, point: Point, about: About, rows: Iterable[Row]) -> None:
+        self.lines += records(point, Found(about=about, rows=tuple(rows)), self.where)
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_table(folder / "results.csv", self.lines)
+        return folder
+
+
 def write_run(
     folder: Path, *, seeds: int = 3, archs: tuple[str, ...] = ARCHS, where: Provenance = HERE
 ) -> Path:
     """Write `results.csv` into a run folder and return the folder."""
     noise = np.random.default_rng(0)
-    results = Results(folder / "results.csv", where)
+    results = Recorded(where)
     machine = [
         Row(measure="copy_bytes_per_s", value=BANDWIDTH),
         Row(measure="matrix_flops_per_s", value=RATE),
         Row(measure="ridge_flop_per_byte", value=RATE / BANDWIDTH),
     ]
-    results.append(Cell(arch="", stage="hardware"), About(), machine)
+    results.append(Point(arch="", stage="hardware"), About(), machine)
     for arch in archs:
         for scale in ("tiny", "70m"):
-            results.append(Cell(arch=arch, stage="cost", scale=scale), *_cost(arch, scale))
+            results.append(Point(arch=arch, stage="cost", scale=scale), *_cost(arch, scale))
         for seed in range(seeds):
-            cell = Cell(arch=arch, stage="train", scale="tiny", seed=seed)
+            cell = Point(arch=arch, stage="train", scale="tiny", seed=seed)
             results.append(cell, *_train(arch, noise))
             for scale in ("micro", "mini") if arch in LADDER else ():
-                cell = Cell(arch=arch, stage="train", scale=scale, seed=seed)
+                cell = Point(arch=arch, stage="train", scale=scale, seed=seed)
                 bits = QUALITY[arch] * (PARAMS["tiny"] / PARAMS[scale]) ** 0.05
                 row = Row(measure="bits_per_byte", value=bits + noise.normal() * 0.004, context=128)
                 about = replace(_about(arch, scale), corpus="sotu", tokens=122880)
                 results.append(cell, about, [row])
-            cell = Cell(arch=arch, stage="mqar", scale="mqar", seed=seed)
+            cell = Point(arch=arch, stage="mqar", scale="mqar", seed=seed)
             recall = min(1.0, RECALL[arch] + noise.normal() * 0.01)
             row = Row(measure="mqar_accuracy", value=recall, low=recall - 0.02,
                       high=min(1.0, recall + 0.02), n=512, context=32)  # fmt: skip
             results.append(cell, replace(_about(arch, "tiny"), corpus="mqar"), [row])
         for batch in (1, 8, 32):
-            cell = Cell(arch=arch, stage="decode", scale="70m", batch=batch)
+            cell = Point(arch=arch, stage="decode", scale="70m", batch=batch)
             if (arch, batch) == ("mha", 32):
                 note = "32 sequences of 16384 tokens need 34.4 GB, 12.1 GB are free"
                 failure = Row(measure=CELL_FAILED, status=Status.OOM, note=note)
@@ -84,6 +103,7 @@ def write_run(
                 results.append(cell, About(), [failure])
             else:
                 results.append(cell, *_decode(arch, batch, noise))
+    results.write(folder)
     return folder
 
 

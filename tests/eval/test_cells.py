@@ -1,4 +1,4 @@
-"""What a cell decides, and on which data."""
+"""What a point decides, and on which data."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eval.quality import Estimate, mqar_accuracy
-from eval.schema import load_long
+from eval.results.schema import load_long
 from eval.suite import Suite
 from tests.eval.micro import run
 
@@ -28,7 +28,7 @@ def test_recall_chooses_its_rate_on_development_sequences(
 
     assert suite.mqar
     plan = replace(suite.mqar, learning_rates=(1e-3, 2e-3), steps=2, test_sequences=256)
-    monkeypatch.setattr("eval.cells.mqar_accuracy", answer)
+    monkeypatch.setattr("eval.measure.recall.mqar_accuracy", answer)
     assert run(replace(suite, train=None, decode=(), mqar=plan), tmp_path / "out")
     assert asked == [("dev", 128), ("dev", 128), ("dev", 256)] * 2 + [("test", 256)]
     long = load_long(tmp_path / "out" / "results.csv").set_index("measure")["value"]
@@ -51,6 +51,6 @@ def test_the_test_is_of_the_model_that_was_chosen(
 
     assert suite.mqar
     plan = replace(suite.mqar, learning_rates=(1e-3, 2e-3), steps=1)
-    monkeypatch.setattr("eval.cells.mqar_accuracy", note)
+    monkeypatch.setattr("eval.measure.recall.mqar_accuracy", note)
     assert run(replace(suite, train=None, decode=(), mqar=plan), tmp_path / "out")
     assert seen["test"] == seen["dev"][1:2] != seen["dev"][-1:]

@@ -8,10 +8,10 @@ import pytest
 
 from archs.errors import UserError
 from archs.registry import _FILES, source_digest
-from eval import plan
-from eval.cells import Workshop
-from eval.results import Status
-from eval.schema import load_long
+from eval.measure import STAGES
+from eval.measure.site import Failure
+from eval.results.rows import About, Status
+from eval.results.schema import load_long
 from eval.suite import Suite, load_suite
 from eval.templates import write_template
 from tests.eval.micro import cells_of, run, write_suite
@@ -104,15 +104,15 @@ def test_a_failed_cell_runs_again_when_it_may_end_otherwise(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status
 ) -> None:
     out, one = tmp_path / "out", replace(suite, archs=("gqa",))
-    monkeypatch.setattr("eval.results._commit", lambda: "0123abc")
+    monkeypatch.setattr("eval.provenance._commit", lambda: "0123abc")
 
     def broken(*_: Any) -> Any:
         if status == Status.ERROR:
             raise RuntimeError("a bug")
-        raise plan.CellFailure(Status.NAN, plan.About(), "training nan at step 2")
+        raise Failure(Status.NAN, About(), "training nan at step 2")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workshop, "mqar", broken)
+        patch.setitem(STAGES, "mqar", broken)
         assert run(one, out)
     rows = load_long(out / "results.csv")
     assert list(rows[rows["stage"] == "mqar"]["status"]) == [status.value]
@@ -120,7 +120,7 @@ def test_a_failed_cell_runs_again_when_it_may_end_otherwise(
     assert run(one, out)
     rows = load_long(out / "results.csv")
     assert (set(rows[rows["stage"] == "mqar"]["status"]) == {"ok"}) == (status == Status.ERROR)
-    monkeypatch.setattr("eval.results._commit", lambda: "4567def")
+    monkeypatch.setattr("eval.provenance._commit", lambda: "4567def")
     assert run(one, out)
     rows = load_long(out / "results.csv")
     assert set(rows[rows["stage"] == "mqar"]["status"]) == {"ok"}

@@ -19,8 +19,8 @@ from eval.counted import STEPS, WARMUP, Work
 from eval.counters import FLOPS, INTENSITY, PACKED_FLOPS, Counters, why_not
 from eval.decode import Decoding
 from eval.leaderboard import wide
-from eval.results import Status
-from eval.schema import load_long
+from eval.results.rows import Status
+from eval.results.schema import load_long
 from eval.suite import Suite, load_suite
 from infer.engine import Engine
 from tests.eval.conftest import Command

@@ -10,7 +10,7 @@ from archs.errors import UserError
 from eval.crossover import crossovers, measured_crossovers, told
 from eval.leaderboard import merge
 from eval.predict import predict
-from eval.results import COLUMNS
+from eval.results.rows import COLUMNS
 from tests.eval.conftest import Command
 
 COMMITTED = Path(__file__).parents[2] / "leaderboards" / "cpu-2-threads" / "2026-11-23"

@@ -18,7 +18,6 @@ from archs.sizes import get_scale
 from archs.state import LayerState
 from eval.agreement import agreement, exact_logits
 from eval.calls import CountCalls, IdleLayer
-from eval.cells import CellFailure, Workshop
 from eval.commands import bench_archs
 from eval.conformance import CHECK_SCALE
 from eval.decode import (
@@ -27,8 +26,11 @@ from eval.decode import (
     measure_decode,
     measure_ttft_ms,
 )
-from eval.progress import Watch
-from eval.results import Cell, Status
+from eval.measure import measure
+from eval.measure.site import Site
+from eval.plan import points
+from eval.results.point import Point
+from eval.results.rows import Status
 from eval.suite import Suite
 from infer.compiled import CompiledStep
 from infer.engine import Engine
@@ -207,26 +209,24 @@ def test_the_printed_table_keeps_columns_apart(
         assert (withheld == "", given == "") == (title == "TPOT ms", title != "TPOT ms")
 
 
-def test_a_wrong_mixer_fails_its_cell(
+def test_a_wrong_mixer_fails_its_point(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forget(monkeypatch, Attention, single=True)
-    workshop = Workshop(suite, tmp_path / "out", CPU, None)
-    cell = Cell(arch="gqa", stage="decode", scale="tiny", batch=1)
-    watch = Watch(None, 1.0)  # type: ignore[arg-type]
-    with pytest.raises(CellFailure, match="latencies withheld") as caught:
-        workshop.decode(cell, watch)
-    assert caught.value.status == Status.INCORRECT
+    [point, *_] = (p for p in points(suite, "cpu") if p.stage == "decode")
+    found = measure(point, Site(tmp_path, CPU, cache=tmp_path))
+    [row] = found.rows
+    assert row.status == Status.INCORRECT and "latencies withheld" in row.note
 
 
 def test_files_whose_paths_look_alike_have_folders_of_their_own(
     suite: Suite, tmp_path: Path
 ) -> None:
-    workshop = Workshop(suite, tmp_path / "out", CPU, None)
+    site = Site(tmp_path / "out", CPU, cache=tmp_path)
     archs = ("sub/x.py", "sub_x.py", "sub.x.py", "sub/x.py:gqa=1:1", "gdn:gqa=3:1", "gqa")
-    cells = [Cell(arch=a, stage="train", scale="tiny", seed=0) for a in archs]
-    assert len({workshop._folder(cell) for cell in cells}) == len(archs)
-    assert workshop._folder(cells[-2]).parent.name == "gdn_gqa_3_1"
+    folders = [site.work_folder(Point(arch=a, stage="train", scale="tiny")) for a in archs]
+    assert len({folder.parent for folder in folders}) == len(archs)
+    assert folders[-2].parent.name == "gdn_gqa_3_1"
 
 
 # -- timings --

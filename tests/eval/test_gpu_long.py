@@ -10,7 +10,7 @@ from eval.gpu.table import Table
 from eval.leaderboard import merge
 from eval.report import write_report
 from eval.report_kernels import compared, kernel_section
-from eval.schema import check_long
+from eval.results.schema import check_long
 
 ORIGIN = {
     "hardware": "A GPU", "driver": "CUDA 13.0", "torch": "2.11", "triton": "3.6",

@@ -12,34 +12,35 @@ import pytest
 from archs.errors import UserError
 from eval.figures import Figures
 from eval.leaderboard import Column, headlines, merge, rank, to_table, wide
-from eval.results import CELL_FAILED, About, Cell, Provenance, Results, Row, Status
-from eval.schema import load_long
+from eval.results.point import Point
+from eval.results.rows import CELL_FAILED, About, Provenance, Row, Status
+from eval.results.schema import load_long
 from eval.statistics import student_t_mean
 from eval.tidy import tidy
-from tests.eval.synthetic import ARCHS, HERE, write_run
+from tests.eval.synthetic import ARCHS, HERE, Recorded, write_run
 
 BITS = "bits_per_byte@tiny/c128"
 
 
-def record(folder: Path, *cells: tuple[Cell, About, list[Row]], where: Provenance = HERE) -> Path:
-    """A run folder that holds just these cells."""
-    results = Results(folder / "results.csv", where)
+def record(folder: Path, *cells: tuple[Point, About, list[Row]], where: Provenance = HERE) -> Path:
+    """A run folder that holds just these points."""
+    results = Recorded(where)
     for cell in cells:
         results.append(*cell)
-    return folder
+    return results.write(folder)
 
 
 def scored(arch: str, low: float | None, high: float | None, seed: int = 0) -> Any:
     """Bits per byte with an interval."""
     middle = 2.0 if low is None or high is None else (low + high) / 2
     row = Row(measure="bits_per_byte", value=middle, low=low, high=high, context=128)
-    return Cell(arch=arch, stage="train", scale="tiny", seed=seed), About(), [row]
+    return Point(arch=arch, stage="train", scale="tiny", seed=seed), About(), [row]
 
 
 def timed(arch: str, tpot_ms: float, **about: Any) -> Any:
     """One latency."""
     row = Row(measure="tpot_ms", value=tpot_ms, context=256)
-    return Cell(arch=arch, stage="decode", scale="70m", batch=1), About(**about), [row]
+    return Point(arch=arch, stage="decode", scale="70m", batch=1), About(**about), [row]
 
 
 def board(folder: Path) -> pd.DataFrame:
@@ -169,7 +170,7 @@ def test_the_interval_of_a_share_stays_within_0_and_1(tmp_path: Path) -> None:
     cells = []
     for seed, value in enumerate((0.355, 0.996)):
         row = Row(measure="mqar_accuracy", value=value, context=32)
-        cells.append((Cell(arch="gqa", stage="mqar", scale="mqar", seed=seed), About(), [row]))
+        cells.append((Point(arch="gqa", stage="mqar", scale="mqar", seed=seed), About(), [row]))
     row = wide(merge([record(tmp_path, *cells)])).iloc[0]
     ends = row["mqar_accuracy@mqar/c32:low"], row["mqar_accuracy@mqar/c32:high"]
     assert ends == (0.0, 1.0)
@@ -219,7 +220,7 @@ def test_a_figure_without_interval_has_no_rank(tmp_path: Path) -> None:
 def test_higher_is_better_where_it_is(tmp_path: Path) -> None:
     rows = [Row(measure="mqar_accuracy", value=v, low=v - 0.01, high=v + 0.01, context=32)
             for v in (0.5, 0.9)]  # fmt: skip
-    cells = [(Cell(arch=a, stage="mqar", scale="mqar"), About(), [row])
+    cells = [(Point(arch=a, stage="mqar", scale="mqar"), About(), [row])
              for a, row in zip(("mha", "gqa"), rows, strict=True)]  # fmt: skip
     table = rank(wide(merge([record(tmp_path, *cells)])), "mqar_accuracy@mqar/c32")
     assert dict(zip(table["arch"], table["rank"], strict=True)) == {"gqa": "1", "mha": "2"}
@@ -232,7 +233,7 @@ def test_higher_is_better_where_it_is(tmp_path: Path) -> None:
 
 def test_failed_cells_keep_their_row_and_say_why(tmp_path: Path) -> None:
     oom = Row(measure=CELL_FAILED, status=Status.OOM, note="too large")
-    cell = Cell(arch="mha", stage="decode", scale="70m", batch=1)
+    cell = Point(arch="mha", stage="decode", scale="70m", batch=1)
     table = board(record(tmp_path, timed("gqa", 1.0), (cell, About(), [oom])))
     row = table.set_index("arch").loc["mha"]
     assert row["status"] == "oom ×1"
@@ -245,7 +246,7 @@ def test_failed_cells_keep_their_row_and_say_why(tmp_path: Path) -> None:
 
 def test_a_failure_that_succeeded_later_is_gone(tmp_path: Path) -> None:
     failed = Row(measure=CELL_FAILED, status=Status.ERROR)
-    cell = Cell(arch="gqa", stage="decode", scale="70m", batch=1)
+    cell = Point(arch="gqa", stage="decode", scale="70m", batch=1)
     first = record(tmp_path / "a", (cell, About(), [failed]))
     second = record(tmp_path / "b", timed("gqa", 1.0))
     assert wide(merge([first, second])).iloc[0]["status"] == "ok"
@@ -254,7 +255,7 @@ def test_a_failure_that_succeeded_later_is_gone(tmp_path: Path) -> None:
 
 def test_one_seed_that_failed_leaves_the_mean_of_the_others(tmp_path: Path) -> None:
     nan = Row(measure=CELL_FAILED, status=Status.NAN)
-    cell = Cell(arch="gqa", stage="train", scale="tiny", seed=2)
+    cell = Point(arch="gqa", stage="train", scale="tiny", seed=2)
     cells = [scored("gqa", 0.9, 1.1), scored("gqa", 1.9, 2.1, seed=1), (cell, About(), [nan])]
     row = wide(merge([record(tmp_path, *cells)])).iloc[0]
     assert (row[BITS], row[f"{BITS}:n"], row["status"]) == (1.5, 2, "nan ×1")
@@ -262,7 +263,7 @@ def test_one_seed_that_failed_leaves_the_mean_of_the_others(tmp_path: Path) -> N
 
 def test_a_run_without_architectures_is_refused(tmp_path: Path) -> None:
     machine = Row(measure="copy_bytes_per_s", value=1e9)
-    folder = record(tmp_path, (Cell(arch="", stage="hardware"), About(), [machine]))
+    folder = record(tmp_path, (Point(arch="", stage="hardware"), About(), [machine]))
     with pytest.raises(UserError, match="no architecture yet; run"):
         board(folder)
     with pytest.raises(UserError, match="no runs to merge; name at least one"):

@@ -1,6 +1,6 @@
 """The vocabulary of the tables."""
 
-from eval.measures import MEASURES
+from eval.results.measures import MEASURES
 
 
 def test_every_measure_has_a_unit_in_its_name() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from eval import ncu
 from eval.ncu import NotCountedError, command, parse
-from eval.results import Status
+from eval.results.rows import Status
 from tests.eval.fake_ncu import BYTES, CPU, CUDA, FakeNcu, make_fake_ncu
 
 BEFORE = ("ID", "Process ID", "Process Name", "Host Name", "Kernel Name")

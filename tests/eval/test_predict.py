@@ -19,8 +19,8 @@ from eval.accelerators import ACCELERATORS, hardware_of, prices_of
 from eval.calls import IdleLayer
 from eval.doctor import OPTIONAL, diagnose
 from eval.hardware import ProductRate, Roofline, measure_roofline, now_s
-from eval.measures import MEASURES
 from eval.predict import bound_by, parse_counts, predict, predict_ops, resident_bytes, step_ms
+from eval.results.measures import MEASURES
 from tests.eval.conftest import STUB_ROOFLINE, Command
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ import torch
 
 from archs.errors import UserError
 from eval import processes
-from eval.plan import Planned
-from eval.schema import load_long
+from eval.results.point import Point
+from eval.results.schema import load_long
 from eval.suite import Suite, load_suite
 from tests.eval.micro import cells_of, run, write_suite
 
@@ -50,24 +50,26 @@ def test_models_share_a_gpu_only_where_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert processes.default_workers(torch.device("cuda", 0)) == 1
 
 
-def test_a_worker_that_is_killed_ends_its_cell_alone(
+def test_a_worker_that_is_killed_ends_its_point_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = load_suite(str(write_suite(tmp_path, ("gqa", "mqa"))))
     begin = processes._Worker.begin
 
-    def killed(worker: processes._Worker, item: Planned) -> None:
-        begin(worker, item)
-        if item.cell.arch == "gqa" and item.cell.stage == "train":
+    def killed(worker: processes._Worker, point: Point) -> None:
+        begin(worker, point)
+        if point.arch == "gqa" and point.stage == "train":
             worker.process.kill()
 
     monkeypatch.setattr(processes._Worker, "begin", killed)
     assert run(suite, tmp_path / "out", workers=2)
     rows = load_long(tmp_path / "out" / "results.csv")
     failed = rows[rows["status"] != "ok"]
-    assert list(failed["cell"]) == ["train0/gqa/tiny/seed0/batch0"]
+    [cell] = failed["cell"]
+    assert cell.startswith("train/gqa/tiny/seed0/batch0/")
     assert failed["note"].item() == "its process ended with signal SIGKILL, as when memory runs out"
-    assert {"train0/mqa/tiny/seed0/batch0", "mqar0/gqa/mqar/seed0/batch0"} <= set(rows["cell"])
+    ended = {tuple(cell.split("/")[:2]) for cell in rows["cell"]}
+    assert {("train", "mqa"), ("mqar", "gqa")} <= ended
 
 
 def test_what_the_user_can_mend_ends_the_run(
@@ -75,9 +77,9 @@ def test_what_the_user_can_mend_ends_the_run(
 ) -> None:
     begin = processes._Worker.begin
 
-    def spoiled(worker: processes._Worker, item: Planned) -> None:
+    def spoiled(worker: processes._Worker, point: Point) -> None:
         (tmp_path / "text.txt").unlink(missing_ok=True)
-        begin(worker, item)
+        begin(worker, point)
 
     monkeypatch.setattr(processes._Worker, "begin", spoiled)
     with pytest.raises(UserError, match=r"text\.txt"):
@@ -96,14 +98,14 @@ def test_a_budget_that_ends_stops_the_workers(suite: Suite, tmp_path: Path) -> N
 ORPHANED = """
 import sys
 import torch
-import eval.cells
+import eval.measure.site
 from eval.hardware import Roofline
 from eval.suite import load_suite
 from tests.eval.micro import run
 from dataclasses import replace
 from pathlib import Path
 
-eval.cells.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
+eval.measure.site.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
 suite = load_suite(sys.argv[1])
 suite = replace(suite, train=replace(suite.train, steps=100_000), mqar=None)
 run(suite, Path(sys.argv[2]), workers=2)

@@ -17,7 +17,8 @@ from eval.leaderboard import merge, wide
 from eval.pictures.palette import NIGHT, SHAPES, Palette
 from eval.pictures.plans import PLANS
 from eval.report import write_page, write_report
-from eval.results import CELL_FAILED, About, Cell, Row, Status
+from eval.results.point import Point
+from eval.results.rows import CELL_FAILED, About, Row, Status
 from tests.eval.page import Page
 from tests.eval.synthetic import ARCHS, CONTEXTS, LADDER, write_run
 from tests.eval.test_leaderboard import record, scored, timed
@@ -37,14 +38,14 @@ LOADING = {
 HOSTILE = "<img src=http://evil/x onerror=alert(1)></script><script>alert(2)</script>\"'&.py"
 
 
-def stepped(arch: str, tpot_ms: dict[int, float]) -> tuple[Cell, About, list[Row]]:
+def stepped(arch: str, tpot_ms: dict[int, float]) -> tuple[Point, About, list[Row]]:
     """Latencies by context with the same times predicted."""
     rows = [
         Row(measure=measure, value=ms, context=context)
         for context, ms in tpot_ms.items()
         for measure in ("tpot_ms", "tpot_pred_ms")
     ]
-    return Cell(arch=arch, stage="decode", scale="70m", batch=1), About(), rows
+    return Point(arch=arch, stage="decode", scale="70m", batch=1), About(), rows
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +291,7 @@ def test_the_page_of_several_runs_is_sorted_by_the_column_that_was_named(tmp_pat
 def test_one_architecture_s_loss_by_position_is_drawn_as_it_is(tmp_path: Path) -> None:
     rows = [Row(measure="loss_at_position", value=3.0 - p / 100, position=p) for p in (8, 64)]
     rows.append(Row(measure="bits_per_byte", value=2.0, context=32))
-    cell = Cell(arch="gqa", stage="train", scale="tiny", seed=0)
+    cell = Point(arch="gqa", stage="train", scale="tiny", seed=0)
     page = Page(write_report(record(tmp_path, (cell, About(), rows))))
     shown = [row for data in page.charts["loss-position"]["datasets"].values() for row in data]
     assert {row["loss"] for row in shown if "loss" in row} >= {2.92, 2.36}
@@ -307,7 +308,7 @@ def test_a_lone_figure_of_quality_has_no_rank(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_library")
 def test_nothing_but_failures(tmp_path: Path) -> None:
     failed = [Row(measure=CELL_FAILED, status=Status.ERROR, note="no <luck> & more")]
-    cell = Cell(arch="gqa", stage="decode", scale="70m", batch=1)
+    cell = Point(arch="gqa", stage="decode", scale="70m", batch=1)
     page = Page(write_report(record(tmp_path, (cell, About(), failed))))
     assert "no <luck> & more" in page.texts
     assert "luck" not in {tag for tag, _ in page.elements}
@@ -325,7 +326,7 @@ def test_pictures_that_are_no_longer_drawn_go(tmp_path: Path, folder: Path) -> N
 @pytest.mark.usefixtures("no_library")
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
     rows = [Row(measure="tpot_ms", value=1.0 + c / 1e4, context=c) for c in (256, 1024)]
-    cell = Cell(arch=HOSTILE, stage="decode", scale="70m", batch=1)
+    cell = Point(arch=HOSTILE, stage="decode", scale="70m", batch=1)
     page = Page(write_report(record(tmp_path, (cell, About(pattern=HOSTILE), rows))))
     assert HOSTILE in page.texts
     assert "img" not in {tag for tag, _ in page.elements}

@@ -1,31 +1,29 @@
-"""The long table: appends are whole, kills lose nothing, and foreign tables are refused."""
+"""The long table: points are whole, nothing is lost, and foreign tables are refused."""
 
 import errno
-import os
 import subprocess
-from dataclasses import fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from archs.checks import parse
 from archs.errors import UserError
-from eval import results
-from eval.results import (
-    CELL_FAILED,
-    COLUMNS,
-    About,
-    Cell,
-    Results,
-    Row,
-    Status,
-    hardware_name,
-    provenance,
-)
-from eval.schema import load_long
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval import provenance as told
+from eval.provenance import hardware_name, provenance
+from eval.results.folder import Results
+from eval.results.point import Point
+from eval.results.rows import CELL_FAILED, COLUMNS, About, Found, Row, Status
+from eval.results.schema import load_long
 from tests.eval.synthetic import HERE
 
-CELL = Cell(arch="gqa", stage="decode", scale="70m", batch=8)
+POINT = Point(
+    arch="gqa", stage="decode", scale="70m", batch=8, model={"arch": "gqa"}, options={"steps": 3}
+)
 ABOUT = About(pattern="gqa gqa", params=1000, corpus="sotu", tokens=4096)
 ROWS = [
     Row(measure="tpot_ms", value=0.1 + 0.2, low=0.25, high=0.375, n=12, context=256),
@@ -36,27 +34,34 @@ ROWS = [
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "results.csv"
+    return tmp_path / "results.csv"
 
 
-def append(path: Path, batch: int = 8) -> Results:
-    results = Results(path, HERE)
-    results.append(replace(CELL, batch=batch), ABOUT, ROWS)
+def measured(rows: Iterable[Row] = ROWS) -> Found:
+    return Found(about=ABOUT, rows=tuple(rows))
+
+
+def recorded(path: Path, *points: Point, rows: Iterable[Row] = ROWS) -> Results:
+    """A run folder whose table holds these points, in which all have the same rows."""
+    results = Results(path.parent, HERE)
+    for point in points or (POINT,):
+        results.record(point, measured(rows))
+    results.merge(points or (POINT,))
     return results
 
 
 # -- what is written --
 
 
-def test_what_is_appended_is_read_back(path: Path) -> None:
-    append(path)
+def test_what_is_recorded_is_read_back(path: Path) -> None:
+    recorded(path)
     long = load_long(path)
     assert list(long.columns) == COLUMNS
     first = long.iloc[0]
     assert first["value"] == 0.1 + 0.2
     assert (first["low"], first["high"], first["n"]) == (0.25, 0.375, 12)
     assert (first["batch"], first["context"], first["status"]) == (8, 256, "ok")
-    assert first["cell"] == CELL.key
+    assert first["cell"] == POINT.key
     assert long["position"].tolist()[2] == 64
     assert long["position"].isna().tolist() == [True, True, False]
     assert long["note"].tolist() == ["", "two lines, and 'quotes\"", ""]
@@ -65,17 +70,20 @@ def test_what_is_appended_is_read_back(path: Path) -> None:
 
 
 def test_every_row_says_where_it_comes_from(path: Path) -> None:
-    append(path)
+    recorded(path)
     long = load_long(path)
     for source in (ABOUT, HERE):
         for field in fields(source):
             assert set(long[field.name].astype(str)) == {str(getattr(source, field.name))}
 
 
-def test_the_second_append_writes_no_second_header(path: Path) -> None:
-    append(path)
-    append(path, batch=1)
+def test_a_table_holds_the_points_that_are_asked_for_in_their_order(path: Path) -> None:
+    single = replace(POINT, batch=1)
+    results = recorded(path, POINT, single)
     assert load_long(path)["batch"].tolist() == [8, 8, 8, 1, 1, 1]
+    results.merge([single, replace(POINT, batch=4)])
+    assert load_long(path)["batch"].tolist() == [1, 1, 1]
+    assert results.held(POINT) is not None
 
 
 def test_this_machine_and_this_code_are_named() -> None:
@@ -90,7 +98,7 @@ def test_this_machine_and_this_code_are_named() -> None:
 
 @pytest.mark.parametrize("status", list(Status))
 def test_statuses_are_kept(path: Path, status: Status) -> None:
-    Results(path, HERE).append(CELL, ABOUT, [Row(measure=CELL_FAILED, status=status)])
+    recorded(path, rows=[Row(measure=CELL_FAILED, status=status)])
     long = load_long(path)
     assert long["status"].tolist() == [status.value]
     assert long["value"].isna().all()
@@ -99,7 +107,7 @@ def test_statuses_are_kept(path: Path, status: Status) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_no_number_is_a_status(path: Path, value: float) -> None:
     row = Row(measure="train_loss", value=value, low=value, high=1.0)
-    Results(path, HERE).append(CELL, ABOUT, [row])
+    recorded(path, rows=[row])
     long = load_long(path)
     assert long["status"].tolist() == ["nan"]
     assert long["value"].isna().all()
@@ -107,93 +115,81 @@ def test_a_value_that_is_no_number_is_a_status(path: Path, value: float) -> None
 
 
 def test_an_unknown_measure_is_refused_and_nothing_written(path: Path) -> None:
-    results = Results(path, HERE)
+    results = Results(path.parent, HERE)
     with pytest.raises(UserError, match=r"measure 'tpot'.*Did you mean 'tpot_ms'"):
-        results.append(CELL, ABOUT, [ROWS[0], Row(measure="tpot", value=1.0)])
-    assert not path.exists()
-    assert not results.done(CELL)
+        results.record(POINT, measured([ROWS[0], Row(measure="tpot", value=1.0)]))
+    assert results.held(POINT) is None
 
 
-# -- resuming --
+# -- points --
 
 
-def test_a_recorded_cell_is_done_and_only_that(path: Path) -> None:
-    assert not Results(path, HERE).done(CELL)
-    assert append(path).done(CELL)
-    reopened = Results(path, HERE)
-    assert reopened.done(CELL)
-    for other in (
-        replace(CELL, arch="mqa"), replace(CELL, stage="train"), replace(CELL, scale="1b"),
-        replace(CELL, seed=1), replace(CELL, batch=1), replace(CELL, section=1),
-    ):  # fmt: skip
-        assert not reopened.done(other)
+OTHERS = {
+    "arch": "mqa", "stage": "train", "scale": "1b", "seed": 1, "batch": 1, "device": "cuda",
+    "model": {"arch": "gqa", "hidden": 3}, "source": "0123", "options": {"steps": 4},
+}  # fmt: skip
 
 
-def test_a_failed_cell_is_done(path: Path) -> None:
-    Results(path, HERE).append(CELL, ABOUT, [Row(measure=CELL_FAILED, status=Status.OOM)])
-    assert Results(path, HERE).done(CELL)
+def test_every_field_of_a_point_makes_another_point() -> None:
+    assert OTHERS.keys() == {f.name for f in fields(Point)}
+    others = [replace(POINT, **{name: value}) for name, value in OTHERS.items()]
+    assert len({p.digest for p in (POINT, *others)}) == len({POINT, *others}) == len(OTHERS) + 1
 
 
-def test_results_of_another_configuration_are_refused(path: Path) -> None:
-    append(path)
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"another configuration \(c0ffee123456, this is feed\)"):
-        Results(path, replace(HERE, config_hash="feed"))
-    assert path.read_bytes() == before
+def test_a_point_comes_back_from_its_text() -> None:
+    spec = asdict(
+        ModelSpec(arch="gqa", scale=get_scale("tiny"), overrides={"gqa": {"kv_heads": 1}})
+    )
+    point = replace(POINT, model=spec, options={"learning_rates": (1e-3, 0.1), "quality": None})
+    again = Point.from_json(point.to_json())
+    assert again == point and again.digest == point.digest and hash(again) == hash(point)
+    assert parse(ModelSpec, again.model, "model") == parse(ModelSpec, spec, "model")
+    with pytest.raises(UserError, match="lacks 'stage'"):
+        Point.from_json("{}")
 
 
-def test_a_writer_killed_at_any_byte_costs_only_its_cell(path: Path) -> None:
-    """Cut within the second append, at and around line ends too: the first stays, it runs again."""
-    append(path)
-    whole = path.read_bytes()
-    append(path, batch=1)
-    both = path.read_bytes()
-    ends = [i for i in range(len(whole), len(both)) if both[i : i + 1] == b"\n"]
-    around = {end + step for end in ends[:-1] for step in (-1, 0, 1, 2)}
-    for length in sorted({*range(len(whole), len(both), 23), *around, len(both) - 1}):
-        path.write_bytes(both[:length])
-        results = Results(path, HERE)
-        assert results.done(CELL), length
-        assert not results.done(replace(CELL, batch=1)), length
-        assert path.read_bytes() == whole, length
-    append(path, batch=1)
-    assert path.read_bytes() == both
+def test_a_recorded_point_is_held_and_only_that(path: Path) -> None:
+    results = Results(path.parent, HERE)
+    assert results.held(POINT) is None
+    recorded(path)
+    again = Results(path.parent, replace(HERE, config_hash="another", commit="later"))
+    assert len(again.held(POINT) or ()) == len(ROWS)
+    for name, value in OTHERS.items():
+        assert again.held(replace(POINT, **{name: value})) is None
+    again.drop(POINT)
+    assert again.held(POINT) is None
 
 
-def test_a_writer_killed_in_its_first_append_leaves_an_empty_table(path: Path) -> None:
-    append(path)
-    both = path.read_bytes()
-    header = both.index(b"\n") + 1
-    for length in (0, 3, header - 1, header, header + 5, len(both) - 1):
-        path.write_bytes(both[:length])
-        assert not Results(path, HERE).done(CELL)
-        append(path)
-        assert path.read_bytes() == both
-
-
-@pytest.mark.parametrize("short", [True, False], ids=["short write", "error"])
-def test_a_full_disk_leaves_earlier_rows_intact(
-    path: Path, monkeypatch: pytest.MonkeyPatch, short: bool
+def test_a_full_disk_leaves_earlier_points_intact(
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = append(path)
-    before = path.read_bytes()
-    honest = os.write
+    results = recorded(path)
 
-    def full(handle: int, content: bytes) -> int:
-        written = honest(handle, content[:100])
-        if short:
-            return written
+    def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    other = replace(CELL, batch=1)
+    other = replace(POINT, batch=1)
     with monkeypatch.context() as patch:
-        patch.setattr("eval.results.os.write", full)
-        with pytest.raises(UserError, match=r"No space left.*intact, free some space"):
-            results.append(other, ABOUT, ROWS)
-    assert path.read_bytes() == before
-    assert not results.done(other)
-    results.append(other, ABOUT, ROWS)
-    assert Results(path, HERE).done(other)
+        patch.setattr("archs.files.os.fsync", full)
+        with pytest.raises(UserError, match=r"No space left.*free some space"):
+            results.record(other, measured())
+    assert results.held(POINT) and results.held(other) is None
+    assert [p.name for p in (path.parent / "points").iterdir()] == [results.path(POINT).name]
+    results.record(other, measured())
+    assert results.held(other)
+
+
+def test_a_damaged_file_is_named_and_not_taken_for_a_result(path: Path) -> None:
+    results = recorded(path)
+    file = results.path(POINT)
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    for text in ("", "a,b\n1,2\n", lines[0], "".join(lines[:-1]), "".join(lines[:2] + lines[3:])):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"points/decode-gqa.* is damaged.*remove it"):
+            results.held(POINT)
+    file.write_text(whole)
+    assert results.held(POINT)
 
 
 # -- tables from elsewhere --
@@ -201,7 +197,7 @@ def test_a_full_disk_leaves_earlier_rows_intact(
 
 def replaced(path: Path, column: str, value: str) -> None:
     """Put a value into the second row of a written table."""
-    append(path)
+    recorded(path)
     lines = path.read_text().splitlines()
     cells = lines[2].split(",")
     cells[COLUMNS.index(column)] = value
@@ -230,7 +226,7 @@ def test_a_bad_value_is_named_with_its_place(
 
 
 def test_a_table_that_lacks_columns_is_refused(path: Path) -> None:
-    append(path)
+    recorded(path)
     path.write_text(path.read_text().replace("config_hash", "config", 1))
     with pytest.raises(UserError, match=r"lacks the columns \['config_hash'\]; name a run folder"):
         load_long(path)
@@ -254,10 +250,10 @@ def test_a_folder_in_place_of_the_table_is_refused(tmp_path: Path) -> None:
 def test_a_copied_tree_says_its_commit_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "eval" / "results.py"))
-    assert results._commit() == "unknown"
+    monkeypatch.setattr(told, "__file__", str(tmp_path / "eval" / "provenance.py"))
+    assert told._commit() == "unknown"
     (tmp_path / "COMMIT").write_text("abc1234-dirty\n")
-    assert results._commit() == "abc1234-dirty"
+    assert told._commit() == "abc1234-dirty"
 
 
 def test_a_commit_of_somebody_elses_repository_is_not_ours(
@@ -272,14 +268,14 @@ def test_a_commit_of_somebody_elses_repository_is_not_ours(
     theirs = git("rev-parse", "HEAD")
     installed = tmp_path / ".venv" / "site-packages" / "eval"
     installed.mkdir(parents=True)
-    monkeypatch.setattr(results, "__file__", str(installed / "results.py"))
-    assert results._commit() == "unknown"
-    ours = results._commit
+    monkeypatch.setattr(told, "__file__", str(installed / "provenance.py"))
+    assert told._commit() == "unknown"
+    ours = told._commit
     monkeypatch.undo()
     before = ours()
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     assert ours() == before and not theirs.startswith(before.partition("-")[0])
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "eval" / "results.py"))
+    monkeypatch.setattr(told, "__file__", str(tmp_path / "eval" / "provenance.py"))
     monkeypatch.delenv("GIT_DIR")
     (tmp_path / "eval").mkdir()
     assert theirs.startswith(ours().partition("-")[0])

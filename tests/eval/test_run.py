@@ -13,8 +13,8 @@ from archs.errors import UserError
 from archs.gqa import Attention
 from archs.linear import LinearAttention
 from archs.registry import ModelSpec
+from eval.results.schema import check_long, load_long
 from eval.run import OWN_NAMES, prepare_folder
-from eval.schema import check_long, load_long
 from eval.suite import Suite, load_suite
 from tests.eval.conftest import Command
 from tests.eval.micro import cells_of, run, write_suite
@@ -42,8 +42,8 @@ def test_a_run_leaves_everything_it_promises(decodebench: Command, tmp_path: Pat
     assert load_suite(str(out / "config.toml")) == load_suite(str(path))
     for name in ("results.csv", "leaderboard.csv", "report.html", "plots/tpot-context.png"):
         assert (out / name).stat().st_size > 500, name
-    assert (out / "cells/gqa/train-tiny-seed0/metrics.jsonl").exists()
-    assert (out / "cells/gqa/train-tiny-seed0/checkpoint.safetensors").exists()
+    [folder] = out.glob("cells/gqa/train-tiny-seed0-*")
+    assert {f.name for f in folder.iterdir()} >= {"metrics.jsonl", "checkpoint.safetensors"}
     long = load_long(out / "results.csv")
     assert set(long["status"]) == {"ok"}
     expected = {"bits_per_byte", "mqar_accuracy", "tpot_ms", "ttft_ms", "state_bytes", "mbu",
@@ -61,10 +61,10 @@ def test_a_sweep_as_long_as_the_training_is_the_first_seeds_training(tmp_path: P
         out = tmp_path / f"swept-{steps}"
         whole = replace(suite, train=replace(plan, sweep_steps=steps), mqar=None, decode=())
         assert run(whole, out)
-        trained[steps] = {f.name for f in (out / "cells/gqa").glob("train-*")}
+        trained[steps] = {f.name.rpartition("-")[0] for f in (out / "cells/gqa").glob("train-*")}
         long = load_long(out / "results.csv")
         rates = long[long["measure"] == "learning_rate"].set_index("seed")["value"]
-        (log,) = (out / f"cells/gqa/sweep-tiny/lr_{rates[0]:g}").glob("metrics.jsonl")
+        [log] = out.glob(f"cells/gqa/sweep-train-tiny-*/lr_{rates[0]:g}/metrics.jsonl")
         loss = json.loads(log.read_text().splitlines()[-1])["smoothed_loss_nats"]
         first = long[(long["measure"] == "train_loss") & (long["seed"] == 0)]["value"].item()
         assert (first == loss) == (steps == plan.steps)
@@ -79,7 +79,7 @@ def test_a_finished_run_runs_nothing_again(decodebench: Command, tmp_path: Path)
     before = (tmp_path / "out" / "results.csv").read_bytes()
     again = decodebench(*argv)
     assert again.code == 0
-    assert "6 of 6 cells are done already" in again.err
+    assert "6 of 6 points are done already" in again.err
     assert (tmp_path / "out" / "results.csv").read_bytes() == before
 
 
@@ -101,16 +101,41 @@ def test_the_command_needs_no_git(
 # -- the folder --
 
 
+def test_what_a_suite_asks_for_anew_is_measured_and_nothing_else(tmp_path: Path) -> None:
+    """One more architecture, another recipe, and the way back."""
+    suite, out = load_suite(str(write_suite(tmp_path))), tmp_path / "out"
+    assert run(suite, out)
+    first = written(out)
+    more = replace(suite, archs=("gqa", "mqa"))
+    assert run(more, out)
+    second = written(out)
+    assert second.items() > first.items()
+    assert {name.split("-")[1] for name in second.keys() - first} == {"mqa"}
+    assert set(load_long(out / "results.csv")["arch"]) == {"", "gqa", "mqa"}
+    assert load_long(out / "results.csv")["config_hash"].nunique() == 1
+    assert suite.train
+    longer = replace(suite, train=replace(suite.train, steps=4))
+    assert run(longer, out)
+    third = written(out)
+    [again] = third.keys() - second
+    assert again.startswith("train-gqa-") and third.items() > second.items()
+    assert run(suite, out)
+    assert written(out) == third
+    assert set(load_long(out / "results.csv")["arch"]) == {"", "gqa"}
+
+
+def written(out: Path) -> dict[str, int]:
+    """When each point's file was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
+
+
 @pytest.mark.usefixtures("no_report")
-def test_a_folder_of_another_configuration_is_refused(decodebench: Command, tmp_path: Path) -> None:
+def test_fresh_replaces_what_is_ours_alone(decodebench: Command, tmp_path: Path) -> None:
     path = write_suite(tmp_path)
     prepare_folder(load_suite(str(path)), tmp_path / "out", fresh=False)
     (tmp_path / "out" / "notes.txt").write_text("mine")
     (tmp_path / "out" / "results.csv").write_text("old")
-    path.write_text(path.read_text().replace("steps = 3", "steps = 4"))
     argv = ("run", "--suite", path, "--out", "out", "--device", "cpu", "--json")
-    decodebench(*argv).refuses("'out' belongs to another configuration", "--fresh")
-    assert (tmp_path / "out" / "results.csv").read_text() == "old"
     assert decodebench(*argv, "--fresh").code == 0
     assert len(cells_of(tmp_path / "out")) == 6
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"

@@ -9,13 +9,16 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 
 from archs.errors import UserError
-from eval.cells import CellFailure, Workshop
-from eval.results import About, Status
+from eval.measure import STAGES, text
+from eval.measure.site import Failure, Site
+from eval.progress import Watch
+from eval.results.point import Point
+from eval.results.rows import About, Found, Status
 from eval.suite import Suite
 from tests.eval.conftest import Command
 from tests.eval.micro import cells_of, run
@@ -23,24 +26,23 @@ from tests.eval.micro import cells_of, run
 pytestmark = pytest.mark.usefixtures("stub_roofline")
 ROOT = Path(__file__).parents[2]
 
-#: Runs the suite of argv[1] into argv[2], and waits for its end in the cell named by argv[3].
+#: Runs the suite of argv[1] into argv[2], and waits for its end in the stage named by argv[3].
 VICTIM = """
 import sys, time
-import eval.cells
-from eval.cells import CellFailure, Workshop
-from eval.results import About, Status
+import eval.measure.site
+from eval.measure import STAGES
 from eval.cli import main
 from eval.hardware import Roofline
 import torch
 torch.set_num_threads(1)
 suite, out, stage = sys.argv[1:]
-eval.cells.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
+eval.measure.site.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
 
-def wait(self, cell, watch):
+def wait(point, site, watch):
     print("waiting", flush=True)
     time.sleep(60)
 
-setattr(Workshop, stage, wait)
+STAGES[stage] = wait
 options = ["--device", "cpu", "--workers", "1"]
 sys.argv = ["decodebench", "run", "--suite", suite, "--out", out, *options]
 main()
@@ -58,6 +60,7 @@ def test_a_time_budget_stops_cleanly_and_the_next_run_goes_on(
     with monkeypatch.context() as patch:
         clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
         patch.setattr("eval.run.time", clock)
+        patch.setattr("eval.measure.site.time", clock)
         assert not run(suite, tmp_path / "out", time_budget_s=1.5)
     done = cells_of(tmp_path / "out")
     assert len(done) == 1
@@ -70,11 +73,11 @@ def test_a_time_budget_stops_cleanly_and_the_next_run_goes_on(
 def test_a_cell_that_fails_fails_the_command_and_what_does_not_fit_does_not(
     decodebench: Command, suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Workshop, *_: object) -> NoReturn:
-        raise CellFailure(status, About(), "made to fail")
+    def fail(*_: object) -> NoReturn:
+        raise Failure(status, About(), "made to fail")
 
     argv = ("run", "--suite", "micro.toml", "--device", "cpu", "--json")
-    monkeypatch.setattr(Workshop, "decode", fail)
+    monkeypatch.setitem(STAGES, "decode", fail)
     for status, code in ((Status.INCORRECT, 1), (Status.OOM, 0)):
         done = decodebench(*argv, "--out", status)
         assert done.code == code and json.loads(done.out)["finished"], status
@@ -85,13 +88,11 @@ def test_a_cell_that_fails_fails_the_command_and_what_does_not_fit_does_not(
 def test_a_budget_that_ends_within_training_leaves_no_row(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Workshop.train
+    def late(point: Point, site: Site, watch: Watch) -> Found:
+        monkeypatch.setattr(site, "deadline", time.monotonic())
+        return text.measure(point, site, watch)
 
-    def late(self: Workshop, *arguments: Any) -> Any:
-        monkeypatch.setattr(self, "deadline", time.monotonic())
-        return honest(self, *arguments)
-
-    monkeypatch.setattr(Workshop, "train", late)
+    monkeypatch.setitem(STAGES, "train", late)
     assert not run(suite, tmp_path / "out", time_budget_s=100.0)
     assert not [c for c in cells_of(tmp_path / "out") if c.startswith("train")]
 
@@ -101,21 +102,19 @@ def test_a_full_disk_keeps_what_was_there(
     decodebench: Command, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = ("run", "--suite", "micro.toml", "--out", "out", "--device", "cpu", "--json")
-    honest = os.write
-    table = tmp_path / "out" / "results.csv"
+    honest = os.replace
 
-    def full(handle: int, content: bytes) -> int:
-        if b"train0/" not in content:
-            return honest(handle, content)
-        honest(handle, content[: len(content) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(source: Path, target: Path) -> None:
+        if target.name.startswith("train-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("eval.results.os.write", full)
+        patch.setattr("archs.files.os.replace", full)
         outcome = decodebench(*argv)
-        outcome.refuses("results.csv", "No space left on device", "earlier results are intact")
+        outcome.refuses("points/train-gqa", "No space left on device", "free some space")
     assert len(cells_of(tmp_path / "out")) == 2
-    assert table.read_bytes().endswith(b"\n")
+    assert len(list((tmp_path / "out" / "points").iterdir())) == 2
     assert decodebench(*argv).code == 0
     assert len(cells_of(tmp_path / "out")) == 6
 
@@ -129,8 +128,8 @@ def test_a_disk_that_fills_within_a_cell_fails_no_cell(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("eval.cells.build_to_serve", full)
-        with pytest.raises(UserError, match=r"No space left.*; free .*finished cells are kept"):
+        patch.setattr("eval.measure.serve.build_to_serve", full)
+        with pytest.raises(UserError, match=r"No space left.*; free .*finished points are kept"):
             run(suite, tmp_path / "out")
     assert len(cells_of(tmp_path / "out")) == 4
     assert run(suite, tmp_path / "out")
@@ -143,8 +142,8 @@ def test_a_file_system_that_refuses_within_a_cell_fails_no_cell(
     def refuse(*_: object) -> NoReturn:
         raise OSError(number, os.strerror(number), "the/cache")
 
-    monkeypatch.setattr("eval.cells.build_to_serve", refuse)
-    with pytest.raises(UserError, match=r"'the/cache' cannot be used.*finished cells are kept"):
+    monkeypatch.setattr("eval.measure.serve.build_to_serve", refuse)
+    with pytest.raises(UserError, match=r"'the/cache' cannot be used.*finished points are kept"):
         run(suite, tmp_path / "out")
     assert len(cells_of(tmp_path / "out")) == 4
 
@@ -163,7 +162,7 @@ def stop(tmp_path: Path, stage: str, sent: signal.Signals) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "decode"])
-def test_a_killed_run_keeps_its_cells_and_the_next_one_completes(
+def test_a_killed_run_keeps_its_points_and_the_next_one_completes(
     suite: Suite, tmp_path: Path, stage: str
 ) -> None:
     assert stop(tmp_path, stage, signal.SIGKILL)[0] == -signal.SIGKILL
@@ -175,10 +174,10 @@ def test_a_killed_run_keeps_its_cells_and_the_next_one_completes(
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_says_so_and_keeps_its_cells(suite: Suite, tmp_path: Path) -> None:
+def test_an_interrupted_run_says_so_and_keeps_its_points(suite: Suite, tmp_path: Path) -> None:
     code, shown = stop(tmp_path, "mqar", signal.SIGINT)
     assert code == 130
-    assert shown.splitlines()[-1].startswith("decodebench: interrupted; finished cells are kept")
+    assert shown.splitlines()[-1].startswith("decodebench: interrupted; finished points are kept")
     assert "Traceback" not in shown
     assert len(cells_of(tmp_path / "out")) == 3
 

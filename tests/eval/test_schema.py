@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from archs.errors import UserError
-from eval.measures import MEASURES
-from eval.results import COLUMNS, SCHEMA
-from eval.schema import LONG, check_long, document, load_long
+from eval.results.measures import MEASURES
+from eval.results.rows import COLUMNS, SCHEMA
+from eval.results.schema import LONG, check_long, document, load_long
 from tests.eval.conftest import Command
 from tests.eval.synthetic import write_run
 

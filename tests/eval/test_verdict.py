@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from eval.leaderboard import merge, rank, wide
-from eval.results import About, Cell, Row
+from eval.results.point import Point
+from eval.results.rows import About, Row
 from eval.verdict import verdict
 from tests.eval.synthetic import write_run
 from tests.eval.test_leaderboard import record, scored
@@ -21,7 +22,7 @@ def decoded(arch: str, tpot_ms: dict[int, float], state_bytes: float = 1e6) -> A
     """Latencies by context at batch 1, and the state at each."""
     rows = [Row(measure="tpot_ms", value=ms, context=c) for c, ms in tpot_ms.items()]
     rows += [Row(measure="state_bytes", value=state_bytes * c, context=c) for c in tpot_ms]
-    return Cell(arch=arch, stage="decode", scale="70m", batch=1), About(), rows
+    return Point(arch=arch, stage="decode", scale="70m", batch=1), About(), rows
 
 
 def test_the_one_that_is_ahead_of_all_leads(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from archs.errors import UserError
-from eval.measures import MEASURES
-from eval.results import CELL_FAILED, COLUMNS, SCHEMA, Status
+from eval.results.measures import MEASURES
+from eval.results.rows import CELL_FAILED, COLUMNS, SCHEMA, Status
 from eval.seeds import keys_of
 
 OURS = "name a run folder or its results.csv"

@@ -1,0 +1,100 @@
+"""Decode of one batch over contexts: correctness first, then latency, prefill and baselines."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from archs.backbone import Model
+from archs.backends import NoFormError, resolve_backend
+from archs.checks import parse
+from eval.agreement import agreement
+from eval.cell_rows import counted_rows, load_rows, median_row, timing_rows
+from eval.counted import Work
+from eval.decode import build_to_serve, decode_cost, measure_ttft_ms, measure_what_fits
+from eval.measure.site import Failure, Site, about, serving_dtype, spec_of
+from eval.neighbours import Neighbours
+from eval.progress import Watch
+from eval.results.point import Point
+from eval.results.rows import Found, Row, Status
+from eval.suite import DecodePlan
+from infer.engine import Engine
+
+
+def measure(point: Point, site: Site, watch: Watch) -> Found:
+    """A latency only of a model whose extend equals its parallel form."""
+    plan = parse(DecodePlan, point.options, f"the options of {point.key}")
+    spec, batch, dtype = spec_of(point), point.batch, serving_dtype(site.device)
+    model = build_to_serve(spec, site.device, dtype)
+    backend = resolve_backend(plan.backend, site.device)
+    label = "torch-compile" if plan.compiled else backend
+    served = about(spec, model, kernel_backend=label)
+    try:
+        agreed = agreement(
+            model, context=max(plan.contexts), batches=(batch,), backend=backend,
+            compiled=plan.compiled,
+        )  # fmt: skip
+    except NoFormError as why:
+        raise Failure(Status.UNSUPPORTED, served, str(why)) from None
+    if not agreed.holds:
+        raise Failure(Status.INCORRECT, served, agreed.why_not)
+    watch.at(0.1, "correct")
+    rows = [Row(measure="agreement_error", value=agreed.error)]
+    with Neighbours() as others:
+        timings, too_long = measure_what_fits(
+            model, batch=batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
+            compiled=plan.compiled,
+        )  # fmt: skip
+        site.measure_again()
+    rows += load_rows(others.share, batch=batch)
+    rows += [
+        Row(measure="tpot_ms", status=Status.OOM, batch=batch, context=context, note=note)
+        for context, note in too_long.items()
+    ]
+    if label != "torch":
+        rows.append(Row(measure="compile_s", value=timings[0].warmup_ms / 1e3,
+                        batch=batch, context=timings[0].context))  # fmt: skip
+    for timing in timings:
+        cost = decode_cost(model, timing.batch, timing.context)
+        rows += timing_rows(timing, cost, site.roofline)
+    rate = f"{1e3 * batch / timings[0].tpot_ms:.0f} tok/s"
+    watch.at(0.7, ", ".join(filter(None, (rate, others.word))))
+    if plan.prompt:
+        warmup_ms, times = measure_ttft_ms(model, batch=batch, prompt=plan.prompt, backend=backend)
+        at: dict[str, Any] = {"batch": batch, "context": plan.prompt}
+        rows += [
+            median_row("ttft_ms", times, **at),
+            Row(measure="compile_s", value=warmup_ms / 1e3, **at),
+        ]
+    if plan.no_cache:
+        short = [context for context in plan.contexts if context not in too_long]
+        rows += _baseline_rows(model, short, plan.no_cache, batch, backend)
+    if plan.counters:
+        del model
+        watch.at(0.9, "counters")
+        for timing in timings:
+            work = Work(
+                spec=spec, dtype=dtype, backend=backend, compiled=plan.compiled, batch=batch,
+                context=timing.context,
+            )  # fmt: skip
+            rows += counted_rows(site.counters.count(work), work)
+    return Found(about=served, rows=tuple(rows))
+
+
+def _baseline_rows(
+    model: Model, contexts: Sequence[int], count: int, batch: int, backend: str
+) -> list[Row]:
+    """The next `count` tokens after each context, with and without the state."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for context in contexts:
+        ids = torch.randint(model.vocab_size, (batch, context), generator=generator).tolist()
+        engine = Engine(model, max_sequences=batch, max_context=context + count, backend=backend)
+        kept = engine.generate(ids, count)
+        bare = engine.generate_without_state(ids, count)
+        at: dict[str, Any] = {"batch": batch, "context": context}
+        rows += [
+            median_row("cached_tpot_ms", kept.step_ms, **at),
+            median_row("nocache_tpot_ms", bare.step_ms, **at),
+        ]
+    return rows

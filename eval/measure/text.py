@@ -1,0 +1,130 @@
+"""A model trained on text at the best rate of a sweep, and what held-out text says of it."""
+
+from dataclasses import dataclass, replace
+
+from archs.backbone import Model
+from archs.checks import parse
+from archs.registry import ModelSpec
+from eval.cell_rows import estimate_row, reporter
+from eval.measure.site import Failure, Site, about, spec_of
+from eval.paired import DOCUMENTS
+from eval.progress import Watch
+from eval.quality import bits_per_byte, document_scores, loss_by_position, over_documents
+from eval.results.point import Point
+from eval.results.rows import About, Found, Row, Status
+from eval.suite import CorpusPlan, QualityPlan, TrainPlan
+from train.loop import train
+from train.sweep import sweep
+from train.tokens import Batches, TokenSet
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextOptions:
+    """plan: of this point's scale alone; its one seed is that of the sweep."""
+
+    corpus: CorpusPlan
+    plan: TrainPlan
+    quality: QualityPlan | None = None
+
+
+def measure(point: Point, site: Site, watch: Watch) -> Found:
+    """Sweep, train, then score held-out text."""
+    options = parse(TextOptions, point.options, f"the options of {point.key}")
+    plan, quality = options.plan, options.quality
+    tokens = site.tokens(options.corpus.spec, options.corpus.vocab_size)
+    spec = spec_of(point)
+    # A small corpus fills less of the vocabulary than was asked for.
+    spec = replace(spec, scale=replace(spec.scale, vocab_size=tokens.vocab_size))
+    rates = plan.learning_rates
+    model = site.to_train(spec, plan.recipe(plan.scale, rates[0], point.seed))
+    trained = about(
+        spec, model, corpus=options.corpus.spec, tokens=plan.steps * plan.batch * plan.seq_len,
+        kernel_backend=model.backend,
+    )  # fmt: skip
+    data = Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=point.seed)
+    rows: list[Row] = []
+    rate, folder = rates[0], site.work_folder(point)
+    if len(rates) > 1:
+        sweeping = _Sweep(point, site, options, spec, tokens)
+        rate, rows = sweeping.best_rate(watch, trained)
+        if plan.sweep_steps == plan.steps and point.seed == plan.seeds[0]:
+            # The sweep has made this very run: it is taken up where it ended.
+            folder = sweeping.folder / f"lr_{rate:g}"
+    result = train(
+        model, data, plan.recipe(plan.scale, rate, point.seed), folder,
+        spec=spec, data_fingerprint=tokens.name, deadline=site.deadline, progress=reporter(watch),
+    )  # fmt: skip
+    if result.status != "ok":
+        raise Failure(
+            Status.NAN, trained, f"training {result.status} at step {result.steps}",
+            stopped=result.status == "stopped",
+        )  # fmt: skip
+    rows += [
+        Row(measure="train_loss", value=result.train_loss_nats),
+        Row(measure="train_tok_per_s", value=result.tok_per_s),
+        Row(measure="train_s", value=result.seconds),
+        Row(measure="learning_rate", value=rate),
+    ]
+    if quality is not None:
+        rows += quality_rows(model.eval(), tokens, plan.seq_len, quality)
+    return Found(about=trained, rows=tuple(rows))
+
+
+class _Sweep:
+    """The sweep that all seeds of a model share: that of the first seed, in a folder of its own."""
+
+    def __init__(
+        self, point: Point, site: Site, options: TextOptions, spec: ModelSpec, tokens: TokenSet
+    ) -> None:
+        self.site, self.options, self.spec, self.tokens = site, options, spec, tokens
+        self.seed = options.plan.seeds[0]
+        first = site.work_folder(replace(point, seed=self.seed))
+        self.folder = first.with_name("sweep-" + first.name)
+
+    def best_rate(self, watch: Watch, trained: About) -> tuple[float, list[Row]]:
+        """The best rate on development documents, with the curve as rows."""
+        plan, site = self.options.plan, self.site
+        recipe = plan.recipe(plan.scale, plan.learning_rates[0], self.seed)
+        found = sweep(
+            lambda: site.to_train(self.spec, recipe),
+            Batches(self.tokens, batch=plan.batch, seq_len=plan.seq_len, seed=self.seed), recipe,
+            self._score, self.folder,
+            spec=self.spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
+            progress=reporter(watch), deadline=site.deadline,
+        )  # fmt: skip
+        if not found.complete:
+            raise Failure(Status.ERROR, trained, "stopped in the sweep", stopped=True)
+        if found.best is None:
+            raise Failure(Status.NAN, trained, "every learning rate of the sweep failed")
+        rows = []
+        for point in found.curve:
+            note = f"learning_rate={point.learning_rate:g}"
+            if found.edge and point.learning_rate == found.best:
+                note += f", best and {found.edge} of the sweep"
+            rows.append(Row(measure="sweep_score", value=point.score, note=note))
+        return found.best, rows
+
+    def _score(self, model: Model) -> float:
+        quality, plan = self.options.quality, self.options.plan
+        limit = None if quality is None else quality.max_tokens
+        return bits_per_byte(
+            model, self.tokens, part="dev", seq_len=plan.seq_len, max_tokens=limit
+        ).value
+
+
+def quality_rows(model: Model, tokens: TokenSet, seq_len: int, plan: QualityPlan) -> list[Row]:
+    """Bits per byte, whole and by document, and loss by position."""
+    scores = document_scores(
+        model, tokens, part="test", seq_len=seq_len, max_tokens=plan.max_tokens
+    )
+    rows = [estimate_row("bits_per_byte", over_documents(scores), context=seq_len)]
+    rows += [
+        Row(measure=DOCUMENTS, value=s.bits / s.size_bytes, n=round(s.size_bytes),
+            context=seq_len, position=s.document + 1)
+        for s in scores
+    ]  # fmt: skip
+    curve = loss_by_position(
+        model, tokens, part="test", reach=seq_len * plan.reach, max_tokens=plan.max_tokens
+    )
+    rows += [estimate_row("loss_at_position", loss, position=at) for at, loss in curve.items()]
+    return rows
