@@ -10,7 +10,7 @@ import pandas as pd
 
 from eval.leaderboard import column_names, compare, compared
 from eval.pictures.palette import Palette
-from eval.seeds import over_seeds
+from eval.results.seeds import over_seeds
 from eval.tidy import tidy
 
 #: Times that differ by less are called equal: a clock's noise, not an architecture's.

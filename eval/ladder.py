@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from archs.errors import UserError
-from eval.statistics import LEVEL, Array, student_t_quantile
+from eval.results.statistics import LEVEL, Array, student_t_quantile
 
 LEAST_SIZES = 3
 #: A ladder tells sizes apart where its loss falls by this many times the fit's residual.

@@ -23,7 +23,7 @@ from eval.paired import DOCUMENTS, ahead_of, paired_intervals
 from eval.results.measures import MEASURES
 from eval.results.rows import CELL_FAILED
 from eval.results.schema import load_long
-from eval.seeds import keys_of, over_seeds
+from eval.results.seeds import keys_of, over_seeds
 from eval.sheet import Field, Sheet
 from eval.tidy import IDENTITY, QUALIFIERS, UNTIL_SOLVED, tidy
 

@@ -6,7 +6,7 @@ is removed (Cousineau's within-subject interval with Morey's correction, Tutoria
 Methods for Psychology 2005 and 2008). Training noise is not in it: only several seeds show that.
 
 Who is ahead is not read off intervals but tested, pair by pair and corrected for all pairs
-(`eval.statistics.ahead`).
+(`eval.results.statistics.ahead`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from math import sqrt
 import numpy as np
 import pandas as pd
 
-from eval.statistics import Array, Difference, ahead, student_t_quantile, weighted_mean
+from eval.results.statistics import Array, Difference, ahead, student_t_quantile, weighted_mean
 
 DOCUMENTS = "document_bits_per_byte"
 #: Degrees of freedom of an interval that does not say over how many samples it was taken.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model
-from eval.statistics import weighted_mean
+from eval.results.statistics import weighted_mean
 from kernels.cross_entropy import token_losses
 from train.mqar import MqarSpec, mqar_batch
 from train.tokens import IGNORED, Part, TokenSet, held_out_batches

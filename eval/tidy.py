@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from eval.results.rows import CELL_FAILED, TRAINED
-from eval.seeds import keys_of
+from eval.results.seeds import keys_of
 
 #: What else can tell two figures of one measure and scale apart, in the order of the name.
 QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens", "source")

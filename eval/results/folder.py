@@ -42,7 +42,7 @@ class Results:
             return None
         with refusing(path, "read"), path.open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
-            header, lines = table.fieldnames, list(table)
+            header, lines = table.fieldnames, list[Line](table)
         numbers = [f"{n}/{len(lines)}" for n in range(1, len(lines) + 1)]
         if header != COLUMNS or not lines or [r["row"] for r in lines] != numbers:
             raise UserError(

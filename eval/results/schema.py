@@ -16,7 +16,7 @@ import pandas as pd
 from archs.errors import UserError
 from eval.results.measures import MEASURES
 from eval.results.rows import CELL_FAILED, COLUMNS, SCHEMA, Status
-from eval.seeds import keys_of
+from eval.results.seeds import keys_of
 
 OURS = "name a run folder or its results.csv"
 Kind = Literal["text", "integer", "number", "count"]

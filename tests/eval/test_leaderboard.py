@@ -15,7 +15,7 @@ from eval.leaderboard import Column, headlines, merge, rank, to_table, wide
 from eval.results.point import Point
 from eval.results.rows import CELL_FAILED, About, Provenance, Row, Status
 from eval.results.schema import load_long
-from eval.statistics import student_t_mean
+from eval.results.statistics import student_t_mean
 from eval.tidy import tidy
 from tests.eval.synthetic import ARCHS, HERE, Recorded, write_run
 

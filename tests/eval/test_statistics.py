@@ -8,7 +8,7 @@ import pytest
 
 from eval.paired import Shared, by_documents, by_intervals, by_seeds
 from eval.quality import wilson
-from eval.statistics import (
+from eval.results.statistics import (
     Difference,
     ahead,
     student_t_cdf,

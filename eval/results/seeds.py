@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from eval.results.measures import MEASURES
-from eval.statistics import student_t_mean
+from eval.results.statistics import student_t_mean
 
 FIGURES = ("value", "low", "high", "n", "status")
 
