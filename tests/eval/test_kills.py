@@ -23,7 +23,7 @@ from eval.progress import Watch
 from eval.provenance import provenance
 from eval.results.folder import Results
 from eval.results.point import Point
-from eval.results.rows import About, Found, Row
+from eval.results.rows import CELL_FAILED, About, Found, Row
 from eval.results.schema import check_long
 from eval.suite import Suite
 from tests.eval.micro import cells_of, run
@@ -72,11 +72,13 @@ class Folder:
 
     def check(self) -> int:
         """Every finished point is whole and was written once; how many there are."""
-        found = {
-            path: (path.stat().st_mtime_ns, path.read_bytes())
-            for point in self.wanted
-            if (path := self.results.path(point)).exists() and self.results.held(point)
-        }
+        found = {}
+        for point in self.wanted:
+            lines = self.results.held(point)
+            # What a killed worker was at failed, and is measured again.
+            if lines and lines[0]["measure"] != CELL_FAILED:
+                path = self.results.path(point)
+                found[path] = path.stat().st_mtime_ns, path.read_bytes()
         assert found.items() >= self._finished.items()
         self._finished = found
         return len(found)
