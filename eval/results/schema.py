@@ -30,7 +30,10 @@ class Column(NamedTuple):
 
 
 LONG: dict[str, Column] = {
-    "cell": Column("text", "what was run and recorded as one; its rows are appended together"),
+    "cell": Column(
+        "text",
+        "the point: stage, architecture, scale, seed, batch and a hash of all that decides its figures",
+    ),
     "row": Column("text", "number of the row within its cell, 2/9"),
     "arch": Column("text", "architecture; empty for figures of the machine itself"),
     "stage": Column("text", "hardware, cost, train, mqar, decode, prefill, ..."),
@@ -57,7 +60,9 @@ LONG: dict[str, Column] = {
     "torch": Column("text", "version"),
     "triton": Column("text", "version, where installed"),
     "commit": Column("text", "of this program"),
-    "config_hash": Column("text", "of the resolved configuration"),
+    "config_hash": Column(
+        "text", "of the configuration that asked for it, whatever its name and architectures"
+    ),
     "started_at": Column("text", "ISO 8601, with its time zone"),
     "schema": Column("integer", "version of this schema; absent in version 1"),
 }
