@@ -52,7 +52,7 @@ def prepare_folder(suite: Suite, out: Path, *, fresh: bool) -> None:
             )
         if fresh:
             _remove_own(out)
-        out.mkdir(parents=True, exist_ok=True)
+        (out / POINTS).mkdir(parents=True, exist_ok=True)
         write(config, f"# config_hash = {suite.config_hash}\n" + tomli_w.dumps(suite.as_toml()))
 
 
@@ -97,14 +97,14 @@ def run_suite(
             tokens = site.tokens(suite.corpus.spec, suite.corpus.vocab_size)
             require_corpus(out, tokens.name)
         weights = {point: weight(point, suite.trained_scales) for point in waiting}
-        try:
-            with progress.over(sum(weights.values()), len(waiting), len(wanted)):
-                for point, found in _finished(site, waiting, weights, workers, progress):
-                    if found.stopped:
-                        return False
-                    results.record(point, found)
-        finally:
-            results.merge(wanted)
+        results.merge(wanted)
+        with progress.over(sum(weights.values()), len(waiting), len(wanted)):
+            for point, found in _finished(site, waiting, weights, workers, progress):
+                if found.stopped:
+                    return False
+                results.record(point, found)
+                # Whoever looks at a run that goes on, or was killed, finds what is finished.
+                results.merge(wanted)
     return True
 
 

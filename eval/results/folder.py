@@ -23,11 +23,12 @@ TABLE = "results.csv"
 
 
 class Results:
-    """The results of one run folder."""
+    """The results of one run folder, of which this is the only writer."""
 
     def __init__(self, folder: Path, provenance: Provenance) -> None:
         self.folder = folder
         self.provenance = provenance
+        self._read: dict[str, list[Line]] = {}
 
     def path(self, point: Point) -> Path:
         """Where a point's rows are, or will be."""
@@ -37,6 +38,8 @@ class Results:
 
     def held(self, point: Point) -> list[Line] | None:
         """The rows of a point that was measured. Raises UserError where its file is damaged."""
+        if point.key in self._read:
+            return self._read[point.key]
         path = self.path(point)
         if not path.exists():
             return None
@@ -49,6 +52,7 @@ class Results:
                 f"'{path}' is damaged, or of another version of this program; remove it, and the "
                 "same command measures that point again"
             )
+        self._read[point.key] = lines
         return lines
 
     def record(self, point: Point, found: Found) -> None:
@@ -56,10 +60,12 @@ class Results:
         path = self.path(point)
         with refusing(path, "written"):
             path.parent.mkdir(parents=True, exist_ok=True)
+        self._read.pop(point.key, None)
         write_table(path, records(point, found, self.provenance))
 
     def drop(self, point: Point) -> None:
         """Forget a point's rows."""
+        self._read.pop(point.key, None)
         self.path(point).unlink(missing_ok=True)
 
     def merge(self, points: Iterable[Point]) -> None:

@@ -67,17 +67,17 @@ class Folder:
     def __init__(self, out: Path, suite: Suite) -> None:
         self.out = out
         self.wanted = list(points(suite, "cpu"))
-        self.results = Results(out, provenance(suite.config_hash, CPU))
+        self.origin = provenance(suite.config_hash, CPU)
         self._finished: dict[Path, tuple[int, bytes]] = {}
 
     def check(self) -> int:
         """Every finished point is whole and was written once; how many there are."""
-        found = {}
+        found, results = {}, Results(self.out, self.origin)
         for point in self.wanted:
-            lines = self.results.held(point)
+            lines = results.held(point)
             # What a killed worker was at failed, and is measured again.
             if lines and lines[0]["measure"] != CELL_FAILED:
-                path = self.results.path(point)
+                path = results.path(point)
                 found[path] = path.stat().st_mtime_ns, path.read_bytes()
         assert found.items() >= self._finished.items()
         self._finished = found
@@ -130,7 +130,7 @@ def test_a_hundred_ends_of_one_run(
 
 def test_killed_workers_and_parents_of_workers(suite: Suite, tmp_path: Path) -> None:
     assert suite.train
-    several = replace(suite, decode=(), train=replace(suite.train, seeds=tuple(range(6))))
+    several = replace(suite, decode=(), train=replace(suite.train, seeds=tuple(range(30))))
     out, draw = tmp_path / "out", random.Random(1)
     folder = Folder(out, several)
     for victim in ("worker", "parent") * 4:

@@ -32,7 +32,7 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1},
     ),
 }
-BESIDE = ("few_rows", "gemv", "norm", "swiglu")
+BESIDE = ("few_rows", "gemv", "norm")
 
 
 def launches_per_layer(cell: dict[str, Any]) -> dict[str, float]:
@@ -66,9 +66,10 @@ def require_launches(cells: list[dict[str, Any]]) -> None:
             for name in {**alone, **together}
         }
         assert {k: n for k, n in found.items() if k not in BESIDE} == expected, cell["arch"]
-        # Two sequences have two norms and a gate a layer, one has none; all have the last norm.
+        # Two sequences have two norms a layer, one has none; all have the last norm. A gate is in
+        # the product before it.
         assert found["norm"] == 2 * TOGETHER + (ALONE + TOGETHER) / LAYERS
-        assert found["swiglu"] == TOGETHER
+        assert found["few_rows"] >= 2 * TOGETHER and "swiglu" not in found
 
 
 def test_prepared_kernels_are_all_that_the_proof_launches(tmp_path: Path) -> None:
