@@ -96,7 +96,7 @@ def _agreement(
 ) -> Agreement:  # fmt: skip
     device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
     companies = sorted({min(batch, COMPANY) for batch in batches})
-    tokens = _telling_length(model, context)
+    tokens = telling_length(model, context)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.vocab_size, (companies[-1], tokens), generator=generator).to(device)
     # A compiled step is timed on plain batches and compiles for each size anew.
@@ -190,7 +190,7 @@ def _error(*pairs: tuple[Tensor, Tensor]) -> float:
     return float(torch.cat(away).max())
 
 
-def _telling_length(model: Model, context: int | None) -> int:
+def telling_length(model: Model, context: int | None) -> int:
     """Tokens after which what is timed at `context` has been at work: several pages, windows
     that have wrapped; on a GPU also several splits of a context and their combination.
     """

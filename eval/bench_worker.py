@@ -7,21 +7,22 @@ A question has the arguments of `decodebench_pytest.DecodeBench`; an answer has 
 import json
 import os
 import sys
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 
-from archs.backbone import Model
-from archs.backends import NoFormError, resolve_backend
+from archs.backends import resolve_backend
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval.agreement import agreement
-from eval.cell_rows import load_rows
-from eval.decode import build_to_serve, decode_cost, measure_decode
-from eval.neighbours import Neighbours
+from eval.measure import measure
+from eval.measure.site import Site
+from eval.measure.steps import by_context
 from eval.options import resolve_device
+from eval.plan import decode_point
+from eval.results.rows import Status
+from eval.suite import DecodePlan
 
 Answer = dict[str, Any]
 
@@ -32,39 +33,26 @@ def answer(
 ) -> Answer:  # fmt: skip
     """One point: correctness, then `rounds` steps from `context` tokens on. Raises UserError."""
     where = resolve_device(device)
-    chosen = resolve_backend(backend, where)
-    model = _model(arch, scale, str(where))
-    try:
-        found = agreement(
-            model, context=context, batches=(batch,), backend=chosen, compiled=compiled
-        )
-    except NoFormError as why:
-        return {"skipped": str(why)}
-    if not found.holds:
-        return {"failed": found.why_not}
-    with Neighbours() as others:
-        [timing] = measure_decode(
-            model, batch=batch, contexts=[context], steps=rounds, backend=chosen, compiled=compiled
-        )
-    cost = decode_cost(model, batch, timing.context)
-    info: dict[str, object] = {
-        "arch": arch, "scale": scale, "batch": batch, "context": timing.context,
-        "kernel_backend": "torch-compile" if compiled else chosen, "device": str(where),
-        "state_bytes": timing.state_bytes,
-        "tpot_ms": timing.tpot_ms, "tpot_p50_ms": timing.percentile_ms(50),
-        "output_tok_per_s": timing.output_tok_per_s,
-        "step_bytes": cost.bytes, "step_flops": cost.flops,
-        "arith_intensity_pred": cost.intensity_flop_per_byte,
-        **{row.measure: row.value for row in load_rows(others.share)},
-    }  # fmt: skip
-    return {"step_s": [ms / 1e3 for ms in timing.step_ms], "info": info}
+    resolve_backend(backend, where)
+    plan = DecodePlan(
+        scale=scale, batches=(batch,), contexts=(context,), steps=rounds, compiled=compiled,
+        backend=backend,
+    )  # fmt: skip
+    spec = ModelSpec(arch=arch, scale=get_scale(scale))
+    point = decode_point(spec, plan, batch, where.type)
+    found = measure(point, _site(where))
+    failure = found.failure
+    if failure is not None:
+        kind = {Status.UNSUPPORTED: "skipped", Status.INCORRECT: "failed"}
+        return {kind.get(failure.status, "error"): failure.note}
+    [row], [timed] = by_context(point, found), found.steps
+    info = {**row, "device": str(where)}
+    return {"step_s": [ms / 1e3 for ms in timed.step_ms], "info": info}
 
 
-@lru_cache(maxsize=2)
-def _model(arch: str, scale: str, device: str) -> Model:
-    where = torch.device(device)
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    return build_to_serve(ModelSpec(arch=arch, scale=get_scale(scale)), where, dtype)
+@cache
+def _site(device: torch.device) -> Site:
+    return Site(None, device)
 
 
 def _main() -> None:

@@ -87,6 +87,7 @@ def timing_rows(timing: DecodeTiming, cost: Cost, roofline: Roofline) -> list[Ro
         Row(measure="step_bytes", value=cost.bytes, **at),
         Row(measure="step_flops", value=cost.flops, **at),
         Row(measure="arith_intensity_pred", value=cost.intensity_flop_per_byte, **at),
+        Row(measure="held_bytes", value=timing.state_bytes, **at),
         Row(measure="peak_state_bytes", value=timing.peak_state_bytes, **at),
     ]
 

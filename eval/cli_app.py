@@ -16,7 +16,7 @@ from eval import cli_kernels, cli_read
 from eval.console import err, out
 from eval.options import FAILED, leave, parse_duration_s, resolve_device
 from eval.progress import Progress
-from eval.show import Json, show
+from eval.show import Json, show, show_timings
 
 app = typer.Typer(
     add_completion=False,
@@ -29,11 +29,6 @@ app = typer.Typer(
 
 #: How a verdict is shown; None: not measured.
 MARKS = {True: ("ok  ", "green"), False: ("FAIL", "red"), None: ("--  ", "yellow")}
-#: What `bench --counters` adds, too much for one table: predicted, then measured.
-COUNTED = (
-    "step_bytes", "step_flops", "arith_intensity_pred",
-    "step_bytes_meas", "step_flops_meas", "arith_intensity_meas",
-)  # fmt: skip
 #: click's, or that of the copy which newer versions of typer carry.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -212,20 +207,8 @@ def bench(
         steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
         compiled=compiled, counters=counters, progress=Progress(err, quiet=json_, lines=True),
     )  # fmt: skip
-    statuses = [row["status"] for row in rows]
-    if json_:
-        show(rows, json_)
-        leave(statuses)
-        return
-    notes = dict.fromkeys(row.pop("counters_note", "") for row in rows)
-    place = ("arch", "batch", "context")
-    counted = [{k: row[k] for k in (*place, *COUNTED)} for row in rows if COUNTED[0] in row]
-    show([{k: v for k, v in row.items() if k not in COUNTED} for row in rows], json_)
-    if counted:
-        show(counted, json_)
-    for note in filter(None, notes):
-        out.print(f"not counted: {note}", soft_wrap=True)
-    leave(statuses)
+    show_timings(rows, json_, counted=counters)
+    leave(row["status"] for row in rows)
 
 
 @app.command()

@@ -116,7 +116,7 @@ def _prepare(folder: Path, names: list[str], targets: list[str]) -> None:
 
 def planned(names: list[str]) -> list[dict[str, object]]:
     """Every cell that the proof would time, not measured."""
-    from eval.gpu.decode_grid import points
+    from eval.gpu.decode_grid import places
     from eval.gpu.ops import OPS
     from eval.gpu.proof import OURS, chosen
 
@@ -124,7 +124,7 @@ def planned(names: list[str]) -> list[dict[str, object]]:
     pairs = sorted(((o, c) for o in ops for c in o.cases), key=lambda pair: pair[1].order)
     cells = [(o.name, case.name, OURS) for o, case in pairs]
     if not names:
-        cells += [(STEP, _step_name(p._asdict()), p.backend) for p in points()]
+        cells += [(STEP, _step_name(p._asdict()), p.backend) for p in places()]
     return [
         {"op": o, "case": case, "backend": backend, "status": "not measured"}
         for o, case, backend in cells

@@ -1,35 +1,30 @@
 """What the single-purpose commands do: train one, time some, score a checkpoint."""
 
 import re
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from archs.backends import NoFormError, resolve_backend
+from archs.backends import resolve_backend
 from archs.checks import require_at_least, require_some
-from archs.cost import Cost
 from archs.errors import UserError
 from archs.files import make_folder
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval.agreement import agreement
-from eval.counted import Work
-from eval.counters import Counters, Figure
-from eval.decode import (
-    build_to_serve,
-    decode_cost,
-    measure_ttft_ms,
-    measure_what_fits,
-)
-from eval.neighbours import Neighbours
+from eval.measure import measure
+from eval.measure.site import CACHE, Site
+from eval.measure.steps import by_context
+from eval.plan import decode_point
 from eval.progress import Progress
 from eval.quality import bits_per_byte, loss_by_position
+from eval.results.rows import Status
+from eval.suite import DecodePlan
 from infer.memory import require_memory
 from train.checkpoint import load_model, read_metadata
 from train.corpus import check_spec, load_corpus
@@ -37,8 +32,6 @@ from train.loop import StepReport, train, training_bytes
 from train.recipe import Recipe
 from train.tokenizer import train_or_load
 from train.tokens import Batches, TokenSet, prepare
-
-CACHE = Path("runs") / ".cache"
 
 
 def load_tokens(corpus: str, vocab_size: int, cache: Path = CACHE) -> TokenSet:
@@ -116,118 +109,36 @@ def bench_archs(
     counters: bool = False,
     progress: Progress | None = None,
 ) -> list[dict[str, object]]:
-    """Decode timings; an architecture whose extend is wrong gets no latency.
+    """Decode timings, a row per architecture, batch and context (`eval.measure.steps`).
 
+    An architecture whose extend is wrong gets no latency: its row says "incorrect".
     progress: where to tell which architecture is at work; None: nowhere.
-    counters: also bytes and FLOPs of a step, predicted and by the GPU's counters (None where they
-      are missing, with `counters_note` saying why).
+    counters: also bytes and FLOPs of a step by the GPU's counters.
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
     Contexts whose state does not fit in memory are rows of status "oom". Raises UserError on counts
     that time nothing, on a backend that this device cannot run, and where nothing fits.
     """
-    backend = resolve_backend(backend, device)
+    resolve_backend(backend, device)
     for name, values in (("archs", archs), ("batches", batches), ("contexts", contexts)):
         require_some(name, values)
-    for name, value, least in (
-        ("batches", list(batches), 1), ("contexts", list(contexts), 1), ("steps", steps, 1),
-        ("prompt", prompt, 0),
-    ):  # fmt: skip
-        require_at_least(name, value, least)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    plan = DecodePlan(
+        scale=scale, batches=tuple(batches), contexts=tuple(contexts), steps=steps, prompt=prompt,
+        compiled=compiled, backend=backend, counters=counters,
+    )  # fmt: skip
+    site = Site(None, device, rows=batches)
+    wanted = [
+        decode_point(ModelSpec(arch=arch, scale=get_scale(scale)), plan, batch, device.type)
+        for arch, batch in product(archs, batches)
+    ]
     rows: list[dict[str, object]] = []
-    counts = Counters(device) if counters else None
     progress = progress or Progress(Console(), quiet=True)
-    with progress.over(len(archs), len(archs), len(archs)):
-        for arch in archs:
-            with progress.cell(f"bench {arch} at {scale}", 1.0):
-                rows += _bench_arch(
-                    ModelSpec(arch=arch, scale=get_scale(scale)), batches=batches,
-                    contexts=contexts, steps=steps, prompt=prompt, device=device, dtype=dtype,
-                    backend=backend, compiled=compiled, counts=counts,
-                )  # fmt: skip
+    with progress.over(len(wanted), len(wanted), len(wanted)):
+        for point in wanted:
+            with progress.cell(f"bench {point.label}", 1.0) as watch:
+                rows += by_context(point, measure(point, site, watch))
+                if point is wanted[-1] and all(row["status"] == Status.OOM for row in rows):
+                    raise UserError(str(rows[0]["note"]))
     return rows
-
-
-def _bench_arch(
-    spec: ModelSpec,
-    *,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    steps: int,
-    prompt: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str,
-    compiled: bool,
-    counts: Counters | None,
-) -> list[dict[str, object]]:
-    """The rows of one architecture."""
-    model = build_to_serve(spec, device, dtype)
-    about: dict[str, object] = {
-        "arch": spec.arch, "kernel_backend": "torch-compile" if compiled else backend
-    }  # fmt: skip
-    try:
-        found = agreement(
-            model, context=max(contexts), batches=batches, backend=backend, compiled=compiled
-        )
-    except NoFormError as why:
-        return [{**about, "status": "unsupported", "note": str(why)}]
-    if not found.holds:
-        return [{**about, "status": "incorrect", "agreement_error": found.error}]
-    about["scale"] = spec.scale.name
-    rows: list[dict[str, object]] = []
-    timed: list[tuple[Work, dict[str, object]]] = []
-    for batch in batches:
-        ttft: list[float] = []
-        if prompt:
-            _, ttft = measure_ttft_ms(model, batch=batch, prompt=prompt, backend=backend)
-        with Neighbours() as others:
-            timings, too_long = measure_what_fits(
-                model, batch=batch, contexts=contexts, steps=steps, backend=backend,
-                compiled=compiled,
-            )  # fmt: skip
-        rows += [
-            {**about, "batch": batch, "context": c, "status": "oom", "note": n}
-            for c, n in too_long.items()
-        ]
-        for t in timings:
-            p50 = t.percentile_ms(50)
-            row: dict[str, object] = {
-                **about, "batch": batch, "context": t.context,
-                "tpot_ms": t.tpot_ms, "tpot_p50_ms": p50, "tpot_p99_ms": t.percentile_ms(99),
-                "output_tok_per_s": t.output_tok_per_s, "state_bytes": t.state_bytes,
-                "status": "ok",
-            }  # fmt: skip
-            if ttft:
-                row["ttft_ms"] = statistics.median(ttft)
-            if others.word:
-                row["note"] = others.word
-            if counts is not None:
-                row |= _predicted(decode_cost(model, batch, t.context))
-            work = Work(
-                spec=spec, dtype=dtype, backend=backend, compiled=compiled, batch=batch,
-                context=t.context,
-            )  # fmt: skip
-            timed.append((work, row))
-    if counts is not None:
-        # The process that is counted holds the same model again.
-        del model
-        for work, row in timed:
-            row |= _measured(counts.count(work))
-    return [*rows, *(row for _, row in timed)]
-
-
-def _predicted(cost: Cost) -> dict[str, object]:
-    return {
-        "step_bytes": cost.bytes, "step_flops": cost.flops,
-        "arith_intensity_pred": cost.intensity_flop_per_byte,
-    }  # fmt: skip
-
-
-def _measured(found: Mapping[str, Figure]) -> dict[str, object]:
-    values: dict[str, object] = {measure: figure.value for measure, figure in found.items()}
-    notes = dict.fromkeys(figure.note for figure in found.values() if figure.note)
-    return {**values, "counters_note": "; ".join(notes)} if notes else values
 
 
 def score_checkpoint(

@@ -24,6 +24,9 @@ from infer.memory import DoesNotFitError, require_memory
 from infer.pages import StoreFullError
 from infer.sampling import Sampler, Sampling, fed
 
+#: Steps before those that are timed: two as written, a capture, a replay.
+WARM_UP = 4
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiming:
@@ -101,7 +104,7 @@ def measure_decode(
     batch: int,
     contexts: Sequence[int],
     steps: int,
-    warmup: int = 3,
+    warmup: int = WARM_UP,
     backend: str = "torch",
     compiled: bool = False,
 ) -> list[DecodeTiming]:

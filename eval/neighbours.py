@@ -43,10 +43,15 @@ class Neighbours:
 
     @property
     def word(self) -> str:
-        """What a person should know of what was timed; "" where the machine was quiet."""
-        if self.share is None or self.share < BUSY:
-            return ""
-        return f"busy: other programs took {100 * self.share:.0f} % of the cores"
+        """As `word` of the share."""
+        return word(self.share)
+
+
+def word(share: float | None) -> str:
+    """What a person should know of what was timed; "" where the machine was quiet."""
+    if share is None or share < BUSY:
+        return ""
+    return f"busy: other programs took {100 * share:.0f} % of the cores"
 
 
 def _own_s() -> float:

@@ -9,7 +9,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure.cost import CONTEXTS
 from eval.results.point import Point
-from eval.suite import Suite
+from eval.suite import DecodePlan, Suite
 
 
 def points(suite: Suite, device: str) -> Iterator[Point]:
@@ -41,9 +41,14 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
     for decode in suite.decode:
         for batch, arch in product(decode.batches, suite.archs):
             no_cache = decode.no_cache if batch == min(decode.batches) else 0
-            options = asdict(replace(decode, batches=(batch,), no_cache=no_cache))
             spec = suite.model(arch, get_scale(decode.scale))
-            yield _of(spec, "decode", device, decode.scale, options, batch=batch)
+            yield decode_point(spec, replace(decode, no_cache=no_cache), batch, device)
+
+
+def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> Point:
+    """Decode of one of the plan's batches on a kind of device."""
+    options = asdict(replace(plan, batches=(batch,)))
+    return _of(spec, "decode", device, plan.scale, options, batch=batch)
 
 
 def _of(

@@ -53,6 +53,16 @@ PREDICTION = (
     "arith_intensity_pred", "tpot_ms", "time_ms", "output_tok_per_s", "output_tok_per_s_per_user",
     "bound_by", "compute_bound_batch", "max_sequences", "usd_per_million_tok", "note",
 )  # fmt: skip
+#: The same of steps that were timed.
+TIMED = (
+    "arch", "kernel_backend", "scale", "batch", "context", "tpot_ms", "tpot_p50_ms", "tpot_p99_ms",
+    "output_tok_per_s", "mbu", "held_bytes", "ttft_ms", "status", "note",
+)  # fmt: skip
+#: What counters add to them, too much for one table: predicted, then measured.
+COUNTED = (
+    "step_bytes", "step_flops", "arith_intensity_pred",
+    "step_bytes_meas", "step_flops_meas", "arith_intensity_meas",
+)  # fmt: skip
 #: The same of the question what fits under a limit.
 FIT = (
     "rank", "arch", "hardware", "context", "gpus", "least_gpus", "batch", "tpot_ms",
@@ -67,6 +77,20 @@ def show(rows: Sequence[Cells], as_json: bool) -> None:
         print(json.dumps(plain, indent=2, allow_nan=False))
         return
     out.print(sheet(rows))
+
+
+def show_timings(rows: Sequence[Cells], as_json: bool, *, counted: bool) -> None:
+    """Steps that were timed; for people some columns, and those of counters in a second table."""
+    if as_json:
+        show(rows, as_json)
+        return
+    out.print(sheet([{name: row[name] for name in TIMED if name in row} for row in rows]))
+    if not counted:
+        return
+    names = ("arch", "batch", "context", *COUNTED)
+    out.print(sheet([{k: row[k] for k in names} for row in rows if COUNTED[-1] in row]))
+    for note in filter(None, dict.fromkeys(row.get("counters_note", "") for row in rows)):
+        out.print(f"not counted: {note}", soft_wrap=True)
 
 
 def show_prediction(rows: Sequence[Cells], as_json: bool, names: Sequence[str]) -> None:

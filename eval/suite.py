@@ -191,8 +191,7 @@ class DecodePlan:
         if self.backend not in (AUTO, *BACKENDS):
             raise unknown_name("backend", self.backend, (AUTO, *BACKENDS))
         some(self, "batches", "contexts")
-        at_least(self, 1, "batches", "contexts")
-        at_least(self, 2, "steps")
+        at_least(self, 1, "batches", "contexts", "steps")
         at_least(self, 0, "prompt", "no_cache")
         if self.no_cache == 1:
             raise UserError("no_cache=1 times no step; set 0 for none, or 2 and more")

@@ -5,20 +5,16 @@ one batch and context, then the next pair.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
-from archs.backbone import Model
-from archs.backends import NoFormError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
-from eval.agreement import Agreement, agreement
-from eval.decode import build_to_serve, decode_cost, measure_decode
-from eval.hardware import Roofline
-from eval.predict import step_ms
-from eval.results.rows import Status
-from infer.memory import DoesNotFitError
+from eval.measure import measure
+from eval.measure.site import Site
+from eval.measure.steps import by_context
+from eval.plan import decode_point
+from eval.results.point import Point
+from eval.suite import DecodePlan
 
 #: (scale, batch, context), most valuable first.
 POINTS: tuple[tuple[str, int, int], ...] = (
@@ -34,7 +30,13 @@ COLUMNS = (
 KEY = ("arch", "scale", "batch", "context", "kernel_backend")
 
 
-class Point(NamedTuple):
+#: Steps of a cell.
+STEPS = 24
+#: Columns of a row that have another name here than their measures.
+NAMES = {"held_bytes": "state_bytes"}
+
+
+class Place(NamedTuple):
     """One cell of the grid."""
 
     arch: str
@@ -48,10 +50,19 @@ class Point(NamedTuple):
         """By which its row is known."""
         return dict(zip(KEY, self, strict=True))
 
+    def point(self, device: str, steps: int = STEPS) -> Point:
+        """What is measured there."""
+        plan = DecodePlan(
+            scale=self.scale, batches=(self.batch,), contexts=(self.context,), steps=steps,
+            backend=self.backend,
+        )  # fmt: skip
+        spec = ModelSpec(arch=self.arch, scale=get_scale(self.scale))
+        return decode_point(spec, plan, self.batch, device)
 
-def points(
+
+def places(
     first: int | None = None, backends: Sequence[str] = ("triton", "sdpa")
-) -> Iterator[Point]:
+) -> Iterator[Place]:
     """The grid in order, or its first pairs of batch and context.
 
     A model is built once for all these backends.
@@ -59,68 +70,12 @@ def points(
     for scale, batch, context in POINTS[:first]:
         for arch in (*REGISTRY, *HYBRIDS):
             for backend in backends:
-                yield Point(arch, scale, batch, context, backend)
+                yield Place(arch, scale, batch, context, backend)
 
 
-class Server:
-    """Builds the models of the grid, one held at a time, and times them."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, roofline: Roofline) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.roofline = roofline
-        self._held: tuple[tuple[str, str], Model] | None = None
-        self._agreed: dict[tuple[str, str, str], Agreement] = {}
-
-    def measure(self, point: Point, steps: int = 24) -> dict[str, object]:
-        """The row of one cell. A cell that cannot be measured is a row with its status."""
-        row: dict[str, object] = dict(point.key)
-        try:
-            return {**row, **self._measure(point, steps)}
-        except NoFormError as why:
-            return {**row, "status": Status.UNSUPPORTED.value, "note": str(why)}
-        except (DoesNotFitError, torch.cuda.OutOfMemoryError) as why:
-            self._held = None
-            torch.cuda.empty_cache()
-            return {**row, "status": Status.OOM.value, "note": str(why).partition("\n")[0]}
-
-    def _measure(self, point: Point, steps: int) -> dict[str, object]:
-        model = self._model(point.arch, point.scale)
-        known = point.arch, point.scale, point.backend
-        if known not in self._agreed:
-            self._agreed[known] = agreement(model, backend=point.backend)
-        agreed = self._agreed[known]
-        found: dict[str, Any] = {
-            "agreement_error": agreed.error, "agreement_limit": agreed.limit
-        }  # fmt: skip
-        if not agreed.holds:
-            return found | {"status": Status.INCORRECT.value, "note": agreed.why_not}
-        found["status"] = Status.OK.value
-        [timing] = measure_decode(
-            model, batch=point.batch, contexts=[point.context], steps=steps, warmup=4,
-            backend=point.backend,
-        )  # fmt: skip
-        cost = decode_cost(model, point.batch, timing.context)
-        tpot_s = timing.percentile_ms(50) / 1e3
-        return found | {
-            "tpot_ms": timing.tpot_ms,
-            "tpot_p50_ms": timing.percentile_ms(50),
-            "tpot_p99_ms": timing.percentile_ms(99),
-            "output_tok_per_s": timing.output_tok_per_s,
-            "mbu": cost.bytes / tpot_s / self.roofline.peak_bytes_per_s,
-            "mfu": cost.flops / tpot_s / self.roofline.matrix_flops_per_s,
-            "tpot_pred_ms": step_ms(cost, self.roofline),
-            "step_bytes": cost.bytes,
-            "step_flops": cost.flops,
-            "state_bytes": timing.state_bytes,
-            "compile_s": timing.warmup_ms / 1e3,
-        }
-
-    def _model(self, arch: str, scale: str) -> Model:
-        if self._held is None or self._held[0] != (arch, scale):
-            self._held = None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            spec = ModelSpec(arch=arch, scale=get_scale(scale))
-            self._held = (arch, scale), build_to_serve(spec, self.device, self.dtype)
-        return self._held[1]
+def row_of(place: Place, site: Site, steps: int = STEPS) -> dict[str, object]:
+    """The row of one cell. A cell that cannot be measured is a row with its status."""
+    point = place.point(site.device.type, steps)
+    [found] = by_context(point, measure(point, site))
+    named = {NAMES.get(name, name): value for name, value in found.items()}
+    return {**{k: v for k, v in named.items() if k in COLUMNS}, **place.key}

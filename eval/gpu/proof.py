@@ -34,9 +34,10 @@ from eval.gpu.case import (
 from eval.gpu.cold import copies_for, time_cold
 from eval.gpu.decode_grid import COLUMNS as DECODE_COLUMNS
 from eval.gpu.decode_grid import KEY as DECODE_KEY
-from eval.gpu.decode_grid import Server, points
+from eval.gpu.decode_grid import places, row_of
 from eval.gpu.table import Table
 from eval.hardware import MOST_ROWS, ProductRate, Roofline, measure_roofline
+from eval.measure.site import Site
 from eval.progress import Progress
 from eval.provenance import provenance
 from eval.results.rows import Provenance, Status
@@ -309,20 +310,20 @@ class Proof:
 
     def decode_grid(self, first: int | None = None, backends: Sequence[str] = (OURS,)) -> None:
         """Time the decode steps that are not recorded, in their order, or the first points'."""
-        server = Server(self.device, torch.bfloat16, self.roofline)
-        waiting = [p for p in points(first, backends) if self.decode.find(**p.key) is None]
+        site = Site(None, self.device, roofline=self.roofline)
+        waiting = [p for p in places(first, backends) if self.decode.find(**p.key) is None]
         with self.progress.over(len(waiting), len(waiting), len(waiting)):
-            for point in waiting:
+            for place in waiting:
                 if self.over:
                     return
-                label = "decode {} @{} batch {} context {} {}".format(*point)
+                label = "decode {} @{} batch {} context {} {}".format(*place)
                 with self.progress.cell(label, 1.0) as watch:
                     # What an earlier cell left in circles must not count as this one's.
                     _collect(self.device)
-                    row = guarded(partial(server.measure, point))
+                    row = guarded(partial(row_of, place, site))
                     fatal = lost(self.device)
                     row = _fatal(row) if fatal else row
-                    self.decode.append({**point.key, **row, **self._from})
+                    self.decode.append({**place.key, **row, **self._from})
                     watch.say(told(row))
                     self._require(not fatal, label)
 

@@ -31,7 +31,8 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
 def measure(point: Point, site: Site, watch: Watch | None = None) -> Found:
     """The point's rows, or one row that says how it failed.
 
-    Raises UserError on what the user can mend (a full disk, a bad corpus): it can be asked again.
+    Raises UserError on what the user can mend (a full disk, a bad corpus): it can be asked again;
+    where the site keeps nothing, also what an error of the program raises.
     """
     try:
         return STAGES[point.stage](point, site, watch or Silent())
@@ -39,10 +40,11 @@ def measure(point: Point, site: Site, watch: Watch | None = None) -> Found:
         return failure.found
     except Exception as error:
         if out_of_memory(error):
+            site.release()
             return _failed(Status.OOM, _one_line(error))
         if isinstance(error, NoTokenError):
             return _failed(Status.NAN, _one_line(error))
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or site.folder is None:
             raise
         if isinstance(error, OSError) and error.errno in REFUSALS:
             # Not the architecture's fault: a row would say so for ever.

@@ -8,15 +8,14 @@ import torch
 from archs.backbone import Model
 from archs.backends import NoFormError, resolve_backend
 from archs.checks import parse
-from eval.agreement import agreement
 from eval.cell_rows import counted_rows, load_rows, median_row, timing_rows
 from eval.counted import Work
-from eval.decode import build_to_serve, decode_cost, measure_ttft_ms, measure_what_fits
+from eval.decode import decode_cost, measure_ttft_ms, measure_what_fits
 from eval.measure.site import Failure, Site, about, serving_dtype, spec_of
 from eval.neighbours import Neighbours
 from eval.progress import Watch
 from eval.results.point import Point
-from eval.results.rows import Found, Row, Status
+from eval.results.rows import Found, Row, Status, Steps
 from eval.suite import DecodePlan
 from infer.engine import Engine
 
@@ -24,22 +23,26 @@ from infer.engine import Engine
 def measure(point: Point, site: Site, watch: Watch) -> Found:
     """A latency only of a model whose extend equals its parallel form."""
     plan = parse(DecodePlan, point.options, f"the options of {point.key}")
-    spec, batch, dtype = spec_of(point), point.batch, serving_dtype(site.device)
-    model = build_to_serve(spec, site.device, dtype)
+    spec, batch = spec_of(point), point.batch
+    model = site.to_serve(spec)
     backend = resolve_backend(plan.backend, site.device)
     label = "torch-compile" if plan.compiled else backend
     served = about(spec, model, kernel_backend=label)
     try:
-        agreed = agreement(
-            model, context=max(plan.contexts), batches=(batch,), backend=backend,
+        agreed = site.agreement(
+            spec, model, context=max(plan.contexts), batch=batch, backend=backend,
             compiled=plan.compiled,
         )  # fmt: skip
     except NoFormError as why:
         raise Failure(Status.UNSUPPORTED, served, str(why)) from None
+    gate = [
+        Row(measure="agreement_error", value=agreed.error),
+        Row(measure="agreement_limit", value=agreed.limit),
+    ]
     if not agreed.holds:
-        raise Failure(Status.INCORRECT, served, agreed.why_not)
+        raise Failure(Status.INCORRECT, served, agreed.why_not, withheld=gate)
     watch.at(0.1, "correct")
-    rows = [Row(measure="agreement_error", value=agreed.error)]
+    rows = gate
     with Neighbours() as others:
         timings, too_long = measure_what_fits(
             model, batch=batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
@@ -64,21 +67,24 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         at: dict[str, Any] = {"batch": batch, "context": plan.prompt}
         rows += [
             median_row("ttft_ms", times, **at),
-            Row(measure="compile_s", value=warmup_ms / 1e3, **at),
+            Row(measure="prefill_compile_s", value=warmup_ms / 1e3, **at),
         ]
     if plan.no_cache:
         short = [context for context in plan.contexts if context not in too_long]
         rows += _baseline_rows(model, short, plan.no_cache, batch, backend)
     if plan.counters:
+        # The process that is counted holds the same model again.
         del model
+        site.release()
         watch.at(0.9, "counters")
         for timing in timings:
             work = Work(
-                spec=spec, dtype=dtype, backend=backend, compiled=plan.compiled, batch=batch,
-                context=timing.context,
+                spec=spec, dtype=serving_dtype(site.device), backend=backend,
+                compiled=plan.compiled, batch=batch, context=timing.context,
             )  # fmt: skip
             rows += counted_rows(site.counters.count(work), work)
-    return Found(about=served, rows=tuple(rows))
+    steps = tuple(Steps(context=t.context, step_ms=t.step_ms) for t in timings)
+    return Found(about=served, rows=tuple(rows), steps=steps)
 
 
 def _baseline_rows(

@@ -1,7 +1,9 @@
 """Where points are measured: a device, a folder for checkpoints, what several points share."""
 
+import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
 from archs.registry import ModelSpec, folder_name, layer_names
+from eval.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.counters import Counters
+from eval.decode import build_to_serve
 from eval.hardware import Roofline, measure_roofline, measured_again
 from eval.results.point import Point
-from eval.results.rows import About, Found, Status, failed
+from eval.results.rows import About, Found, Row, Status, failed
 from infer.memory import require_memory
 from train.corpus import load_corpus
 from train.loop import training_bytes
@@ -23,13 +27,24 @@ from train.recipe import Recipe
 from train.tokenizer import train_or_load
 from train.tokens import TokenSet, prepare
 
+#: Where tokenized text lies, where nobody says otherwise.
+CACHE = Path("runs") / ".cache"
+
 
 class Failure(Exception):
-    """Ends a point without its figures; stopped: only the time budget ended it."""
+    """Ends a point without its figures; stopped: only the time budget ended it.
 
-    def __init__(self, status: Status, about: About, note: str, *, stopped: bool = False) -> None:
+    withheld: what was found all the same, for whoever asked.
+    """
+
+    def __init__(
+        self, status: Status, about: About, note: str, *, stopped: bool = False,
+        withheld: Sequence[Row] = (),
+    ) -> None:  # fmt: skip
         super().__init__(note)
-        self.found = Found(about=about, rows=(failed(status, note),), stopped=stopped)
+        self.found = Found(
+            about=about, rows=(failed(status, note),), stopped=stopped, withheld=tuple(withheld)
+        )
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:
@@ -56,21 +71,26 @@ def about(spec: ModelSpec, model: Model, **more: Any) -> About:
 class Site:
     """What the points of one process share.
 
-    folder: where checkpoints go. cache: of tokenized text, shared by runs. deadline: by the
-    monotonic clock. rows: the batches whose products are among the rates of the machine.
+    folder: where checkpoints and tracebacks go; None: nothing is kept, and what is no failure of
+    the point itself is raised. cache: of tokenized text, shared by runs. deadline: by the monotonic
+    clock. rows: the batches whose products are among the rates of the machine. roofline: its rates,
+    where they are known.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, *, cache: Path, deadline: float | None = None,
-        rows: Sequence[int] = (1,),
+        self, folder: Path | None, device: torch.device, *, cache: Path = CACHE,
+        deadline: float | None = None, rows: Sequence[int] = (1,),
+        roofline: Roofline | None = None,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.device = device
         self.cache = cache
         self.deadline = deadline
         self._rows = sorted(set(rows))
-        self._roofline: Roofline | None = None
+        self._roofline = roofline
         self._tokens: dict[tuple[str, int], TokenSet] = {}
+        self._served: tuple[str, Model] | None = None
+        self._agreed: dict[tuple[object, ...], Agreement] = {}
 
     @property
     def late(self) -> bool:
@@ -105,6 +125,34 @@ class Site:
         """The device's counters, calibrated once."""
         return Counters(self.device)
 
+    def to_serve(self, spec: ModelSpec) -> Model:
+        """A model with random weights; the last one is kept. Raises DoesNotFitError."""
+        known = _identity(spec)
+        if self._served is None or self._served[0] != known:
+            self.release()
+            made = build_to_serve(spec, self.device, serving_dtype(self.device))
+            self._served = known, made
+        return self._served[1]
+
+    def release(self) -> None:
+        """Let go of the model that is kept."""
+        self._served = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def agreement(
+        self, spec: ModelSpec, model: Model, *, context: int, batch: int, backend: str,
+        compiled: bool,
+    ) -> Agreement:  # fmt: skip
+        """As `eval.agreement`, found once for all that it holds for. Raises NoFormError."""
+        length, company = telling_length(model, context), min(batch, COMPANY)
+        known = _identity(spec), length, company, backend, compiled
+        if known not in self._agreed:
+            self._agreed[known] = agreement(
+                model, context=context, batches=(batch,), backend=backend, compiled=compiled
+            )
+        return self._agreed[known]
+
     def to_train(self, spec: ModelSpec, recipe: Recipe) -> Model:
         """A new model. Raises DoesNotFitError where its training would not fit in memory."""
         wanted = training_bytes(spec.outline(), recipe)
@@ -113,6 +161,13 @@ class Site:
         return model.use(resolve_backend(AUTO, self.device))
 
     def work_folder(self, point: Point) -> Path:
-        """Where a point keeps its checkpoints."""
+        """Where a point keeps its checkpoints. Raises ValueError where nothing is kept."""
+        if self.folder is None:
+            raise ValueError(f"{point.key} keeps checkpoints; give its site a folder")
         name = f"{point.stage}-{point.scale}-seed{point.seed}-{point.digest}"
         return self.folder / "cells" / folder_name(point.arch) / name
+
+
+def _identity(spec: ModelSpec) -> str:
+    """What decides a model with random weights, as text."""
+    return f"{json.dumps(asdict(spec), sort_keys=True)} {spec.source_digest()}"

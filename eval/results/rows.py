@@ -62,12 +62,32 @@ class About:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Steps:
+    """The times of single steps at a context, in their order."""
+
+    context: int
+    step_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What measuring a point gave; stopped: a time budget ended it before it gave anything."""
+    """What measuring a point gave; stopped: a time budget ended it before it gave anything.
+
+    steps, withheld: for whoever asked, and in no table: single steps, and figures of a point that
+    failed, which has none.
+    """
 
     about: About
     rows: tuple[Row, ...]
     stopped: bool = False
+    steps: tuple[Steps, ...] = ()
+    withheld: tuple[Row, ...] = ()
+
+    @property
+    def failure(self) -> Row | None:
+        """The row that says how the point failed as a whole; None where it gave figures."""
+        first = self.rows[0] if self.rows else None
+        return first if first is not None and first.measure == CELL_FAILED else None
 
 
 COLUMNS = [

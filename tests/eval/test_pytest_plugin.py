@@ -44,7 +44,7 @@ def test_a_users_suite_gets_figures_by_our_names(
         assert info["output_tok_per_s"] == pytest.approx(2 / record["stats"]["mean"])
         # Of one sequence, which has room for the steps that follow.
         at_least, at_most = (spec.state_bytes(context) for context in (40, 64))
-        assert at_least <= info["state_bytes"] <= at_most < info["step_bytes"]
+        assert at_least <= info["held_bytes"] <= at_most < info["step_bytes"]
 
 
 HERE = """

@@ -174,7 +174,7 @@ OFF = [
     (GQA + DECODE + "contexts = [256, -1]", "decode: contexts=-1 must be at least 1"),
     (GQA + DECODE + "contexts = []", "contexts is empty"),
     (GQA + DECODE + "batches = [1, 1]", "batches names 1 twice"),
-    (GQA + DECODE + "steps = 1", "decode: steps=1 must be at least 2"),
+    (GQA + DECODE + "steps = 0", "decode: steps=0 must be at least 1"),
     (GQA + DECODE + "prompt = -1", "prompt=-1 must be at least 0"),
     (GQA + DECODE + "no_cache = 1", "no_cache=1 times no step; set 0 for none, or 2"),
     (GQA + TRAIN + "[quality]\nreach = 0", "reach=0 must be at least 1"),

@@ -58,12 +58,12 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
             for scale, batch, context in (p.split(":") for p in given.points.split(","))
         )
     archs = given.archs.split(",") if given.archs else None
-    real = decode_grid.points
+    real = decode_grid.places
 
-    def points(*args: Any, **options: Any) -> Any:
+    def places(*args: Any, **options: Any) -> Any:
         return (p for p in real(*args, **options) if archs is None or p.arch in archs)
 
-    vars(proof)["points"] = points
+    vars(proof)["places"] = places
     with device.Mode(record):
         made_proof = proof.Proof(
             list(proof.chosen(OPS, names)), given.out, device.GPU, budget_s=None,
@@ -155,24 +155,26 @@ def _watch(record: Any, cells: list[dict[str, Any]]) -> None:
     """Note of each decode point what it launched in its capture and what memory it took."""
     from collections import Counter
 
-    from eval.gpu.decode_grid import Point, Server
+    from eval.gpu import proof
+    from eval.gpu.decode_grid import Place
+    from eval.measure.site import Site
 
-    real = Server.measure
+    real = vars(proof)["row_of"]
 
-    def measure(self: Server, point: Point, steps: int = 24) -> dict[str, object]:
+    def row_of(place: Place, site: Site) -> dict[str, object]:
         captured, faults = Counter(record.captured), len(record.faults)
         record.peak_bytes = record.live_bytes
-        row = real(self, point, steps)
-        weights = sum(p.nbytes for p in self._held[1].parameters()) if self._held else 0
+        row = real(place, site)
+        weights = sum(p.nbytes for p in site._served[1].parameters()) if site._served else 0
         cells.append({
-            **point.key, "status": row["status"], "weight_bytes": weights,
+            **place.key, "status": row["status"], "weight_bytes": weights,
             "left_bytes": record.live_bytes, "peak_bytes": record.peak_bytes,
             "state_bytes": row.get("state_bytes", 0), "faults": record.faults[faults:],
             "captured": dict(record.captured - captured),
         })  # fmt: skip
         return row
 
-    Server.measure = measure  # type: ignore[method-assign]
+    vars(proof)["row_of"] = row_of
 
 
 if __name__ == "__main__":

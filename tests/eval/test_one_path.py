@@ -1,0 +1,100 @@
+"""Whoever asks for a step, in whatever way: it is one point, measured in one way, and one row."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import decodebench
+from eval.bench_worker import answer
+from eval.gpu.decode_grid import NAMES, Place, row_of
+from eval.measure import STAGES
+from eval.measure.site import Site
+from eval.progress import Watch
+from eval.results.point import Point
+from eval.results.rows import About, Found, Row, Steps
+from eval.results.schema import load_long
+from eval.suite import DecodePlan, Suite
+from tests.eval.micro import run
+from tests.eval.test_decode import CPU
+
+PLACE = Place(arch="gqa", scale="tiny", batch=2, context=16, backend="torch")
+STEP_MS = (4.0, 1.0, 1.0)
+FIGURES = {
+    "tpot_ms": 2.0, "tpot_p50_ms": 1.0, "tpot_p99_ms": 3.94, "mbu": 0.25, "held_bytes": 4096.0,
+    "step_bytes": 5e6,
+}  # fmt: skip
+
+Row_ = dict[str, Any]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """The points that are measured, to figures that are known."""
+    points = []
+
+    def instead(point: Point, site: Site, watch: Watch) -> Found:
+        points.append(point)
+        at = {"batch": point.batch, "context": point.options["contexts"][0]}
+        rows = tuple(Row(measure=name, value=value, **at) for name, value in FIGURES.items())
+        steps = (Steps(context=at["context"], step_ms=STEP_MS),)
+        return Found(about=About(kernel_backend="torch"), rows=rows, steps=steps)
+
+    monkeypatch.setitem(STAGES, "decode", instead)
+    return points
+
+
+def by_suite(suite: Suite, out: Path) -> Row_:
+    plan = DecodePlan(
+        scale=PLACE.scale, batches=(PLACE.batch,), contexts=(PLACE.context,), steps=len(STEP_MS),
+        backend=PLACE.backend,
+    )  # fmt: skip
+    one = replace(suite, archs=(PLACE.arch,), train=None, quality=None, mqar=None, decode=(plan,))
+    assert run(one, out)
+    long = load_long(out / "results.csv")
+    long = long[long["stage"] == "decode"]
+    figures = dict(zip(long["measure"], long["value"], strict=True))
+    return {**figures, **long.iloc[0][["arch", "scale", "batch", "context", "status"]]}
+
+
+def by_script(suite: Suite, out: Path) -> Row_:
+    table = decodebench.bench(
+        [PLACE.arch], scale=PLACE.scale, batches=[PLACE.batch], contexts=[PLACE.context],
+        steps=len(STEP_MS), backend=PLACE.backend,
+    )  # fmt: skip
+    [row] = table.to_dict("records")
+    return row
+
+
+def by_fixture(suite: Suite, out: Path) -> Row_:
+    found = answer(
+        arch=PLACE.arch, batch=PLACE.batch, context=PLACE.context, scale=PLACE.scale, device="cpu",
+        backend=PLACE.backend, compiled=False, rounds=len(STEP_MS),
+    )  # fmt: skip
+    assert found["step_s"] == [ms / 1e3 for ms in STEP_MS]
+    info: Row_ = found["info"]
+    return info
+
+
+def by_proof(suite: Suite, out: Path) -> Row_:
+    row = row_of(PLACE, Site(None, CPU), steps=len(STEP_MS))
+    measures = {column: measure for measure, column in NAMES.items()}
+    return {measures.get(name, name): value for name, value in row.items()}
+
+
+WAYS: dict[str, Callable[[Suite, Path], Row_]] = {
+    "run": by_suite, "bench": by_script, "fixture": by_fixture, "proof": by_proof,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("stub_roofline")
+def test_the_same_point_gives_the_same_row(
+    asked: list[Point], suite: Suite, tmp_path: Path
+) -> None:
+    label = {"arch": "gqa", "scale": "tiny", "batch": 2, "context": 16, "status": "ok"}
+    for name, way in WAYS.items():
+        row = way(suite, tmp_path / name)
+        assert {key: row[key] for key in (*label, *FIGURES)} == label | FIGURES, name
+    assert len(asked) == len(WAYS) and len(set(asked)) == 1
