@@ -15,7 +15,7 @@ from archs.registry import REGISTRY
 from eval import cli_kernels
 from eval.gpu import proof, workers
 from eval.gpu.case import Op
-from eval.gpu.decode_grid import Server, points
+from eval.gpu.decode_grid import places
 from eval.gpu.ops import OPS
 from tests.eval.conftest import Command, Outcome
 from tests.eval.fake_gpu import CPU, Bench, failing, make_bench
@@ -27,7 +27,7 @@ def test_plan_lists_what_would_be_timed(decodebench: Command) -> None:
     done = decodebench("kernels", "--plan", "--json")
     rows = json.loads(done.out)
     assert done.code == 0 and {r["status"] for r in rows} == {"not measured"}
-    assert len(rows) == sum(len(op.cases) for op in OPS) + len(list(points()))
+    assert len(rows) == sum(len(op.cases) for op in OPS) + len(list(places()))
     [only] = {r["op"] for r in json.loads(
         decodebench("kernels", "--plan", "--json", "--op", "mla_decode").out)}  # fmt: skip
     assert only == "mla_decode"
@@ -61,8 +61,9 @@ def on_gpu(
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr("eval.options.resolve_device", lambda _: CPU)
         monkeypatch.setattr(workers, "count", lambda: 0)
-        monkeypatch.setattr(Server, "measure", lambda self, p: {**p.key, "status": "ok",
-                                                                "tpot_p50_ms": 2.0})  # fmt: skip
+        monkeypatch.setattr(
+            proof, "row_of", lambda place, _: {**place.key, "status": "ok", "tpot_p50_ms": 2.0}
+        )
         monkeypatch.setattr(cli_kernels, "_run_suite", lambda *_: bench.log.append("suite"))
         return decodebench("kernels", *arguments, "--out", bench.out)
 
@@ -84,7 +85,7 @@ def test_everything_is_proven_most_valuable_first(
         f"{next(iter(REGISTRY))} 1b batch 1 context 4096",
     )
     assert step["time_us"] == 2000.0
-    assert len(rows) == 2 + len(list(points()))
+    assert len(rows) == 2 + len(list(places()))
     # The table shows the same.
     assert "decode step" in on_gpu([op], "--bench").out
 

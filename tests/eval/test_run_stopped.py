@@ -130,7 +130,7 @@ def test_a_disk_that_fills_within_a_cell_fails_no_cell(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("eval.measure.serve.build_to_serve", full)
+        patch.setattr("eval.measure.site.build_to_serve", full)
         with pytest.raises(UserError, match=r"No space left.*; free .*finished points are kept"):
             run(suite, tmp_path / "out")
     assert len(cells_of(tmp_path / "out")) == 4
@@ -144,7 +144,7 @@ def test_a_file_system_that_refuses_within_a_cell_fails_no_cell(
     def refuse(*_: object) -> NoReturn:
         raise OSError(number, os.strerror(number), "the/cache")
 
-    monkeypatch.setattr("eval.measure.serve.build_to_serve", refuse)
+    monkeypatch.setattr("eval.measure.site.build_to_serve", refuse)
     with pytest.raises(UserError, match=r"'the/cache' cannot be used.*finished points are kept"):
         run(suite, tmp_path / "out")
     assert len(cells_of(tmp_path / "out")) == 4

@@ -12,9 +12,10 @@ from archs.sizes import get_scale
 from eval.gpu.cache import INDEX, prepare, stand_in, use
 
 LAYERS = get_scale("70m").n_layers
-#: Captures of a point at batch 1: the gate's engine with two sequences and with one, and the timed
-#: one. How many are of one sequence, whose norms stand within its products, and how many of two.
-ALONE, TOGETHER = 2, 1
+#: Captures of a point by its batch: those of the gate's engine, of all sequences and of one alone,
+#: and the timed one. How many are of one sequence, whose norms stand within its products, and how
+#: many of two.
+CAPTURES = {1: (2, 0), 2: (1, 2)}
 ATTENTION = {"attention_decode": 1, "split_combine": 1}
 #: Launches of one layer's mixer beside products and norms, with one sequence and with two: one or
 #: two, as designed, and three where a context is split.
@@ -60,20 +61,18 @@ def require_launches(cells: list[dict[str, Any]]) -> None:
         if cell["arch"] not in MIXERS:
             continue
         found = Counter(launches_per_layer(cell))
-        alone, together = MIXERS[cell["arch"]]
-        expected = {
-            name: ALONE * alone.get(name, 0) + TOGETHER * together.get(name, 0)
-            for name in {**alone, **together}
-        }
+        (alone, together), (one, two) = MIXERS[cell["arch"]], CAPTURES[cell["batch"]]
+        expected = Counter({name: one * n for name, n in alone.items()})
+        expected += Counter({name: two * n for name, n in together.items()})
         assert {k: n for k, n in found.items() if k not in BESIDE} == expected, cell["arch"]
         # Two sequences have two norms a layer, one has none; all have the last norm. A gate is in
         # the product before it.
-        assert found["norm"] == 2 * TOGETHER + (ALONE + TOGETHER) / LAYERS
-        assert found["few_rows"] >= 2 * TOGETHER and "swiglu" not in found
+        assert found["norm"] == 2 * two + (one + two) / LAYERS
+        assert found["few_rows"] >= 2 * two and "swiglu" not in found
 
 
 def test_prepared_kernels_are_all_that_the_proof_launches(tmp_path: Path) -> None:
-    more = ("--archs", "gqa,gdn", "--points", "70m:1:256")
+    more = ("--archs", "gqa,gdn", "--points", "70m:1:256,70m:2:256")
     ops = ["page_write", "gemv"]
     folder = tmp_path / "prepared"
     first = prepare(folder, ops, more=more)
