@@ -171,12 +171,11 @@ def train(
     from eval.commands import train_one
 
     row = train_one(
-        arch, scale=scale, corpus=corpus, vocab_size=vocab_size, seq_len=seq_len,
-        recipe={"steps": steps, "batch": batch, "learning_rate": learning_rate,
-                "optimizer": optimizer, "seed": seed},
-        out=out_dir or Path("runs") / "train", device=resolve_device(device), resume=resume,
-        backend=backend,
-        time_budget_s=parse_duration_s(time_budget), console=err,
+        arch, scale=scale, corpus=corpus, vocab_size=vocab_size,
+        plan={"steps": steps, "batch": batch, "seq_len": seq_len, "optimizer": optimizer,
+              "learning_rates": (learning_rate,), "backend": backend, "checkpoint_every": 200},
+        seed=seed, out=out_dir or Path("runs") / "train", device=resolve_device(device),
+        resume=resume, time_budget_s=parse_duration_s(time_budget), console=err,
     )  # fmt: skip
     show([row], json_)
     leave([row["status"]], finished=row["status"] != "stopped")

@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,28 @@ from archs.files import make_folder
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure import measure
-from eval.measure.site import CACHE, Site
+from eval.measure.site import Site
 from eval.measure.steps import by_context
-from eval.plan import decode_point
-from eval.progress import Progress
+from eval.plan import decode_point, train_point
+from eval.progress import Progress, Watch
 from eval.quality import bits_per_byte, loss_by_position
 from eval.results.rows import Status
-from eval.suite import DecodePlan
-from infer.memory import require_memory
+from eval.suite import CorpusPlan, DecodePlan, QualityPlan, TrainPlan
 from train.checkpoint import load_model, read_metadata
-from train.corpus import check_spec, load_corpus
-from train.loop import StepReport, train, training_bytes
-from train.recipe import Recipe
-from train.tokenizer import train_or_load
-from train.tokens import Batches, TokenSet, prepare
+from train.corpus import check_spec
 
 
-def load_tokens(corpus: str, vocab_size: int, cache: Path = CACHE) -> TokenSet:
-    """A corpus tokenized, from the cache where it has been before."""
-    text = load_corpus(corpus)
-    return prepare(text, train_or_load(text, vocab_size, cache), cache)
+class _Lines(Watch):
+    """How far training is, on one line of a terminal, or line by line."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def at(self, fraction: float, text: str = "") -> None:
+        """The point is `fraction` done."""
+        self.console.print(
+            f"{100 * fraction:3.0f} %  {text}", end="\r" if self.console.is_terminal else "\n"
+        )
 
 
 def train_one(
@@ -46,53 +47,44 @@ def train_one(
     scale: str,
     corpus: str,
     vocab_size: int | None,
-    seq_len: int | None,
-    recipe: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    seed: int,
     out: Path,
     device: torch.device,
-    backend: str = "auto",
     resume: bool,
     time_budget_s: float | None,
     console: Console,
 ) -> dict[str, object]:
-    """Train one architecture and score it on held-out text."""
-    given = {"vocab_size": vocab_size, "seq_len": seq_len}
-    shape = get_scale(scale).with_options({k: v for k, v in given.items() if v is not None})
-    plan = Recipe.from_dict({**recipe, "seq_len": shape.seq_len})
-    backend = resolve_backend(backend, device)
-    outline = ModelSpec(arch=arch, scale=shape).outline()
-    require_memory(training_bytes(outline, plan), device, f"training {arch} at scale {scale}")
-    make_folder(out)
-    with Progress(console).alone(f"read {corpus}"):
-        tokens = load_tokens(corpus, shape.vocab_size)
-    spec = ModelSpec(arch=arch, scale=replace(shape, vocab_size=tokens.vocab_size))
-    model = spec.build(seed=plan.seed, device=str(device)).use(backend)
+    """Train one architecture and score it on held-out text; its checkpoint lies in `out`.
 
-    def show(report: StepReport) -> None:
-        console.print(
-            f"step {report.step}/{report.steps}  loss {report.train_loss_nats:.3f}  "
-            f"{report.tok_per_s:,.0f} tok/s",
-            end="\r" if console.is_terminal else "\n",
-        )
-
-    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
-    result = train(
-        model,
-        Batches(tokens, batch=plan.batch, seq_len=plan.seq_len, seed=plan.seed),
-        plan, out, spec=spec, data_fingerprint=tokens.name, resume_run=resume, progress=show,
-        deadline=deadline,
+    plan: fields of a `TrainPlan`. Raises UserError on bad input and where memory does not suffice.
+    """
+    shape = get_scale(scale)
+    given = {"vocab_size": vocab_size, "seq_len": plan["seq_len"]}
+    shape = shape.with_options({k: v for k, v in given.items() if v is not None})
+    asked = TrainPlan(**{**plan, "scale": scale, "seq_len": shape.seq_len, "seeds": (seed,)})
+    resolve_backend(asked.backend, device)
+    text = CorpusPlan(spec=corpus, vocab_size=shape.vocab_size)
+    point = train_point(
+        ModelSpec(arch=arch, scale=shape), text, asked, QualityPlan(max_tokens=0, reach=0),
+        seed, device.type,
     )  # fmt: skip
+    make_folder(out)
+    deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+    site = Site(None, device, deadline=deadline, only=out, resume=resume)
+    found = measure(point, site, _Lines(console))
+    failure = found.failure
+    if failure is not None and failure.status == Status.OOM:
+        raise UserError(failure.note)
+    status = "stopped" if found.stopped else Status.OK if failure is None else failure.status
+    figures = {row.measure: row.value for row in (*found.rows, *found.withheld)}
     row: dict[str, object] = {
-        "arch": arch, "status": result.status, "steps": result.steps,
-        "kernel_backend": model.backend,
-        "train_loss": result.train_loss_nats, "train_tok_per_s": result.tok_per_s,
+        "arch": arch, "status": str(status), "steps": round(figures["train_steps"] or 0),
+        "kernel_backend": found.about.kernel_backend, "train_loss": figures["train_loss"],
+        "train_tok_per_s": figures["train_tok_per_s"],
         "checkpoint": str(out / "checkpoint.safetensors"),
     }  # fmt: skip
-    if result.status == "ok":
-        with Progress(console).alone(f"score {arch}"):
-            score = bits_per_byte(model.eval(), tokens, part="test", seq_len=plan.seq_len)
-        row["bits_per_byte"] = score.value
-    return row
+    return row if failure is not None else {**row, "bits_per_byte": figures["bits_per_byte"]}
 
 
 def bench_archs(
@@ -165,7 +157,7 @@ def score_checkpoint(
     scale = metadata.identity.spec.scale
     # A small corpus fills less of the vocabulary than was asked for; the tokens' name keeps that.
     asked = re.match(r"bpe(\d+)-", metadata.identity.data)
-    tokens = load_tokens(corpus, int(asked[1]) if asked else scale.vocab_size)
+    tokens = Site(None, device).tokens(corpus, int(asked[1]) if asked else scale.vocab_size)
     if metadata.identity.data and metadata.identity.data != tokens.name:
         raise UserError(
             f"'{checkpoint}' was trained on tokens {metadata.identity.data}, corpus '{corpus}' "

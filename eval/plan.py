@@ -9,7 +9,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure.cost import CONTEXTS
 from eval.results.point import Point
-from eval.suite import DecodePlan, Suite
+from eval.suite import CorpusPlan, DecodePlan, QualityPlan, Suite, TrainPlan
 
 
 def points(suite: Suite, device: str) -> Iterator[Point]:
@@ -31,9 +31,8 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
                 train, scale=scale, learning_rates=train.rates_at(scale),
                 seeds=train.seeds[:1], ladder=(),
             )  # fmt: skip
-            options = {"corpus": suite.corpus, "plan": plan, "quality": suite.quality}
             spec = suite.trained_model(arch, scale, suite.corpus.vocab_size)
-            yield _of(spec, "train", device, scale, _plain(options), seed=seed)
+            yield train_point(spec, suite.corpus, plan, suite.quality, seed, device)
     if recall is not None:
         for seed, arch in product(recall.seeds, suite.archs):
             options = asdict(replace(recall, seeds=(seed,), overrides={}))
@@ -43,6 +42,15 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
             no_cache = decode.no_cache if batch == min(decode.batches) else 0
             spec = suite.model(arch, get_scale(decode.scale))
             yield decode_point(spec, replace(decode, no_cache=no_cache), batch, device)
+
+
+def train_point(
+    spec: ModelSpec, corpus: CorpusPlan, plan: TrainPlan, quality: QualityPlan | None, seed: int,
+    device: str,
+) -> Point:  # fmt: skip
+    """Training on text at the plan's own scale, whose first seed is that of its sweep."""
+    options = {"corpus": corpus, "plan": plan, "quality": quality}
+    return _of(spec, "train", device, plan.scale, _plain(options), seed=seed)
 
 
 def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> Point:

@@ -45,6 +45,7 @@ class TrainPlan:
     """The trained scale and its recipe; the same tokens in the same order for every arch.
 
     learning_rates: more than one is a sweep of `sweep_steps` each; the best one trains.
+    backend: one of `archs.backends`, or auto.
     ladder: further scales, trained on the same tokens with rates fitted to their width: what
       `decodebench isoquality` needs.
     """
@@ -60,12 +61,14 @@ class TrainPlan:
     schedule: str = "wsd"
     grad_accum: int = 1
     autocast: str = "none"
+    backend: str = AUTO
     checkpoint_every: int = 0
     ladder: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         some(self, "learning_rates", "seeds")
         at_least(self, 0, "sweep_steps")
+        _require_backend(self.backend)
         swept = len(self.learning_rates) > 1
         if swept and not self.sweep_steps:
             raise UserError("several learning_rates need sweep_steps >= 1; set it")
@@ -101,13 +104,17 @@ class TrainPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityPlan:
-    """Held-out text: bits per byte at the trained length, loss by position up to `reach`."""
+    """Held-out text: bits per byte at the trained length, loss by position.
+
+    max_tokens: of the text; 0 is all of it. reach: trained lengths that positions go up to; 0 is no
+      loss by position.
+    """
 
     max_tokens: int = 50_000
     reach: int = 2
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_tokens", "reach")
+        at_least(self, 0, "max_tokens", "reach")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,8 +195,7 @@ class DecodePlan:
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
-        if self.backend not in (AUTO, *BACKENDS):
-            raise unknown_name("backend", self.backend, (AUTO, *BACKENDS))
+        _require_backend(self.backend)
         some(self, "batches", "contexts")
         at_least(self, 1, "batches", "contexts", "steps")
         at_least(self, 0, "prompt", "no_cache")
@@ -297,6 +303,11 @@ class Suite:
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _require_backend(name: str) -> None:
+    if name not in (AUTO, *BACKENDS):
+        raise unknown_name("backend", name, (AUTO, *BACKENDS))
 
 
 def _of(names: set[str], overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -72,17 +72,20 @@ class Site:
     """What the points of one process share.
 
     folder: where checkpoints and tracebacks go; None: nothing is kept, and what is no failure of
-    the point itself is raised. cache: of tokenized text, shared by runs. deadline: by the monotonic
-    clock. rows: the batches whose products are among the rates of the machine. roofline: its rates,
-    where they are known.
+    the point itself is raised. only: where the only point that is trained keeps its checkpoint.
+    resume: whether training goes on from one. cache: of tokenized text, shared by runs. deadline:
+    by the monotonic clock. rows: the batches whose products are among the rates of the machine.
+    roofline: its rates, where they are known.
     """
 
     def __init__(
         self, folder: Path | None, device: torch.device, *, cache: Path = CACHE,
         deadline: float | None = None, rows: Sequence[int] = (1,),
-        roofline: Roofline | None = None,
+        roofline: Roofline | None = None, only: Path | None = None, resume: bool = True,
     ) -> None:  # fmt: skip
         self.folder = folder
+        self.resume = resume
+        self._only = only
         self.device = device
         self.cache = cache
         self.deadline = deadline
@@ -153,15 +156,21 @@ class Site:
             )
         return self._agreed[known]
 
-    def to_train(self, spec: ModelSpec, recipe: Recipe) -> Model:
-        """A new model. Raises DoesNotFitError where its training would not fit in memory."""
+    def require_room(self, spec: ModelSpec, recipe: Recipe) -> None:
+        """Raises DoesNotFitError where a model's training would not fit in memory."""
         wanted = training_bytes(spec.outline(), recipe)
         require_memory(wanted, self.device, f"training {spec.arch} at scale {spec.scale.name}")
+
+    def to_train(self, spec: ModelSpec, recipe: Recipe, backend: str = AUTO) -> Model:
+        """A new model. Raises DoesNotFitError where its training would not fit in memory."""
+        self.require_room(spec, recipe)
         model = spec.build(seed=recipe.seed, device=str(self.device))
-        return model.use(resolve_backend(AUTO, self.device))
+        return model.use(resolve_backend(backend, self.device))
 
     def work_folder(self, point: Point) -> Path:
         """Where a point keeps its checkpoints. Raises ValueError where nothing is kept."""
+        if self._only is not None:
+            return self._only
         if self.folder is None:
             raise ValueError(f"{point.key} keeps checkpoints; give its site a folder")
         name = f"{point.stage}-{point.scale}-seed{point.seed}-{point.digest}"

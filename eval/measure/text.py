@@ -31,12 +31,13 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     """Sweep, train, then score held-out text."""
     options = parse(TextOptions, point.options, f"the options of {point.key}")
     plan, quality = options.plan, options.quality
+    spec, rates = spec_of(point), plan.learning_rates
+    recipe = plan.recipe(plan.scale, rates[0], point.seed)
+    site.require_room(spec, recipe)
     tokens = site.tokens(options.corpus.spec, options.corpus.vocab_size)
-    spec = spec_of(point)
     # A small corpus fills less of the vocabulary than was asked for.
     spec = replace(spec, scale=replace(spec.scale, vocab_size=tokens.vocab_size))
-    rates = plan.learning_rates
-    model = site.to_train(spec, plan.recipe(plan.scale, rates[0], point.seed))
+    model = site.to_train(spec, recipe, plan.backend)
     trained = about(
         spec, model, corpus=options.corpus.spec, tokens=plan.steps * plan.batch * plan.seq_len,
         kernel_backend=model.backend,
@@ -52,20 +53,24 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
             folder = sweeping.folder / f"lr_{rate:g}"
     result = train(
         model, data, plan.recipe(plan.scale, rate, point.seed), folder,
-        spec=spec, data_fingerprint=tokens.name, deadline=site.deadline, progress=reporter(watch),
+        spec=spec, data_fingerprint=tokens.name, resume_run=site.resume, deadline=site.deadline,
+        progress=reporter(watch),
     )  # fmt: skip
-    if result.status != "ok":
-        raise Failure(
-            Status.NAN, trained, f"training {result.status} at step {result.steps}",
-            stopped=result.status == "stopped",
-        )  # fmt: skip
-    rows += [
+    made = [
         Row(measure="train_loss", value=result.train_loss_nats),
         Row(measure="train_tok_per_s", value=result.tok_per_s),
+        Row(measure="train_steps", value=result.steps),
         Row(measure="train_s", value=result.seconds),
         Row(measure="learning_rate", value=rate),
     ]
+    if result.status != "ok":
+        raise Failure(
+            Status.NAN, trained, f"training {result.status} at step {result.steps}",
+            stopped=result.status == "stopped", withheld=made,
+        )  # fmt: skip
+    rows += made
     if quality is not None:
+        watch.at(1.0, "score")
         rows += quality_rows(model.eval(), tokens, plan.seq_len, quality)
     return Found(about=trained, rows=tuple(rows))
 
@@ -86,7 +91,7 @@ class _Sweep:
         plan, site = self.options.plan, self.site
         recipe = plan.recipe(plan.scale, plan.learning_rates[0], self.seed)
         found = sweep(
-            lambda: site.to_train(self.spec, recipe),
+            lambda: site.to_train(self.spec, recipe, plan.backend),
             Batches(self.tokens, batch=plan.batch, seq_len=plan.seq_len, seed=self.seed), recipe,
             self._score, self.folder,
             spec=self.spec, steps=plan.sweep_steps, data_fingerprint=self.tokens.name,
@@ -106,7 +111,7 @@ class _Sweep:
 
     def _score(self, model: Model) -> float:
         quality, plan = self.options.quality, self.options.plan
-        limit = None if quality is None else quality.max_tokens
+        limit = None if quality is None else quality.max_tokens or None
         return bits_per_byte(
             model, self.tokens, part="dev", seq_len=plan.seq_len, max_tokens=limit
         ).value
@@ -114,17 +119,18 @@ class _Sweep:
 
 def quality_rows(model: Model, tokens: TokenSet, seq_len: int, plan: QualityPlan) -> list[Row]:
     """Bits per byte, whole and by document, and loss by position."""
-    scores = document_scores(
-        model, tokens, part="test", seq_len=seq_len, max_tokens=plan.max_tokens
-    )
+    limit = plan.max_tokens or None
+    scores = document_scores(model, tokens, part="test", seq_len=seq_len, max_tokens=limit)
     rows = [estimate_row("bits_per_byte", over_documents(scores), context=seq_len)]
     rows += [
         Row(measure=DOCUMENTS, value=s.bits / s.size_bytes, n=round(s.size_bytes),
             context=seq_len, position=s.document + 1)
         for s in scores
     ]  # fmt: skip
+    if not plan.reach:
+        return rows
     curve = loss_by_position(
-        model, tokens, part="test", reach=seq_len * plan.reach, max_tokens=plan.max_tokens
+        model, tokens, part="test", reach=seq_len * plan.reach, max_tokens=limit
     )
     rows += [estimate_row("loss_at_position", loss, position=at) for at, loss in curve.items()]
     return rows

@@ -35,6 +35,7 @@ MEASURES: dict[str, Measure] = {
     # training
     "train_loss": Measure("nat", "lower", "smoothed training loss at the end"),
     "train_tok_per_s": Measure("token/s", "higher", "training rate, evaluation apart"),
+    "train_steps": Measure("step", None, "optimiser updates made"),
     "train_s": Measure("s", "lower", "training time"),
     "learning_rate": Measure("", None, "peak learning rate in use"),
     "sweep_score": Measure("bit/byte", "lower", "dev score of one learning rate of the sweep"),

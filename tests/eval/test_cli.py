@@ -67,7 +67,7 @@ from tests.eval.synthetic import write_run
         ("predict --price=-1", ("price '-1'", "positive number")),
         ("train --arch gqa --seq-len 0", ("seq_len=0 must be at least 1",)),
         ("train --arch gqa --vocab-size 0", ("vocab_size=0 must be at least 1",)),
-        ("train --arch gqa --vocab-size 99", ("vocab_size=99 is below 257",)),
+        ("train --arch gqa --vocab-size 99", ("vocab_size=99 must be at least 257",)),
         ("train --arch gqa --steps -4", ("steps=-4 must be at least 1",)),
         ("train --arch gqa --batch 0", ("batch=0 must be at least 1",)),
         ("train --arch gqa --seed -1", ("seed=-1 must be at least 0",)),

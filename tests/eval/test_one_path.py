@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import decodebench
 from eval.bench_worker import answer
+from eval.commands import train_one
 from eval.gpu.decode_grid import NAMES, Place, row_of
 from eval.measure import STAGES
 from eval.measure.site import Site
@@ -16,7 +18,7 @@ from eval.progress import Watch
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Steps
 from eval.results.schema import load_long
-from eval.suite import DecodePlan, Suite
+from eval.suite import DecodePlan, QualityPlan, Suite
 from tests.eval.micro import run
 from tests.eval.test_decode import CPU
 
@@ -98,3 +100,35 @@ def test_the_same_point_gives_the_same_row(
         row = way(suite, tmp_path / name)
         assert {key: row[key] for key in (*label, *FIGURES)} == label | FIGURES, name
     assert len(asked) == len(WAYS) and len(set(asked)) == 1
+
+
+@pytest.mark.usefixtures("stub_roofline")
+def test_the_train_command_and_a_suite_train_the_same_point(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, kept = [], []
+    honest = STAGES["train"]
+
+    def watched(point: Point, site: Site, watch: Watch) -> Found:
+        asked.append(point)
+        kept.append(site.work_folder(point))
+        return honest(point, site, watch)
+
+    monkeypatch.setitem(STAGES, "train", watched)
+    monkeypatch.chdir(tmp_path)
+    assert suite.train and len(suite.train.learning_rates) == 1
+    one = replace(
+        suite, archs=("gqa",), mqar=None, decode=(), quality=QualityPlan(max_tokens=0, reach=0)
+    )
+    assert run(one, tmp_path / "out")
+    plan = {"steps": 3, "batch": 2, "seq_len": 32, "learning_rates": suite.train.learning_rates}
+    row = train_one(
+        "gqa", scale="tiny", corpus=suite.corpus.spec, vocab_size=300, plan=plan, seed=0,
+        out=tmp_path / "alone", device=CPU, resume=True, time_budget_s=None,
+        console=Console(quiet=True),
+    )  # fmt: skip
+    assert len(asked) == 2 and len(set(asked)) == 1
+    assert (kept[1] / "checkpoint.safetensors").exists() and kept[1] == tmp_path / "alone"
+    long = load_long(tmp_path / "out" / "results.csv").set_index("measure")["value"]
+    for measure in ("train_loss", "bits_per_byte"):
+        assert row[measure] == long[measure], measure

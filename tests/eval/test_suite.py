@@ -177,8 +177,8 @@ OFF = [
     (GQA + DECODE + "steps = 0", "decode: steps=0 must be at least 1"),
     (GQA + DECODE + "prompt = -1", "prompt=-1 must be at least 0"),
     (GQA + DECODE + "no_cache = 1", "no_cache=1 times no step; set 0 for none, or 2"),
-    (GQA + TRAIN + "[quality]\nreach = 0", "reach=0 must be at least 1"),
-    (GQA + TRAIN + "[quality]\nmax_tokens = -5", "max_tokens=-5 must be at least 1"),
+    (GQA + TRAIN + "[quality]\nreach = -1", "reach=-1 must be at least 0"),
+    (GQA + TRAIN + "[quality]\nmax_tokens = -5", "max_tokens=-5 must be at least 0"),
     ('archs = ["gqa"', "is not valid TOML"),
 ]
 
