@@ -71,7 +71,7 @@ def train_one(
     )  # fmt: skip
     make_folder(out)
     deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
-    site = Site(None, device, deadline=deadline, only=out, resume=resume)
+    site = Site(None, device, deadline=deadline, checkpoint_folder=out, resume=resume)
     found = measure(point, site, _Lines(console))
     failure = found.failure
     if failure is not None and failure.status == Status.OOM:

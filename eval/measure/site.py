@@ -72,20 +72,21 @@ class Site:
     """What the points of one process share.
 
     folder: where checkpoints and tracebacks go; None: nothing is kept, and what is no failure of
-    the point itself is raised. only: where the only point that is trained keeps its checkpoint.
-    resume: whether training goes on from one. cache: of tokenized text, shared by runs. deadline:
-    by the monotonic clock. rows: the batches whose products are among the rates of the machine.
-    roofline: its rates, where they are known.
+    the point itself is raised. checkpoint_folder: where the only point that is trained keeps its
+    checkpoint. resume: whether training goes on from one. cache: of tokenized text, shared by runs.
+    deadline: by the monotonic clock. rows: the batches whose products are among the rates of the
+    machine. roofline: its rates, where they are known.
     """
 
     def __init__(
         self, folder: Path | None, device: torch.device, *, cache: Path = CACHE,
         deadline: float | None = None, rows: Sequence[int] = (1,),
-        roofline: Roofline | None = None, only: Path | None = None, resume: bool = True,
+        roofline: Roofline | None = None, checkpoint_folder: Path | None = None,
+        resume: bool = True,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.resume = resume
-        self._only = only
+        self._checkpoint_folder = checkpoint_folder
         self.device = device
         self.cache = cache
         self.deadline = deadline
@@ -169,8 +170,8 @@ class Site:
 
     def work_folder(self, point: Point) -> Path:
         """Where a point keeps its checkpoints. Raises ValueError where nothing is kept."""
-        if self._only is not None:
-            return self._only
+        if self._checkpoint_folder is not None:
+            return self._checkpoint_folder
         if self.folder is None:
             raise ValueError(f"{point.key} keeps checkpoints; give its site a folder")
         name = f"{point.stage}-{point.scale}-seed{point.seed}-{point.digest}"
