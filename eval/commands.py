@@ -79,9 +79,9 @@ def train_one(
     status = "stopped" if found.stopped else Status.OK if failure is None else failure.status
     figures = {row.measure: row.value for row in (*found.rows, *found.withheld)}
     row: dict[str, object] = {
-        "arch": arch, "status": str(status), "steps": round(figures["train_steps"] or 0),
-        "kernel_backend": found.about.kernel_backend, "train_loss": figures["train_loss"],
-        "train_tok_per_s": figures["train_tok_per_s"],
+        "arch": arch, "status": str(status), "steps": round(figures.get("train_steps") or 0),
+        "kernel_backend": found.about.kernel_backend, "train_loss": figures.get("train_loss"),
+        "train_tok_per_s": figures.get("train_tok_per_s"),
         "checkpoint": str(out / "checkpoint.safetensors"),
     }  # fmt: skip
     return row if failure is not None else {**row, "bits_per_byte": figures["bits_per_byte"]}
@@ -117,7 +117,7 @@ def bench_archs(
         scale=scale, batches=tuple(batches), contexts=tuple(contexts), steps=steps, prompt=prompt,
         compiled=compiled, backend=backend, counters=counters,
     )  # fmt: skip
-    site = Site(None, device, rows=batches)
+    site = Site(None, device)
     wanted = [
         decode_point(ModelSpec(arch=arch, scale=get_scale(scale)), plan, batch, device.type)
         for arch, batch in product(archs, batches)

@@ -7,7 +7,7 @@ and only the user knows which of them is meant.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from archs.checks import parse
@@ -23,9 +23,9 @@ PASSING = (Status.ERROR, Status.OOM)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contents:
-    """corpus: the name of the tokens that were trained on."""
+    """tokens: the names of those that were trained on, by corpus and size of the vocabulary."""
 
-    corpus: str = ""
+    tokens: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, out: Path) -> "Contents":
@@ -45,15 +45,16 @@ class Contents:
         write(out / NAME, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def require_corpus(out: Path, tokens: str) -> None:
-    """Keep the name of the tokens; raises UserError where others were trained on before."""
-    held = Contents.of(out)
-    if held.corpus and held.corpus != tokens:
+def require_corpus(out: Path, corpus: str, vocab_size: int, tokens: str) -> None:
+    """Keep the name of a corpus's tokens; raises UserError where others were trained on before."""
+    held, known = Contents.of(out), f"{corpus} {vocab_size}"
+    before = held.tokens.get(known, tokens)
+    if before != tokens:
         raise UserError(
-            f"the corpus holds other text than when '{out}' was begun (tokens {tokens}, then "
-            f"{held.corpus}); restore it, choose another --out, or --fresh to replace the results"
+            f"the corpus '{corpus}' holds other text than when '{out}' was begun (tokens {tokens}, "
+            f"then {before}); restore it, choose another --out, or --fresh to replace the results"
         )
-    replace(held, corpus=tokens).write(out)
+    replace(held, tokens={**held.tokens, known: tokens}).write(out)
 
 
 def worth_another_try(lines: Sequence[Line] | None, commit: str) -> bool:

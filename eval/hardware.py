@@ -134,15 +134,26 @@ def measured_again(known: Roofline, device: torch.device) -> Roofline:
     return known.raised(_ceilings(device, known.dtype, FEW_REPEATS))
 
 
+def with_products(known: Roofline, device: torch.device, rows: Sequence[int]) -> Roofline:
+    """What is known, with the rates of products of as many rows; measured where they lack."""
+    lacking = set(_timed_rows(rows)) - {p.rows for p in known.products}
+    if not lacking:
+        return known
+    with torch.inference_mode():
+        made = [_product_rate(n, device, known.dtype) for n in lacking]
+    return replace(known, products=tuple(sorted((*known.products, *made), key=lambda p: p.rows)))
+
+
+def _timed_rows(rows: Sequence[int]) -> list[int]:
+    return sorted({min(n, MOST_ROWS) for n in rows})
+
+
 def _measured(device: torch.device, dtype: torch.dtype, rows: Sequence[int]) -> Roofline:
     # Without gradients, as a step runs: with them a single row takes the library's product.
     with Neighbours() as others, torch.inference_mode():
         found = replace(
             _ceilings(device, dtype, REPEATS),
-            products=tuple(
-                _product_rate(n, device, dtype)
-                for n in sorted({1, *(min(n, MOST_ROWS) for n in rows)})
-            ),
+            products=tuple(_product_rate(n, device, dtype) for n in _timed_rows((1, *rows))),
             call_us=_call_us(device, dtype),
         )
     return replace(found, other_load=others.share)

@@ -94,8 +94,8 @@ def run_suite(
         waiting = [point for point in wanted if results.held(point) is None]
         if any(point.stage == "train" for point in waiting):
             # Workers find the text tokenized, too: each would do it anew.
-            tokens = site.tokens(suite.corpus.spec, suite.corpus.vocab_size)
-            require_corpus(out, tokens.name)
+            corpus, vocab_size = suite.corpus.spec, suite.corpus.vocab_size
+            require_corpus(out, corpus, vocab_size, site.tokens(corpus, vocab_size).name)
         weights = {point: weight(point, suite.trained_scales) for point in waiting}
         results.merge(wanted)
         with progress.over(sum(weights.values()), len(waiting), len(wanted)):

@@ -34,7 +34,7 @@ from eval.gpu.case import (
 from eval.gpu.cold import copies_for, time_cold
 from eval.gpu.decode_grid import COLUMNS as DECODE_COLUMNS
 from eval.gpu.decode_grid import KEY as DECODE_KEY
-from eval.gpu.decode_grid import places, row_of
+from eval.gpu.decode_grid import POINTS, places, row_of
 from eval.gpu.table import Table
 from eval.hardware import MOST_ROWS, ProductRate, Roofline, measure_roofline
 from eval.measure.site import Site
@@ -50,8 +50,9 @@ OP_COLUMNS = (
     *FROM,
 )  # fmt: skip
 MACHINE_COLUMNS = ("measure", "value", *FROM)
-#: Rows of the products that are measured: one has a kernel of its own.
-PRODUCT_ROWS = (1, 2, 8, MOST_ROWS)
+#: Rows of the products that are measured: those of the grid's batches, and two, since one row has a
+#: kernel of its own.
+PRODUCT_ROWS = tuple(sorted({1, 2, *(min(batch, MOST_ROWS) for _, batch, _ in POINTS)}))
 RATES = ("copy_bytes_per_s", "matrix_flops_per_s", "call_us", "read_bytes_per_s")
 PRODUCTS = ("product_bytes_per_s", "product_launch_us")
 OURS = "triton"

@@ -8,6 +8,7 @@ from eval.results.rows import About, Found
 
 
 def measure(point: Point, site: Site, watch: Watch) -> Found:
-    """Bandwidth, matrix rate and what a call costs."""
-    dtype = str(site.roofline.dtype).removeprefix("torch.")
-    return Found(about=About(dtype=dtype), rows=tuple(roofline_rows(site.roofline)))
+    """Bandwidth, matrix rate, products of as many rows as the point says, what a call costs."""
+    found = site.roofline(point.options["rows"])
+    dtype = str(found.dtype).removeprefix("torch.")
+    return Found(about=About(dtype=dtype), rows=tuple(roofline_rows(found)))

@@ -48,7 +48,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
             model, batch=batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
             compiled=plan.compiled,
         )  # fmt: skip
-        site.measure_again()
+        rates = site.roofline((batch,), again=True)
     rows += load_rows(others.share, batch=batch)
     rows += [
         Row(measure="tpot_ms", status=Status.OOM, batch=batch, context=context, note=note)
@@ -59,7 +59,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
                         batch=batch, context=timings[0].context))  # fmt: skip
     for timing in timings:
         cost = decode_cost(model, timing.batch, timing.context)
-        rows += timing_rows(timing, cost, site.roofline)
+        rows += timing_rows(timing, cost, rates)
     rate = f"{1e3 * batch / timings[0].tpot_ms:.0f} tok/s"
     watch.at(0.7, ", ".join(filter(None, (rate, others.word))))
     if plan.prompt:

@@ -17,7 +17,7 @@ from archs.registry import ModelSpec, folder_name, layer_names
 from eval.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.counters import Counters
 from eval.decode import build_to_serve
-from eval.hardware import Roofline, measure_roofline, measured_again
+from eval.hardware import Roofline, measure_roofline, measured_again, with_products
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status, failed
 from infer.memory import require_memory
@@ -74,15 +74,13 @@ class Site:
     folder: where checkpoints and tracebacks go; None: nothing is kept, and what is no failure of
     the point itself is raised. checkpoint_folder: where the only point that is trained keeps its
     checkpoint. resume: whether training goes on from one. cache: of tokenized text, shared by runs.
-    deadline: by the monotonic clock. rows: the batches whose products are among the rates of the
-    machine. roofline: its rates, where they are known.
+    deadline: by the monotonic clock. roofline: the machine's rates, where they are known.
     """
 
     def __init__(
         self, folder: Path | None, device: torch.device, *, cache: Path = CACHE,
-        deadline: float | None = None, rows: Sequence[int] = (1,),
-        roofline: Roofline | None = None, checkpoint_folder: Path | None = None,
-        resume: bool = True,
+        deadline: float | None = None, roofline: Roofline | None = None,
+        checkpoint_folder: Path | None = None, resume: bool = True,
     ) -> None:  # fmt: skip
         self.folder = folder
         self.resume = resume
@@ -90,7 +88,6 @@ class Site:
         self.device = device
         self.cache = cache
         self.deadline = deadline
-        self._rows = sorted(set(rows))
         self._roofline = roofline
         self._tokens: dict[tuple[str, int], TokenSet] = {}
         self._served: tuple[str, Model] | None = None
@@ -110,19 +107,17 @@ class Site:
             self._tokens[corpus, vocab_size] = held
         return held
 
-    @property
-    def roofline(self) -> Roofline:
-        """This machine's rates, measured once; its ceilings the highest of those measured then and
-        beside each timing since.
+    def roofline(self, rows: Sequence[int], *, again: bool = False) -> Roofline:
+        """This machine's rates, with products of as many rows, each measured once; its ceilings the
+        highest of those measured then and beside each timing since.
+
+        again: beside a timing, the ceilings are measured once more.
         """
         if self._roofline is None:
-            dtype = serving_dtype(self.device)
-            self._roofline = measure_roofline(self.device, dtype, self._rows)
+            self._roofline = measure_roofline(self.device, serving_dtype(self.device), rows)
+        known = with_products(self._roofline, self.device, rows)
+        self._roofline = measured_again(known, self.device) if again else known
         return self._roofline
-
-    def measure_again(self) -> None:
-        """Measure the ceilings once more, beside a timing."""
-        self._roofline = measured_again(self.roofline, self.device)
 
     @cached_property
     def counters(self) -> Counters:

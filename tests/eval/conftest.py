@@ -65,7 +65,8 @@ def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
     """Commands and suites take this machine's rates as given."""
     for module in ("measure.site", "doctor", "accelerators"):
         monkeypatch.setattr(f"eval.{module}.measure_roofline", lambda *_: STUB_ROOFLINE)
-    monkeypatch.setattr("eval.measure.site.measured_again", lambda known, _: known)
+    for name in ("measured_again", "with_products"):
+        monkeypatch.setattr(f"eval.measure.site.{name}", lambda known, *_: known)
     return STUB_ROOFLINE
 
 

@@ -18,7 +18,7 @@ from eval.hardware import ProductRate, Roofline
 from eval.progress import Progress
 
 CPU = torch.device("cpu")
-PRODUCTS = tuple(ProductRate(rows, 2e9 / rows, 3.0 + rows) for rows in (1, 2, 8, 64))
+PRODUCTS = tuple(ProductRate(rows, 2e9 / rows, 3.0 + rows) for rows in (1, 2, 8, 16, 64))
 RATES = Roofline(1e9, 1e12, torch.bfloat16, PRODUCTS, 1.5, 1.25e9)
 #: What the stubbed timer says of everything.
 SECONDS = 2e-3

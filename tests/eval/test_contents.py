@@ -96,6 +96,13 @@ def test_another_text_ends_the_run(suite: Suite, tmp_path: Path) -> None:
     path.write_text(was.replace("lazy", "busy"))
     # All is trained: nothing would be mixed.
     assert run(two, out)
+    # Another corpus is another point, and mixes with nothing.
+    elsewhere = tmp_path / "elsewhere.txt"
+    elsewhere.write_text(was.replace("lazy", "idle"))
+    assert run(replace(two, corpus=replace(two.corpus, spec=f"path:{elsewhere}")), out)
+    path.write_text(was)
+    assert run(two, out)
+    path.write_text(was.replace("lazy", "busy"))
     assert run(two, out, fresh=True)
 
 
@@ -130,7 +137,7 @@ def test_a_failed_cell_runs_again_when_it_may_end_otherwise(
 def test_damaged_contents_are_refused(suite: Suite, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert not run(suite, out, time_budget_s=0.0)
-    for text in ("{", '{"corpus": 3}', "[]"):
+    for text in ("{", '{"tokens": 3}', "[]"):
         (out / "contents.json").write_text(text)
         with pytest.raises(UserError, match=r"contents.json.* --fresh"):
             run(suite, out)

@@ -111,7 +111,9 @@ def test_a_hundred_ends_of_one_run(
     for _ in range(100):
         kind = draw.choice(["killed", "killed", "full", "two"])
         if kind == "full":
-            assert code_of(forked(until_full)) == REFUSED
+            code = code_of(forked(until_full))
+            # On a fast machine the last of a hundred may have nothing left to write.
+            assert code == REFUSED or folder.check() == len(folder.wanted)
         else:
             first = forked(lambda: run(many, out))
             time.sleep(draw.uniform(0.0, 0.25))

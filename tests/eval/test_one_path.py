@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import decodebench
 from eval.bench_worker import answer
 from eval.commands import train_one
 from eval.gpu.decode_grid import NAMES, Place, row_of
+from eval.hardware import ProductRate, Roofline
 from eval.measure import STAGES
 from eval.measure.site import Site
 from eval.progress import Watch
@@ -75,9 +77,8 @@ def by_fixture(suite: Suite, out: Path) -> Row_:
         arch=PLACE.arch, batch=PLACE.batch, context=PLACE.context, scale=PLACE.scale, device="cpu",
         backend=PLACE.backend, compiled=False, rounds=len(STEP_MS),
     )  # fmt: skip
-    assert found["step_s"] == [ms / 1e3 for ms in STEP_MS]
     info: Row_ = found["info"]
-    return info
+    return {**info, "step_s": found["step_s"]}
 
 
 def by_proof(suite: Suite, out: Path) -> Row_:
@@ -99,6 +100,9 @@ def test_the_same_point_gives_the_same_row(
     for name, way in WAYS.items():
         row = way(suite, tmp_path / name)
         assert {key: row[key] for key in (*label, *FIGURES)} == label | FIGURES, name
+        # Only the fixture asks for single steps.
+        assert ("step_s" in row) == (name == "fixture")
+        assert row.get("step_s", [ms / 1e3 for ms in STEP_MS]) == [ms / 1e3 for ms in STEP_MS]
     assert len(asked) == len(WAYS) and len(set(asked)) == 1
 
 
@@ -132,3 +136,24 @@ def test_the_train_command_and_a_suite_train_the_same_point(
     long = load_long(tmp_path / "out" / "results.csv").set_index("measure")["value"]
     for measure in ("train_loss", "bits_per_byte"):
         assert row[measure] == long[measure], measure
+
+
+def test_predictions_rest_on_products_of_as_many_rows_whoever_asks(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rates of products of one row, which all may have measured before, are others."""
+    machine = Roofline(1e9, 1e12, torch.float32, read_bytes_per_s=1e9)
+    monkeypatch.setattr("eval.bench_worker._site", lambda device: Site(None, device))
+    monkeypatch.setattr("eval.hardware._ceilings", lambda *_: machine)
+    monkeypatch.setattr("eval.hardware._call_us", lambda *_: 1.0)
+    monkeypatch.setattr(
+        "eval.hardware._product_rate", lambda rows, *_: ProductRate(rows, 1e9 / rows, 5.0 * rows)
+    )
+    found = {name: way(suite, tmp_path / name)["tpot_pred_ms"] for name, way in WAYS.items()}
+    assert found["run"] > 0 and len(set(found.values())) == 1, found
+    long = load_long(tmp_path / "run" / "results.csv")
+    products = long[long["measure"] == "product_bytes_per_s"].set_index("batch")["value"]
+    assert dict(products) == {1: 1e9, PLACE.batch: 1e9 / PLACE.batch}
+    site = Site(None, CPU)
+    assert [p.rows for p in site.roofline((1,)).products] == [1]
+    assert [p.rows for p in site.roofline((300, 8)).products] == [1, 8, 64]
