@@ -32,7 +32,7 @@ class Column(NamedTuple):
 LONG: dict[str, Column] = {
     "cell": Column(
         "text",
-        "the point: stage, architecture, scale, seed, batch, hash of all that decides its figures",
+        "the point: stage, architecture, scale, seed, batch, hash of all that was asked for",
     ),
     "row": Column("text", "number of the row within its cell, 2/9"),
     "arch": Column("text", "architecture; empty for figures of the machine itself"),
