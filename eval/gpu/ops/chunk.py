@@ -84,6 +84,7 @@ def scan_case(
 ) -> Case:  # fmt: skip
     """flops: of the forward pass, per token of a sequence; the backward pass has twice as many.
 
+    libraries: timed in this order; torch, of 10,000 launches and more a pass, comes last.
     Forward reads the inputs and writes y; backward reads the inputs and y's gradient and writes
     the inputs' gradients.
     """
@@ -213,7 +214,7 @@ OPS = (
         cases=_cases(
             decay_chunk, decay_inputs,
             [((1, 64, 128, 64), 8, 4096), ((96, 96, 128, 128), 1, 8192)], decay_work,
-            {"torch": _of(decay_scan.decay_chunk), "mamba-ssm": _mamba_decay, "fla": _fla_decay},
+            {"fla": _fla_decay, "mamba-ssm": _mamba_decay, "torch": _of(decay_scan.decay_chunk)},
         ),
     ),
     Op(
@@ -227,7 +228,7 @@ OPS = (
         ],
         cases=_cases(
             gdn_chunk, gdn_inputs, [((96, 96, 128, 128), 1, 8192), ((16, 16, 128, 128), 8, 4096)],
-            gdn_work, {"torch": _of(gdn.gdn_chunk), "fla": _fla_gdn},
+            gdn_work, {"fla": _fla_gdn, "torch": _of(gdn.gdn_chunk)},
         ),
     ),
     Op(
