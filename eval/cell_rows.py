@@ -16,8 +16,8 @@ from eval.decode import DecodeTiming
 from eval.hardware import Roofline
 from eval.predict import step_ms
 from eval.progress import Watch
-from eval.quality import Estimate
 from eval.results.rows import Row
+from eval.results.statistics import Estimate
 from train.loop import StepReport
 
 

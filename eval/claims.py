@@ -52,17 +52,19 @@ class Evidence:
         rows = rows[rows["context"] == context]
         return None if rows.empty else float(rows["tpot_ms"].iloc[0])
 
-    def quality(self, measure: str, arch: str) -> tuple[float, float, float] | None:
-        """Value and interval of a quality measure."""
-        rows = self.figures.quality(measure)[1]
+    def quality(
+        self, measure: str, arch: str, scale: str = ""
+    ) -> tuple[float, float, float] | None:
+        """Value and interval of a quality measure, at the scale most seen or at this one."""
+        rows = self.figures.quality(measure, scale=scale)[1]
         rows = rows[rows["arch"] == arch] if not rows.empty else rows
         if rows.empty:
             return None
         return tuple(rows[["value", "low", "high"]].iloc[0])
 
-    def ahead(self, measure: str, arch: str, other: str) -> bool | None:
+    def ahead(self, measure: str, arch: str, other: str, scale: str = "") -> bool | None:
         """Whether `arch` is ahead of `other` beyond chance; None where that was not compared."""
-        found = self.figures.ahead(measure)
+        found = self.figures.ahead(measure, scale)
         return other in found[arch] if arch in found and other in found else None
 
 
@@ -221,8 +223,8 @@ def _cross_layer(_: Evidence) -> Found:
 def _window(found: Evidence) -> Found:
     model = outline("swa", "70m")
     flat = model.state_bytes(2**14) == model.state_bytes(2**20)
-    full, near = (found.quality("mqar_accuracy", a) for a in ("mha", "swa"))
-    ahead = found.ahead("mqar_accuracy", "mha", "swa")
+    full, near = (found.quality("accuracy", a, "mqar") for a in ("mha", "swa"))
+    ahead = found.ahead("accuracy", "mha", "swa", "mqar")
     if full is None or near is None or ahead is None:
         return "not measured", "the state stays at the window; no recall compared"
     return (

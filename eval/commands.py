@@ -1,6 +1,5 @@
 """What the single-purpose commands do: train one, time some, score a checkpoint."""
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -19,12 +18,11 @@ from archs.sizes import get_scale
 from eval.measure import measure
 from eval.measure.site import Site
 from eval.measure.steps import by_context
-from eval.plan import decode_point, train_point
+from eval.paired import DOCUMENTS
+from eval.plan import decode_point, quality_point, train_point
 from eval.progress import Progress, Watch
-from eval.quality import bits_per_byte, loss_by_position
 from eval.results.rows import Status
 from eval.suite import CorpusPlan, DecodePlan, QualityPlan, TrainPlan
-from train.checkpoint import load_model, read_metadata
 from train.corpus import check_spec
 
 
@@ -152,36 +150,16 @@ def score_checkpoint(
     check_spec(corpus)
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoint.safetensors"
-    metadata = read_metadata(checkpoint)
-    model = load_model(checkpoint, device=str(device), arch=arch).eval()
-    scale = metadata.identity.spec.scale
-    # A small corpus fills less of the vocabulary than was asked for; the tokens' name keeps that.
-    asked = re.match(r"bpe(\d+)-", metadata.identity.data)
-    tokens = Site(None, device).tokens(corpus, int(asked[1]) if asked else scale.vocab_size)
-    if metadata.identity.data and metadata.identity.data != tokens.name:
-        raise UserError(
-            f"'{checkpoint}' was trained on tokens {metadata.identity.data}, corpus '{corpus}' "
-            f"gives {tokens.name}; name the corpus it was trained on"
-        )
+    point = quality_point(
+        checkpoint, corpus, QualityPlan(max_tokens=max_tokens or 0), device.type, arch
+    )
     progress = progress or Progress(Console(), quiet=True)
-    with progress.alone(f"score {checkpoint}"):
-        whole = bits_per_byte(
-            model, tokens, part="test", seq_len=scale.seq_len, max_tokens=max_tokens
-        )
-        curve = loss_by_position(
-            model, tokens, part="test", reach=2 * scale.seq_len, max_tokens=max_tokens
-        )
-    rows: list[dict[str, object]] = [
+    with progress.over(1, 1, 1), progress.cell(f"score {checkpoint}", 1.0) as watch:
+        found = measure(point, Site(None, device), watch)
+    return [
         {
-            "measure": "bits_per_byte", "position": "", "value": whole.value, "low": whole.low,
-            "high": whole.high,
+            "measure": row.measure, "position": row.position or "", "value": row.value,
+            "low": row.low, "high": row.high,
         }
+        for row in found.rows if row.measure != DOCUMENTS
     ]  # fmt: skip
-    for position, loss in curve.items():
-        rows.append(
-            {
-                "measure": "loss_at_position", "position": position, "value": loss.value,
-                "low": loss.low, "high": loss.high,
-            }
-        )  # fmt: skip
-    return rows

@@ -78,21 +78,32 @@ class Figures:
         keys = ["arch", "context"] if rows["context"].notna().any() else ["arch"]
         return self._pivot(rows, keys, measures)
 
-    def quality(self, measure: str, *keys: str) -> tuple[str, pd.DataFrame]:
-        """The scale most seen, and its rows of arch, keys, value, low, high."""
-        rows = self._rows_of(measure)
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The synthetic tasks that were asked, in order."""
+        return list(dict.fromkeys(self._good.loc[self._good["measure"] == "accuracy", "scale"]))
+
+    def asked(self, task: str) -> str:
+        """The options of what `quality` gives of a task."""
+        rows = self._rows_of("accuracy", task)
+        return "" if rows.empty else str(rows["options"].iloc[0])
+
+    def quality(self, measure: str, *keys: str, scale: str = "") -> tuple[str, pd.DataFrame]:
+        """The scale most seen, or this one, and its rows of arch, keys, value, low, high."""
+        rows = self._rows_of(measure, scale)
         if rows.empty:
             return "", rows
         return str(rows["scale"].iloc[0]), over_seeds(rows, ["arch", *keys])
 
-    def ahead(self, measure: str) -> dict[str, tuple[str, ...]]:
+    def ahead(self, measure: str, scale: str = "") -> dict[str, tuple[str, ...]]:
         """By architecture, those that it is ahead of in `quality` (`eval.paired`)."""
-        rows = self._rows_of(measure)
+        rows = self._rows_of(measure, scale)
         return {} if rows.empty else compare(rows, self.long)
 
-    def _rows_of(self, measure: str) -> pd.DataFrame:
+    def _rows_of(self, measure: str, scale: str = "") -> pd.DataFrame:
         """The rows of the column that most architectures have; the last of several such."""
         rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] != "")]
+        rows = rows[rows["scale"] == scale] if scale else rows
         if rows.empty:
             return rows
         columns = [same for _, same in rows.groupby(column_names(rows), sort=False)]

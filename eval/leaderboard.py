@@ -227,6 +227,16 @@ def fullest(table: pd.DataFrame, measure: str) -> str | None:
     return max(reversed(columns), key=lambda c: len(table[c].dropna()), default=None)
 
 
+def by_task(table: pd.DataFrame) -> dict[str, str]:
+    """The fullest column of what each synthetic task was answered, by its name."""
+    columns = [c for c in figure_columns(table) if c.measure == "accuracy"]
+    fullest_of: dict[str, str] = {}
+    for column in columns:
+        same = [str(c) for c in reversed(columns) if c.scale == column.scale]
+        fullest_of[column.scale] = max(same, key=lambda c: len(table[c].dropna()))
+    return fullest_of
+
+
 def figure_columns(table: pd.DataFrame) -> list[Column]:
     """The columns that hold figures, in the table's order."""
     return [parsed for name in table.columns if (parsed := Column.parse(str(name)))]
@@ -261,7 +271,7 @@ class Headline:
 
 
 def headlines(table: pd.DataFrame) -> list[Headline]:
-    """The few figures that a ranked table shows: quality, recall, state, latency, throughput.
+    """The few figures that a ranked table shows: quality, tasks, state, latency, throughput.
 
     Latency is that of the smallest batch at the shortest and the longest context of the scale
     that most architectures were timed at (the largest of several such); throughput that of the
@@ -271,7 +281,7 @@ def headlines(table: pd.DataFrame) -> list[Headline]:
     timed = [c for c in parsed if c.measure == "tpot_ms"]
     chosen: list[tuple[str, str | None, float, int]] = [
         ("bits/byte", quality_column(table), 1, 3),
-        ("MQAR %", fullest(table, "mqar_accuracy"), 100, 1),
+        *((f"{scale} %", column, 100, 1) for scale, column in by_task(table).items()),
     ]
     home = _home(table, timed) or _home(table, [c for c in parsed if "state" in c.measure])
 

@@ -1,8 +1,10 @@
 """The points of a suite, in the order in which they are measured."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from archs.registry import ModelSpec
@@ -10,6 +12,7 @@ from archs.sizes import get_scale
 from eval.measure.cost import CONTEXTS
 from eval.results.point import Point
 from eval.suite import CorpusPlan, DecodePlan, QualityPlan, Suite, TrainPlan
+from train.checkpoint import read_metadata
 
 
 def points(suite: Suite, device: str) -> Iterator[Point]:
@@ -24,7 +27,7 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
         yield _of(
             suite.model(arch, get_scale(scale)), "cost", device, scale, {"contexts": [*CONTEXTS]}
         )
-    train, recall = suite.train, suite.mqar
+    train = suite.train
     if train is not None:
         for seed, scale, arch in product(train.seeds, train.scales, suite.archs):
             plan = replace(
@@ -33,10 +36,10 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
             )  # fmt: skip
             spec = suite.trained_model(arch, scale, suite.corpus.vocab_size)
             yield train_point(spec, suite.corpus, plan, suite.quality, seed, device)
-    if recall is not None:
-        for seed, arch in product(recall.seeds, suite.archs):
-            options = asdict(replace(recall, seeds=(seed,), overrides={}))
-            yield _of(suite.mqar_model(arch), "mqar", device, "mqar", options, seed=seed)
+    for task in suite.asked:
+        for seed, arch in product(task.seeds, suite.archs):
+            spec = task.model(arch, suite.overrides)
+            yield _of(spec, "task", device, task.NAME, asdict(task.of_one(seed)), seed=seed)
     for decode in suite.decode:
         for batch, arch in product(decode.batches, suite.archs):
             no_cache = decode.no_cache if batch == min(decode.batches) else 0
@@ -51,6 +54,31 @@ def train_point(
     """Training on text at the plan's own scale, whose first seed is that of its sweep."""
     options = {"corpus": corpus, "plan": plan, "quality": quality}
     return _of(spec, "train", device, plan.scale, _plain(options), seed=seed)
+
+
+def quality_point(
+    checkpoint: Path, corpus: str, quality: QualityPlan, device: str, arch: str | None = None
+) -> Point:
+    """What held-out text says of a checkpoint's model.
+
+    arch: the architecture file of a checkpoint that was trained from one.
+    Raises UserError where there is no checkpoint of ours.
+    """
+    metadata = read_metadata(checkpoint)
+    identity = metadata.identity
+    # A small corpus fills less of the vocabulary than was asked for; the tokens' name keeps that.
+    asked = re.match(r"bpe(\d+)-", identity.data)
+    vocab_size = int(asked[1]) if asked else identity.spec.scale.vocab_size
+    options = {
+        "checkpoint": str(checkpoint), "step": metadata.progress.step, "arch": arch,
+        "corpus": asdict(CorpusPlan(spec=corpus, vocab_size=vocab_size)),
+        "quality": asdict(quality),
+    }  # fmt: skip
+    return Point(
+        stage="quality", arch=arch or identity.spec.arch, scale=identity.spec.scale.name,
+        seed=identity.recipe.seed, device=device, model=asdict(identity.spec),
+        source=identity.source, options=options,
+    )  # fmt: skip
 
 
 def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> Point:
@@ -87,7 +115,7 @@ def weight(point: Point, trained_scales: list[str]) -> float:
             if point.seed == plan["seeds"][0] and rates > 1:
                 steps = rates * plan["sweep_steps"] + steps * (plan["sweep_steps"] != steps)
             return 0.14 * steps
-        case "mqar":
+        case "task":
             return 0.02 * options["steps"]
         case _:
             return 0.5 if point.scale in trained_scales else 5.0

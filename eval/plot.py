@@ -19,10 +19,10 @@ __all__ = [
     "loss_by_position",
     "predicted_against_measured",
     "quality_against_state",
-    "recall",
     "roofline",
     "sequences_against_context",
     "slope_against_state",
+    "task",
     "throughput_against_latency",
     "without_state",
 ]
@@ -88,9 +88,12 @@ def loss_by_position(results: pd.DataFrame, *, from_mean: bool = False) -> alt.L
     return relative if from_mean else charts.loss_by_position(Figures(results)) or relative
 
 
-def recall(results: pd.DataFrame) -> alt.LayerChart:
-    """Multi-query associative recall."""
-    return _picture(results, "mqar")
+def task(results: pd.DataFrame, name: str = "mqar") -> alt.LayerChart:
+    """How much of a synthetic task each architecture gets right."""
+    chart = charts.task(Figures(results), name)
+    if chart is None:
+        raise UserError(f"Task {name}: not measured: it needs accuracy at the scale '{name}'")
+    return chart
 
 
 def predicted_against_measured(results: pd.DataFrame) -> alt.LayerChart:

@@ -1,14 +1,14 @@
-"""Held-out quality: bits per byte with an interval, loss by position, and recall.
+"""Held-out quality: bits per byte with an interval, and loss by position.
 
 Bits per byte compares models across tokenizers. Documents are what is drawn independently, tokens
-of one document are not, so intervals are Student's over documents (of recall: Wilson's over
-sequences). They cover evaluation noise alone: runs over several seeds give the interval over seeds
-instead, and models scored on the same documents are compared by `eval.paired`.
+of one document are not, so intervals are Student's over documents. They cover evaluation noise
+alone: runs over several seeds give the interval over seeds instead, and models scored on the same
+documents are compared by `eval.paired`.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,20 +16,9 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model
-from eval.results.statistics import weighted_mean
+from eval.results.statistics import Estimate, weighted_mean
 from kernels.cross_entropy import token_losses
-from train.mqar import MqarSpec, mqar_batch
 from train.tokens import IGNORED, Part, TokenSet, held_out_batches
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A value and its 95 % interval over `n` units."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def _scored(
@@ -133,45 +122,3 @@ def octaves(length: int) -> list[tuple[int, int]]:
     while edges[-1] * 2 <= length:
         edges.append(edges[-1] * 2)
     return list(pairwise(edges)) if length >= 8 else []
-
-
-def mqar_accuracy(
-    model: Model, spec: MqarSpec, *, part: Part, sequences: int, seed: int
-) -> Estimate:
-    """Share of queries answered, 95 % interval over sequences (`clustered_share`)."""
-    device = model.embedding.weight.device
-    right, asked = [], []
-    with torch.inference_mode():
-        for step in range(max(1, sequences // 128)):
-            inputs, targets = mqar_batch(spec, 128, seed=seed, step=step, split=part)
-            at = targets != IGNORED
-            hidden = model.hidden_states(inputs.to(device))[at.to(device)]
-            answers = torch.full_like(targets, IGNORED)
-            answers[at] = model.logits(hidden).argmax(-1).cpu()
-            right += ((answers == targets) & at).sum(1).tolist()
-            asked += at.sum(1).tolist()
-    return clustered_share(np.array(right, dtype=float), np.array(asked, dtype=float))
-
-
-def clustered_share(right: np.ndarray, asked: np.ndarray) -> Estimate:
-    """A proportion of what was asked in clusters, by cluster, with its Wilson interval.
-
-    The queries of one cluster may succeed and fail together: they count as fewer by the design
-    effect, their mean's variance over that of independent queries.
-    """
-    total = float(asked.sum())
-    p = float(right.sum()) / total
-    effect = 1.0
-    if 0 < p < 1 and len(asked) > 1:
-        error = weighted_mean(right / asked, asked).error
-        effect = max(1.0, error**2 * total / (p * (1 - p)))
-    return replace(wilson(p * total / effect, total / effect), n=int(total))
-
-
-def wilson(right: float, asked: float) -> Estimate:
-    """A proportion of independent trials with its Wilson score interval (95 %)."""
-    z = 1.959964
-    p = right / asked
-    middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = z / (1 + z * z / asked) * math.sqrt(p * (1 - p) / asked + z * z / (4 * asked**2))
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), int(asked))

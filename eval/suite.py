@@ -20,8 +20,8 @@ from archs.errors import UserError, unknown_name
 from archs.files import read_text
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
+from eval.tasks import Task, task_named
 from train.corpus import check_spec
-from train.mqar import MqarSpec
 from train.recipe import Recipe
 from train.tokenizer import SMALLEST_VOCAB
 
@@ -118,61 +118,6 @@ class QualityPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MqarPlan:
-    """Multi-query associative recall, trained from scratch with a short convolution for all.
-
-    window: the window of windowed mixers in this task, shorter than the gap it must bridge.
-    """
-
-    vocab: int = 64
-    seq_len: int = 32
-    pairs: int = 8
-    d_model: int = 64
-    n_layers: int = 2
-    head_dim: int = 64
-    short_conv: int = 4
-    window: int = 8
-    steps: int = 400
-    batch: int = 64
-    learning_rates: tuple[float, ...] = (0.003, 0.01)
-    seeds: tuple[int, ...] = (0,)
-    eval_every: int = 25
-    test_sequences: int = 512
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        some(self, "learning_rates", "seeds")
-        at_least(self, 1, "n_layers", "test_sequences")
-        at_least(self, 0, "short_conv")
-        self.scale(layers=1)
-        _ = self.task
-        for rate in self.learning_rates:
-            for seed in self.seeds:
-                self.recipe(rate, seed)
-
-    @property
-    def task(self) -> MqarSpec:
-        """The sequences."""
-        return MqarSpec(vocab=self.vocab, seq_len=self.seq_len, pairs=self.pairs)
-
-    def scale(self, layers: int) -> Scale:
-        """The shape of models with at least `layers` layers."""
-        return Scale(
-            name="mqar", d_model=self.d_model, n_layers=max(self.n_layers, layers),
-            head_dim=self.head_dim, vocab_size=self.vocab, seq_len=self.seq_len,
-            window=self.window,
-        )  # fmt: skip
-
-    def recipe(self, rate: float, seed: int) -> Recipe:
-        """One run of the plan."""
-        return Recipe(
-            steps=self.steps, batch=self.batch, seq_len=self.seq_len, learning_rate=rate,
-            weight_decay=0.1, eval_every=self.eval_every, checkpoint_every=0, seed=seed,
-            warmup=0.1, log_every=self.eval_every,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DecodePlan:
     """Decode over batch × context at one scale.
 
@@ -205,22 +150,26 @@ class DecodePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
-    """One whole comparison."""
+    """One whole comparison.
+
+    tasks: options of synthetic tasks, by name (`eval.tasks`).
+    """
 
     name: str
     archs: tuple[str, ...]
     corpus: CorpusPlan = field(default_factory=CorpusPlan)
     train: TrainPlan | None = None
     quality: QualityPlan | None = None
-    mqar: MqarPlan | None = None
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     decode: tuple[DecodePlan, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         some(self, "archs")
-        if not (self.train or self.mqar or self.decode):
-            raise UserError(f"suite {self.name} measures nothing; add train, mqar or decode")
-        for name in (*self.overrides, *(self.mqar.overrides if self.mqar else ())):
+        if not (self.train or self.tasks or self.decode):
+            raise UserError(f"suite {self.name} measures nothing; add train, tasks or decode")
+        of_tasks = [name for task in self.asked for name in task.overrides]
+        for name in (*self.overrides, *of_tasks):
             entry_of(name)
             if name not in self.mixers:
                 raise UserError(
@@ -244,11 +193,17 @@ class Suite:
     def only(self, archs: Sequence[str]) -> "Suite":
         """This suite over other architectures, without overrides of mixers that these lack."""
         kept = {name for arch in archs for name, _ in pattern_of(arch)}
-        mqar = self.mqar
-        if mqar is not None:
-            mqar = replace(mqar, overrides=_of(kept, mqar.overrides))
+        tasks = {
+            name: {k: _of(kept, v) if k == "overrides" else v for k, v in options.items()}
+            for name, options in self.tasks.items()
+        }
         overrides = _of(kept, self.overrides)
-        return replace(self, archs=tuple(archs), mqar=mqar, overrides=overrides)
+        return replace(self, archs=tuple(archs), tasks=tasks, overrides=overrides)
+
+    @property
+    def asked(self) -> list[Task]:
+        """The synthetic tasks, in order. Raises UserError on an unknown one and on its options."""
+        return [parse(task_named(n), options, f"tasks.{n}") for n, options in self.tasks.items()]
 
     def model(self, arch: str, scale: Scale) -> ModelSpec:
         """An architecture at a scale, with the suite's overrides."""
@@ -261,17 +216,6 @@ class Suite:
         shape = replace(get_scale(scale), seq_len=self.train.seq_len, vocab_size=vocab_size)
         return self.model(arch, shape)
 
-    def mqar_model(self, arch: str) -> ModelSpec:
-        """Few layers (a hybrid: one period of its pattern), no MLP, one short conv for all."""
-        assert self.mqar is not None
-        pattern = pattern_of(arch)
-        wanted = {**self.overrides, **self.mqar.overrides}
-        return ModelSpec(
-            arch=arch, scale=self.mqar.scale(layers=sum(count for _, count in pattern)),
-            overrides=_of({name for name, _ in pattern}, wanted), hidden=0,
-            short_conv=self.mqar.short_conv,
-        )  # fmt: skip
-
     def _models(self) -> Iterator[ModelSpec]:
         """Every model that the suite builds."""
         for arch in self.archs:
@@ -279,8 +223,8 @@ class Suite:
                 yield self.model(arch, get_scale(scale))
             for scale in self.trained_scales:
                 yield self.trained_model(arch, scale, self.corpus.vocab_size)
-            if self.mqar is not None:
-                yield self.mqar_model(arch)
+            for task in self.asked:
+                yield task.model(arch, self.overrides)
 
     @property
     def scales(self) -> list[str]:

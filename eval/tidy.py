@@ -15,11 +15,20 @@ from eval.results.rows import CELL_FAILED, TRAINED
 from eval.results.seeds import keys_of
 
 #: What else can tell two figures of one measure and scale apart, in the order of the name.
-QUALIFIERS = ("stage", "dtype", "kernel_backend", "hardware", "corpus", "tokens", "source")
+QUALIFIERS = (
+    "stage",
+    "dtype",
+    "kernel_backend",
+    "hardware",
+    "corpus",
+    "options",
+    "tokens",
+    "source",
+)
 #: What makes two rows of one measure and position the same figure.
 IDENTITY = ("arch", "scale", "seed", "batch", "context", *QUALIFIERS)
-#: A recall task is trained until it is solved: there, tokens are an outcome.
-UNTIL_SOLVED = "mqar"
+#: A task is trained until it is solved: there, tokens are an outcome.
+UNTIL_SOLVED = "task"
 #: Which configuration and which run a row comes from.
 ORIGIN = ["config_hash", "run"]
 

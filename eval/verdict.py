@@ -22,7 +22,7 @@ def verdict(long: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     if not timed:
         said.append(_declared_state(figures))
     missing = [] if quality_column(table) else ["bits per byte"]
-    missing += [] if fullest(table, "mqar_accuracy") else ["recall"]
+    missing += [] if fullest(table, "accuracy") else ["tasks"]
     missing += [] if timed else ["decode speed"]
     if missing:
         said.append(f"Not measured: {_list(missing)}.")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from archs.errors import UserError
 from archs.files import REFUSALS, refused
 from eval.decode import out_of_memory
-from eval.measure import cost, hardware, recall, serve, text
+from eval.measure import asked, cost, hardware, score, serve, text
 from eval.measure.site import Failure, Site
 from eval.progress import Silent, Watch
 from eval.results.point import Point
@@ -23,7 +23,8 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "hardware": hardware.measure,
     "cost": cost.measure,
     "train": text.measure,
-    "mqar": recall.measure,
+    "quality": score.measure,
+    "task": asked.measure,
     "decode": serve.measure,
 }
 

@@ -211,9 +211,9 @@ def _trained_on(f: Figures, scale: str) -> tuple[list[int], str]:
     return lengths, f"trained scale {scale}, held-out text{reached}"
 
 
-def recall(f: Figures) -> Chart | None:
-    """Accuracy in multi-query associative recall."""
-    _, data = f.quality("mqar_accuracy")
+def task(f: Figures, name: str) -> Chart | None:
+    """What a synthetic task was answered."""
+    _, data = f.quality("accuracy", scale=name)
     if data.empty:
         return None
     data = data.assign(percent=100 * data["value"])
@@ -226,7 +226,7 @@ def recall(f: Figures) -> Chart | None:
     base = alt.Chart(data).encode(rows)
     ticks = alt.Axis(values=[0, 20, 40, 60, 80, 100], domain=False)
     bars = base.mark_bar(height=17, cornerRadiusEnd=2).encode(
-        alt.X("percent:Q", title="queries answered, %", scale=across, axis=ticks),
+        alt.X("percent:Q", title="answered right, %", scale=across, axis=ticks),
         f.palette.colour(), tooltip=tips("arch", "percent", "low", "high"),
     )  # fmt: skip
     low = alt.X("low:Q", scale=across)
@@ -235,8 +235,9 @@ def recall(f: Figures) -> Chart | None:
     text = base.mark_text(align="left", color=INK, fontSize=11).encode(
         x=alt.datum(102, scale=across), text="text:N"
     )
-    subtitle = "multi-query, trained from scratch"
-    return themed(bars + halo + spread + text, "Associative recall", subtitle)
+    asked = f.asked(name)
+    subtitle = f"trained from scratch{' · ' * bool(asked)}{asked}"
+    return themed(bars + halo + spread + text, f"Task {name}", subtitle)
 
 
 def predicted_against_measured(f: Figures, setting: Setting) -> Chart | None:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import altair as alt
 import pandas as pd
 
-from eval.figures import Figures, Setting
+from eval.figures import Figures
 from eval.pictures import charts, tradeoffs
 
 
@@ -33,14 +33,15 @@ class Plan(NamedTuple):
     """How a picture is made: its builder, what it needs, and how to read it.
 
     build: a chart, None where something was not measured, or why there is nothing to draw.
-    of: timings have a picture for each machine, declarations one for a setting, models one.
+    of: timings have a picture for each machine, tasks one for each, declarations one for a
+      setting, models one.
     """
 
     title: str
     build: Callable[..., alt.LayerChart | str | None]
     needs: str
     how_to_read: str
-    of: Literal["timings", "declarations", "models"] = "timings"
+    of: Literal["timings", "declarations", "models", "tasks"] = "timings"
 
 
 PLANS: dict[str, Plan] = {
@@ -114,11 +115,11 @@ PLANS: dict[str, Plan] = {
         "loss: what `isoquality` turns into cost.",
         of="models",
     ),
-    "mqar": Plan(
-        "Associative recall", charts.recall, "mqar_accuracy",
-        "The share of key lookups answered right: what a small or bounded state gives up first. "
-        "Thin lines are 95 % intervals.",
-        of="models",
+    "tasks": Plan(
+        "Synthetic tasks", charts.task, "accuracy",
+        "The share of what a task asks that was answered right: recall and copying are what a "
+        "small or bounded state gives up first. Thin lines are 95 % intervals.",
+        of="tasks",
     ),
     "predicted-measured": Plan(
         "Predicted against measured", charts.predicted_against_measured, "tpot_ms and a prediction",
@@ -159,10 +160,12 @@ def pictures(long: pd.DataFrame, names: Iterable[str] = tuple(PLANS)) -> list[Pi
     return drawn
 
 
-def _settings(f: Figures, plan: Plan) -> Iterable[tuple[str, Sequence[tuple[Setting, ...]]]]:
-    """By machine, where that matters, the further arguments to try a plan's builder with."""
+def _settings(f: Figures, plan: Plan) -> Iterable[tuple[str, Sequence[tuple[object, ...]]]]:
+    """By machine or task, where it matters, the further arguments to try a plan's builder with."""
     if plan.of == "models":
         return [("", [()])]
+    if plan.of == "tasks":
+        return [(task, [(task,)]) for task in f.tasks]
     if plan.of == "declarations":
         return [("", [(s,) for s in f.declared_settings])]
     machines = dict.fromkeys(s.hardware for s in f.settings)

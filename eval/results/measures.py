@@ -24,14 +24,10 @@ MEASURES: dict[str, Measure] = {
     "bits_per_byte": Measure("bit/byte", "lower", "-Σ log2 p over bytes of held-out text"),
     "document_bits_per_byte": Measure("bit/byte", "lower", "one held-out document; n: its bytes"),
     "loss_at_position": Measure("nat", "lower", "mean loss of held-out tokens, by position"),
-    "mqar_accuracy": Measure(
-        "",
-        "higher",
-        "multi-query associative recall, test sequences; chance is 2 / vocabulary, and 1 / pairs "
-        "among the values of the sequence",
-        share=True,
+    "accuracy": Measure(
+        "", "higher", "what was answered right of what a task asks, test sequences", share=True
     ),
-    "mqar_steps_to_99": Measure("step", "lower", "training steps until 99 % recall"),
+    "steps_to_99": Measure("step", "lower", "training steps until 99 % of it are right"),
     # training
     "train_loss": Measure("nat", "lower", "smoothed training loss at the end"),
     "train_tok_per_s": Measure("token/s", "higher", "training rate, evaluation apart"),

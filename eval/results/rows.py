@@ -51,7 +51,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class About:
-    """What a point's rows are about, beside the point itself."""
+    """What a point's rows are about, beside the point itself.
+
+    options: what else sets their figures apart from others of the same measure and scale, as words
+      of the form name=value.
+    """
 
     pattern: str = ""
     params: int = 0
@@ -59,6 +63,7 @@ class About:
     tokens: int = 0
     dtype: str = "float32"
     kernel_backend: str = "torch"
+    options: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,11 +103,11 @@ COLUMNS = [
 ]  # fmt: skip
 NUMBERS = ("value", "low", "high")
 #: Of the table that is written here (`eval.results.schema`).
-SCHEMA = 3
+SCHEMA = 4
 #: The measure under which a point that gave nothing is recorded.
 CELL_FAILED = "cell"
 #: Stages that train a model: their figures follow from a recipe, and they are not timed.
-TRAINED = ("train", "mqar")
+TRAINED = ("train", "task")
 
 
 def failed(status: Status, note: str) -> Row:

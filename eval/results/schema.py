@@ -36,8 +36,8 @@ LONG: dict[str, Column] = {
     ),
     "row": Column("text", "number of the row within its cell, 2/9"),
     "arch": Column("text", "architecture; empty for figures of the machine itself"),
-    "stage": Column("text", "hardware, cost, train, mqar, decode, prefill, ..."),
-    "scale": Column("text", "shape: tiny, 70m, ..."),
+    "stage": Column("text", "hardware, cost, train, task, decode, ..."),
+    "scale": Column("text", "shape: tiny, 70m, ...; of a task its name"),
     "seed": Column("integer", "of initialisation and data"),
     "batch": Column("integer", "sequences; 0 where none play a part"),
     "context": Column("integer", "tokens held before the step; 0 where none play a part"),
@@ -55,6 +55,7 @@ LONG: dict[str, Column] = {
     "tokens": Column("integer", "trained on"),
     "dtype": Column("text", "of the weights"),
     "kernel_backend": Column("text", "what ran the operations"),
+    "options": Column("text", "what else sets the figure apart, as name=value: what a task asks"),
     "hardware": Column("text", "GPU, or CPU with the threads in use"),
     "driver": Column("text", "CUDA version, on a GPU"),
     "torch": Column("text", "version"),
@@ -70,12 +71,17 @@ assert list(LONG) == COLUMNS
 
 #: Measures whose low and high were percentiles or extremes before version 3.
 SPREAD_BEFORE_3 = ("tpot_ms", "ttft_ms", "cached_tpot_ms", "nocache_tpot_ms")
+#: What a task's stage and measures were called before version 4.
+NAMES_BEFORE_4 = {
+    "stage": {"mqar": "task"},
+    "measure": {"mqar_accuracy": "accuracy", "mqar_steps_to_99": "steps_to_99"},
+}
 #: The largest integer that every reader of a CSV keeps exactly, 2^53 - 1.
 MOST = 9007199254740991
 #: What makes two rows of one cell the same figure, with `NEEDED`.
 FIGURE = (
     "arch", "scale", "seed", "batch", "context", "position", "measure", "corpus", "tokens",
-    "dtype", "kernel_backend", "note",
+    "dtype", "kernel_backend", "options", "note",
 )  # fmt: skip
 #: Columns that a row cannot do without.
 NEEDED = ("cell", "stage", "hardware", "commit", "config_hash")
@@ -130,6 +136,8 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[Fault]]:
         raise UserError(f"'{path}' is a wide leaderboard, made from a results table; {OURS}")
     if "schema" not in table:
         table["schema"] = "1"
+    if "options" not in table:
+        table["options"] = ""
     missing = [c for c in COLUMNS if c not in table.columns]
     if missing:
         raise UserError(f"'{path}' is not a results table: it lacks the columns {missing}; {OURS}")
@@ -160,6 +168,9 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[Fault]]:
         table[name] = numbers
     spread = (table["schema"] < 3) & table["measure"].isin(SPREAD_BEFORE_3)
     table.loc[spread, ["low", "high"]] = np.nan
+    for name, new in NAMES_BEFORE_4.items():
+        older = table["schema"] < 4
+        table[name] = table[name].mask(older, table[name].replace(new))
     return table, faults
 
 
@@ -191,8 +202,10 @@ def _implausible(table: pd.DataFrame) -> Iterator[Fault]:
     for name in ("value", "seed", "batch", "context", "position", "n", "params", "tokens"):
         for i in _where(table[name] < 0):
             yield Fault(i + 2, f"{name}={table[name].iloc[i]:g} is negative")
-    for i in _where((table["measure"] == "mqar_accuracy") & (value > 1)):
-        yield Fault(i + 2, f"mqar_accuracy={value[i]:g} exceeds 1; it is a share, not per cent")
+    shares = [name for name, measure in MEASURES.items() if measure.share]
+    for i in _where(table["measure"].isin(shares) & (value > 1)):
+        name = table["measure"].iloc[i]
+        yield Fault(i + 2, f"{name}={value[i]:g} exceeds 1; it is a share, not per cent")
     for i in _where(low > high):
         yield Fault(i + 2, f"low={low[i]:g} exceeds high={high[i]:g}")
     for i in _where(low.isna() != high.isna()):
@@ -288,8 +301,8 @@ def document() -> str:
         "",
         "`:low` and `:high` are the 95 % interval of that one figure: Student's over seeds; with "
         "one seed, of bits per byte Student's over the documents that all models share (what "
-        "documents do to all of them alike is taken out), of recall Wilson's over sequences. "
-        "results.csv holds the interval of bits per byte over documents as they are.",
+        "documents do to all of them alike is taken out), of a task's accuracy Wilson's over "
+        "sequences. results.csv holds the interval of bits per byte over documents as they are.",
         "",
         "`:ahead_of` names those that the row is better than, by Student's t of each pair (paired "
         "by document, or over seeds with their noise pooled) with Holm's correction for all pairs: "
@@ -299,6 +312,8 @@ def document() -> str:
         "",
         "## Versions",
         "",
+        "- 4: the column `options`; a task's stage is `task`, its measures `accuracy` and "
+        "`steps_to_99`, were `mqar`, `mqar_accuracy` and `mqar_steps_to_99`: renamed when read.",
         "- 3: `low` and `high` are 95 % intervals alone, and throughput follows from the mean time "
         "per token.",
         "- 2: the column `schema`. `low` and `high` of tpot_ms were percentiles of its steps, of "

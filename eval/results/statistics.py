@@ -7,7 +7,7 @@ Statistics 1979), so that at most 5 % of tables of equal models call any of them
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import atan, exp, inf, lgamma, pi, sqrt
 
@@ -19,6 +19,16 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 #: Gauss and Legendre's nodes and weights on -1..1.
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A value and its 95 % interval over `n` units."""
+
+    value: float
+    low: float
+    high: float
+    n: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +126,27 @@ def student_t_quantile(p: float, freedom: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if student_t_cdf(middle, freedom) < p else (low, middle)
     return (low + high) / 2
+
+
+def clustered_share(right: Array, asked: Array) -> Estimate:
+    """A proportion of what was asked in clusters, by cluster, with its Wilson interval.
+
+    The queries of one cluster may succeed and fail together: they count as fewer by the design
+    effect, their mean's variance over that of independent queries.
+    """
+    total = float(asked.sum())
+    p = float(right.sum()) / total
+    effect = 1.0
+    if 0 < p < 1 and len(asked) > 1:
+        error = weighted_mean(right / asked, asked).error
+        effect = max(1.0, error**2 * total / (p * (1 - p)))
+    return replace(wilson(p * total / effect, total / effect), n=int(total))
+
+
+def wilson(right: float, asked: float) -> Estimate:
+    """A proportion of independent trials with its Wilson score interval (95 %)."""
+    z = 1.959964
+    p = right / asked
+    middle = (p + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * sqrt(p * (1 - p) / asked + z * z / (4 * asked**2))
+    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), int(asked))

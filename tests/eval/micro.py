@@ -54,7 +54,7 @@ learning_rates = [{rate}]
 [quality]
 max_tokens = 2000
 
-[mqar]
+[tasks.mqar]
 steps = 2
 batch = 4
 d_model = 32

@@ -25,7 +25,7 @@ def test_results_become_a_ranked_leaderboard_and_claims(tmp_path: Path) -> None:
     results = api.load_results(write_run(tmp_path / "a"))
     board = api.leaderboard(results)
     assert set(board["arch"]) == set(ARCHS) and board.columns[0] == "rank"
-    by_recall = api.leaderboard(results, by="mqar_accuracy@mqar/c32")
+    by_recall = api.leaderboard(results, by="accuracy@mqar/c32")
     assert by_recall["arch"].iloc[-1] == "swa"
     assert set(api.claims(results)["verdict"]) >= {"supported", "conditional"}
 
@@ -54,8 +54,8 @@ def test_losses_by_position_come_as_measured_or_less_their_mean(results: pd.Data
 
 def test_a_picture_without_its_figures_says_what_it_needs(tmp_path: Path) -> None:
     results = api.load_results(write_run(tmp_path / "a"))
-    with pytest.raises(UserError, match="needs mqar_accuracy"):
-        plot.recall(results[results["stage"] != "mqar"])
+    with pytest.raises(UserError, match="needs accuracy"):
+        plot.task(results[results["stage"] != "task"])
 
 
 def test_predictions_come_as_rows_of_every_combination() -> None:

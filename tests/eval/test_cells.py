@@ -6,34 +6,35 @@ from typing import Any
 
 import pytest
 
-from eval.quality import Estimate, mqar_accuracy
 from eval.results.schema import load_long
+from eval.results.statistics import Estimate
 from eval.suite import Suite
+from eval.tasks.score import accuracy
 from tests.eval.micro import run
 
 pytestmark = pytest.mark.usefixtures("stub_roofline")
 
 
-def test_recall_chooses_its_rate_on_development_sequences(
+def test_a_task_chooses_its_rate_on_development_sequences(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second rate is the better one there and the worse one in the test."""
-    asked: list[tuple[str, int]] = []
+    scored: list[tuple[str, int]] = []
     dev = iter([0.0, 0.0, 0.2, 0.0, 0.0, 0.4])
 
-    def answer(*_: object, part: str, sequences: int, **__: Any) -> Estimate:
-        asked.append((part, sequences))
-        value = next(dev) if part == "dev" else 0.1
+    def answer(*_: object, split: str, sequences: int, **__: Any) -> Estimate:
+        scored.append((split, sequences))
+        value = next(dev) if split == "dev" else 0.1
         return Estimate(value, value, value, sequences)
 
-    assert suite.mqar
-    plan = replace(suite.mqar, learning_rates=(1e-3, 2e-3), steps=2, test_sequences=256)
-    monkeypatch.setattr("eval.measure.recall.mqar_accuracy", answer)
-    assert run(replace(suite, train=None, decode=(), mqar=plan), tmp_path / "out")
-    assert asked == [("dev", 128), ("dev", 128), ("dev", 256)] * 2 + [("test", 256)]
+    options = {"learning_rates": [1e-3, 2e-3], "steps": 2, "test_sequences": 256}
+    monkeypatch.setattr("eval.measure.asked.accuracy", answer)
+    asked = replace(suite, train=None, decode=(), tasks={"mqar": suite.tasks["mqar"] | options})
+    assert run(asked, tmp_path / "out")
+    assert scored == [("dev", 128), ("dev", 128), ("dev", 256)] * 2 + [("test", 256)]
     long = load_long(tmp_path / "out" / "results.csv").set_index("measure")["value"]
     assert long["learning_rate"] == 2e-3
-    assert long["mqar_accuracy"] == 0.1
+    assert long["accuracy"] == 0.1
 
 
 def test_the_test_is_of_the_model_that_was_chosen(
@@ -42,15 +43,15 @@ def test_the_test_is_of_the_model_that_was_chosen(
     """The first rate wins, and the second one's model is there when the test is made."""
     seen: dict[str, list[float]] = {"dev": [], "test": []}
 
-    def note(model: Any, *arguments: Any, part: Any, **options: Any) -> Estimate:
-        seen[part].append(model.embedding.weight.sum().item())
+    def note(model: Any, *arguments: Any, split: Any, **options: Any) -> Estimate:
+        seen[split].append(model.embedding.weight.sum().item())
         worth = 1.0 / len(seen["dev"])
-        if part == "dev":
+        if split == "dev":
             return Estimate(worth / 10, 0.0, 1.0, 1)
-        return mqar_accuracy(model, *arguments, part=part, **options)
+        return accuracy(model, *arguments, split=split, **options)
 
-    assert suite.mqar
-    plan = replace(suite.mqar, learning_rates=(1e-3, 2e-3), steps=1)
-    monkeypatch.setattr("eval.measure.recall.mqar_accuracy", note)
-    assert run(replace(suite, train=None, decode=(), mqar=plan), tmp_path / "out")
+    options = {"learning_rates": [1e-3, 2e-3], "steps": 1}
+    monkeypatch.setattr("eval.measure.asked.accuracy", note)
+    asked = replace(suite, train=None, decode=(), tasks={"mqar": suite.tasks["mqar"] | options})
+    assert run(asked, tmp_path / "out")
     assert seen["test"] == seen["dev"][1:2] != seen["dev"][-1:]

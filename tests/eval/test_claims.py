@@ -56,7 +56,7 @@ def test_exponents_without_a_cache_depend_on_length(long: pd.DataFrame) -> None:
 def test_recall_beyond_the_window_decides_the_windows_claim(long: pd.DataFrame) -> None:
     assert verdicts(long)[8].verdict == "supported"
     solved = long.copy()
-    at = (solved["arch"] == "swa") & (solved["measure"] == "mqar_accuracy")
+    at = (solved["arch"] == "swa") & (solved["measure"] == "accuracy")
     solved.loc[at, ["value", "low", "high"]] = (0.998, 0.997, 0.999)
     assert verdicts(solved)[8].verdict == "refuted"
 

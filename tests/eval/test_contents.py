@@ -119,18 +119,18 @@ def test_a_failed_cell_runs_again_when_it_may_end_otherwise(
         raise Failure(Status.NAN, About(), "training nan at step 2")
 
     with monkeypatch.context() as patch:
-        patch.setitem(STAGES, "mqar", broken)
+        patch.setitem(STAGES, "task", broken)
         assert run(one, out)
     rows = load_long(out / "results.csv")
-    assert list(rows[rows["stage"] == "mqar"]["status"]) == [status.value]
+    assert list(rows[rows["stage"] == "task"]["status"]) == [status.value]
     # An error may have been the machine's; a loss that is not finite comes again.
     assert run(one, out)
     rows = load_long(out / "results.csv")
-    assert (set(rows[rows["stage"] == "mqar"]["status"]) == {"ok"}) == (status == Status.ERROR)
+    assert (set(rows[rows["stage"] == "task"]["status"]) == {"ok"}) == (status == Status.ERROR)
     monkeypatch.setattr("eval.provenance._commit", lambda: "4567def")
     assert run(one, out)
     rows = load_long(out / "results.csv")
-    assert set(rows[rows["stage"] == "mqar"]["status"]) == {"ok"}
+    assert set(rows[rows["stage"] == "task"]["status"]) == {"ok"}
     assert len(cells_of(out)) == len(set(cells_of(out)))
 
 

@@ -272,7 +272,7 @@ def test_bench_without_a_gpu_times_and_says_why_once(decodebench: Command) -> No
 def test_a_suite_has_a_row_for_every_missing_figure(suite: Suite, tmp_path: Path) -> None:
     plan = replace(suite.decode[0], batches=(1,), counters=True, no_cache=0, prompt=0)
     out = tmp_path / "out"
-    assert run(replace(suite, train=None, quality=None, mqar=None, decode=(plan,)), out)
+    assert run(replace(suite, train=None, quality=None, tasks={}, decode=(plan,)), out)
     long = load_long(out / "results.csv")
     missing = long[long["measure"].isin(MEASURED)]
     assert [*zip(missing["measure"], missing["context"], strict=True)] == [
@@ -292,7 +292,7 @@ def test_a_suite_records_what_was_counted(suite: Suite, tmp_path: Path, fake_ncu
     fake_ncu(answers())
     plan = replace(suite.decode[0], batches=(1,), counters=True, no_cache=0, prompt=0)
     out = tmp_path / "out"
-    assert run(replace(suite, train=None, quality=None, mqar=None, decode=(plan,)), out)
+    assert run(replace(suite, train=None, quality=None, tasks={}, decode=(plan,)), out)
     with (out / "results.csv").open(newline="") as file:
         found = {(r["measure"], r["context"]): r for r in csv.DictReader(file)}
     assert float(found["step_bytes_meas", "32"]["value"]) == 4000 / STEPS

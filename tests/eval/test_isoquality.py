@@ -145,7 +145,7 @@ def test_a_ladder_runs_and_answers(decodebench: Command, tmp_path: Path) -> None
     suite = load_suite(str(write_suite(tmp_path, ("gqa", "linear"))))
     assert suite.train is not None
     train = replace(suite.train, ladder=("micro", "mini"))
-    ladder_suite = replace(suite, train=train, mqar=None, decode=())
+    ladder_suite = replace(suite, train=train, tasks={}, decode=())
     assert run(ladder_suite, tmp_path / "out")
     found = decodebench("isoquality", "out", "--reference", "gqa", "--scale", "70m", "--json")
     assert found.code == 0, found.err

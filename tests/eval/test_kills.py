@@ -88,7 +88,7 @@ def test_a_hundred_ends_of_one_run(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert suite.train
-    many = replace(suite, mqar=None, train=replace(suite.train, seeds=tuple(range(300))))
+    many = replace(suite, tasks={}, train=replace(suite.train, seeds=tuple(range(300))))
     for stage in STAGES:
         monkeypatch.setitem(STAGES, stage, instead)
     out, draw = tmp_path / "out", random.Random(0)

@@ -58,7 +58,7 @@ def ranks(folder: Path) -> Mapping[str, str]:
 def test_one_architecture_a_row(tmp_path: Path) -> None:
     table = wide(load_long(write_run(tmp_path, seeds=1) / "results.csv"))
     assert tuple(table["arch"]) == ARCHS
-    for name in (BITS, "mqar_accuracy@mqar/c32", "tpot_ms@70m/b1/c4096", "state_bytes_fixed@70m",
+    for name in (BITS, "accuracy@mqar/c32", "tpot_ms@70m/b1/c4096", "state_bytes_fixed@70m",
                  "params@70m", "hardware", "commit", "config_hash"):  # fmt: skip
         assert table[name].notna().all(), name
     families = dict(zip(table["arch"], table["family"], strict=True))
@@ -158,7 +158,7 @@ def test_committed_runs_of_two_recipes_stand_side_by_side() -> None:
     cpu = Path(__file__).parent.parent.parent / "leaderboards" / "cpu-2-threads"
     runs = ("2026-11-23", "2026-11-24-small")
     row = wide(merge([cpu / run for run in runs])).set_index("arch").loc["mamba1"]
-    recall = {str(c): row[c] for c in row.index if str(c).startswith("mqar_accuracy@")}
+    recall = {str(c): row[c] for c in row.index if str(c).startswith("accuracy@")}
     values = {name.rpartition("/")[2]: v for name, v in recall.items() if ":" not in name}
     assert {run: round(100 * values[run], 1) for run in runs} == {runs[0]: 35.5, runs[1]: 99.6}
     assert all(v <= 1 for name, v in recall.items() if name.endswith(":high"))
@@ -169,10 +169,10 @@ def test_committed_runs_of_two_recipes_stand_side_by_side() -> None:
 def test_the_interval_of_a_share_stays_within_0_and_1(tmp_path: Path) -> None:
     cells = []
     for seed, value in enumerate((0.355, 0.996)):
-        row = Row(measure="mqar_accuracy", value=value, context=32)
-        cells.append((Point(arch="gqa", stage="mqar", scale="mqar", seed=seed), About(), [row]))
+        row = Row(measure="accuracy", value=value, context=32)
+        cells.append((Point(arch="gqa", stage="task", scale="mqar", seed=seed), About(), [row]))
     row = wide(merge([record(tmp_path, *cells)])).iloc[0]
-    ends = row["mqar_accuracy@mqar/c32:low"], row["mqar_accuracy@mqar/c32:high"]
+    ends = row["accuracy@mqar/c32:low"], row["accuracy@mqar/c32:high"]
     assert ends == (0.0, 1.0)
 
 
@@ -218,13 +218,13 @@ def test_a_figure_without_interval_has_no_rank(tmp_path: Path) -> None:
 
 
 def test_higher_is_better_where_it_is(tmp_path: Path) -> None:
-    rows = [Row(measure="mqar_accuracy", value=v, low=v - 0.01, high=v + 0.01, context=32)
+    rows = [Row(measure="accuracy", value=v, low=v - 0.01, high=v + 0.01, context=32)
             for v in (0.5, 0.9)]  # fmt: skip
-    cells = [(Point(arch=a, stage="mqar", scale="mqar"), About(), [row])
+    cells = [(Point(arch=a, stage="task", scale="mqar"), About(), [row])
              for a, row in zip(("mha", "gqa"), rows, strict=True)]  # fmt: skip
-    table = rank(wide(merge([record(tmp_path, *cells)])), "mqar_accuracy@mqar/c32")
+    table = rank(wide(merge([record(tmp_path, *cells)])), "accuracy@mqar/c32")
     assert dict(zip(table["arch"], table["rank"], strict=True)) == {"gqa": "1", "mha": "2"}
-    with pytest.raises(UserError, match=r"'tpot_ms@70m' is not a figure.*such as mq"):
+    with pytest.raises(UserError, match=r"'tpot_ms@70m' is not a figure.*such as ac"):
         rank(table.drop(columns="rank"), "tpot_ms@70m")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import decodebench
 from eval.bench_worker import answer
-from eval.commands import train_one
+from eval.commands import score_checkpoint, train_one
 from eval.gpu.decode_grid import NAMES, Place, row_of
 from eval.hardware import ProductRate, Roofline
 from eval.measure import STAGES
@@ -55,7 +55,7 @@ def by_suite(suite: Suite, out: Path) -> Row_:
         scale=PLACE.scale, batches=(PLACE.batch,), contexts=(PLACE.context,), steps=len(STEP_MS),
         backend=PLACE.backend,
     )  # fmt: skip
-    one = replace(suite, archs=(PLACE.arch,), train=None, quality=None, mqar=None, decode=(plan,))
+    one = replace(suite, archs=(PLACE.arch,), train=None, quality=None, tasks={}, decode=(plan,))
     assert run(one, out)
     long = load_long(out / "results.csv")
     long = long[long["stage"] == "decode"]
@@ -122,7 +122,7 @@ def test_the_train_command_and_a_suite_train_the_same_point(
     monkeypatch.chdir(tmp_path)
     assert suite.train and len(suite.train.learning_rates) == 1
     one = replace(
-        suite, archs=("gqa",), mqar=None, decode=(), quality=QualityPlan(max_tokens=0, reach=0)
+        suite, archs=("gqa",), tasks={}, decode=(), quality=QualityPlan(max_tokens=0, reach=0)
     )
     assert run(one, tmp_path / "out")
     plan = {"steps": 3, "batch": 2, "seq_len": 32, "learning_rates": suite.train.learning_rates}
@@ -136,6 +136,10 @@ def test_the_train_command_and_a_suite_train_the_same_point(
     long = load_long(tmp_path / "out" / "results.csv").set_index("measure")["value"]
     for measure in ("train_loss", "bits_per_byte"):
         assert row[measure] == long[measure], measure
+    # The quality command scores by the same code.
+    whole, *curve = score_checkpoint(tmp_path / "alone", suite.corpus.spec, None, CPU)
+    assert whole["measure"] == "bits_per_byte" and whole["value"] == row["bits_per_byte"]
+    assert [point["position"] for point in curve] == [8, 16, 32, 64]
 
 
 def test_predictions_rest_on_products_of_as_many_rows_whoever_asks(

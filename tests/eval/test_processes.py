@@ -69,7 +69,7 @@ def test_a_worker_that_is_killed_ends_its_point_alone(
     assert cell.startswith("train/gqa/tiny/seed0/batch0/")
     assert failed["note"].item() == "its process ended with signal SIGKILL, as when memory runs out"
     ended = {tuple(cell.split("/")[:2]) for cell in rows["cell"]}
-    assert {("train", "mqa"), ("mqar", "gqa")} <= ended
+    assert {("train", "mqa"), ("task", "gqa")} <= ended
 
 
 def test_what_the_user_can_mend_ends_the_run(
@@ -88,7 +88,7 @@ def test_what_the_user_can_mend_ends_the_run(
 
 def test_a_budget_that_ends_stops_the_workers(suite: Suite, tmp_path: Path) -> None:
     assert suite.train is not None
-    long = replace(suite, train=replace(suite.train, steps=100_000), mqar=None)
+    long = replace(suite, train=replace(suite.train, steps=100_000), tasks={})
     began = time.monotonic()
     assert not run(long, tmp_path / "out", workers=2, time_budget_s=8.0)
     assert time.monotonic() - began < 60
@@ -107,7 +107,7 @@ from pathlib import Path
 
 eval.measure.site.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
 suite = load_suite(sys.argv[1])
-suite = replace(suite, train=replace(suite.train, steps=100_000), mqar=None)
+suite = replace(suite, train=replace(suite.train, steps=100_000), tasks={})
 run(suite, Path(sys.argv[2]), workers=2)
 """
 

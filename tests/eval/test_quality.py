@@ -16,16 +16,15 @@ from archs.sizes import get_scale
 from eval.quality import (
     DocumentScore,
     bits_per_byte,
-    clustered_share,
     document_scores,
     loss_by_position,
-    mqar_accuracy,
     octaves,
     over_documents,
-    wilson,
 )
+from eval.results.statistics import clustered_share, wilson
+from eval.tasks.mqar import Mqar
+from eval.tasks.score import accuracy
 from train.corpus import Corpus
-from train.mqar import MqarSpec
 from train.tokenizer import train_or_load
 from train.tokens import TokenSet, prepare
 
@@ -238,10 +237,10 @@ class Oracle(torch.nn.Module):
 
 
 def test_recall_of_one_who_looks_up_and_of_one_who_does_not(model: Model) -> None:
-    task = MqarSpec(vocab=64, seq_len=32, pairs=4)
-    looked_up = mqar_accuracy(Oracle(64), task, part="test", sequences=256, seed=0)  # type: ignore[arg-type]
+    task = Mqar(vocab=64, seq_len=32, pairs=4)
+    looked_up = accuracy(Oracle(64), task, split="test", sequences=256, seed=0)  # type: ignore[arg-type]
     assert (looked_up.value, looked_up.n) == (1.0, 256 * 4)
-    guessed = mqar_accuracy(model, replace(task, vocab=10), part="dev", sequences=128, seed=0)
+    guessed = accuracy(model, replace(task, vocab=10), split="dev", sequences=128, seed=0)
     assert guessed.value < 0.6
     assert guessed.n == 128 * 4
 

@@ -46,7 +46,7 @@ def test_a_run_leaves_everything_it_promises(decodebench: Command, tmp_path: Pat
     assert {f.name for f in folder.iterdir()} >= {"metrics.jsonl", "checkpoint.safetensors"}
     long = load_long(out / "results.csv")
     assert set(long["status"]) == {"ok"}
-    expected = {"bits_per_byte", "mqar_accuracy", "tpot_ms", "ttft_ms", "state_bytes", "mbu",
+    expected = {"bits_per_byte", "accuracy", "tpot_ms", "ttft_ms", "state_bytes", "mbu",
                 "nocache_tpot_ms", "loss_at_position", "copy_bytes_per_s"}  # fmt: skip
     assert expected <= set(long["measure"])
     assert "gdn:gqa=3:1" in first.out
@@ -59,7 +59,7 @@ def test_a_sweep_as_long_as_the_training_is_the_first_seeds_training(tmp_path: P
     trained: dict[int, set[str]] = {}
     for steps in (plan.steps, plan.steps - 1):
         out = tmp_path / f"swept-{steps}"
-        whole = replace(suite, train=replace(plan, sweep_steps=steps), mqar=None, decode=())
+        whole = replace(suite, train=replace(plan, sweep_steps=steps), tasks={}, decode=())
         assert run(whole, out)
         trained[steps] = {f.name.rpartition("-")[0] for f in (out / "cells/gqa").glob("train-*")}
         long = load_long(out / "results.csv")
@@ -94,7 +94,7 @@ def test_the_command_needs_no_git(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    assert run(replace(suite, train=None, quality=None, mqar=None), tmp_path / "out")
+    assert run(replace(suite, train=None, quality=None, tasks={}), tmp_path / "out")
     assert set(load_long(tmp_path / "out" / "results.csv")["commit"]) == {"unknown"}
 
 
@@ -174,7 +174,7 @@ def test_a_cell_that_raises_is_a_row_and_the_suite_goes_on(
     monkeypatch.setattr(LinearAttention, "forward", wreck)
     out = tmp_path / "out"
     assert run(suite, out)
-    for stage in ("train", "mqar", "decode"):
+    for stage in ("train", "task", "decode"):
         assert status_of(out, stage, "linear") == {"error"}
         assert status_of(out, stage, "gqa") == {"ok"}
     long = load_long(out / "results.csv")
@@ -232,7 +232,7 @@ def test_training_beyond_memory_is_refused_before_it_is_made(
     monkeypatch.setattr("infer.memory.free_bytes", lambda _: 1 << 20)
     monkeypatch.setattr(ModelSpec, "build", wreck)
     assert run(replace(suite, decode=()), tmp_path / "out")
-    for stage in ("train", "mqar"):
+    for stage in ("train", "task"):
         assert status_of(tmp_path / "out", stage, "gqa") == {"oom" if stage == "train" else "error"}
     long = load_long(tmp_path / "out" / "results.csv")
     assert long["note"].str.contains("training gqa at scale tiny needs .* GiB but 0.00 GiB").any()

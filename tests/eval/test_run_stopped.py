@@ -177,7 +177,7 @@ def test_a_killed_run_keeps_its_points_and_the_next_one_completes(
 
 @pytest.mark.slow
 def test_an_interrupted_run_says_so_and_keeps_its_points(suite: Suite, tmp_path: Path) -> None:
-    code, shown = stop(tmp_path, "mqar", signal.SIGINT)
+    code, shown = stop(tmp_path, "task", signal.SIGINT)
     assert code == 130
     assert shown.splitlines()[-1].startswith("decodebench: interrupted; finished points are kept")
     assert "Traceback" not in shown

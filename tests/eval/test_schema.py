@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from archs.errors import UserError
+from eval.leaderboard import wide
 from eval.results.measures import MEASURES
 from eval.results.rows import COLUMNS, SCHEMA
 from eval.results.schema import LONG, check_long, document, load_long
@@ -63,7 +64,7 @@ def test_a_sound_table_has_no_faults(table: Path) -> None:
         ({"status": "incorrect"}, "beside status 'incorrect'; a failure has no figure"),
         ({"value": "-1.0"}, "value=-1 is negative"),
         ({"batch": "-8"}, "batch=-8 is negative"),
-        ({"measure": "mqar_accuracy", "value": "99.0"}, "mqar_accuracy=99 exceeds 1"),
+        ({"measure": "accuracy", "value": "99.0"}, "accuracy=99 exceeds 1"),
         ({"low": "3.0", "high": "2.0"}, "low=3 exceeds high=2"),
         ({"low": "3.0", "high": ""}, "one end of the interval is empty; give both or none"),
         ({"hardware": ""}, "hardware is empty"),
@@ -124,8 +125,18 @@ def test_spreads_of_earlier_versions_are_not_read_as_intervals() -> None:
     path = ROOT / "leaderboards" / "cpu-2-threads" / "2026-11-23" / "results.csv"
     table = load_long(path)
     held = table[table["low"].notna()]
-    assert set(held["measure"]) == {"bits_per_byte", "loss_at_position", "mqar_accuracy"}
+    assert set(held["measure"]) == {"bits_per_byte", "loss_at_position", "accuracy"}
     assert (table["measure"] == "tpot_ms").any()
+
+
+def test_tasks_of_earlier_versions_are_read_under_their_new_names() -> None:
+    """Committed tables of version 3 had a stage and two measures for one task."""
+    path = ROOT / "leaderboards" / "cpu-2-threads" / "2026-11-26-tiny" / "results.csv"
+    table = load_long(path)
+    task = table[table["stage"] == "task"]
+    assert set(task["measure"]) == {"accuracy", "steps_to_99", "learning_rate"}
+    assert set(task["scale"]) == {"mqar"} and set(table["options"]) == {""}
+    assert "accuracy@mqar/c24" in wide(table)
 
 
 def test_a_newer_table_is_refused(table: Path) -> None:

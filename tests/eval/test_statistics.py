@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from eval.paired import Shared, by_documents, by_intervals, by_seeds
-from eval.quality import wilson
 from eval.results.statistics import (
     Difference,
     ahead,
@@ -15,6 +14,7 @@ from eval.results.statistics import (
     student_t_mean,
     student_t_quantile,
     weighted_mean,
+    wilson,
 )
 
 MODELS = tuple(f"m{i}" for i in range(13))

@@ -39,7 +39,7 @@ def test_shipped_suites_compare_everything(name: str) -> None:
     assert suite.name == name
     assert set(REGISTRY) <= set(suite.archs)
     assert {h.partition(":")[0] for h in HYBRIDS} <= {a.partition(":")[0] for a in suite.archs}
-    assert suite.train and suite.quality and suite.mqar and len(suite.decode) >= 2
+    assert suite.train and suite.quality and suite.tasks and len(suite.decode) >= 2
     assert set(suite.scales) >= {suite.train.scale, suite.decode[-1].scale}
     assert suite.trained_scales == [suite.train.scale]
 
@@ -108,7 +108,7 @@ OFF = [
     ("name = 'x'", r"mine.toml lacks 'archs'; add it"),
     (GQA + '[train]\nscale = "tiny"', r"mine.toml: train lacks 'steps'; add it"),
     ("archs = []" + DECODE, "mine.toml: archs is empty; it needs at least one"),
-    (GQA, "suite mine measures nothing; add train, mqar or decode"),
+    (GQA, "suite mine measures nothing; add train, tasks or decode"),
     ('archs = "gqa"' + DECODE, r"archs must be a list, not 'gqa'"),
     ('archs = ["gqa", 3]' + DECODE, r"archs must be of type str, not 3"),
     ('archs = ["gqaa"]' + DECODE, r"arch 'gqaa'. Did you mean 'gqa'"),
@@ -116,7 +116,9 @@ OFF = [
     (GQA + DECODE + "[overrides.gqaa]\nkv_heads = 1", r"arch 'gqaa'. Did you"),
     (GQA + "overrides = 3" + DECODE, r"overrides must be a table, not 3"),
     (GQA + "overrides = {gqa = 3}" + DECODE, r"overrides.gqa must be a table"),
-    (GQA + "[mqar.overrides.swaa]\nwindow = 4", r"arch 'swaa'. Did you mean 'swa'"),
+    (GQA + "[tasks.mqr]\nsteps = 2", r"Unknown task 'mqr'. Did you mean 'mqar'"),
+    (GQA + "[tasks.mqar]\npair = 2", r"Unknown key in tasks.mqar 'pair'. Did you mean 'pairs'"),
+    (GQA + "[tasks.mqar.overrides.swaa]\nwindow = 4", r"arch 'swaa'. Did you mean 'swa'"),
     (GQA + TRAIN.replace('"tiny"', '"tinny"'), r"scale 'tinny'.*'tiny'"),
     (GQA + TRAIN.replace("= 3", "= 3.5"), r"steps must be of type int, not 3.5"),
     (GQA + TRAIN.replace("= 3\n", "= true\n"), r"steps must be of type int, not True"),
@@ -141,22 +143,22 @@ OFF = [
     (GQA + DECODE + "[corpus]\nvocab_size = 256", "corpus: vocab_size=256 must be at least 257"),
     (GQA + DECODE + '[corpus]\nspec = "sotu:zzz"', "corpus 'sotu:zzz' takes no source"),
     (GQA + DECODE + '[corpus]\nspec = "path:"', "corpus 'path:' names no source"),
-    (GQA + "[mqar]\nsteps = 0", "mqar: steps=0 must be at least 1"),
-    (GQA + "[mqar]\nbatch = 0", "mqar: batch=0 must be at least 1"),
-    (GQA + "[mqar]\nlearning_rates = []", "mqar: learning_rates is empty"),
-    (GQA + "[mqar]\nlearning_rates = [inf]", "learning_rate=inf must be positive"),
-    (GQA + "[mqar]\nseeds = [1, 1]", "seeds names 1 twice"),
-    (GQA + "[mqar]\nseq_len = 31", "seq_len=31 must be even"),
-    (GQA + "[mqar]\nvocab = 8", "vocab=8 has too few keys"),
-    (GQA + "[mqar]\nhead_dim = 48", "d_model=64 is not divisible by head_dim=48"),
-    (GQA + "[mqar]\nhead_dim = 0", "head_dim=0 must be at least 1"),
-    (GQA + "[mqar]\nn_layers = 0", "n_layers=0 must be at least 1"),
-    (GQA + "[mqar]\nwindow = 0", "window=0 must be at least 1"),
-    (GQA + "[mqar]\nshort_conv = -1", "short_conv=-1 must be at least 0"),
-    (GQA + "[mqar]\ntest_sequences = 0", "test_sequences=0 must be at least 1"),
-    (GQA + "[mqar]\neval_every = -1", "_every=-1 must be at least 0"),
-    (GQA + "[mqar.overrides.gqa]\nkv_heads = 3", "is not divisible by kv_heads=3"),
-    (GQA + "[mqar.overrides.swa]\nwindow = 4", "overrides of 'swa', which no architecture"),
+    (GQA + "[tasks.mqar]\nsteps = 0", "tasks.mqar: steps=0 must be at least 1"),
+    (GQA + "[tasks.mqar]\nbatch = 0", "tasks.mqar: batch=0 must be at least 1"),
+    (GQA + "[tasks.mqar]\nlearning_rates = []", "tasks.mqar: learning_rates is empty"),
+    (GQA + "[tasks.mqar]\nlearning_rates = [inf]", "learning_rate=inf must be positive"),
+    (GQA + "[tasks.mqar]\nseeds = [1, 1]", "seeds names 1 twice"),
+    (GQA + "[tasks.mqar]\nseq_len = 31", "seq_len=31 must be even"),
+    (GQA + "[tasks.mqar]\nvocab = 8", "vocab=8 has too few keys"),
+    (GQA + "[tasks.mqar]\nhead_dim = 48", "d_model=64 is not divisible by head_dim=48"),
+    (GQA + "[tasks.mqar]\nhead_dim = 0", "head_dim=0 must be at least 1"),
+    (GQA + "[tasks.mqar]\nn_layers = 0", "n_layers=0 must be at least 1"),
+    (GQA + "[tasks.mqar]\nwindow = 0", "window=0 must be at least 1"),
+    (GQA + "[tasks.mqar]\nshort_conv = -1", "short_conv=-1 must be at least 0"),
+    (GQA + "[tasks.mqar]\ntest_sequences = 0", "test_sequences=0 must be at least 1"),
+    (GQA + "[tasks.mqar]\neval_every = -1", "_every=-1 must be at least 0"),
+    (GQA + "[tasks.mqar.overrides.gqa]\nkv_heads = 3", "is not divisible by kv_heads=3"),
+    (GQA + "[tasks.mqar.overrides.swa]\nwindow = 4", "overrides of 'swa', which no architecture"),
     (GQA + DECODE + "[overrides.mla]\nrank = 8", "overrides of 'mla', which .*have gqa"),
     (GQA + DECODE + "[overrides.gqa]\nkv_heads = 'two'", "kv_heads must be of type int, not 'two'"),
     (GQA + DECODE + "[overrides.gqa]\nkv_heads = 3", "n_heads=8 is not divisible by kv_heads=3"),
@@ -191,12 +193,12 @@ def test_what_is_off_is_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_suite_over_other_architectures_keeps_their_overrides_alone(tmp_path: Path) -> None:
-    text = "archs = ['gqa', 'swa']\n[mqar]\n[mqar.overrides.swa]\nwindow = 4\n[overrides.gqa]\n"
-    suite = load_suite(write(tmp_path, text + "kv_heads = 1"))
+    text = "archs = ['gqa', 'swa']\n[tasks.mqar]\n[tasks.mqar.overrides.swa]\nwindow = 4\n"
+    suite = load_suite(write(tmp_path, text + "[overrides.gqa]\nkv_heads = 1"))
     hybrid = suite.only(["gdn:gqa=3:1"])
     assert hybrid.archs == ("gdn:gqa=3:1",)
     assert hybrid.overrides == {"gqa": {"kv_heads": 1}}
-    assert hybrid.mqar and hybrid.mqar.overrides == {}
+    assert hybrid.tasks["mqar"].get("overrides", {}) == {}
     assert suite.only(["mamba2"]).overrides == {}
     with pytest.raises(UserError, match="archs is empty"):
         suite.only([])

@@ -30,7 +30,7 @@ def test_the_one_that_is_ahead_of_all_leads(tmp_path: Path) -> None:
     said = told(record(tmp_path, *cells))
     assert "In quality gqa leads, ahead of all 2 others beyond chance (bits per byte, " in said
     assert "trained at scale tiny" in said
-    assert "Not measured: recall and decode speed." in said
+    assert "Not measured: tasks and decode speed." in said
 
 
 def test_those_that_no_test_tells_apart_are_tied(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_fastest_at_the_longest_context_of_all(tmp_path: Path) -> None:
     assert "At 1,024 tokens gdn decodes fastest: 1 ms against 6 ms of mha, the slowest" in said
     assert "time per output token, batch 1, 70m shapes · AMD EPYC" in said
     assert "a sequence keeps 1.02 MB of state in gdn, 16.4 MB in mha, 16 times as much" in said
-    assert "Not measured: bits per byte and recall." in said
+    assert "Not measured: bits per byte and tasks." in said
 
 
 def test_times_within_the_noise_of_a_clock_are_tied(tmp_path: Path) -> None:

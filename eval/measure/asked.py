@@ -1,0 +1,70 @@
+"""A model trained on a synthetic task from scratch, until it is solved, and what it answers."""
+
+from dataclasses import replace
+
+from archs.backbone import Model
+from archs.backends import AUTO, resolve_backend
+from archs.checks import parse
+from eval.cell_rows import estimate_row, reporter
+from eval.measure.site import Failure, Site, about, spec_of
+from eval.progress import Watch
+from eval.results.point import Point
+from eval.results.rows import Found, Row, Status
+from eval.tasks import task_named
+from eval.tasks.score import accuracy
+from eval.tasks.task import Split, TaskBatches
+from train.loop import train
+
+SOLVED = 0.99
+#: Sequences that are asked while it is trained.
+ON_THE_WAY = 128
+
+
+def measure(point: Point, site: Site, watch: Watch) -> Found:
+    """Accuracy at the end of training, which each learning rate gets until one solves it.
+
+    When to stop and which rate to take is decided on development sequences.
+    """
+    kind = task_named(point.scale)
+    task = parse(kind, point.options, f"the options of {point.key}")
+    spec, data = spec_of(point), TaskBatches(task, point.seed)
+
+    def right(model: Model, split: Split, sequences: int) -> float:
+        return accuracy(model, task, split=split, sequences=sequences, seed=point.seed).value
+
+    best: tuple[float, Model, int, float] | None = None
+    trained = about(
+        spec, spec.outline(), corpus=task.NAME, options=task.asked,
+        kernel_backend=resolve_backend(AUTO, site.device),
+    )  # fmt: skip
+    for rate in task.learning_rates:
+        recipe = task.recipe(rate, point.seed)
+        model = site.to_train(spec, recipe)
+        result = train(
+            model, data, recipe, site.work_folder(point) / f"lr_{rate:g}",
+            spec=spec, data_fingerprint=task.fingerprint, deadline=site.deadline,
+            progress=reporter(watch),
+            eval_fn=lambda m: {"accuracy": right(m, "dev", ON_THE_WAY)},
+            enough=lambda found: found.get("accuracy", 0.0) >= SOLVED + 0.003,
+        )  # fmt: skip
+        if result.status == "stopped":
+            raise Failure(Status.ERROR, trained, "stopped", stopped=True)
+        if result.status != "ok":
+            continue
+        chosen_by = right(model.eval(), "dev", task.test_sequences)
+        if best is None or chosen_by > best[0]:
+            best = chosen_by, model, result.steps, rate
+        if chosen_by >= SOLVED:
+            break
+    if best is None:
+        raise Failure(Status.NAN, trained, "training failed at every learning rate")
+    _, model, steps, rate = best
+    found = accuracy(model, task, split="test", sequences=task.test_sequences, seed=point.seed)
+    rows = [
+        estimate_row("accuracy", found, context=task.seq_len),
+        Row(measure="learning_rate", value=rate),
+    ]
+    if found.value >= SOLVED:
+        rows.append(Row(measure="steps_to_99", value=steps))
+    tokens = steps * task.batch * task.seq_len
+    return Found(about=replace(trained, tokens=tokens), rows=tuple(rows))
