@@ -33,7 +33,7 @@ bench: .venv/installed-test
 	$(BIN)/python -m pytest tests/bench --benchmark-group-by=param:arch
 
 bench-cpu: .venv/installed-test
-	$(BIN)/python -m eval.bench_cpu
+	$(BIN)/python -m eval.proof.bench_cpu
 
 # Runs with the Python that has torch for the GPU; nothing is installed.
 gpu:

@@ -6,8 +6,8 @@
     decodebench.leaderboard(results)
     decodebench.plot.quality_against_state(results)
 
-Functions are those of `eval.api`. The packages behind them have everyday names (`eval`, `train`);
-they are taken from where this file lies, also beside a `train.py` of the user's.
+Functions are those of `eval.cli.api`. The packages behind them have everyday names (`eval`,
+`train`); they are taken from where this file lies, also beside a `train.py` of the user's.
 """
 
 import importlib
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eval import plot as plot
-    from eval.api import *  # noqa: F403
+    from eval.cli.api import *  # noqa: F403
+    from eval.report import plot as plot
 
 #: In the order in which they import each other.
 _PACKAGES = ("kernels", "archs", "train", "infer", "eval")
@@ -55,8 +55,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module 'decodebench' has no attribute '{name}'")
     if name == "plot":
-        return _load("eval.plot")
-    api = _load("eval.api")
+        return _load("eval.report.plot")
+    api = _load("eval.cli.api")
     if name not in api.__all__:
         raise AttributeError(
             f"module 'decodebench' has no attribute '{name}'; it has {', '.join(__dir__())}"
@@ -65,4 +65,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_load("eval.api").__all__, "plot"])
+    return sorted([*_load("eval.cli.api").__all__, "plot"])

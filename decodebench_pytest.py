@@ -53,7 +53,7 @@ class _Worker:
         if self._process is None or self._process.poll() is not None:
             path = os.pathsep.join(filter(None, (str(_HOME), os.environ.get("PYTHONPATH"))))
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "eval.bench_worker"], stdin=subprocess.PIPE,
+                [sys.executable, "-P", "-m", "eval.cli.bench_worker"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
         process = self._process

@@ -10,10 +10,10 @@ from contextlib import suppress
 
 from archs.errors import UserError
 from archs.files import REFUSALS, refused
-from eval.decode import out_of_memory
 from eval.measure import asked, cost, hardware, score, serve, text
+from eval.measure.decode import out_of_memory
+from eval.measure.progress import Silent, Watch
 from eval.measure.site import Failure, Site
-from eval.progress import Silent, Watch
 from eval.results.point import Point
 from eval.results.rows import About, Found, Status, failed
 from infer.sampling import NoTokenError

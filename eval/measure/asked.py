@@ -5,9 +5,9 @@ from dataclasses import replace
 from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
-from eval.cell_rows import estimate_row, reporter
+from eval.measure.cell_rows import estimate_row, reporter
+from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, spec_of
-from eval.progress import Watch
 from eval.results.point import Point
 from eval.results.rows import Found, Row, Status
 from eval.tasks import task_named

@@ -1,8 +1,8 @@
 """State, bytes and intensity that follow from the declarations alone."""
 
-from eval.cell_rows import cost_rows
+from eval.measure.cell_rows import cost_rows
+from eval.measure.progress import Watch
 from eval.measure.site import Site, about, serving_dtype, spec_of
-from eval.progress import Watch
 from eval.results.point import Point
 from eval.results.rows import Found, Row
 

@@ -1,8 +1,8 @@
 """The measured rates of this machine."""
 
-from eval.cell_rows import roofline_rows
+from eval.measure.cell_rows import roofline_rows
+from eval.measure.progress import Watch
 from eval.measure.site import Site
-from eval.progress import Watch
 from eval.results.point import Point
 from eval.results.rows import About, Found
 

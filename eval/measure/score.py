@@ -5,12 +5,12 @@ from pathlib import Path
 
 from archs.checks import parse
 from archs.errors import UserError
+from eval.measure.progress import Watch
 from eval.measure.site import Site, about
+from eval.measure.suite import CorpusPlan, QualityPlan
 from eval.measure.text import quality_rows
-from eval.progress import Watch
 from eval.results.point import Point
 from eval.results.rows import Found
-from eval.suite import CorpusPlan, QualityPlan
 from train.checkpoint import load_model, read_metadata
 
 

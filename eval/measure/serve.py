@@ -8,15 +8,15 @@ import torch
 from archs.backbone import Model
 from archs.backends import NoFormError, resolve_backend
 from archs.checks import parse
-from eval.cell_rows import counted_rows, load_rows, median_row, timing_rows
-from eval.counted import Work
-from eval.decode import decode_cost, measure_ttft_ms, measure_what_fits
+from eval.measure.cell_rows import counted_rows, load_rows, median_row, timing_rows
+from eval.measure.counted import Work
+from eval.measure.decode import decode_cost, measure_ttft_ms, measure_what_fits
+from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, serving_dtype, spec_of
-from eval.neighbours import Neighbours
-from eval.progress import Watch
+from eval.measure.suite import DecodePlan
+from eval.predict.neighbours import Neighbours
 from eval.results.point import Point
 from eval.results.rows import Found, Row, Status, Steps
-from eval.suite import DecodePlan
 from infer.engine import Engine
 
 

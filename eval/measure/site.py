@@ -14,10 +14,11 @@ from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
 from archs.registry import ModelSpec, folder_name, layer_names
-from eval.agreement import COMPANY, Agreement, agreement, telling_length
-from eval.counters import Counters
-from eval.decode import build_to_serve
-from eval.hardware import Roofline, measure_roofline, measured_again, with_products
+from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
+from eval.measure.counters import Counters
+from eval.measure.decode import build_to_serve
+from eval.measure.family import state_family
+from eval.predict.machine import Roofline, measure_roofline, measured_again, with_products
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status, failed
 from infer.memory import require_memory
@@ -62,6 +63,7 @@ def about(spec: ModelSpec, model: Model, **more: Any) -> About:
     names = layer_names(spec.arch, len(model.blocks))
     return About(
         pattern=" ".join(names),
+        family=state_family(model.state_specs()),
         params=sum(p.numel() for p in model.parameters()),
         dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
         **more,
@@ -143,7 +145,7 @@ class Site:
         self, spec: ModelSpec, model: Model, *, context: int, batch: int, backend: str,
         compiled: bool,
     ) -> Agreement:  # fmt: skip
-        """As `eval.agreement`, found once for all that it holds for. Raises NoFormError."""
+        """As `eval.measure.agreement`, found once for all that it holds for. Raises NoFormError."""
         length, company = telling_length(model, context), min(batch, COMPANY)
         known = _identity(spec), length, company, backend, compiled
         if known not in self._agreed:

@@ -1,6 +1,6 @@
 """A decode point's rows as a table of steps, a row for each context, as people ask for them."""
 
-from eval.neighbours import word
+from eval.predict.neighbours import word
 from eval.results.point import Point
 from eval.results.rows import Found, Status
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from archs.backbone import Model
 from archs.checks import parse
 from archs.registry import ModelSpec
-from eval.cell_rows import estimate_row, reporter
+from eval.measure.cell_rows import estimate_row, reporter
+from eval.measure.progress import Watch
+from eval.measure.quality import bits_per_byte, document_scores, loss_by_position, over_documents
 from eval.measure.site import Failure, Site, about, spec_of
-from eval.paired import DOCUMENTS
-from eval.progress import Watch
-from eval.quality import bits_per_byte, document_scores, loss_by_position, over_documents
+from eval.measure.suite import CorpusPlan, QualityPlan, TrainPlan
+from eval.results.paired import DOCUMENTS
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
-from eval.suite import CorpusPlan, QualityPlan, TrainPlan
 from train.loop import train
 from train.sweep import sweep
 from train.tokens import Batches, TokenSet

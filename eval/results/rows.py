@@ -53,11 +53,12 @@ class Row:
 class About:
     """What a point's rows are about, beside the point itself.
 
-    options: what else sets their figures apart from others of the same measure and scale, as words
-      of the form name=value.
+    family: one of `eval.results.families.Family`. options: what else sets their figures apart from
+      others of the same measure and scale, as words of the form name=value.
     """
 
     pattern: str = ""
+    family: str = ""
     params: int = 0
     corpus: str = ""
     tokens: int = 0

@@ -50,6 +50,7 @@ LONG: dict[str, Column] = {
     "status": Column("text", ", ".join(Status) + "; a latency stands only beside ok"),
     "note": Column("text", "why it failed, or what sets this row apart"),
     "pattern": Column("text", "mixer of every layer"),
+    "family": Column("text", "what it remembers: softmax, latent, window, recurrent, hybrid"),
     "params": Column("integer", "parameters, embedding included"),
     "corpus": Column("text", "text or task trained on"),
     "tokens": Column("integer", "trained on"),
@@ -136,8 +137,9 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[Fault]]:
         raise UserError(f"'{path}' is a wide leaderboard, made from a results table; {OURS}")
     if "schema" not in table:
         table["schema"] = "1"
-    if "options" not in table:
-        table["options"] = ""
+    for name in ("family", "options"):
+        if name not in table:
+            table[name] = ""
     missing = [c for c in COLUMNS if c not in table.columns]
     if missing:
         raise UserError(f"'{path}' is not a results table: it lacks the columns {missing}; {OURS}")
@@ -312,8 +314,9 @@ def document() -> str:
         "",
         "## Versions",
         "",
-        "- 4: the column `options`; a task's stage is `task`, its measures `accuracy` and "
-        "`steps_to_99`, were `mqar`, `mqar_accuracy` and `mqar_steps_to_99`: renamed when read.",
+        "- 4: the columns `family` and `options`; a task's stage is `task`, its measures "
+        "`accuracy` and `steps_to_99`. They were `mqar`, `mqar_accuracy` and `mqar_steps_to_99`, "
+        "and are renamed when read.",
         "- 3: `low` and `high` are 95 % intervals alone, and throughput follows from the mean time "
         "per token.",
         "- 2: the column `schema`. `low` and `high` of tpot_ms were percentiles of its steps, of "

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from eval.cli import main
-from eval.hardware import Roofline
-from eval.suite import Suite, load_suite
+from eval.measure.suite import Suite, load_suite
+from eval.predict.machine import Roofline
 from tests.eval.micro import write_suite
 
 STUB_ROOFLINE = Roofline(20e9, 200e9, torch.float32)
@@ -57,13 +57,13 @@ def decodebench(
 @pytest.fixture(autouse=True)
 def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Points are measured in this process, which tests may patch, unless a test says otherwise."""
-    monkeypatch.setattr("eval.processes.cores", lambda: 1)
+    monkeypatch.setattr("eval.measure.processes.cores", lambda: 1)
 
 
 @pytest.fixture
 def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
     """Commands and suites take this machine's rates as given."""
-    for module in ("measure.site", "doctor", "accelerators"):
+    for module in ("measure.site", "cli.doctor", "predict.accelerators"):
         monkeypatch.setattr(f"eval.{module}.measure_roofline", lambda *_: STUB_ROOFLINE)
     for name in ("measured_again", "with_products"):
         monkeypatch.setattr(f"eval.measure.site.{name}", lambda known, *_: known)
@@ -73,7 +73,7 @@ def stub_roofline(monkeypatch: pytest.MonkeyPatch) -> Roofline:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than all that these runs do."""
-    monkeypatch.setattr("eval.report.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("eval.cli.pages.write_report", lambda folder: folder / "report.html")
 
 
 @pytest.fixture

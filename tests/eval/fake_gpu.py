@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from eval.gpu import proof
-from eval.gpu.case import Case, Check, Op, Run
-from eval.gpu.cold import Timing
-from eval.gpu.proof import Proof
-from eval.hardware import ProductRate, Roofline
-from eval.progress import Progress
+from eval.measure.progress import Progress
+from eval.predict.cold import Timing
+from eval.predict.machine import ProductRate, Roofline
+from eval.proof.gpu import proof
+from eval.proof.gpu.case import Case, Check, Op, Run
+from eval.proof.gpu.proof import Proof
 
 CPU = torch.device("cpu")
 PRODUCTS = tuple(ProductRate(rows, 2e9 / rows, 3.0 + rows) for rows in (1, 2, 8, 16, 64))

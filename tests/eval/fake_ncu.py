@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import counted, counters
-from eval.counters import FLOPS
+from eval.measure import counted, counters
+from eval.measure.counters import FLOPS
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from eval.progress import Progress
-from eval.run import run_suite
-from eval.suite import Suite
+from eval.measure.progress import Progress
+from eval.measure.run import run_suite
+from eval.measure.suite import Suite
 
 #: What makes `decodebench train` a matter of a second.
 TRAIN = (

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval import api, plot
-from eval.pictures.plans import PLANS
+from eval.cli import api
+from eval.report import plot
+from eval.report.pictures.plans import PLANS
 from tests.eval.micro import write_suite
 from tests.eval.synthetic import ARCHS, LADDER, write_run
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from archs.cost import Cost, OpCost
-from eval.cell_rows import median_row, timing_rows
-from eval.decode import DecodeTiming
-from eval.hardware import Roofline
+from eval.measure.cell_rows import median_row, timing_rows
+from eval.measure.decode import DecodeTiming
+from eval.predict.machine import Roofline
 
 #: Nine steps of 1 ms and one that stalled.
 STALLED = DecodeTiming(

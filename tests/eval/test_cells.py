@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from eval.measure.suite import Suite
 from eval.results.schema import load_long
 from eval.results.statistics import Estimate
-from eval.suite import Suite
 from eval.tasks.score import accuracy
 from tests.eval.micro import run
 

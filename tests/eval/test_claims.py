@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from eval.claims import CHECKS, Claim, claims
-from eval.leaderboard import merge
+from eval.proof.claims import CHECKS, Claim, claims
+from eval.report.leaderboard import merge
 from tests.eval.synthetic import write_run
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval import api
-from eval.cli_app import app
-from eval.hardware import Roofline
-from eval.options import parse_duration_s
-from eval.predict import parse_counts
+from eval.cli import api
+from eval.cli.app import app
+from eval.cli.options import parse_duration_s
+from eval.predict.machine import Roofline
+from eval.predict.roofline import parse_counts
 from tests.eval.conftest import Command
 from tests.eval.micro import TRAIN, rows_of, write_corpus, write_suite
 from tests.eval.synthetic import write_run

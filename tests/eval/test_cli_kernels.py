@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from archs.registry import REGISTRY
-from eval import cli_kernels
-from eval.gpu import proof, workers
-from eval.gpu.case import Op
-from eval.gpu.decode_grid import places
-from eval.gpu.ops import OPS
+from eval.cli import kernels as cli_kernels
+from eval.proof.gpu import proof, workers
+from eval.proof.gpu.case import Op
+from eval.proof.gpu.decode_grid import places
+from eval.proof.gpu.ops import OPS
 from tests.eval.conftest import Command, Outcome
 from tests.eval.fake_gpu import CPU, Bench, failing, make_bench
 
@@ -57,9 +57,9 @@ def on_gpu(
     """`decodebench kernels ... --op ...` where the GPU is this CPU and operations are fake."""
 
     def run(ops: Sequence[Op], *arguments: str) -> Outcome:
-        monkeypatch.setattr("eval.gpu.ops.OPS", tuple(ops))
+        monkeypatch.setattr("eval.proof.gpu.ops.OPS", tuple(ops))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr("eval.options.resolve_device", lambda _: CPU)
+        monkeypatch.setattr("eval.cli.options.resolve_device", lambda _: CPU)
         monkeypatch.setattr(workers, "count", lambda: 0)
         monkeypatch.setattr(
             proof, "row_of", lambda place, _: {**place.key, "status": "ok", "tpot_p50_ms": 2.0}
@@ -164,13 +164,13 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import torch
 from pathlib import Path
-import eval.options
-from eval import cli_kernels
-from eval.gpu import workers
+import eval.cli.options
+from eval.cli import kernels as cli_kernels
+from eval.proof.gpu import workers
 torch.cuda.is_available = lambda: True
-eval.options.resolve_device = lambda name: torch.device("cpu")
+eval.cli.options.resolve_device = lambda name: torch.device("cpu")
 workers.count = lambda: 0
-import eval.gpu.proof as proof
+import eval.proof.gpu.proof as proof
 proof.resolve_backend = lambda name, device: name
 cli_kernels._bench = lambda *_: cli_kernels._run_suite(None, "none", None, None, None)
 cli_kernels._prove(True, ["page_write"], "none", "1s", Path(sys.argv[2]), True, 0.0)

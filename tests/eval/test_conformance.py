@@ -13,9 +13,9 @@ from archs.gqa import Attention
 from archs.registry import HYBRIDS, REGISTRY
 from archs.spec import RowSpec
 from archs.state import LayerState
-from eval.agreement import Agreement
-from eval.conformance import LAWS, Check, Subject, judge, run_checks
-from eval.conformance.declared import STEPS
+from eval.measure.agreement import Agreement
+from eval.proof.conformance import LAWS, Check, Subject, judge, run_checks
+from eval.proof.conformance.declared import STEPS
 from infer.pools import Pools
 
 DATA = Path(__file__).parents[1] / "data"
@@ -60,9 +60,9 @@ def test_kernels_are_held_to_the_torch_form(
 ) -> None:
     subject = Subject("gqa")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("eval.conformance.laws.resolve_backend", lambda name, device: name)
+    monkeypatch.setattr("eval.proof.conformance.laws.resolve_backend", lambda name, device: name)
     found = Agreement(error, 0.1)
-    monkeypatch.setattr("eval.conformance.laws.agreement", lambda *_, **__: found)
+    monkeypatch.setattr("eval.proof.conformance.laws.agreement", lambda *_, **__: found)
     monkeypatch.setattr(type(subject.spec), "build", lambda *_, **__: subject.model)
     assert judge(subject, KERNELS).passed is passed
 

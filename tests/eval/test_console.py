@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.console import console
-from eval.leaderboard import merge, rank, to_table, wide
-from eval.show import show
+from eval.cli.console import console
+from eval.cli.show import show
+from eval.report.leaderboard import merge, rank, to_table, wide
 from tests.eval.conftest import Command
 from tests.eval.micro import write_corpus
 from tests.eval.synthetic import write_run

@@ -8,12 +8,12 @@ import pytest
 
 from archs.errors import UserError
 from archs.registry import _FILES, source_digest
+from eval.cli.templates import write_template
 from eval.measure import STAGES
 from eval.measure.site import Failure
+from eval.measure.suite import Suite, load_suite
 from eval.results.rows import About, Status
 from eval.results.schema import load_long
-from eval.suite import Suite, load_suite
-from eval.templates import write_template
 from tests.eval.micro import cells_of, run, write_suite
 from train.checkpoint import load_model, read_metadata
 
@@ -111,7 +111,7 @@ def test_a_failed_cell_runs_again_when_it_may_end_otherwise(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Status
 ) -> None:
     out, one = tmp_path / "out", replace(suite, archs=("gqa",))
-    monkeypatch.setattr("eval.provenance._commit", lambda: "0123abc")
+    monkeypatch.setattr("eval.measure.provenance._commit", lambda: "0123abc")
 
     def broken(*_: Any) -> Any:
         if status == Status.ERROR:
@@ -127,7 +127,7 @@ def test_a_failed_cell_runs_again_when_it_may_end_otherwise(
     assert run(one, out)
     rows = load_long(out / "results.csv")
     assert (set(rows[rows["stage"] == "task"]["status"]) == {"ok"}) == (status == Status.ERROR)
-    monkeypatch.setattr("eval.provenance._commit", lambda: "4567def")
+    monkeypatch.setattr("eval.measure.provenance._commit", lambda: "4567def")
     assert run(one, out)
     rows = load_long(out / "results.csv")
     assert set(rows[rows["stage"] == "task"]["status"]) == {"ok"}

@@ -12,16 +12,16 @@ import torch
 
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval import counted, counters
-from eval.cell_rows import counted_rows
-from eval.commands import bench_archs
-from eval.counted import STEPS, WARMUP, Work
-from eval.counters import FLOPS, INTENSITY, PACKED_FLOPS, Counters, why_not
-from eval.decode import Decoding
-from eval.leaderboard import wide
+from eval.cli.commands import bench_archs
+from eval.measure import counted, counters
+from eval.measure.cell_rows import counted_rows
+from eval.measure.counted import STEPS, WARMUP, Work
+from eval.measure.counters import FLOPS, INTENSITY, PACKED_FLOPS, Counters, why_not
+from eval.measure.decode import Decoding
+from eval.measure.suite import Suite, load_suite
+from eval.report.leaderboard import wide
 from eval.results.rows import Status
 from eval.results.schema import load_long
-from eval.suite import Suite, load_suite
 from infer.engine import Engine
 from tests.eval.conftest import Command
 from tests.eval.fake_ncu import BYTES, CPU, CUDA, DENIED, FakeNcu, answers, make_fake_ncu

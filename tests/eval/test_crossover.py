@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval.crossover import crossovers, measured_crossovers, told
-from eval.leaderboard import merge
-from eval.predict import predict
+from eval.predict.crossover import crossovers, measured_crossovers, told
+from eval.predict.roofline import predict
+from eval.report.leaderboard import merge
 from eval.results.rows import COLUMNS
 from tests.eval.conftest import Command
 

@@ -16,22 +16,22 @@ from archs.linear import LinearAttention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from archs.state import LayerState
-from eval.agreement import agreement, exact_logits
-from eval.calls import CountCalls, IdleLayer
-from eval.commands import bench_archs
-from eval.conformance import CHECK_SCALE
-from eval.decode import (
+from eval.cli.commands import bench_archs
+from eval.measure import measure
+from eval.measure.agreement import agreement, exact_logits
+from eval.measure.decode import (
     DecodeTiming,
     build_to_serve,
     measure_decode,
     measure_ttft_ms,
 )
-from eval.measure import measure
+from eval.measure.plan import points
 from eval.measure.site import Site
-from eval.plan import points
+from eval.measure.suite import Suite
+from eval.predict.calls import CountCalls, IdleLayer
+from eval.proof.conformance import CHECK_SCALE
 from eval.results.point import Point
 from eval.results.rows import Status
-from eval.suite import Suite
 from infer.compiled import CompiledStep
 from infer.engine import Engine
 from infer.memory import DoesNotFitError

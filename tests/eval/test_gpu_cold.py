@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.gpu import cold
+from eval.predict import cold
 from tests.eval.fake_gpu import CPU
 
 

@@ -10,10 +10,10 @@ import eval.measure.site as site_module
 from archs.backends import NoFormError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
-from eval.agreement import Agreement
-from eval.gpu import decode_grid
-from eval.gpu.decode_grid import POINTS, Place, places, row_of
+from eval.measure.agreement import Agreement
 from eval.measure.site import Site
+from eval.proof.gpu import decode_grid
+from eval.proof.gpu.decode_grid import POINTS, Place, places, row_of
 from infer.memory import DoesNotFitError
 from tests.eval.fake_gpu import CPU, RATES, Bench, make_bench
 
@@ -122,7 +122,7 @@ def test_the_grid_is_recorded_and_goes_on(bench: Bench, monkeypatch: pytest.Monk
             raise RuntimeError("launch failed")
         return {**place.key, "status": "ok", "tpot_ms": 1.5, "tpot_p50_ms": 1.25}
 
-    monkeypatch.setattr("eval.gpu.proof.row_of", measure)
+    monkeypatch.setattr("eval.proof.gpu.proof.row_of", measure)
     bench.proof().decode_grid(first=1)
     bench.proof().decode_grid(first=1)
     ours = list(places(1, backends=("triton",)))

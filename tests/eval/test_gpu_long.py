@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from eval.gpu.decode_grid import COLUMNS, KEY
-from eval.gpu.long import FROM, write_results
-from eval.gpu.table import Table
-from eval.leaderboard import merge
-from eval.report import write_report
-from eval.report_kernels import compared, kernel_section
+from eval.cli.pages import write_report
+from eval.proof.gpu.decode_grid import COLUMNS, KEY
+from eval.proof.gpu.long import FROM, write_results
+from eval.proof.gpu.table import Table
+from eval.report.kernels import compared, kernel_section
+from eval.report.leaderboard import merge
 from eval.results.schema import check_long
 
 ORIGIN = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
-from eval.gpu.ops import OPS, attention, chunk, glue, product, recurrent
-from eval.gpu.ops.operands import PAGE, binary, dense, paged
+from eval.proof.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
+from eval.proof.gpu.ops import OPS, attention, chunk, glue, product, recurrent
+from eval.proof.gpu.ops.operands import PAGE, binary, dense, paged
 from kernels import decay_scan, gdn, selective_scan
 from tests.kernels.interpreter import interpreted
 

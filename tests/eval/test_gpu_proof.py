@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
-from eval.gpu import proof
-from eval.gpu.case import Case, Check, Op, Run, lazily
+from eval.proof.gpu import proof
+from eval.proof.gpu.case import Case, Check, Op, Run, lazily
 from tests.eval.fake_gpu import RATES, SECONDS, Bench, failing, make_bench
 
 bench = pytest.fixture(make_bench)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from archs.errors import UserError
-from eval.gpu.table import Table
+from eval.proof.gpu.table import Table
 
 
 def test_a_torn_row_is_dropped(tmp_path: Path) -> None:

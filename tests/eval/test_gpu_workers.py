@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from eval.gpu import workers
-from eval.gpu.case import Op
-from eval.gpu.ops import OPS
+from eval.proof.gpu import workers
+from eval.proof.gpu.case import Op
+from eval.proof.gpu.ops import OPS
 from tests.eval.fake_gpu import CPU, OK, Bench, make_bench
 
 bench = pytest.fixture(make_bench)

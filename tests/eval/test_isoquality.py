@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval.isoquality import iso_quality_cost
-from eval.ladder import fit_ladder, ladder_points, size_ratios
-from eval.predict import predict
-from eval.suite import load_suite
+from eval.measure.suite import load_suite
+from eval.predict.isoquality import iso_quality_cost
+from eval.predict.roofline import predict
+from eval.results.ladder import fit_ladder, ladder_points, size_ratios
 from tests.eval.conftest import Command
 from tests.eval.micro import run, write_suite
 

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from archs.errors import UserError
-from eval import kernel_table as table
-from eval.kernel_table import OPS, Row, cells, kernel_table, read_table
-from eval.progress import Progress
-from eval.show import write_csv
+from eval.cli.show import write_csv
+from eval.measure.progress import Progress
+from eval.proof import kernel_table as table
+from eval.proof.kernel_table import OPS, Row, cells, kernel_table, read_table
 from kernels.ahead import TARGETS
 
 COMMITTED = "leaderboards/ahead-of-time/cells.csv"

@@ -17,15 +17,15 @@ import pytest
 
 from archs.errors import UserError
 from eval.measure import STAGES
+from eval.measure.plan import points
+from eval.measure.progress import Watch
+from eval.measure.provenance import provenance
 from eval.measure.site import Site
-from eval.plan import points
-from eval.progress import Watch
-from eval.provenance import provenance
+from eval.measure.suite import Suite
 from eval.results.folder import Results
 from eval.results.point import Point
 from eval.results.rows import CELL_FAILED, About, Found, Row
 from eval.results.schema import check_long
-from eval.suite import Suite
 from tests.eval.micro import cells_of, run
 from tests.eval.test_decode import CPU
 from tests.eval.test_processes import wait_until, workers_of
@@ -143,7 +143,7 @@ def test_killed_workers_and_parents_of_workers(suite: Suite, tmp_path: Path) -> 
         if victim == "worker":
             for process in Path("/proc").glob("[0-9]*"):
                 words = (process / "cmdline").read_bytes() if process.exists() else b""
-                if b"eval.processes" in words and str(out).encode() in words:
+                if b"eval.measure.processes" in words and str(out).encode() in words:
                     with suppress(ProcessLookupError):
                         os.kill(int(process.name), signal.SIGKILL)
                     break

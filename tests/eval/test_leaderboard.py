@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval.figures import Figures
-from eval.leaderboard import Column, headlines, merge, rank, to_table, wide
+from eval.report.figures import Figures
+from eval.report.leaderboard import Column, headlines, merge, rank, to_table, wide
 from eval.results.point import Point
 from eval.results.rows import CELL_FAILED, About, Provenance, Row, Status
 from eval.results.schema import load_long
 from eval.results.statistics import student_t_mean
-from eval.tidy import tidy
+from eval.results.tidy import tidy
 from tests.eval.synthetic import ARCHS, HERE, Recorded, write_run
 
 BITS = "bits_per_byte@tiny/c128"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import ncu
-from eval.ncu import NotCountedError, command, parse
+from eval.measure import ncu
+from eval.measure.ncu import NotCountedError, command, parse
 from eval.results.rows import Status
 from tests.eval.fake_ncu import BYTES, CPU, CUDA, FakeNcu, make_fake_ncu
 
@@ -46,7 +46,7 @@ def test_the_command_leaves_caches_and_clocks_alone() -> None:
     assert options["--profile-from-start"] == "off"
     assert words[words.index("--metrics") + 1] == f"{BYTES},b"
     assert words[words.index("--print-units") + 1] == "base"
-    assert words[-6:] == [sys.executable, "-P", "-m", "eval.counted", "cuda", "copy"]
+    assert words[-6:] == [sys.executable, "-P", "-m", "eval.measure.counted", "cuda", "copy"]
 
 
 # -- how answers are read --

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import hardware, neighbours
-from eval.cell_rows import load_rows, roofline_rows
-from eval.hardware import Roofline, measure_roofline, measured_again
-from eval.neighbours import Neighbours
+from eval.measure.cell_rows import load_rows, roofline_rows
+from eval.predict import machine as hardware
+from eval.predict import neighbours
+from eval.predict.machine import Roofline, measure_roofline, measured_again
+from eval.predict.neighbours import Neighbours
 
 CPU = torch.device("cpu")
 SPIN = "import time\nend = time.monotonic() + {s}\nwhile time.monotonic() < end: pass"

@@ -10,17 +10,17 @@ import torch
 from rich.console import Console
 
 import decodebench
-from eval.bench_worker import answer
-from eval.commands import score_checkpoint, train_one
-from eval.gpu.decode_grid import NAMES, Place, row_of
-from eval.hardware import ProductRate, Roofline
+from eval.cli.bench_worker import answer
+from eval.cli.commands import score_checkpoint, train_one
 from eval.measure import STAGES
+from eval.measure.progress import Watch
 from eval.measure.site import Site
-from eval.progress import Watch
+from eval.measure.suite import DecodePlan, QualityPlan, Suite
+from eval.predict.machine import ProductRate, Roofline
+from eval.proof.gpu.decode_grid import NAMES, Place, row_of
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Steps
 from eval.results.schema import load_long
-from eval.suite import DecodePlan, QualityPlan, Suite
 from tests.eval.micro import run
 from tests.eval.test_decode import CPU
 
@@ -147,11 +147,12 @@ def test_predictions_rest_on_products_of_as_many_rows_whoever_asks(
 ) -> None:
     """The rates of products of one row, which all may have measured before, are others."""
     machine = Roofline(1e9, 1e12, torch.float32, read_bytes_per_s=1e9)
-    monkeypatch.setattr("eval.bench_worker._site", lambda device: Site(None, device))
-    monkeypatch.setattr("eval.hardware._ceilings", lambda *_: machine)
-    monkeypatch.setattr("eval.hardware._call_us", lambda *_: 1.0)
+    monkeypatch.setattr("eval.cli.bench_worker._site", lambda device: Site(None, device))
+    monkeypatch.setattr("eval.predict.machine._ceilings", lambda *_: machine)
+    monkeypatch.setattr("eval.predict.machine._call_us", lambda *_: 1.0)
     monkeypatch.setattr(
-        "eval.hardware._product_rate", lambda rows, *_: ProductRate(rows, 1e9 / rows, 5.0 * rows)
+        "eval.predict.machine._product_rate",
+        lambda rows, *_: ProductRate(rows, 1e9 / rows, 5.0 * rows),
     )
     found = {name: way(suite, tmp_path / name)["tpot_pred_ms"] for name, way in WAYS.items()}
     assert found["run"] > 0 and len(set(found.values())) == 1, found

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from eval.leaderboard import merge
-from eval.pictures.palette import DARK_PAPER, PAPER
-from eval.report import write_page
+from eval.cli.pages import write_page
+from eval.report.leaderboard import merge
+from eval.report.pictures.palette import DARK_PAPER, PAPER
 from tests.eval.colour import contrast
 from tests.eval.synthetic import write_run
 

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.paired import ahead_of, paired_intervals
-from eval.quality import DocumentScore, over_documents
+from eval.measure.quality import DocumentScore, over_documents
+from eval.results.paired import ahead_of, paired_intervals
 
 HARD = np.array([1.6, 2.4, 1.9, 2.2, 1.7, 2.1])
 SIZES = np.array([900, 1200, 1000, 800, 1100, 950])

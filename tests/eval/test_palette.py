@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from archs.registry import HYBRIDS, REGISTRY
-from eval.leaderboard import merge
-from eval.pictures.palette import (
+from eval.cli.predicted import draw
+from eval.predict.roofline import predict
+from eval.report.leaderboard import merge
+from eval.report.pictures.palette import (
     DARK_PAPER,
     FORMS,
     HUES,
@@ -24,9 +26,7 @@ from eval.pictures.palette import (
     Palette,
     looks_of,
 )
-from eval.pictures.plans import pictures
-from eval.predict import predict
-from eval.predicted import draw
+from eval.report.pictures.plans import pictures
 from tests.eval.colour import DEUTERANOPIA, NORMAL, Array, contrast, delta_e
 from tests.eval.synthetic import write_run
 

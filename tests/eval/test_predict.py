@@ -15,11 +15,19 @@ from archs.cost import Cost, OpCost, Step
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
-from eval.accelerators import ACCELERATORS, hardware_of, prices_of
-from eval.calls import IdleLayer
-from eval.doctor import OPTIONAL, diagnose
-from eval.hardware import ProductRate, Roofline, measure_roofline, now_s
-from eval.predict import bound_by, parse_counts, predict, predict_ops, resident_bytes, step_ms
+from eval.cli.doctor import OPTIONAL, diagnose
+from eval.predict.accelerators import hardware_of, prices_of
+from eval.predict.calls import IdleLayer
+from eval.predict.machine import ProductRate, Roofline, measure_roofline, now_s
+from eval.predict.roofline import (
+    bound_by,
+    parse_counts,
+    predict,
+    predict_ops,
+    resident_bytes,
+    step_ms,
+)
+from eval.results.accelerators import ACCELERATORS
 from eval.results.measures import MEASURES
 from tests.eval.conftest import STUB_ROOFLINE, Command
 
@@ -85,8 +93,8 @@ def test_launch_and_bandwidth_of_a_product_are_a_line_through_two(
         rows, side = works[0]().shape
         return (4 * side**2 / 20 + 30) / 1e6 if rows > 1 else 4 * side**2 / 2e6
 
-    monkeypatch.setattr("eval.hardware._each_s", each_s)
-    monkeypatch.setattr("eval.hardware._best_s", lambda work, device, repeats: 0.5)
+    monkeypatch.setattr("eval.predict.machine._each_s", each_s)
+    monkeypatch.setattr("eval.predict.machine._best_s", lambda work, device, repeats: 0.5)
     found = measure_roofline("cpu", torch.float32, [3])
     assert found.products[0] == ProductRate(1, pytest.approx(2e6), pytest.approx(0, abs=1e-6))
     assert found.products[1] == ProductRate(3, pytest.approx(20e6), pytest.approx(30))
@@ -101,15 +109,15 @@ def test_products_are_timed_as_a_step_makes_them(monkeypatch: pytest.MonkeyPatch
         seen.append(torch.is_grad_enabled())
         return 1e-3
 
-    monkeypatch.setattr("eval.hardware._each_s", watched)
-    monkeypatch.setattr("eval.hardware._best_s", lambda *_: 1e-3)
+    monkeypatch.setattr("eval.predict.machine._each_s", watched)
+    monkeypatch.setattr("eval.predict.machine._best_s", lambda *_: 1e-3)
     measure_roofline("cpu", rows=(1, 8))
     assert seen and not any(seen)
 
 
 def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of 2 bytes per byte held, a read of 1, 2 n^3 FLOPs, over the time of one call."""
-    monkeypatch.setattr("eval.hardware._best_s", lambda work, *_: (work(), 0.5)[1])
+    monkeypatch.setattr("eval.predict.machine._best_s", lambda work, *_: (work(), 0.5)[1])
     found = measure_roofline("cpu", torch.float32)
     assert found.copy_bytes_per_s == 2 * 2**27 / 0.5
     assert found.read_bytes_per_s == 2**27 / 0.5

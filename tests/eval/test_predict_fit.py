@@ -14,13 +14,14 @@ from archs.formats import Format
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from archs.spec import RowSpec, StateSpec
-from eval import api
-from eval.accelerators import ACCELERATORS, Link, hardware_of
-from eval.fit import fit, largest, rate_edges
-from eval.hardware import ProductRate
-from eval.options import parse_bytes, parse_latency_ms
-from eval.predict import predict, resident_bytes
-from eval.split import Split, all_reduce_us, gather_us
+from eval.cli import api
+from eval.cli.options import parse_bytes, parse_latency_ms
+from eval.predict.accelerators import hardware_of
+from eval.predict.fit import fit, largest, rate_edges
+from eval.predict.machine import ProductRate
+from eval.predict.roofline import predict, resident_bytes
+from eval.predict.split import Split, all_reduce_us, gather_us
+from eval.results.accelerators import ACCELERATORS, Link
 from tests.eval.conftest import Command
 
 EVERY = (*REGISTRY, *HYBRIDS)

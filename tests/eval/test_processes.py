@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from archs.errors import UserError
-from eval import processes
+from eval.measure import processes
+from eval.measure.suite import Suite, load_suite
 from eval.results.point import Point
 from eval.results.schema import load_long
-from eval.suite import Suite, load_suite
 from tests.eval.micro import cells_of, run, write_suite
 
 pytestmark = pytest.mark.usefixtures("stub_roofline")
@@ -45,7 +45,7 @@ def test_rows_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_models_share_a_gpu_only_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.processes.cores", lambda: 7)
+    monkeypatch.setattr("eval.measure.processes.cores", lambda: 7)
     assert processes.default_workers(torch.device("cpu")) == 7
     assert processes.default_workers(torch.device("cuda", 0)) == 1
 
@@ -99,8 +99,8 @@ ORPHANED = """
 import sys
 import torch
 import eval.measure.site
-from eval.hardware import Roofline
-from eval.suite import load_suite
+from eval.predict.machine import Roofline
+from eval.measure.suite import load_suite
 from tests.eval.micro import run
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +126,9 @@ def test_workers_end_with_the_process_that_started_them(suite: Suite, tmp_path: 
 def workers_of(out: Path) -> list[bytes]:
     """Processes that work for a run folder."""
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    return [line for line in lines if b"eval.processes" in line and str(out).encode() in line]
+    return [
+        line for line in lines if b"eval.measure.processes" in line and str(out).encode() in line
+    ]
 
 
 def wait_until(holds: Callable[[], object], patience_s: float = 60.0) -> None:

@@ -6,8 +6,8 @@ import time
 import pytest
 from rich.console import Console
 
-from eval import progress
-from eval.progress import Progress
+from eval.measure import progress
+from eval.measure.progress import Progress
 
 
 def log() -> tuple[Progress, io.StringIO]:

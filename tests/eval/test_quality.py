@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import eval.quality
+import eval.measure.quality
 from archs.backbone import Model
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval.quality import (
+from eval.measure.quality import (
     DocumentScore,
     bits_per_byte,
     document_scores,
@@ -189,7 +189,7 @@ def test_tokens_of_a_document_are_not_taken_as_independent(
         hard = torch.from_numpy(noise.normal(3.0, 0.3, count))[document]
         losses = hard[:, None] + torch.from_numpy(noise.normal(0, 1, (len(document), 8)))
         scored = [(losses, torch.ones(losses.shape, dtype=torch.int64), document)]
-        monkeypatch.setattr(eval.quality, "_scored", lambda *_, scored=scored: scored)
+        monkeypatch.setattr(eval.measure.quality, "_scored", lambda *_, scored=scored: scored)
         found = loss_by_position(None, held, part="test", reach=8)[8]  # type: ignore[arg-type]
         hits += found.low <= 3.0 <= found.high
     assert 0.92 <= hits / 400 <= 0.98

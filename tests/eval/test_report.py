@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from archs.errors import UserError
-from eval.leaderboard import merge, wide
-from eval.pictures.palette import NIGHT, SHAPES, Palette
-from eval.pictures.plans import PLANS
-from eval.report import write_page, write_report
+from eval.cli.pages import write_page, write_report
+from eval.report.leaderboard import merge, wide
+from eval.report.pictures.palette import NIGHT, SHAPES, Palette
+from eval.report.pictures.plans import PLANS
 from eval.results.point import Point
 from eval.results.rows import CELL_FAILED, About, Row, Status
 from tests.eval.page import Page
@@ -214,7 +214,7 @@ def test_the_leaderboard_is_the_wide_table(folder: Path) -> None:
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the chart library, whose bundling takes longer than all else here."""
-    monkeypatch.setattr("eval.report.vl_convert.javascript_bundle", lambda *_: "")
+    monkeypatch.setattr("eval.report.page.vl_convert.javascript_bundle", lambda *_: "")
 
 
 @pytest.mark.usefixtures("no_library")
@@ -340,7 +340,7 @@ def test_the_library_cannot_end_its_own_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = 'const text = "</script><img src=x>";'
-    monkeypatch.setattr("eval.report.vl_convert.javascript_bundle", lambda *_: library)
+    monkeypatch.setattr("eval.report.page.vl_convert.javascript_bundle", lambda *_: library)
     page = Page(write_report(record(tmp_path, timed("gqa", 1.25))))
     assert "img" not in {tag for tag, _ in page.elements}
 

@@ -13,8 +13,8 @@ from archs.checks import parse
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from eval import provenance as told
-from eval.provenance import hardware_name, provenance
+from eval.measure import provenance as told
+from eval.measure.provenance import hardware_name, provenance
 from eval.results.folder import Results
 from eval.results.point import Point
 from eval.results.rows import CELL_FAILED, COLUMNS, About, Found, Row, Status
@@ -250,7 +250,7 @@ def test_a_folder_in_place_of_the_table_is_refused(tmp_path: Path) -> None:
 def test_a_copied_tree_says_its_commit_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(told, "__file__", str(tmp_path / "eval" / "provenance.py"))
+    monkeypatch.setattr(told, "__file__", str(tmp_path / "eval" / "measure" / "provenance.py"))
     assert told._commit() == "unknown"
     (tmp_path / "COMMIT").write_text("abc1234-dirty\n")
     assert told._commit() == "abc1234-dirty"
@@ -266,7 +266,7 @@ def test_a_commit_of_somebody_elses_repository_is_not_ours(
     git("init", "--quiet")
     git("commit", "--quiet", "--allow-empty", "--message", "theirs")
     theirs = git("rev-parse", "HEAD")
-    installed = tmp_path / ".venv" / "site-packages" / "eval"
+    installed = tmp_path / ".venv" / "site-packages" / "eval" / "measure"
     installed.mkdir(parents=True)
     monkeypatch.setattr(told, "__file__", str(installed / "provenance.py"))
     assert told._commit() == "unknown"
@@ -275,7 +275,7 @@ def test_a_commit_of_somebody_elses_repository_is_not_ours(
     before = ours()
     monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
     assert ours() == before and not theirs.startswith(before.partition("-")[0])
-    monkeypatch.setattr(told, "__file__", str(tmp_path / "eval" / "provenance.py"))
+    monkeypatch.setattr(told, "__file__", str(tmp_path / "eval" / "measure" / "provenance.py"))
     monkeypatch.delenv("GIT_DIR")
     (tmp_path / "eval").mkdir()
     assert theirs.startswith(ours().partition("-")[0])

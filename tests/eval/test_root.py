@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import decodebench
-from eval import api, plot
+from eval.cli import api
+from eval.report import plot
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,9 +13,9 @@ from archs.errors import UserError
 from archs.gqa import Attention
 from archs.linear import LinearAttention
 from archs.registry import ModelSpec
+from eval.measure.run import OWN_NAMES, prepare_folder
+from eval.measure.suite import Suite, load_suite
 from eval.results.schema import check_long, load_long
-from eval.run import OWN_NAMES, prepare_folder
-from eval.suite import Suite, load_suite
 from tests.eval.conftest import Command
 from tests.eval.micro import cells_of, run, write_suite
 
@@ -199,7 +199,7 @@ def test_out_of_memory_is_a_status(
     def exhaust(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("eval.decode.measure_decode", exhaust)
+    monkeypatch.setattr("eval.measure.decode.measure_decode", exhaust)
     assert run(suite, tmp_path / "out")
     assert status_of(tmp_path / "out", "decode", "gqa") == {"oom"}
     assert status_of(tmp_path / "out", "train", "gqa") == {"ok"}

@@ -15,11 +15,11 @@ import pytest
 
 from archs.errors import UserError
 from eval.measure import STAGES, text
+from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site
-from eval.progress import Watch
+from eval.measure.suite import Suite
 from eval.results.point import Point
 from eval.results.rows import About, Found, Status
-from eval.suite import Suite
 from tests.eval.conftest import Command
 from tests.eval.micro import cells_of, run
 
@@ -32,7 +32,7 @@ import sys, time
 import eval.measure.site
 from eval.measure import STAGES
 from eval.cli import main
-from eval.hardware import Roofline
+from eval.predict.machine import Roofline
 import torch
 torch.set_num_threads(1)
 suite, out, stage = sys.argv[1:]
@@ -59,7 +59,7 @@ def test_a_time_budget_stops_cleanly_and_the_next_run_goes_on(
     seconds = iter(range(100))
     with monkeypatch.context() as patch:
         clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
-        patch.setattr("eval.run.time", clock)
+        patch.setattr("eval.measure.run.time", clock)
         patch.setattr("eval.measure.site.time", clock)
         assert not run(suite, tmp_path / "out", time_budget_s=1.5)
     done = cells_of(tmp_path / "out")
@@ -79,7 +79,7 @@ def test_a_cell_that_fails_fails_the_command_and_what_does_not_fit_does_not(
     argv = ("run", "--suite", "micro.toml", "--device", "cpu", "--json")
     monkeypatch.setitem(STAGES, "decode", fail)
     # Code that changes between two calls, as in a tree that is worked on, would be another try.
-    monkeypatch.setattr("eval.provenance._commit", lambda: "0123abc")
+    monkeypatch.setattr("eval.measure.provenance._commit", lambda: "0123abc")
     for status, code in ((Status.INCORRECT, 1), (Status.OOM, 0)):
         done = decodebench(*argv, "--out", status)
         assert done.code == code and json.loads(done.out)["finished"], status

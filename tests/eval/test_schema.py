@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from archs.errors import UserError
-from eval.leaderboard import wide
+from eval.report.leaderboard import wide
 from eval.results.measures import MEASURES
 from eval.results.rows import COLUMNS, SCHEMA
 from eval.results.schema import LONG, check_long, document, load_long

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import pytest
 from rich.console import Console
 
-from eval.cli_kernels import planned
-from eval.crossover import crossovers, told
-from eval.isoquality import iso_quality_cost
-from eval.leaderboard import merge, rank, to_table, wide
-from eval.predict import predict, predict_ops
-from eval.sheet import Field, Sheet
-from eval.show import lines, sheet
+from eval.cli.kernels import planned
+from eval.cli.show import lines, sheet
+from eval.predict.crossover import crossovers, told
+from eval.predict.isoquality import iso_quality_cost
+from eval.predict.roofline import predict, predict_ops
+from eval.report.leaderboard import merge, rank, to_table, wide
+from eval.report.sheet import Field, Sheet
 from tests.eval.test_crossover import COMMITTED
 from tests.eval.test_isoquality import ladder
 

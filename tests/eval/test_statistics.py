@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from eval.paired import Shared, by_documents, by_intervals, by_seeds
+from eval.results.paired import Shared, by_documents, by_intervals, by_seeds
 from eval.results.statistics import (
     Difference,
     ahead,

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from eval.leaderboard import merge, rank, wide
+from eval.report.leaderboard import merge, rank, wide
+from eval.report.verdict import verdict
 from eval.results.point import Point
 from eval.results.rows import About, Row
-from eval.verdict import verdict
 from tests.eval.synthetic import write_run
 from tests.eval.test_leaderboard import record, scored
 

@@ -9,7 +9,7 @@ import pytest
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY
 from archs.sizes import get_scale
-from eval.gpu.cache import INDEX, prepare, stand_in, use
+from eval.proof.gpu.cache import INDEX, prepare, stand_in, use
 
 LAYERS = get_scale("70m").n_layers
 #: Captures of a point by its batch: those of the gate's engine, of all sequences and of one alone,

@@ -5,7 +5,7 @@ import torch
 
 from archs.errors import UserError
 from archs.registry import REGISTRY, ModelSpec
-from eval.conformance import CHECK_SCALE
+from eval.proof.conformance import CHECK_SCALE
 from infer.engine import Engine
 from infer.sampling import Sampling
 

@@ -20,8 +20,8 @@ from archs.ops.attention import attend
 from archs.registry import HYBRIDS, REGISTRY
 from archs.spec import RowSpec, StateSpec
 from archs.state import LayerState
-from eval.conformance import CHECK_SCALE, Subject, error_of
-from eval.conformance.laws import check_fork, check_padding, check_rollback
+from eval.proof.conformance import CHECK_SCALE, Subject, error_of
+from eval.proof.conformance.laws import check_fork, check_padding, check_rollback
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from infer.sampling import Sampling

@@ -9,7 +9,7 @@ import torch
 from archs.backbone import cast
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
-from eval.conformance import CHECK_SCALE
+from eval.proof.conformance import CHECK_SCALE
 from infer.engine import Engine, Generation
 from infer.sampling import NoTokenError, Sampler, Sampling
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from archs.registry import ModelSpec
-from eval.conformance import CHECK_SCALE
+from eval.proof.conformance import CHECK_SCALE
 from infer import graphs
 from infer.engine import Engine
 from infer.memory import DoesNotFitError, free_bytes, require_memory

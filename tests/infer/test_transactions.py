@@ -13,7 +13,7 @@ from archs.errors import UserError
 from archs.formats import Format
 from archs.registry import ModelSpec
 from archs.spec import FixedSpec, StateSpec
-from eval.conformance import CHECK_SCALE
+from eval.proof.conformance import CHECK_SCALE
 from infer.engine import Engine
 from infer.pages import StoreFullError
 from infer.store import StateStore

@@ -9,7 +9,7 @@ from tempfile import mkdtemp
 
 import pytest
 
-from eval.kernel_table import OPS
+from eval.proof.kernel_table import OPS
 from kernels.ahead import Variant
 from kernels.content import content_key
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.gpu.case import Case, Run, difference
-from eval.gpu.ops import chunk, recurrent
-from eval.gpu.ops import recurrent_baselines as baselines
+from eval.proof.gpu.case import Case, Run, difference
+from eval.proof.gpu.ops import chunk, recurrent
+from eval.proof.gpu.ops import recurrent_baselines as baselines
 
 pytestmark = pytest.mark.peers
 

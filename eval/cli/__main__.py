@@ -1,0 +1,5 @@
+"""`python -m eval.cli`, where the command is not installed."""
+
+from eval.cli import main
+
+main()

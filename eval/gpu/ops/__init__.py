@@ -1,5 +1,0 @@
-"""Every operation that the proof checks and times."""
-
-from eval.gpu.ops import attention, chunk, glue, product, recurrent
-
-OPS = (*attention.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS, *glue.OPS)

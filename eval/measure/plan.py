@@ -1,0 +1,121 @@
+"""The points of a suite, in the order in which they are measured."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval.measure.cost import CONTEXTS
+from eval.measure.suite import CorpusPlan, DecodePlan, QualityPlan, Suite, TrainPlan
+from eval.results.point import Point
+from train.checkpoint import read_metadata
+
+
+def points(suite: Suite, device: str) -> Iterator[Point]:
+    """All points of a suite on a kind of device (cpu, cuda).
+
+    They go stage by stage, so that a short time budget leaves every architecture with the same
+    columns.
+    """
+    rows = sorted({b for plan in suite.decode for b in plan.batches})
+    yield Point(stage="hardware", device=device, options={"rows": rows})
+    for arch, scale in product(suite.archs, suite.scales):
+        yield _of(
+            suite.model(arch, get_scale(scale)), "cost", device, scale, {"contexts": [*CONTEXTS]}
+        )
+    train = suite.train
+    if train is not None:
+        for seed, scale, arch in product(train.seeds, train.scales, suite.archs):
+            plan = replace(
+                train, scale=scale, learning_rates=train.rates_at(scale),
+                seeds=train.seeds[:1], ladder=(),
+            )  # fmt: skip
+            spec = suite.trained_model(arch, scale, suite.corpus.vocab_size)
+            yield train_point(spec, suite.corpus, plan, suite.quality, seed, device)
+    for task in suite.asked:
+        for seed, arch in product(task.seeds, suite.archs):
+            spec = task.model(arch, suite.overrides)
+            yield _of(spec, "task", device, task.NAME, asdict(task.of_one(seed)), seed=seed)
+    for decode in suite.decode:
+        for batch, arch in product(decode.batches, suite.archs):
+            no_cache = decode.no_cache if batch == min(decode.batches) else 0
+            spec = suite.model(arch, get_scale(decode.scale))
+            yield decode_point(spec, replace(decode, no_cache=no_cache), batch, device)
+
+
+def train_point(
+    spec: ModelSpec, corpus: CorpusPlan, plan: TrainPlan, quality: QualityPlan | None, seed: int,
+    device: str,
+) -> Point:  # fmt: skip
+    """Training on text at the plan's own scale, whose first seed is that of its sweep."""
+    options = {"corpus": corpus, "plan": plan, "quality": quality}
+    return _of(spec, "train", device, plan.scale, _plain(options), seed=seed)
+
+
+def quality_point(
+    checkpoint: Path, corpus: str, quality: QualityPlan, device: str, arch: str | None = None
+) -> Point:
+    """What held-out text says of a checkpoint's model.
+
+    arch: the architecture file of a checkpoint that was trained from one.
+    Raises UserError where there is no checkpoint of ours.
+    """
+    metadata = read_metadata(checkpoint)
+    identity = metadata.identity
+    # A small corpus fills less of the vocabulary than was asked for; the tokens' name keeps that.
+    asked = re.match(r"bpe(\d+)-", identity.data)
+    vocab_size = int(asked[1]) if asked else identity.spec.scale.vocab_size
+    options = {
+        "checkpoint": str(checkpoint), "step": metadata.progress.step, "arch": arch,
+        "corpus": asdict(CorpusPlan(spec=corpus, vocab_size=vocab_size)),
+        "quality": asdict(quality),
+    }  # fmt: skip
+    return Point(
+        stage="quality", arch=arch or identity.spec.arch, scale=identity.spec.scale.name,
+        seed=identity.recipe.seed, device=device, model=asdict(identity.spec),
+        source=identity.source, options=options,
+    )  # fmt: skip
+
+
+def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> Point:
+    """Decode of one of the plan's batches on a kind of device."""
+    options = asdict(replace(plan, batches=(batch,)))
+    return _of(spec, "decode", device, plan.scale, options, batch=batch)
+
+
+def _of(
+    spec: ModelSpec, stage: str, device: str, scale: str, options: dict[str, Any], **more: int
+) -> Point:
+    return Point(
+        stage=stage, arch=spec.arch, scale=scale, device=device, model=asdict(spec),
+        source=spec.source_digest(), options=options, **more,
+    )  # fmt: skip
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if value is None else asdict(value) for name, value in options.items()}
+
+
+def weight(point: Point, trained_scales: list[str]) -> float:
+    """Roughly how long a point takes relative to others."""
+    options = point.options
+    match point.stage:
+        case "hardware":
+            return 3.0
+        case "cost":
+            return 0.3
+        case "train":
+            plan = options["plan"]
+            steps = plan["steps"]
+            rates = len(plan["learning_rates"])
+            if point.seed == plan["seeds"][0] and rates > 1:
+                steps = rates * plan["sweep_steps"] + steps * (plan["sweep_steps"] != steps)
+            return 0.14 * steps
+        case "task":
+            return 0.02 * options["steps"]
+        case _:
+            return 0.5 if point.scale in trained_scales else 5.0

@@ -1,0 +1,124 @@
+"""Held-out quality: bits per byte with an interval, and loss by position.
+
+Bits per byte compares models across tokenizers. Documents are what is drawn independently, tokens
+of one document are not, so intervals are Student's over documents. They cover evaluation noise
+alone: runs over several seeds give the interval over seeds instead, and models scored on the same
+documents are compared by `eval.results.paired`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archs.backbone import Model
+from eval.results.statistics import Estimate, weighted_mean
+from kernels.cross_entropy import token_losses
+from train.tokens import IGNORED, Part, TokenSet, held_out_batches
+
+
+def _scored(
+    model: Model, tokens: TokenSet, part: Part, seq_len: int, max_tokens: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Losses in nats [B, T], targets [B, T] (IGNORED: not scored), and documents [B]."""
+    device = model.embedding.weight.device
+    batch = max(1, 4096 // seq_len)
+    with torch.inference_mode():
+        for rows in held_out_batches(
+            tokens, part=part, seq_len=seq_len, batch=batch, max_tokens=max_tokens
+        ):
+            hidden = model.hidden_states(rows.inputs.to(device))
+            targets = rows.targets.to(device)
+            losses = token_losses(hidden.flatten(0, 1), model.head_weight, targets.flatten())
+            yield losses.view_as(targets).cpu(), rows.targets, rows.document
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentScore:
+    """Bits that a model needs for the scored tokens of one document, and their UTF-8 bytes."""
+
+    document: int
+    bits: float
+    size_bytes: int
+
+
+def document_scores(
+    model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None
+) -> list[DocumentScore]:
+    """The held-out documents, each scored in windows of `seq_len`."""
+    count = len(tokens.offsets) - 1
+    nats, size = np.zeros(count), np.zeros(count, dtype=np.int64)
+    for losses, targets, document in _scored(model, tokens, part, seq_len, max_tokens):
+        valid = targets != IGNORED
+        total = (losses * valid).sum(1).double().numpy()
+        np.add.at(nats, document.numpy(), total)
+        bytes_of = tokens.token_bytes[targets.where(valid, tokens.eot_id).numpy()]
+        np.add.at(size, document.numpy(), (bytes_of * valid.numpy()).sum(1))
+    return [
+        DocumentScore(int(d), float(nats[d]) / math.log(2), int(size[d]))
+        for d in np.flatnonzero(size)
+    ]
+
+
+def over_documents(scores: Sequence[DocumentScore]) -> Estimate:
+    """Bits per byte of all documents together, interval over documents.
+
+    A single document has no interval: its ends are NaN.
+    """
+    bits = np.array([score.bits for score in scores])
+    size = np.array([score.size_bytes for score in scores])
+    count = len(scores)
+    value = float(bits.sum() / size.sum())
+    if count < 2:
+        return Estimate(value, math.nan, math.nan, count)
+    half = weighted_mean(bits / size, size).half
+    return Estimate(value, max(0.0, value - half), value + half, count)
+
+
+def bits_per_byte(
+    model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None
+) -> Estimate:
+    """Bits per byte of held-out text in windows of `seq_len`, interval over documents."""
+    scores = document_scores(model, tokens, part=part, seq_len=seq_len, max_tokens=max_tokens)
+    return over_documents(scores)
+
+
+def loss_by_position(
+    model: Model, tokens: TokenSet, *, part: Part, reach: int, max_tokens: int | None = None
+) -> dict[int, Estimate]:
+    """Mean loss in nats of the tokens at positions of each octave, by its last position + 1.
+
+    Windows are `reach` long, which may lie beyond the trained length. Intervals are over documents.
+    """
+    count = len(tokens.offsets) - 1
+    sums: dict[int, np.ndarray] = {}
+    for losses, targets, document in _scored(model, tokens, part, reach, max_tokens):
+        valid = targets != IGNORED
+        for first, last in octaves(losses.shape[1]):
+            chosen = valid[:, first:last]
+            total = (losses[:, first:last] * chosen).sum(1).double().numpy()
+            found = sums.setdefault(last, np.zeros((2, count)))
+            np.add.at(found[0], document.numpy(), total)
+            np.add.at(found[1], document.numpy(), chosen.sum(1).double().numpy())
+    curve = {}
+    for last, (nats, scored) in sorted(sums.items()):
+        there = scored > 0
+        if not there.any():
+            continue
+        mean, n = float(nats.sum() / scored.sum()), int(there.sum())
+        half = math.nan if n < 2 else weighted_mean(nats[there] / scored[there], scored[there]).half
+        low = mean - half
+        curve[last] = Estimate(mean, low if math.isnan(low) else max(0.0, low), mean + half, n)
+    return curve
+
+
+def octaves(length: int) -> list[tuple[int, int]]:
+    """Position ranges 0:8, 8:16, 16:32, … that cover whole octaves of `length`."""
+    edges = [0, 8]
+    while edges[-1] * 2 <= length:
+        edges.append(edges[-1] * 2)
+    return list(pairwise(edges)) if length >= 8 else []

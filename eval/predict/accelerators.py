@@ -1,0 +1,105 @@
+"""What a prediction needs to know of a part: a datasheet's, or this machine's, measured now.
+
+No datasheet says what a launch costs: that is what was measured of one H100, for every part.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from archs.checks import require_at_least
+from archs.errors import UserError, unknown_name
+from eval.predict.machine import ProductRate, Roofline, measure_roofline
+from eval.results.accelerators import ACCELERATORS, Accelerator, Link
+from infer.memory import free_bytes
+
+#: Launches in a captured decode step: of a product of one row by our kernel, of more rows by the
+#: library, of any other operation; and where they were measured.
+ROW_LAUNCH_US, PRODUCT_LAUNCH_US, CALL_US = 1.00, 3.32, 1.18
+LAUNCHES_FROM = (
+    "one H100, measured: leaderboards/nvidia-h100-80gb-hbm3/2026-11-27, machine.csv and gemv in "
+    "kernels.csv"
+)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+THIS_MACHINE = "this-machine"
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a prediction needs to know of a part.
+
+    launches_from: where their cost was taken. link: None where nothing is known of one.
+    """
+
+    key: str
+    roofline: Roofline
+    memory_bytes: int
+    launches_from: str
+    link: Link | None = None
+
+
+def hardware_of(
+    key: str,
+    dtype: str = "bfloat16",
+    batches: Iterable[int] = (1,),
+    launch_us: float | None = None,
+) -> Hardware:
+    """A part of the table, or this machine, measured now (a CPU always in float32).
+
+    batches: the rows of products that are measured. launch_us: what every operation costs beside
+    its work, instead of what was measured. Raises UserError on an unknown part or dtype.
+    """
+    part = _hardware_of(key, dtype, batches)
+    if launch_us is None:
+        return part
+    require_at_least("launch_us", launch_us, 0)
+    products = tuple(replace(p, launch_us=launch_us) for p in part.roofline.products)
+    roofline = replace(part.roofline, products=products, call_us=launch_us)
+    return replace(part, roofline=roofline, launches_from="given")
+
+
+def _hardware_of(key: str, dtype: str, batches: Iterable[int]) -> Hardware:
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    if key == THIS_MACHINE:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        served = DTYPES[dtype] if device.type == "cuda" else torch.float32
+        measured = measure_roofline(device, served, list(batches))
+        return Hardware(key, measured, free_bytes(device) or 0, "this machine, measured now")
+    if key not in ACCELERATORS:
+        raise unknown_name("hardware", key, [*ACCELERATORS, THIS_MACHINE])
+    part = ACCELERATORS[key]
+    return Hardware(key, roofline_of(part, dtype), part.memory_bytes, LAUNCHES_FROM, part.link)
+
+
+def roofline_of(part: Accelerator, dtype: str) -> Roofline:
+    """The ceilings and launches. Raises UserError for a dtype the table has no rate for."""
+    bandwidth = part.bandwidth_bytes_per_s
+    return Roofline(
+        bandwidth, part.flops_per_s(dtype), DTYPES[dtype],
+        products=(
+            ProductRate(1, bandwidth, ROW_LAUNCH_US), ProductRate(2, bandwidth, PRODUCT_LAUNCH_US),
+        ),
+        call_us=CALL_US,
+    )  # fmt: skip
+
+
+def prices_of(text: str, hardware: list[str]) -> dict[str, float]:
+    """Prices in $ per hour by part: one number for all, or `h100=2.5,h200=3.2`."""
+    prices: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, number = part.rpartition("=")
+        try:
+            price = float(number)
+        except ValueError:
+            price = -1.0
+        if not 0 < price < float("inf") or (equals and key not in hardware):
+            raise UserError(
+                f"price '{part}' must be a positive number of $ per hour, alone or as PART=NUMBER "
+                f"with a part of {', '.join(hardware)}"
+            )
+        prices.update({key: price} if equals else dict.fromkeys(hardware, price))
+    return prices

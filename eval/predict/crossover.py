@@ -1,0 +1,217 @@
+"""From which context on one architecture decodes faster than another: predicted and measured.
+
+A step's time grows with the context at the slope of its state, so two architectures cross at most
+where slopes and intercepts say so. The prediction searches the roofline's times; the measurement
+interpolates between the contexts that were timed and never beyond them.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from archs.checks import require_at_least
+from archs.cost import Step
+from archs.errors import UserError
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval.predict.accelerators import Hardware, hardware_of
+from eval.predict.roofline import SCALE, require_grid, resident_bytes, room, step_ms
+from eval.results.crossings import ALWAYS, NEVER, between
+from eval.results.tidy import tidy
+
+Crossover = dict[str, object]
+
+#: Batches that are predicted where nothing else is said.
+BATCHES = (1, 64)
+
+
+def either(
+    first: str,
+    second: str,
+    *,
+    results: pd.DataFrame | None = None,
+    scale: str | None = None,
+    hardware: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    dtype: str | None = None,
+    launch_us: float | None = None,
+) -> list[Crossover]:
+    """Measured crossovers of `results` where there are any, else predicted ones.
+
+    What is None is all that was timed, or what `crossovers` takes by itself. Raises UserError on
+    options of a prediction beside results.
+    """
+    if results is None:
+        given: dict[str, Any] = {
+            "scale": scale, "hardware": hardware, "batches": batches, "dtype": dtype,
+            "launch_us": launch_us,
+        }  # fmt: skip
+        named = {name: value for name, value in given.items() if value is not None}
+        return crossovers(first, second, **named)
+    for name, value in (("hardware", hardware), ("dtype", dtype), ("launch_us", launch_us)):
+        if value is not None:
+            raise UserError(
+                f"{name} is of predictions, and results were timed on a machine of their own; "
+                f"leave out {name} or the results"
+            )
+    return measured_crossovers(results, first, second, scale=scale, batches=batches)
+
+
+def crossovers(
+    first: str,
+    second: str,
+    scale: str = SCALE,
+    hardware: Iterable[str] = ("h100",),
+    batches: Iterable[int] = BATCHES,
+    *,
+    longest: int = 1 << 20,
+    dtype: str = "bfloat16",
+    launch_us: float | None = None,
+) -> list[Crossover]:
+    """The least context from which `first` is faster than `second`, by hardware and batch.
+
+    `context` is that context in tokens; `verdict` is "from", "always" or "never" (at any context
+    from `looked_from` to `looked_to`), or "until" (faster below the context, not from it on). Times
+    are those at `context`, or at `looked_to` without one; None where the batch does not fit there,
+    as `note` then says. Raises UserError on unknown names.
+    """
+    hardware, batches = list(hardware), list(batches)
+    require_grid(hardware=hardware, batches=batches)
+    require_at_least("longest", longest, 1)
+    rows = []
+    for part in (hardware_of(key, dtype, batches, launch_us) for key in hardware):
+        for batch in batches:
+            times = [_Times(arch, scale, part, batch) for arch in (first, second)]
+
+            def ahead(context: int, times: list[_Times] = times) -> bool:
+                return times[0].at(context) < times[1].at(context)
+
+            verdict, context = _search(ahead, longest)
+            at = context or longest
+            unfit = [why for one in times if (why := one.why_unfit(at))]
+            rows.append(
+                {
+                    "first": first, "second": second, "scale": scale, "hardware": part.key,
+                    "batch": batch, "verdict": verdict, "context": context,
+                    "looked_from": 1, "looked_to": longest,
+                    "first_tpot_ms": None if times[0].why_unfit(at) else times[0].at(at),
+                    "second_tpot_ms": None if times[1].why_unfit(at) else times[1].at(at),
+                    "note": "; ".join(dict.fromkeys(unfit)),
+                }
+            )  # fmt: skip
+    return rows
+
+
+class _Times:
+    """Predicted time per token of one architecture by context."""
+
+    def __init__(self, arch: str, scale: str, part: Hardware, batch: int) -> None:
+        spec = ModelSpec(arch=arch, scale=get_scale(scale))
+        self._model = spec.outline(part.roofline.dtype)
+        self._arch, self._part, self._batch = arch, part, batch
+        self._known: dict[int, float] = {}
+
+    def why_unfit(self, context: int) -> str:
+        """Why the batch cannot be served at a context; empty where it can."""
+        state_bytes = self._model.state_bytes(context)
+        sequences = room(self._part, resident_bytes(self._model), state_bytes)
+        if sequences is None or sequences >= self._batch:
+            return ""
+        return f"{self._arch}: {sequences:,} sequences fit at {context:,} tokens"
+
+    def at(self, context: int) -> float:
+        """Milliseconds."""
+        if context not in self._known:
+            cost = self._model.cost(Step(self._batch, 1, context))
+            self._known[context] = step_ms(cost, self._part.roofline)
+        return self._known[context]
+
+
+def _search(ahead: Callable[[int], bool], longest: int) -> tuple[str, int | None]:
+    """Verdict and context. Slopes change at most where a window fills, so the sides are compared
+    at powers of two first and the switch is then bisected to the token.
+    """
+    grid = [1]
+    while grid[-1] < longest:
+        grid.append(min(grid[-1] * 2, longest))
+    sides = [ahead(context) for context in grid]
+    if all(sides) or not any(sides):
+        return (ALWAYS if sides[0] else NEVER), None
+    # The last switch decides what holds for long contexts.
+    last = max(i for i in range(1, len(sides)) if sides[i] != sides[i - 1])
+    low, high = grid[last - 1], grid[last]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if ahead(middle) == sides[last]:
+            high = middle
+        else:
+            low = middle
+    return ("from" if sides[last] else "until"), high
+
+
+def measured_crossovers(
+    results: pd.DataFrame,
+    first: str,
+    second: str,
+    *,
+    scale: str | None = None,
+    batches: Sequence[int] | None = None,
+) -> list[Crossover]:
+    """The same from timed steps, by scale, batch, hardware, dtype, backend and differing run.
+
+    scale, batches: only these; None: all that were timed.
+    `context` is interpolated between the contexts that were timed, from `timed_from` to `timed_to`;
+    None where the two do not cross there. Raises UserError where nothing of the two was timed
+    alike.
+    """
+    results = tidy(results)
+    timed = results[(results["measure"] == "tpot_p50_ms") & results["arch"].isin([first, second])]
+    where = ""
+    if scale is not None:
+        timed, where = timed[timed["scale"] == scale], f" at scale {scale}"
+    if batches is not None:
+        require_grid(batches=batches)
+        timed = timed[timed["batch"].isin(list(batches))]
+        where += f" in batches of {', '.join(map(str, batches))}"
+    by = ["scale", "hardware", "batch", "dtype", "kernel_backend", "source"]
+    rows: list[Crossover] = []
+    for key, group in timed.groupby(by, dropna=False):
+        table = group.pivot_table(index="context", columns="arch", values="value").dropna()
+        if {first, second} - set(table.columns) or len(table) < 2:
+            continue
+        contexts = [int(c) for c in table.index]
+        gaps = (table[first] - table[second]).tolist()
+        verdict, context = between(contexts, gaps)
+        named = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
+        rows.append(
+            {
+                "first": first, "second": second, **named, "verdict": verdict, "context": context,
+                "timed_from": contexts[0], "timed_to": contexts[-1],
+            }
+        )  # fmt: skip
+    if not rows:
+        raise UserError(
+            f"the results hold no two contexts at which both '{first}' and '{second}' were timed "
+            f"alike{where}; run a suite with both first"
+        )
+    return rows
+
+
+def told(row: Crossover) -> Crossover:
+    """A row for people: its verdict in words, with the contexts that it is about."""
+    timed = "timed_from" in row
+    first, last = (row[f"{'timed' if timed else 'looked'}_{end}"] for end in ("from", "to"))
+    place = f"{'timed' if timed else 'looked at'} from {first:,} to {last:,} tokens"
+    at = "" if row["context"] is None else f"{row['context']:,} tokens"
+    words = {
+        "from": f"from {at} on",
+        "until": f"below {at}",
+        ALWAYS: "at every context",
+        NEVER: "at no context",
+    }
+    ends = ("verdict", "context", "looked_from", "looked_to", "timed_from", "timed_to")
+    kept = {name: value for name, value in row.items() if name not in ends}
+    note = kept.pop("note", "")
+    said = {f"{row['first']} is faster": f"{words[str(row['verdict'])]} ({place})"}
+    return {**kept, **said, **({"note": note} if note else {})}

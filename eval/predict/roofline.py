@@ -1,0 +1,242 @@
+"""What any architecture would cost to decode on any hardware, from declarations alone.
+
+Each operation takes the longer of its bytes at the bandwidth and its FLOPs at the rate, and a
+launch; their sum is the step. No weights are made, so any scale, batch and context is answered at
+once. Rates of the table's parts rest on datasheets, and what does not fit in memory takes no time.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from archs.backbone import Model
+from archs.checks import require_at_least, require_positive, require_some
+from archs.cost import Cost, OpCost, Step
+from archs.errors import UserError, unknown_name
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval.predict.accelerators import Hardware, hardware_of
+from eval.predict.machine import Roofline
+
+Prediction = dict[str, object]
+
+#: What commands and the API predict where nothing else is said.
+SCALE = "8b"
+CONTEXTS = (1024, 16384)
+
+
+def predict(
+    archs: Iterable[str],
+    scale: str,
+    hardware: Iterable[str],
+    batches: Iterable[int],
+    contexts: Iterable[int],
+    *,
+    dtype: str = "bfloat16",
+    launch_us: float | None = None,
+    price_per_hour: Mapping[str, float] | None = None,
+) -> list[Prediction]:
+    """One row per architecture, hardware, batch and context, with the Measures' names.
+
+    launch_us: what every operation costs beside its work; None: what was measured
+    (`launches_from`). price_per_hour: by hardware key.
+    `fits` says whether weights and states of the batch fit in the part's memory,
+    `max_sequences` how many would; a batch that does not fit has no times and no price, and `note`
+    says so. Raises UserError on unknown names.
+    """
+    hardware = list(hardware)
+    prices = price_per_hour or {}
+    require_prices(prices, hardware)
+    rows = []
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us)
+    for arch, model, part, step in grid:
+        cost = model.cost(step)
+        state_bytes = model.state_bytes(step.context)
+        sequences = room(part, resident_bytes(model), state_bytes)
+        row: Prediction = {
+            "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
+            "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
+            "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
+            "step_bytes": cost.bytes, "step_flops": cost.flops,
+            "arith_intensity_pred": cost.intensity_flop_per_byte,
+            "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
+            "product_launch_us": part.roofline.launch_us(step.batch),
+            "call_us": part.roofline.call_us, "launches_from": part.launches_from,
+            "bound_by": bound_by(cost, part.roofline),
+        }  # fmt: skip
+        tpot_ms = step_ms(cost, part.roofline)
+        rows.append(row | served(step.batch, tpot_ms, sequences, prices.get(part.key)))
+    return rows
+
+
+def served(
+    batch: int, tpot_ms: float, sequences: int | None, price_per_hour: float | None
+) -> Prediction:
+    """Times, and a price where one is given, of a batch of which `sequences` fit (None: any).
+
+    Of a batch that does not fit they are None, and `note` says why.
+    """
+    fits = sequences is None or sequences >= batch
+    times: Prediction = {
+        "tpot_ms": tpot_ms, "output_tok_per_s": 1e3 * batch / tpot_ms,
+        "output_tok_per_s_per_user": 1e3 / tpot_ms,
+    }  # fmt: skip
+    if price_per_hour is not None:
+        times["usd_per_million_tok"] = usd_per_million_tok(price_per_hour, tpot_ms, batch)
+    if fits:
+        return {**times, "max_sequences": sequences, "fits": True, "note": ""}
+    note = f"does not fit; {sequences:,} would" if sequences else "not one sequence fits"
+    return {**dict.fromkeys(times), "max_sequences": sequences, "fits": False, "note": note}
+
+
+def predict_ops(
+    archs: Iterable[str],
+    scale: str,
+    hardware: Iterable[str],
+    batches: Iterable[int],
+    contexts: Iterable[int],
+    *,
+    dtype: str = "bfloat16",
+    launch_us: float | None = None,
+) -> list[Prediction]:
+    """One row per operation of a step, equal ones of different layers together.
+
+    `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
+    a bare product with weights, none where every sequence brings bytes of its own.
+    """
+    rows: list[Prediction] = []
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us)
+    for arch, model, part, step in grid:
+        ops = Counter(model.cost(step).ops)
+        for op, count in ops.items():
+            time_ms = count * op_ms(op, part.roofline)
+            rows.append(
+                {
+                    "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
+                    "context": step.context, "op": op.name, "count": count,
+                    "step_bytes": count * op.bytes, "step_flops": count * op.flops,
+                    "arith_intensity_pred": op.intensity_flop_per_byte,
+                    "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
+                    "launches_from": part.launches_from, "time_ms": time_ms,
+                    "bound_by": bound_by(Cost.of(op), part.roofline),
+                    "compute_bound_batch": compute_bound_batch(op, step.batch, part.roofline),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _grid(
+    archs: Iterable[str],
+    scale: str,
+    hardware: Iterable[str],
+    batches: Iterable[int],
+    contexts: Iterable[int],
+    dtype: str,
+    launch_us: float | None,
+) -> Iterator[tuple[str, Model, Hardware, Step]]:
+    archs, hardware = list(archs), list(hardware)
+    batches, contexts = list(batches), list(contexts)
+    require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)
+    parts = [hardware_of(key, dtype, batches, launch_us) for key in hardware]
+    steps = [Step(b, 1, c) for b in batches for c in contexts]
+    shape = get_scale(scale)
+    for arch in archs:
+        for part in parts:
+            model = ModelSpec(arch=arch, scale=shape).outline(part.roofline.dtype)
+            for step in steps:
+                yield arch, model, part, step
+
+
+def require_grid(
+    *, batches: Sequence[int], contexts: Sequence[int] = (0,), **names: Sequence[str]
+) -> None:
+    """Raise UserError unless every list has entries, each once, and counts that can be."""
+    for name, values in (*names.items(), ("batches", batches), ("contexts", contexts)):
+        require_some(name, values)
+    require_at_least("batches", list(batches), 1)
+    require_at_least("contexts", list(contexts), 0)
+
+
+def require_prices(prices: Mapping[str, float], hardware: Iterable[str]) -> None:
+    """Raise UserError on prices that are not positive, or of parts that are not asked for."""
+    for part, price in prices.items():
+        require_positive(f"price of '{part}'", price)
+        if part not in hardware:
+            raise unknown_name("part with a price", part, hardware)
+
+
+def op_ms(op: OpCost, roofline: Roofline) -> float:
+    """Time of one operation, its launch included."""
+    return roofline.time_ms(op.flops, op.bytes, op.rows)
+
+
+def step_ms(cost: Cost, roofline: Roofline, *, calls: int | None = None) -> float:
+    """Time of a step, operations one after the other.
+
+    calls: launches where they were counted; None: each operation of the cost is one.
+    """
+    more = 0 if calls is None else max(0, calls - len(cost.ops))
+    return sum(op_ms(op, roofline) for op in cost.ops) + more * roofline.call_us / 1e3
+
+
+def bound_by(cost: Cost, roofline: Roofline) -> str:
+    """What most of the time goes to: weights, state, compute or launches."""
+    spent = {"weights": 0.0, "state": 0.0, "compute": 0.0, "launches": 0.0}
+    for op in cost.ops:
+        launch_ms = roofline.launch_us(op.rows) / 1e3
+        work_ms = op_ms(op, roofline) - launch_ms
+        memory_ms = op.bytes / roofline.bytes_per_s(op.rows) * 1e3
+        spent["launches"] += launch_ms
+        if work_ms > memory_ms * (1 + 1e-9):
+            spent["compute"] += work_ms
+        else:
+            spent["weights"] += work_ms * op.weight_bytes / max(op.bytes, 1)
+            spent["state"] += work_ms * (1 - op.weight_bytes / max(op.bytes, 1))
+    return max(spent, key=lambda k: spent[k])
+
+
+def compute_bound_batch(op: OpCost, batch: int, roofline: Roofline) -> float | None:
+    """The batch b with flops(b) = ridge · bytes(b); both grow by what one sequence brings."""
+    ridge = roofline.ridge_flop_per_byte
+    gain = (op.flops - ridge * (op.bytes - op.weight_bytes)) / batch
+    return ridge * op.weight_bytes / gain if gain > 0 and op.weight_bytes else None
+
+
+def resident_bytes(model: Model) -> int:
+    """Bytes of all weights in memory, whether a step reads them or not."""
+    return sum(p.nbytes for p in model.parameters())
+
+
+def room(part: Hardware, weight_bytes: float, state_bytes: float) -> int | None:
+    """How many sequences fit beside the weights; None where they all do, having no state."""
+    left = part.memory_bytes - weight_bytes
+    if left < 0:
+        return 0
+    return int(left // state_bytes) if state_bytes else None
+
+
+def usd_per_million_tok(price_per_hour: float, tpot_ms: float, batch: int) -> float:
+    """$ per hour over tokens per hour, for a million of them."""
+    return price_per_hour / 3.6e6 * tpot_ms / batch * 1e6
+
+
+def parse_counts(text: str) -> list[int]:
+    """`1,8,64`, or `1:512` for powers of two; k and m are 1,024 and 1,048,576."""
+    counts: list[int] = []
+    for part in text.split(","):
+        first, colon, last = part.partition(":")
+        low = _count(first)
+        high = _count(last) if colon else low
+        if high < low:
+            raise UserError(f"range '{part}' ends before it begins; write low:high")
+        while low <= high:
+            counts.append(low)
+            low *= 2
+    return counts
+
+
+def _count(text: str) -> int:
+    factor = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if factor > 1 else text
+    if not digits.isdecimal() or int(digits) < 1:
+        raise UserError(f"'{text}' is not a positive count; write for example 1, 64, 4k or 1:512")
+    return int(digits) * factor

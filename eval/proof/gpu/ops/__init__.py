@@ -1,0 +1,5 @@
+"""Every operation that the proof checks and times."""
+
+from eval.proof.gpu.ops import attention, chunk, glue, product, recurrent
+
+OPS = (*attention.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS, *glue.OPS)

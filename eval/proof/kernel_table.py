@@ -1,0 +1,192 @@
+"""What the compiler makes of our Triton kernels, for GPUs that need not be here.
+
+Rows of a table are known by the content of what was compiled: those of an earlier table are taken
+over where nothing changed. `leaderboards/ahead-of-time/cells.csv` holds every configuration.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from archs.errors import unknown_name
+from eval.measure.progress import Progress
+from kernels import (
+    attention_decode,
+    attention_prefill,
+    conv_chunk,
+    conv_step,
+    decay_chunk,
+    few_rows,
+    gdn_chunk,
+    gdn_step,
+    gemv,
+    head_gemv,
+    latent_append,
+    linear_step,
+    mla_decode,
+    norm_triton,
+    page_write,
+    project_append,
+    rope_append,
+    rope_rotate,
+    sample,
+    selective_chunk,
+    selective_step,
+    split_combine,
+    ssm_step,
+)
+from kernels.ahead import TARGETS, Report, Variant, compile_ahead
+from kernels.content import content_key
+
+#: Every op with a Triton kernel: a module with `variants()` and `default_variant()`.
+OPS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, few_rows,
+        gdn_chunk, gdn_step, gemv, head_gemv, latent_append, linear_step, mla_decode, norm_triton,
+        page_write, project_append, rope_append, rope_rotate, sample, selective_chunk,
+        selective_step, split_combine, ssm_step,
+    )
+}  # fmt: skip
+
+
+#: Fewer cells than this are compiled here: worker processes take seconds to start.
+FEW = 8
+
+#: Columns that hold whole numbers.
+NUMBERS = ("registers", "spill_bytes", "scalar_spills", "shared_bytes", "matrix_instructions")
+COLUMNS = (
+    "op", "variant", "target", "registers", "spill_bytes", "scalar_spills", "shared_bytes",
+    "loads", "loads_in_loops", "matrix_instructions", "faults", "key",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Configuration `index` of an op, every one or the default ones, for a target."""
+
+    op: str
+    every: bool
+    index: int
+    target: str
+
+    @property
+    def variant(self) -> Variant:
+        """What is compiled."""
+        return _variants(self.op, self.every)[self.index]
+
+    @property
+    def key(self) -> str:
+        """By what is compiled, whatever it is called."""
+        return content_key(self.variant, self.target)
+
+
+@cache
+def _variants(op: str, every: bool) -> list[Variant]:
+    return OPS[op].variants() if every else [OPS[op].default_variant()]
+
+
+def cells(targets: Sequence[str], *, every: bool, ops: Sequence[str] = ()) -> list[Cell]:
+    """What is to be compiled: of all ops or these, every configuration or the default ones.
+
+    Raises UserError on an unknown target or op.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise unknown_name("target", target, TARGETS)
+    for op in ops:
+        if op not in OPS:
+            raise unknown_name("operation", op, OPS)
+    return [
+        Cell(op, every, index, target)
+        for op in OPS
+        if not ops or op in ops
+        for index, variant in enumerate(_variants(op, every))
+        for target in targets
+        if target in variant.targets
+    ]
+
+
+def kernel_table(
+    wanted: Sequence[Cell],
+    known: Mapping[str, Row] | None = None,
+    *,
+    progress: Progress,
+    keep: Callable[[list[Row]], None] = lambda _: None,
+) -> list[Row]:
+    """One row per cell: registers, spills, loads, matrix instructions, faults.
+
+    known: rows of an earlier table by their key; a cell whose key is among them is not compiled.
+    keep: told all rows there are where compiling ends early, whatever ended it.
+    """
+    rows = dict(known or {})
+    missing = [cell for cell in wanted if cell.key not in rows]
+    with ExitStack() as stack:
+        run: Callable[[Callable[[Cell], Row], list[Cell]], Iterable[Row]] = map
+        if len(missing) > FEW:
+            # Spawned: a process forked from one that has threads may hang.
+            pool = ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
+            run = stack.enter_context(pool).map
+        stack.enter_context(progress.over(len(missing), len(missing), len(wanted)))
+        for op, group in groupby(missing, lambda cell: cell.op):
+            of_op = list(group)
+            with progress.cell(f"compile {op}, {len(of_op)} cells", len(of_op)):
+                try:
+                    rows.update((str(row["key"]), row) for row in run(compiled, of_op))
+                except BaseException:
+                    keep(list(rows.values()))
+                    raise
+    return [_named(rows[cell.key], cell) for cell in wanted]
+
+
+def read_table(path: Path) -> dict[str, Row]:
+    """Rows of a table that was written before, by key: none where it has no keys or is no file."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("key")]
+    return {row["key"]: {**row, **{name: int(row[name]) for name in NUMBERS}} for row in rows}
+
+
+def compiled(cell: Cell) -> Row:
+    """A cell's row, from compiling it."""
+    found = compile_ahead(cell.variant, cell.target)
+    row = {
+        "target": cell.target, "registers": found.registers, "spill_bytes": found.spill_bytes,
+        "scalar_spills": found.scalar_spills, "shared_bytes": found.shared_bytes,
+        "loads": _loads(found.load_bytes), "loads_in_loops": _loads(found.loop_load_bytes),
+        "matrix_instructions": found.matrix_instructions, "key": cell.key,
+    }  # fmt: skip
+    return _named(row, cell)
+
+
+def _named(row: Row, cell: Cell) -> Row:
+    # Names and what counts as a fault may have changed though the code has not.
+    report = Report(
+        target=cell.target, load_bytes=_widths(row["loads"]),
+        loop_load_bytes=_widths(row["loads_in_loops"]), **{name: row[name] for name in NUMBERS},
+    )  # fmt: skip
+    faults = "; ".join(report.faults(cell.variant))
+    named = {**row, "op": cell.op, "variant": cell.variant.name, "faults": faults}
+    return {name: named[name] for name in COLUMNS}
+
+
+def _loads(by_width: Mapping[int, int]) -> str:
+    """How many of each width in bytes, the widest first."""
+    return " ".join(f"{n}x{width}B" for width, n in sorted(by_width.items(), reverse=True))
+
+
+def _widths(loads: str) -> dict[int, int]:
+    pairs = (part.removesuffix("B").split("x") for part in loads.split())
+    return {int(width): int(n) for n, width in pairs}

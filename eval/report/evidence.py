@@ -1,0 +1,53 @@
+"""A table as claims about decode are held to it, and what came of one."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+from eval.report.figures import Figures
+
+Verdict = Literal["supported", "conditional", "refuted", "not measured"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim with what was found."""
+
+    number: int
+    text: str
+    verdict: Verdict
+    evidence: str
+
+
+class Evidence:
+    """A long table of results as the claims ask for it."""
+
+    def __init__(self, long: pd.DataFrame) -> None:
+        self.figures = Figures(long)
+        settings = self.figures.settings
+        self.where = str(settings[0]) if settings else ""
+        self.timed = pd.DataFrame(columns=["arch", "batch", "context", "tpot_ms"])
+        if settings:
+            self.timed = self.figures.at(settings[0], "tpot_ms")
+
+    def tpot_ms(self, arch: str, batch: int, context: int) -> float | None:
+        """The time per token of a cell."""
+        rows = self.timed[(self.timed["arch"] == arch) & (self.timed["batch"] == batch)]
+        rows = rows[rows["context"] == context]
+        return None if rows.empty else float(rows["tpot_ms"].iloc[0])
+
+    def quality(
+        self, measure: str, arch: str, scale: str = ""
+    ) -> tuple[float, float, float] | None:
+        """Value and interval of a quality measure, at the scale most seen or at this one."""
+        rows = self.figures.quality(measure, scale=scale)[1]
+        rows = rows[rows["arch"] == arch] if not rows.empty else rows
+        if rows.empty:
+            return None
+        return tuple(rows[["value", "low", "high"]].iloc[0])
+
+    def ahead(self, measure: str, arch: str, other: str, scale: str = "") -> bool | None:
+        """Whether `arch` is ahead of `other` beyond chance; None where that was not compared."""
+        found = self.figures.ahead(measure, scale)
+        return other in found[arch] if arch in found and other in found else None

@@ -1,0 +1,159 @@
+"""The long table as the charts ask for it: means over seeds, one column a measure."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from math import log
+from typing import NamedTuple
+
+import pandas as pd
+
+from eval.report.leaderboard import column_names, compare, compared
+from eval.report.pictures.palette import Palette
+from eval.results.families import families_of
+from eval.results.seeds import over_seeds
+from eval.results.tidy import tidy
+
+#: Times that differ by less are called equal: a clock's noise, not an architecture's.
+EQUAL = 0.05
+
+
+class Setting(NamedTuple):
+    """Under what a latency was taken."""
+
+    hardware: str
+    scale: str
+    dtype: str
+    kernel_backend: str
+    source: str
+
+    def __str__(self) -> str:
+        kernels = self.kernel_backend and f"{self.kernel_backend} kernels"
+        what = [self.dtype, kernels, self.source]
+        return " · ".join(w for w in (f"{self.scale} shapes", self.hardware, *what) if w)
+
+
+class Figures:
+    """Figures of a long table by setting; `palette` gives every architecture its colour."""
+
+    def __init__(self, long: pd.DataFrame) -> None:
+        tidied = compared(tidy(long))
+        median = bool((tidied["measure"] == "tpot_p50_ms").any())
+        #: What `tpot_ms` holds here: a stalled step bends the mean, so medians where recorded.
+        self.per_token = "median time per output token" if median else "time per output token"
+        self.long = _medians_for_means(tidied) if median else tidied
+        self.palette = Palette.of((a for a in self.long["arch"] if a), families_of(self.long))
+        self._good = self.long[self.long["status"] == "ok"]
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Settings of decode, those with most architectures and the largest models first."""
+        return self._settings("decode", "tpot_ms")
+
+    @cached_property
+    def declared_settings(self) -> list[Setting]:
+        """Settings for what needs no timing: those of decode, then those of declarations alone."""
+        return [*self.settings, *self._settings("cost", "state_bytes")]
+
+    def _settings(self, stage: str, measure: str) -> list[Setting]:
+        rows = self.long[(self.long["stage"] == stage) & (self.long["measure"] == measure)]
+        found = rows.groupby(list(Setting._fields), sort=False)
+        size = {Setting(*map(str, k)): (g["arch"].nunique(), _largest(g)) for k, g in found}
+        return sorted(size, key=lambda setting: size[setting], reverse=True)
+
+    def at(self, setting: Setting, *measures: str, stage: str = "decode") -> pd.DataFrame:
+        """Rows of arch, batch, context with a column for each measure (all present)."""
+        rows = self._good[self._good["stage"] == stage]
+        for name, value in setting._asdict().items():
+            rows = rows[rows[name] == value]
+        return self._pivot(rows, ["arch", "batch", "context"], measures)
+
+    def declared(self, scale: str, *measures: str) -> pd.DataFrame:
+        """What the declarations say of one sequence at a scale: rows of arch, context (where the
+        measures have one) and a column for each measure, from whichever stage recorded them.
+        """
+        rows = self._good[(self._good["scale"] == scale) & self._good["measure"].isin(measures)]
+        rows = rows[rows["batch"].isna() | (rows["batch"] == 1)]
+        rows = _of_one_source(rows)
+        rows = rows.drop_duplicates(["arch", "context", "measure"], keep="last")
+        keys = ["arch", "context"] if rows["context"].notna().any() else ["arch"]
+        return self._pivot(rows, keys, measures)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The synthetic tasks that were asked, in order."""
+        return list(dict.fromkeys(self._good.loc[self._good["measure"] == "accuracy", "scale"]))
+
+    def asked(self, task: str) -> str:
+        """The options of what `quality` gives of a task."""
+        rows = self._rows_of("accuracy", task)
+        return "" if rows.empty else str(rows["options"].iloc[0])
+
+    def quality(self, measure: str, *keys: str, scale: str = "") -> tuple[str, pd.DataFrame]:
+        """The scale most seen, or this one, and its rows of arch, keys, value, low, high."""
+        rows = self._rows_of(measure, scale)
+        if rows.empty:
+            return "", rows
+        return str(rows["scale"].iloc[0]), over_seeds(rows, ["arch", *keys])
+
+    def ahead(self, measure: str, scale: str = "") -> dict[str, tuple[str, ...]]:
+        """By architecture, those that it is ahead of in `quality` (`eval.results.paired`)."""
+        rows = self._rows_of(measure, scale)
+        return {} if rows.empty else compare(rows, self.long)
+
+    def _rows_of(self, measure: str, scale: str = "") -> pd.DataFrame:
+        """The rows of the column that most architectures have; the last of several such."""
+        rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] != "")]
+        rows = rows[rows["scale"] == scale] if scale else rows
+        if rows.empty:
+            return rows
+        columns = [same for _, same in rows.groupby(column_names(rows), sort=False)]
+        return max(reversed(columns), key=lambda same: same["arch"].nunique())
+
+    def machine(self, setting: Setting, measure: str) -> float | None:
+        """A figure of the machine that a setting was timed on, from the same run where known."""
+        rows = self._good[(self._good["measure"] == measure) & (self._good["arch"] == "")]
+        rows = rows[rows["hardware"] == setting.hardware]
+        same = rows[rows["source"] == setting.source]
+        rows = rows if same.empty else same
+        return None if rows.empty else float(rows["value"].iloc[-1])
+
+    def bandwidth(self, setting: Setting) -> float | None:
+        """The most that the machine of a setting moves, copying or reading, in bytes per second."""
+        found = [self.machine(setting, m) for m in ("copy_bytes_per_s", "read_bytes_per_s")]
+        return max((rate for rate in found if rate), default=None)
+
+    def _pivot(self, rows: pd.DataFrame, keys: list[str], measures: Sequence[str]) -> pd.DataFrame:
+        rows = rows[rows["measure"].isin(measures)].dropna(subset=keys)
+        table = over_seeds(rows, [*keys, "measure"])
+        table = table.pivot(index=keys, columns="measure", values="value")
+        table = table.reindex(columns=list(measures)).dropna().reset_index()
+        return table.astype({key: int for key in keys if key != "arch"})
+
+
+def exponent(contexts: Sequence[float], per_token_ms: Sequence[float]) -> float:
+    """a of O(n^a) for generating n tokens, from the time of one: the steepest part's slope + 1.
+
+    The steepest, because constant costs hide the growth at short contexts.
+    """
+    points = sorted(zip(contexts, per_token_ms, strict=True))
+    slopes = [log(b[1] / a[1]) / log(b[0] / a[0]) for a, b in pairwise(points)]
+    return 1 + max(slopes)
+
+
+def _medians_for_means(long: pd.DataFrame) -> pd.DataFrame:
+    kept = long[long["measure"] != "tpot_ms"]
+    return kept.assign(measure=kept["measure"].replace("tpot_p50_ms", "tpot_ms"))
+
+
+def _of_one_source(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each stage the rows of the source with most architectures, the last of several such."""
+    kept = []
+    for _, stage in rows.groupby("stage", sort=False):
+        sources = [same for _, same in stage.groupby("source", sort=False)]
+        kept.append(max(reversed(sources), key=lambda same: same["arch"].nunique()))
+    return pd.concat(kept).sort_index() if kept else rows
+
+
+def _largest(rows: pd.DataFrame) -> int:
+    return int(rows["params"].max()) if rows["params"].notna().any() else 0

@@ -1,0 +1,172 @@
+"""The pictures of a report, each from the long table alone.
+
+A picture is one declarative chart: interactive on the page, and PNG and SVG through vl-convert.
+It is drawn for one setting (hardware, scale, dtype, backend), the first one, largest coverage
+first, that has what it needs; where none has, there is no chart and `missing` says what was not
+measured.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import altair as alt
+import pandas as pd
+
+from eval.report.figures import Figures
+from eval.report.pictures import charts, tradeoffs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """A chart with its explanation; `chart` is None where `missing` says what it needs."""
+
+    name: str
+    title: str
+    how_to_read: str
+    chart: alt.LayerChart | None
+    missing: str = ""
+
+
+class Plan(NamedTuple):
+    """How a picture is made: its builder, what it needs, and how to read it.
+
+    build: a chart, None where something was not measured, or why there is nothing to draw.
+    of: timings have a picture for each machine, tasks one for each, declarations one for a
+      setting, models one.
+    """
+
+    title: str
+    build: Callable[..., alt.LayerChart | str | None]
+    needs: str
+    how_to_read: str
+    of: Literal["timings", "declarations", "models", "tasks"] = "timings"
+
+
+PLANS: dict[str, Plan] = {
+    "quality-state": Plan(
+        "Quality against state", charts.quality_against_state, "bits_per_byte and state_bytes",
+        "Down is a better model, left is less memory for every sequence served. Outlined points "
+        "on the dashed front are beaten by no other in both. Bars are 95 % intervals.",
+        of="declarations",
+    ),
+    "tpot-context": Plan(
+        "Latency against context", charts.latency_against_context, "tpot_ms at two contexts",
+        "A flat curve is a state that does not grow; a rising one reads more state for every "
+        "token. Where curves cross, the better choice changes.",
+    ),
+    "slope-state": Plan(
+        "What a token of context costs", tradeoffs.slope_against_state,
+        "tpot_ms at two contexts, state_bytes_per_token and the bandwidth",
+        "On the line a step's time grows by exactly the time to read what a token adds to the "
+        "state. Above it the machine reads slower than it can; at the left end nothing grows.",
+    ),
+    "crossings": Plan(
+        "Crossovers", tradeoffs.crossings, "tpot_ms and a prediction at two contexts",
+        "A row's architecture is faster than a column's from the context shown on (≥), only below "
+        "it (<), always, or, in an empty cell, never, within the contexts that were timed. Small: "
+        "what the roofline predicts for the same cells.",
+    ),
+    "throughput-latency": Plan(
+        "Throughput against latency", charts.throughput_against_latency, "tpot_ms at two batches",
+        "Each curve runs from the smallest batch to the largest. Up is more tokens from the "
+        "machine, left is a shorter wait for each user.",
+    ),
+    "sequences": Plan(
+        "How many sequences fit", tradeoffs.sequences_against_context,
+        "state_bytes and weight_bytes at two contexts",
+        "How many requests of that context can be served at once before memory is full. A flat "
+        "curve is a state that does not grow.",
+        of="declarations",
+    ),
+    "no-cache": Plan(
+        "What the state saves", tradeoffs.without_state,
+        "cached_tpot_ms and nocache_tpot_ms at two contexts",
+        "Without its state a model computes the whole prefix again for every token (dashed). The "
+        "exponent is that of generating n tokens so, at the steepest part of the curve: 2 where "
+        "products with weights dominate, towards 3 where attention does.",
+    ),
+    "intensity": Plan(
+        "Prefill against decode intensity", tradeoffs.intensity_against_context,
+        "arith_intensity_pred and prefill_intensity_pred at two contexts",
+        "Above the line an accelerator waits for its arithmetic, below for its memory: prefill "
+        "(dashed) and decode (solid) of the same model lie on opposite sides.",
+        of="declarations",
+    ),
+    "roofline": Plan(
+        "Roofline", charts.roofline, "step_flops, step_bytes and the machine's measured rates",
+        "The line is the most that this machine attains: bandwidth on the slope, matrix "
+        "rate on the flat. Decode sits far left, bound by memory. The gap up to the line is "
+        "overhead. Click an entry of the legend to single it out.",
+    ),
+    "loss-position": Plan(
+        "Loss by position", charts.loss_against_mean, "loss_at_position",
+        "Each point is the mean loss of tokens up to that position, from the point before, less "
+        "the mean of all architectures there: how hard the text is moves all alike. Below 0 is "
+        "better than the others. A curve that falls gains more from its context than they do; one "
+        "that rises past the trained length breaks where they do not.",
+        of="models",
+    ),
+    "ladder": Plan(
+        "Loss against size", tradeoffs.loss_against_size,
+        "three trained sizes of two architectures",
+        "How far a curve lies below another, sideways, is how many parameters it saves at equal "
+        "loss: what `isoquality` turns into cost.",
+        of="models",
+    ),
+    "tasks": Plan(
+        "Synthetic tasks", charts.task, "accuracy",
+        "The share of what a task asks that was answered right: recall and copying are what a "
+        "small or bounded state gives up first. Thin lines are 95 % intervals.",
+        of="tasks",
+    ),
+    "predicted-measured": Plan(
+        "Predicted against measured", charts.predicted_against_measured, "tpot_ms and a prediction",
+        "On the diagonal the machine does what the roofline says; the band is ±10 %. Points above "
+        "it carry overhead. Click an entry of the legend to single it out.",
+    ),
+}  # fmt: skip
+
+
+def pictures(long: pd.DataFrame, names: Iterable[str] = tuple(PLANS)) -> list[Picture]:
+    """The named pictures of a long table, by default all; one a machine for latencies."""
+    figures = Figures(long)
+    drawn = []
+    for name, plan in ((name, PLANS[name]) for name in names):
+        found, reasons = [], []
+        for machine, settings in _settings(figures, plan):
+            for setting in settings:
+                made = plan.build(figures, *setting)
+                if isinstance(made, alt.LayerChart):
+                    found.append((machine, made))
+                    break
+                if made is not None:
+                    reasons.append(made)
+        for place, (machine, chart) in enumerate(found):
+            suffix = "-" + re.sub(r"\W+", "-", machine).strip("-").lower() if place else ""
+            drawn.append(
+                Picture(
+                    name=name + suffix, title=plan.title, how_to_read=plan.how_to_read, chart=chart
+                )
+            )
+        if not found:
+            drawn.append(
+                Picture(
+                    name=name, title=plan.title, how_to_read=plan.how_to_read, chart=None,
+                    missing="; ".join(reasons) or f"not measured: it needs {plan.needs}",
+                )
+            )  # fmt: skip
+    return drawn
+
+
+def _settings(f: Figures, plan: Plan) -> Iterable[tuple[str, Sequence[tuple[object, ...]]]]:
+    """By machine or task, where it matters, the further arguments to try a plan's builder with."""
+    if plan.of == "models":
+        return [("", [()])]
+    if plan.of == "tasks":
+        return [(task, [(task,)]) for task in f.tasks]
+    if plan.of == "declarations":
+        return [("", [(s,) for s in f.declared_settings])]
+    machines = dict.fromkeys(s.hardware for s in f.settings)
+    return [(m, [(s,) for s in f.settings if s.hardware == m]) for m in machines]
