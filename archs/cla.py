@@ -17,7 +17,7 @@ from archs.ops.dense import Input
 from archs.ops.rotary import rotate_new
 from archs.spec import StateSpec
 from archs.state import LayerState
-from kernels.rope import rotate
+from kernels.rope.torch import rotate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

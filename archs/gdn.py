@@ -36,8 +36,8 @@ from archs.recurrent import (
 )
 from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
 from archs.state import LayerState
-from kernels.gdn import CHUNK, gdn_chunk_matrix_flops, gdn_step_matrix_flops
-from kernels.norm import OutputNorm
+from kernels.gated_delta.torch import CHUNK, gdn_chunk_matrix_flops, gdn_step_matrix_flops
+from kernels.norm.torch import OutputNorm
 
 if TYPE_CHECKING:
     from archs.sizes import Scale

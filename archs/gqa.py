@@ -2,7 +2,7 @@
 
 The number of KV heads is the difference: all of them (arXiv 1706.03762), one per group of query
 heads (GQA, arXiv 2305.13245), or a single one (MQA, arXiv 1911.02150). Equals the attention of
-`transformers`' Llama up to the channel order of the rotary pairs (`kernels.rope`).
+`transformers`' Llama up to the channel order of the rotary pairs (`kernels.rope.torch`).
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from archs.ops.dense import Input
 from archs.ops.rotary import project_append
 from archs.spec import RowSpec, StateSpec
 from archs.state import LayerState, Rows, Seen
-from kernels.attention import window_mask
-from kernels.rope import rope_table, rotate
+from kernels.attention.torch import window_mask
+from kernels.rope.torch import rope_table, rotate
 
 if TYPE_CHECKING:
     from archs.sizes import Scale

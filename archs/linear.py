@@ -2,7 +2,7 @@
 
 S_t = γ S_{t-1} + k_t v_tᵀ, y_t = S_tᵀ q_t, rotary positions on q and k, RMSNorm per head and then
 a SiLU gate. Decays γ_h = 1 - 2^-e with exponents e spread from 5 to log2(T) + 1, so that the
-slowest head spans the trained length. Equals its own recurrence (`kernels.decay_scan.decay_ref`).
+slowest head spans the trained length. Equals its own recurrence (`kernels.decay.torch.decay_ref`).
 """
 
 import math
@@ -29,8 +29,8 @@ from archs.ops.dense import Input
 from archs.recurrent import chunk_vector_flops, fill_ones, memory_format
 from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
 from archs.state import LayerState
-from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
-from kernels.norm import OutputNorm
+from kernels.decay.torch import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
+from kernels.norm.torch import OutputNorm
 
 if TYPE_CHECKING:
     from archs.sizes import Scale

@@ -21,7 +21,7 @@ from archs.ops.selective import selective
 from archs.recurrent import fill_dt_bias, fill_ones, memory_format
 from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
 from archs.state import LayerState
-from kernels.selective_scan import selective_scan_matrix_flops, selective_step_matrix_flops
+from kernels.selective.torch import selective_scan_matrix_flops, selective_step_matrix_flops
 
 if TYPE_CHECKING:
     from archs.sizes import Scale

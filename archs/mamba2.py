@@ -36,8 +36,8 @@ from archs.recurrent import (
 )
 from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
 from archs.state import LayerState
-from kernels.decay_scan import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
-from kernels.norm import OutputNorm
+from kernels.decay.torch import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
+from kernels.norm.torch import OutputNorm
 
 if TYPE_CHECKING:
     from archs.sizes import Scale

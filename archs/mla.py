@@ -28,7 +28,7 @@ from archs.ops.dense import Input, by_head
 from archs.ops.rotary import append_latent, queries_and_key
 from archs.spec import RowSpec, StateSpec
 from archs.state import LayerState, Rows, Seen
-from kernels.rope import rope_table, rotate
+from kernels.rope.torch import rope_table, rotate
 
 if TYPE_CHECKING:
     from archs.sizes import Scale

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from archs.state import Pages
 from infer.pages import PageTable, TableKey
 from infer.slots import SlotChange
-from kernels.rope import rope_table
+from kernels.rope.torch import rope_table
 
 #: Counters per sequence for steps whose programs count arrivals: one for each norm.
 ARRIVALS_PER_SEQUENCE = 1024
@@ -228,7 +228,7 @@ class RowBooks:
     def write(self, pool: Tensor, rows: Tensor, *, newest: bool, kernels: bool) -> None:
         """Write new rows [B, R, *planes, row] into a pool; newest: those that a ring keeps."""
         if kernels:
-            from kernels.page_write import page_write
+            from kernels.pages.write import page_write
 
             page_write(
                 rows, pool, self.blocks, self.before, page_size=self.table.page_size,

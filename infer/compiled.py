@@ -22,7 +22,7 @@ from infer.plan import StepPlan
 from infer.pools import LayerTensors
 from infer.rows import AtHome, Held, Plain
 from infer.state import InPlace, LayerState, RowTensor, Slotted, ValueForm
-from kernels.rope import rope_table
+from kernels.rope.torch import rope_table
 
 Rotary = tuple[int, float]
 

@@ -20,7 +20,7 @@ from infer.graphs import GraphedStep
 from infer.plan import StepPlan
 from infer.sampling import Sampler, Sampling, fed, require_tokens
 from infer.store import StateStore
-from kernels.nucleus import greedy
+from kernels.sampling.nucleus import greedy
 
 #: Rows of a page where nobody says otherwise.
 PAGE_SIZE = 64

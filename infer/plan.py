@@ -20,7 +20,7 @@ from infer.pools import Pools
 from infer.rows import Held, InPages, RowForm, RowStep
 from infer.slots import SlotChange, SlotTable
 from infer.state import InPlace, LayerState, RowTensor, Slotted, StepContext, ValueForm
-from kernels.rope import rope_table
+from kernels.rope.torch import rope_table
 
 
 class Store(Protocol):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from archs.backends import everywhere
 from archs.errors import UserError
-from kernels import nucleus
-from kernels.nucleus import NO_TOKEN
+from kernels.sampling import nucleus
+from kernels.sampling.nucleus import NO_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ def _torch(sampling: Sampling, logits: Tensor, uniform: Tensor | None) -> Tensor
 
 
 def _triton(sampling: Sampling, logits: Tensor, uniform: Tensor | None) -> Tensor:
-    from kernels import sample
+    from kernels.sampling import sample
 
     if uniform is None:
         return sample.greedy(logits)

@@ -23,7 +23,7 @@ from archs.backbone import Model
 from archs.errors import UserError
 from archs.files import refusing
 from archs.registry import ModelSpec
-from kernels.cross_entropy import IGNORED, linear_cross_entropy
+from kernels.loss.cross_entropy import IGNORED, linear_cross_entropy
 from train.checkpoint import Identity, Progress, resume, save_checkpoint
 from train.metrics import MetricsLog
 from train.optim import Optimizer

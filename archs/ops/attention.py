@@ -14,7 +14,7 @@ from torch import Tensor
 from archs.backends import Forms
 from archs.ops import libraries
 from archs.state import Rows, pages_of
-from kernels.attention import attention, latent_attention
+from kernels.attention.torch import attention, latent_attention
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
 DECODE_LIMIT = 8
@@ -57,10 +57,10 @@ def _triton(q: Tensor, seen: Rows) -> Tensor:
     k, v = p.pool.unbind(0)
     at: dict[str, Any] = {"page_size": p.page_size, "window": p.window, "sinks": p.sinks}
     if q.shape[1] <= DECODE_LIMIT:
-        from kernels.attention_decode import attention_decode
+        from kernels.attention.decode import attention_decode
 
         return attention_decode(q, k, v, p.table, p.total, **at)
-    from kernels.attention_prefill import attention_prefill
+    from kernels.attention.prefill import attention_prefill
 
     return attention_prefill(q, k, v, p.table, p.total, new=p.new, **at)
 
@@ -80,7 +80,7 @@ def _latent_triton(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Ten
     p, new = pages_of(seen), q.shape[1]
     if p is None:
         return _latent_torch(q, q_rotary, seen, scale)
-    from kernels.mla_decode import mla_decode
+    from kernels.latent.decode import mla_decode
 
     pieces = []
     for start in range(0, new, MLA_DECODE_LIMIT):
@@ -104,7 +104,7 @@ def _expanded_triton(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
     p = pages_of(seen)
     if p is None:
         return _expanded_torch(q, k, v, seen)
-    from kernels.attention_prefill import attention_prefill
+    from kernels.attention.prefill import attention_prefill
 
     batch, heads, rows = k.shape[:3]
     # Each sequence's rows of a head are a run of pages of its own.

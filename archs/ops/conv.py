@@ -5,7 +5,7 @@ from torch import Tensor
 from archs.backends import everywhere
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
-from kernels.causal_conv import causal_conv, conv_tail, conv_tails
+from kernels.conv.torch import causal_conv, conv_tail, conv_tails
 
 
 def convolve(
@@ -40,7 +40,8 @@ def _torch(
 def _triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState | None, name: str, silu: bool
 ) -> Tensor:
-    from kernels import conv_chunk, conv_step
+    from kernels.conv import chunk as conv_chunk
+    from kernels.conv import step as conv_step
 
     if state is None:
         return conv_chunk.causal_conv(x, weight, bias, silu=silu)

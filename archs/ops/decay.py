@@ -14,9 +14,9 @@ from archs.ops.rotary import rotate_new
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
-from kernels.decay_scan import decay_chunk, decay_step
-from kernels.norm import OutputNorm
-from kernels.rope import rope_table, rotate
+from kernels.decay.torch import decay_chunk, decay_step
+from kernels.norm.torch import OutputNorm
+from kernels.rope.torch import rope_table, rotate
 
 
 def ssd(
@@ -98,8 +98,8 @@ def _ssd_triton(
     x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
     norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
-    from kernels import decay_chunk as chunk
-    from kernels import ssm_step as step
+    from kernels.decay import chunk
+    from kernels.decay import ssm_step as step
 
     if state is None:
         y, _ = chunk.decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))
@@ -165,8 +165,8 @@ def _retention_triton(
     qk: Tensor, v: Tensor, log_decay: Tensor, norm: OutputNorm, scale: float, theta: float,
     state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
-    from kernels import decay_chunk as chunk
-    from kernels import linear_step as step
+    from kernels.decay import chunk
+    from kernels.decay import linear_step as step
 
     if state is None:
         q, k = _turned(qk, theta, state, "triton")

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import everywhere
-from kernels import norm
-from kernels.norm import OutputNorm
+from kernels.norm import torch as norm
+from kernels.norm.torch import OutputNorm
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Unnormed:
         return y
 
 
-#: Rows up to which a product is our own: as `kernels.few_rows.ROWS`, which takes Triton to read.
+#: Rows up to which a product is our own: as `products.few_rows.ROWS`, which takes Triton to read.
 MOST_ROWS = 16
 #: What a projection reads.
 Input = Tensor | Unnormed
@@ -88,7 +88,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 def _product_triton(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() > MOST_ROWS * x.shape[-1] or torch.is_grad_enabled():
         return F.linear(x, weight)
-    from kernels import few_rows, gemv
+    from kernels.products import few_rows, gemv
 
     if gemv.serves(x, weight):
         return gemv.gemv(x, weight)
@@ -103,7 +103,7 @@ def _by_head_torch(x: Tensor, weight: Tensor) -> Tensor:
 def _by_head_triton(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _by_head_torch(x, weight)
-    from kernels import head_gemv
+    from kernels.products import head_gemv
 
     if head_gemv.serves(x, weight):
         return head_gemv.head_gemv(x, weight)
@@ -133,7 +133,7 @@ def _norm_swiglu_triton(x: Unnormed, weight: Tensor) -> Tensor:
         return found
     normed = x.normed(backend="triton")
     if normed.numel() <= MOST_ROWS * normed.shape[-1] and not torch.is_grad_enabled():
-        from kernels.few_rows import few_rows, serves
+        from kernels.products.few_rows import few_rows, serves
 
         if serves(normed, weight):
             return few_rows(normed, weight, gated=True)
@@ -144,7 +144,7 @@ def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:
     """Norm, product and gate in one launch; None where that takes other operands."""
     if x.x.numel() != x.shape[-1] or torch.is_grad_enabled():
         return None
-    from kernels.gemv import norm_gemv, norm_serves
+    from kernels.products.gemv import norm_gemv, norm_serves
 
     if not norm_serves(x.x, x.residual, x.weight, weight):
         return None
@@ -153,7 +153,7 @@ def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:
-    """As `kernels.norm.rms_norm`."""
+    """As `kernels.norm.torch.rms_norm`."""
     return _RMS_NORM[backend](x, weight, eps)
 
 
@@ -183,26 +183,26 @@ def _add_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def _norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    from kernels import norm_triton
+    from kernels.norm import rows as norm_triton
 
     return norm_triton.rms_norm(x, weight, eps)
 
 
 def _add_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from kernels import norm_triton
+    from kernels.norm import rows as norm_triton
 
     # Under autocast the stream stays as wide as torch's promotion would leave it.
     return norm_triton.add_rms_norm(x.to(residual.dtype), residual, weight, eps)
 
 
 def _gated_triton(x: Tensor, gate: Tensor, weight: Tensor, eps: float, **options: Any) -> Tensor:
-    from kernels import norm_triton
+    from kernels.norm import rows as norm_triton
 
     return norm_triton.gated_rms_norm(x, gate, weight, eps, **options)
 
 
 def _swiglu_triton(gate_up: Tensor) -> Tensor:
-    from kernels import norm_triton
+    from kernels.norm import rows as norm_triton
 
     return norm_triton.swiglu(gate_up)
 

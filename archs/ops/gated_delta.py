@@ -9,8 +9,8 @@ from archs.ops.dense import output_norm
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
-from kernels.gdn import gdn_chunk, gdn_step
-from kernels.norm import OutputNorm, l2_norm
+from kernels.gated_delta.torch import gdn_chunk, gdn_step
+from kernels.norm.torch import OutputNorm, l2_norm
 
 
 def gated_delta(
@@ -70,8 +70,7 @@ def _triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
     norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
-    from kernels import gdn_chunk as chunk
-    from kernels import gdn_step as step
+    from kernels.gated_delta import chunk, step
 
     if state is None:
         y, _ = chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))

@@ -11,8 +11,8 @@ from torch import Tensor
 from archs.backends import everywhere
 from archs.ops.dense import Input, Unnormed, product
 from archs.state import LayerState, Pages, Rows
-from kernels.norm import rms_norm
-from kernels.rope import rotate
+from kernels.norm.torch import rms_norm
+from kernels.rope.torch import rotate
 
 
 def project_append(
@@ -73,7 +73,7 @@ def _append_triton(
     qkv = product(x, weight, backend="triton").view(*x.shape[:2], -1, dim)
     if pages is None:
         return _rotate_append(qkv, state, name, kv_heads, theta)
-    from kernels.rope_append import rope_append
+    from kernels.rope.append import rope_append
 
     heads = qkv.shape[2] - 2 * kv_heads
     k_pool, v_pool = pages.pool.unbind(0)
@@ -88,7 +88,7 @@ def _in_one_launch(x: Unnormed, weight: Tensor, pages: Pages, cos_sin: Tensor) -
     """Norm, product, rotation and write of one token; None where that takes other operands."""
     if x.x.numel() != x.shape[-1] or pages.new is not None or torch.is_grad_enabled():
         return None
-    from kernels.project_append import project_append, serves
+    from kernels.products.project_append import project_append, serves
 
     k_pool, v_pool = pages.pool.unbind(0)
     if not serves(x.x, x.residual, x.weight, weight, k_pool):
@@ -122,7 +122,7 @@ def _append_latent_triton(
     pages = state.pages(name, latent.dtype)
     if pages is None:
         return _append_latent_torch(to_turn, latent, weight, state, name, eps, theta)
-    from kernels.latent_append import latent_append
+    from kernels.latent.append import latent_append
 
     queries, key = queries_and_key(to_turn)
     latent_append(
@@ -137,7 +137,7 @@ def _rotate_torch(x: Tensor, state: LayerState, theta: float) -> Tensor:
 
 
 def _rotate_triton(x: Tensor, state: LayerState, theta: float) -> Tensor:
-    from kernels.rope_rotate import rope_rotate
+    from kernels.rope.rotate import rope_rotate
 
     return rope_rotate(x, state.rotary(x.shape[-1], theta), state.past)
 

@@ -8,7 +8,7 @@ from archs.ops import libraries
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
-from kernels.selective_scan import selective_scan, selective_step
+from kernels.selective.torch import selective_scan, selective_step
 
 
 def selective(
@@ -63,8 +63,7 @@ def _triton(
     x: Tensor, z: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor,
     dt_bias: Tensor, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
-    from kernels import selective_chunk as chunk
-    from kernels import selective_step as step
+    from kernels.selective import chunk, step
 
     if state is None:
         y, _ = chunk.selective_scan(*_scan_inputs(x, dt, b, c, a_log, d, dt_bias, None))

@@ -79,7 +79,7 @@ def _triton(device: torch.device) -> str:
     if reason is not None:
         return reason
     try:
-        from kernels.norm_triton import rms_norm
+        from kernels.norm.rows import rms_norm
 
         ones = torch.ones(2, 64, device=device, dtype=torch.bfloat16)
         right = bool((rms_norm(ones, ones[0], 0.0) == 1).all())

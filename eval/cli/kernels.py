@@ -69,7 +69,7 @@ def kernels(
 
         from eval.measure.progress import Progress
         from eval.proof.kernel_table import cells, kernel_table, read_table
-        from kernels.ahead import TARGETS
+        from kernels.aot.ahead import TARGETS
 
         targets = target or (list(TARGETS) if every else ["sm_90"])
         wanted = cells(targets, every=every, ops=op or [])

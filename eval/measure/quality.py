@@ -17,7 +17,7 @@ from torch import Tensor
 
 from archs.backbone import Model
 from eval.results.statistics import Estimate, weighted_mean
-from kernels.cross_entropy import token_losses
+from kernels.loss.cross_entropy import token_losses
 from train.tokens import IGNORED, Part, TokenSet, held_out_batches
 
 

@@ -22,7 +22,7 @@ from archs.sizes import Scale, get_scale
 from eval.measure.decode import measure_decode
 from eval.proof.bench_host import ARCH, BATCH, SCALE, host_work_ms
 from infer.engine import Engine
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.loss.cross_entropy import linear_cross_entropy
 from train.optim import Optimizer
 from train.recipe import Recipe
 

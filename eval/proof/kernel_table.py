@@ -19,43 +19,38 @@ from typing import Any
 
 from archs.errors import unknown_name
 from eval.measure.progress import Progress
-from kernels import (
-    attention_decode,
-    attention_prefill,
-    conv_chunk,
-    conv_step,
-    decay_chunk,
-    few_rows,
-    gdn_chunk,
-    gdn_step,
-    gemv,
-    head_gemv,
-    latent_append,
-    linear_step,
-    mla_decode,
-    norm_triton,
-    page_write,
-    project_append,
-    rope_append,
-    rope_rotate,
-    sample,
-    selective_chunk,
-    selective_step,
-    split_combine,
-    ssm_step,
-)
-from kernels.ahead import TARGETS, Report, Variant, compile_ahead
-from kernels.content import content_key
+from kernels.aot.ahead import TARGETS, Report, Variant, compile_ahead
+from kernels.aot.content import content_key
+from kernels.attention import combine as split_combine
+from kernels.attention import decode as attention_decode
+from kernels.attention import prefill as attention_prefill
+from kernels.conv import chunk as conv_chunk
+from kernels.conv import step as conv_step
+from kernels.decay import chunk as decay_chunk
+from kernels.decay import linear_step, ssm_step
+from kernels.gated_delta import chunk as gdn_chunk
+from kernels.gated_delta import step as gdn_step
+from kernels.latent import append as latent_append
+from kernels.latent import decode as mla_decode
+from kernels.norm import rows as norm_triton
+from kernels.pages import write as page_write
+from kernels.products import few_rows, gemv, head_gemv, project_append
+from kernels.rope import append as rope_append
+from kernels.rope import rotate as rope_rotate
+from kernels.sampling import sample
+from kernels.selective import chunk as selective_chunk
+from kernels.selective import step as selective_step
 
 #: Every op with a Triton kernel: a module with `variants()` and `default_variant()`.
 OPS: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (
-        attention_decode, attention_prefill, conv_chunk, conv_step, decay_chunk, few_rows,
-        gdn_chunk, gdn_step, gemv, head_gemv, latent_append, linear_step, mla_decode, norm_triton,
-        page_write, project_append, rope_append, rope_rotate, sample, selective_chunk,
-        selective_step, split_combine, ssm_step,
-    )
+    "attention_decode": attention_decode, "attention_prefill": attention_prefill,
+    "conv_chunk": conv_chunk, "conv_step": conv_step, "decay_chunk": decay_chunk,
+    "few_rows": few_rows, "gdn_chunk": gdn_chunk, "gdn_step": gdn_step, "gemv": gemv,
+    "head_gemv": head_gemv, "latent_append": latent_append, "linear_step": linear_step,
+    "mla_decode": mla_decode, "norm_triton": norm_triton, "page_write": page_write,
+    "project_append": project_append, "rope_append": rope_append, "rope_rotate": rope_rotate,
+    "sample": sample, "selective_chunk": selective_chunk, "selective_step": selective_step,
+    "split_combine": split_combine, "ssm_step": ssm_step,
 }  # fmt: skip
 
 

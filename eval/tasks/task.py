@@ -16,7 +16,7 @@ from archs.checks import at_least, some
 from archs.errors import unknown_name
 from archs.registry import ModelSpec, pattern_of
 from archs.sizes import Scale
-from kernels.cross_entropy import IGNORED
+from kernels.loss.cross_entropy import IGNORED
 from train.recipe import Recipe
 
 #: Training, choosing (when to stop, which rate) and reporting see sequences of their own.

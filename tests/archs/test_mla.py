@@ -12,7 +12,7 @@ from archs.mla import LatentAttention, LatentConfig
 from archs.registry import ModelSpec
 from archs.sizes import SCALES, Scale
 from archs.state import Seen
-from kernels.attention import FLOP_FORMULAS
+from kernels.attention.torch import FLOP_FORMULAS
 from tests.archs.hf import assert_equal, copy_backbone, random_model
 
 SHAPES = [

@@ -36,7 +36,7 @@ from infer.compiled import CompiledStep
 from infer.engine import Engine
 from infer.memory import DoesNotFitError
 from infer.rows import RowStep
-from kernels import gemv
+from kernels.products import gemv
 from tests.eval.conftest import Command
 from tests.kernels.interpreter import interpreted
 

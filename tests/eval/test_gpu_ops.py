@@ -9,7 +9,9 @@ from torch import Tensor
 from eval.proof.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
 from eval.proof.gpu.ops import OPS, attention, chunk, glue, product, recurrent
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, paged
-from kernels import decay_scan, gdn, selective_scan
+from kernels.decay import torch as decay_scan
+from kernels.gated_delta import torch as gdn
+from kernels.selective import torch as selective_scan
 from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from eval.cli.show import write_csv
 from eval.measure.progress import Progress
 from eval.proof import kernel_table as table
 from eval.proof.kernel_table import OPS, Row, cells, kernel_table, read_table
-from kernels.ahead import TARGETS
+from kernels.aot.ahead import TARGETS
 
 COMMITTED = "leaderboards/ahead-of-time/cells.csv"
 REMEDY = f"run `decodebench kernels --all --out {COMMITTED}`, which compiles what changed"

@@ -104,7 +104,7 @@ def test_compiled_verification_of_all_architectures_gives_the_same_logits(arch: 
 
 def test_padding_may_reach_beyond_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tables of rotary angles grow by doubling: this one ends where the context does.
-    monkeypatch.setattr("kernels.rope._TABLES", {})
+    monkeypatch.setattr("kernels.rope.torch._TABLES", {})
     model = ModelSpec(arch="gqa", scale=CHECK_SCALE).build(seed=3)
     options = {"max_sequences": 2, "max_context": 255, "page_size": 16}
     plain, compiled = Engine(model, **options), Engine(model, **options, compiled=True)

@@ -89,7 +89,7 @@ class Model:
                     yield slot, past + fresh[: token + 1]
 
     def hold_to_the_rules(self, change: SlotChange) -> None:
-        """`kernels.step`: nobody writes what another reads, and oneself only the last."""
+        """`kernels.recurrent.step`: nobody writes what another reads, and oneself only the last."""
         written = [slot for row in change.write for slot in row if slot >= 0]
         assert len(set(written)) == len(written) and ZERO not in written
         for row, (read, write, last) in enumerate(

@@ -10,7 +10,7 @@ Keep elementwise arithmetic in fp32: the interpreter adds and multiplies bf16 as
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 from typing import Any
 from unittest.mock import patch
 
@@ -34,7 +34,8 @@ def interpreted() -> Iterator[None]:
 
     Look kernels up as attributes of their module: a name imported from it beforehand stays as is.
     """
-    modules = [import_module(f"kernels.{found.name}") for found in iter_modules(kernels.__path__)]
+    found = walk_packages(kernels.__path__, "kernels.")
+    modules = [import_module(module.name) for module in found]
     with ExitStack() as stack:
         for form in (JITFunction, InterpretedFunction):
             stack.enter_context(patch.object(form, "__call__", _call_helper))

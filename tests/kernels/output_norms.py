@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
-from kernels.norm import OutputNorm, gated_rms_norm
+from kernels.norm.torch import OutputNorm, gated_rms_norm
 
 B = 3
 

@@ -1,4 +1,4 @@
-"""Slots for the recurrent step kernels (`kernels.step`)."""
+"""Slots for the recurrent step kernels (`kernels.recurrent.step`)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.attention import attention, attention_ref, latent_attention, window_mask
+from kernels.attention.torch import attention, attention_ref, latent_attention, window_mask
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)

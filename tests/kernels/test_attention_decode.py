@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels.attention_decode as module
+import kernels.attention.decode as module
 from archs.sizes import SCALES
-from kernels.attention_decode import CONFIGS, attention_decode_ref
-from kernels.attention_decode_checks import HEAD_DIMS
+from kernels.attention.decode import CONFIGS, attention_decode_ref
+from kernels.attention.decode_checks import HEAD_DIMS
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {

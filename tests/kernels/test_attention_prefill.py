@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels.attention_prefill as module
+import kernels.attention.prefill as module
 from archs.mla import LatentConfig
 from archs.sizes import SCALES
-from kernels.attention_prefill import attention_prefill_ref
-from kernels.attention_prefill_checks import DIMS
+from kernels.attention.prefill import attention_prefill_ref
+from kernels.attention.prefill_checks import DIMS
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {

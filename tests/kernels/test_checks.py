@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.attention_decode_checks import Form, form, require
+from kernels.checks import Form, form, require
 from tests.kernels import test_latent_append, test_mla_decode, test_rope_append
 from tests.kernels.interpreter import interpreted
 

@@ -10,8 +10,8 @@ from tempfile import mkdtemp
 import pytest
 
 from eval.proof.kernel_table import OPS
-from kernels.ahead import Variant
-from kernels.content import content_key
+from kernels.aot.ahead import Variant
+from kernels.aot.content import content_key
 
 HELPERS = """
 import triton

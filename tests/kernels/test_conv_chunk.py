@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import conv_chunk as op
-from kernels import conv_chunk_bwd
-from kernels.causal_conv import causal_conv, conv_tail
+from kernels.conv import chunk as op
+from kernels.conv import chunk_bwd as conv_chunk_bwd
+from kernels.conv.torch import causal_conv, conv_tail
 from tests.kernels.interpreter import interpreted
 
 SLOTS = (4, 1, 3)

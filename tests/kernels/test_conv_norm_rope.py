@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kernels.causal_conv import causal_conv, causal_conv_ref, conv_tail, conv_tails
-from kernels.norm import gated_rms_norm, l2_norm, rms_norm, swiglu
-from kernels.rope import apply_rope, apply_rope_, half_to_interleaved, rope_table
+from kernels.conv.torch import causal_conv, causal_conv_ref, conv_tail, conv_tails
+from kernels.norm.torch import gated_rms_norm, l2_norm, rms_norm, swiglu
+from kernels.rope.torch import apply_rope, apply_rope_, half_to_interleaved, rope_table
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63])

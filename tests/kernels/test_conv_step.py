@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import conv_step as op
-from kernels.causal_conv import causal_conv, conv_tail
+from kernels.conv import step as op
+from kernels.conv.torch import causal_conv, conv_tail
 from tests.kernels.interpreter import interpreted
 from tests.kernels.slots import in_place
 

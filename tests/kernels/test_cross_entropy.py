@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import cross_entropy
-from kernels.cross_entropy import IGNORED, linear_cross_entropy, token_losses
+from kernels.loss import cross_entropy
+from kernels.loss.cross_entropy import IGNORED, linear_cross_entropy, token_losses
 
 CLASSES, DIM = 37, 12
 

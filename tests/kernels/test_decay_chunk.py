@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import decay_chunk as op
-from kernels import decay_chunk_passes as passes
-from kernels.ahead import compile_ahead
-from kernels.decay_scan import decay_chunk as torch_form
-from kernels.decay_scan import decay_ref
+from kernels.aot.ahead import compile_ahead
+from kernels.decay import chunk as op
+from kernels.decay import chunk_passes as passes
+from kernels.decay.torch import decay_chunk as torch_form
+from kernels.decay.torch import decay_ref
 from tests.kernels.interpreter import interpreted
 
 #: Largest error, relative to the largest expected element.

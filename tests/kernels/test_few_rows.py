@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.few_rows as module
+import kernels.products.few_rows as module
 from archs.ops.dense import Unnormed, norm_swiglu, product
-from kernels.few_rows import CONFIGS, few_rows_ref, serves
+from kernels.products.few_rows import CONFIGS, few_rows_ref, serves
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import gdn_chunk as op
-from kernels import gdn_chunk_passes
-from kernels.gdn import gdn_chunk as torch_chunk
-from kernels.gdn import gdn_ref
+from kernels.gated_delta import chunk as op
+from kernels.gated_delta import chunk_passes as gdn_chunk_passes
+from kernels.gated_delta.torch import gdn_chunk as torch_chunk
+from kernels.gated_delta.torch import gdn_ref
 from tests.kernels.interpreter import interpreted
 
 NAMES = ("q", "k", "v", "log_decay", "beta", "state")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import gdn_step as op
-from kernels import norm_triton
-from kernels.gdn import gdn_step as torch_step
-from kernels.norm import l2_norm
+from kernels.gated_delta import step as op
+from kernels.gated_delta.torch import gdn_step as torch_step
+from kernels.norm import rows as norm_triton
+from kernels.norm.torch import l2_norm
 from tests.kernels.interpreter import interpreted
 from tests.kernels.output_norms import (
     WRONG_ARRIVALS,
@@ -151,7 +151,7 @@ def test_equals_the_oracle_and_the_torch_form(
 
 
 def torch_form(args: dict[str, Any], state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.gdn.gdn_step` with the glue of `archs.gdn` around it."""
+    """`kernels.gated_delta.torch.gdn_step` with the glue of `archs.gdn` around it."""
     q, k = l2_norm(args["q"]), l2_norm(args["k"])
     decay = F.softplus(args["a"].float() + args["dt_bias"]) * -args["a_log"].exp()
     scaled = q * q.shape[-1] ** -0.5

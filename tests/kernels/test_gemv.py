@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.gemv as module
+import kernels.products.gemv as module
 from archs.ops.dense import Unnormed, norm_swiglu, product
-from kernels.gemv import CONFIGS, WHOLE_CONFIGS, gemv_ref, norm_gemv_ref, serves
+from kernels.products.gemv import CONFIGS, WHOLE_CONFIGS, gemv_ref, norm_gemv_ref, serves
 from tests.kernels.interpreter import interpreted
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.head_gemv as module
+import kernels.products.head_gemv as module
 from archs.ops.dense import by_head
-from kernels.head_gemv import head_gemv_ref, serves
+from kernels.products.head_gemv import head_gemv_ref, serves
 from tests.kernels.interpreter import interpreted
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.latent_append as module
-from kernels.latent_append import latent_append_ref
-from kernels.norm import rms_norm
-from kernels.page_write import FLOATS, page_write_ref
-from kernels.rope import rope_table, rotate
+import kernels.latent.append as module
+from kernels.latent.append import latent_append_ref
+from kernels.norm.torch import rms_norm
+from kernels.pages.write import FLOATS, page_write_ref
+from kernels.rope.torch import rope_table, rotate
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {

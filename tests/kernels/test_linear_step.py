@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear_step as op
-from kernels import norm_triton, rope_rotate
-from kernels.decay_scan import decay_step
-from kernels.rope import apply_rope
+from kernels.decay import linear_step as op
+from kernels.decay.torch import decay_step
+from kernels.norm import rows as norm_triton
+from kernels.rope import rotate as rope_rotate
+from kernels.rope.torch import apply_rope
 from tests.kernels.interpreter import interpreted
 from tests.kernels.output_norms import (
     WRONG_ARRIVALS,
@@ -160,7 +161,7 @@ def test_equals_the_oracle_and_the_torch_form(
 
 
 def torch_form(args: dict[str, Any], state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.decay_scan.decay_step` with the glue of `archs.ops.decay` around it."""
+    """`kernels.decay.torch.decay_step` with the glue of `archs.ops.decay` around it."""
     decay, q, k = args["log_decay"][None, None], args["q"], args["k"]
     if "past" in args:
         at = args["past"].long()[:, None] + torch.arange(q.shape[1])

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from kernels.ahead import Report, Variant
-from kernels.machine_code import read_amdgcn, read_sass
+from kernels.aot.ahead import Report, Variant
+from kernels.aot.machine_code import read_amdgcn, read_sass
 
 SASS = """
         /*0000*/                   LDG.E.LTC128B R2, desc[UR4][R2.64] ;

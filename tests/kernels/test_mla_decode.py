@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import kernels.mla_decode as module
+import kernels.latent.decode as module
 from archs.mla import LatentConfig
 from archs.sizes import SCALES
-from kernels.mla_decode import CONFIGS, mla_decode_ref
-from kernels.mla_decode_checks import WIDTHS
+from kernels.latent.decode import CONFIGS, mla_decode_ref
+from kernels.latent.decode_checks import WIDTHS
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import norm, norm_triton_bwd
-from kernels import norm_triton as op
+from kernels.norm import rows as op
+from kernels.norm import rows_bwd as norm_triton_bwd
+from kernels.norm import torch as norm
 from tests.kernels.interpreter import interpreted
 
 EPS = 1e-5

@@ -10,9 +10,9 @@ import torch
 import triton
 
 from kernels import overlap
-from kernels.attention_decode import SPLIT_ROWS
-from kernels.gemv import default_variant
+from kernels.attention.decode import SPLIT_ROWS
 from kernels.overlap import overlapped
+from kernels.products.gemv import default_variant
 from tests.kernels.interpreter import interpreted
 
 CUDA = torch.device("cuda", 0)
@@ -54,7 +54,7 @@ def test_long_splits_of_attention_are_spread_evenly(
     context: int, early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sequence of eight heads has 33 splits: 128 rows each of 4k tokens, 3,972 of 128k."""
-    import kernels.attention_decode as module
+    import kernels.attention.decode as module
 
     asked: list[bool] = []
 
@@ -95,7 +95,7 @@ def _ptx(variant: Any, target: str) -> str:
         found.append(compiled(*given, **options))
         return found[-1]
 
-    from kernels import ahead
+    from kernels.aot import ahead
 
     original = ahead.triton
     ahead.triton = SimpleNamespace(compile=watched)  # type: ignore[assignment]

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-import kernels.page_write as module
-from kernels.page_write import FLOATS, page_write_ref
+import kernels.pages.write as module
+from kernels.pages.write import FLOATS, page_write_ref
 from tests.kernels.interpreter import interpreted
 
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.project_append as module
-from kernels.project_append import project_append_ref, serves
+import kernels.products.project_append as module
+from kernels.products.project_append import project_append_ref, serves
 from tests.kernels.interpreter import interpreted
 
 PAGE = 16

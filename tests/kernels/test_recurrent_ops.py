@@ -9,21 +9,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import selective_scan as s6
-from kernels.decay_scan import (
+from kernels.decay.torch import (
     decay_chunk,
     decay_chunk_matrix_flops,
     decay_ref,
     decay_step,
     decay_step_matrix_flops,
 )
-from kernels.gdn import (
+from kernels.gated_delta.torch import (
     gdn_chunk,
     gdn_chunk_matrix_flops,
     gdn_ref,
     gdn_step,
     gdn_step_matrix_flops,
 )
+from kernels.selective import torch as s6
 
 B, G, H, N, P = 2, 2, 4, 6, 5
 LENGTHS = [1, 63, 64, 130]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.rope_append as module
-from kernels.page_write import FLOATS, page_write_ref
-from kernels.rope import rope_table, rotate
-from kernels.rope_append import rope_append_ref
+import kernels.rope.append as module
+from kernels.pages.write import FLOATS, page_write_ref
+from kernels.rope.append import rope_append_ref
+from kernels.rope.torch import rope_table, rotate
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {
@@ -69,7 +69,7 @@ def operands(
 
 
 def torch_form(given: dict[str, Any]) -> dict[str, Tensor]:
-    """`kernels.rope.rotate`, then the paged writes: what a step without this kernel does."""
+    """`kernels.rope.torch.rotate`, then the paged writes: what a step without this kernel does."""
     qkv, h, g = given["qkv"].clone(), given["heads"], given["kv_heads"]
     at = given["lengths"].long()[:, None] + torch.arange(qkv.shape[1])
     at = at.clamp(max=len(given["cos_sin"]) - 1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import rope_rotate as op
-from kernels.rope import apply_rope, rope_table
+from kernels.rope import rotate as op
+from kernels.rope.torch import apply_rope, rope_table
 from tests.kernels.interpreter import interpreted
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

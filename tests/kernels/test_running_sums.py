@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.decay_chunk import decay_chunk as decay_kernel
-from kernels.decay_scan import decay_chunk, decay_ref
-from kernels.gdn import gdn_chunk, gdn_ref
-from kernels.gdn_chunk import gdn_chunk as gdn_kernel
-from kernels.running_sums import chunk_decays
+from kernels.decay.chunk import decay_chunk as decay_kernel
+from kernels.decay.running_sums import chunk_decays
+from kernels.decay.torch import decay_chunk, decay_ref
+from kernels.gated_delta.chunk import gdn_chunk as gdn_kernel
+from kernels.gated_delta.torch import gdn_chunk, gdn_ref
 from tests.kernels.interpreter import interpreted
 
 TOKENS = 40

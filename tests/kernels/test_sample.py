@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.sample as module
-from kernels import nucleus
-from kernels.nucleus import NO_TOKEN
-from kernels.sample import greedy_ref, nucleus_ref, top_p_ref
+import kernels.sampling.sample as module
+from kernels.sampling import nucleus
+from kernels.sampling.nucleus import NO_TOKEN
+from kernels.sampling.sample import greedy_ref, nucleus_ref, top_p_ref
 from tests.kernels.interpreter import interpreted
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import selective_chunk as op
-from kernels import selective_chunk_bwd as backward
-from kernels import selective_chunk_passes as passes
-from kernels.selective_scan import selective_scan as torch_scan
-from kernels.selective_scan import selective_scan_ref
+from kernels.selective import chunk as op
+from kernels.selective import chunk_bwd as backward
+from kernels.selective import chunk_passes as passes
+from kernels.selective.torch import selective_scan as torch_scan
+from kernels.selective.torch import selective_scan_ref
 from tests.kernels.interpreter import interpreted
 
 #: What a result's own dtype costs, relative to its largest element and to each element.

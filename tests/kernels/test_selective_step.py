@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import selective_step as op
-from kernels.selective_scan import selective_step as torch_step
+from kernels.selective import step as op
+from kernels.selective.torch import selective_step as torch_step
 from tests.kernels.interpreter import interpreted
 from tests.kernels.slots import in_place
 
@@ -124,7 +124,7 @@ def test_equals_the_oracle_and_the_torch_form(
 
 
 def torch_form(args: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.selective_scan.selective_step` with the glue of `archs.mamba1` around it."""
+    """`kernels.selective.torch.selective_step` with the glue of `archs.mamba1` around it."""
     dt, a = F.softplus(args["dt"].float() + args["dt_bias"]), -args["a_log"].exp()
     y, each = torch_step(args["x"], dt, a, args["b"], args["c"], args["d"], state, each=True)
     assert each is not None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels.split_combine as module
+import kernels.attention.combine as module
 from tests.kernels.interpreter import interpreted
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import norm_triton
-from kernels import ssm_step as op
-from kernels.decay_scan import decay_step
+from kernels.decay import ssm_step as op
+from kernels.decay.torch import decay_step
+from kernels.norm import rows as norm_triton
 from tests.kernels.interpreter import interpreted
 from tests.kernels.output_norms import (
     WRONG_ARRIVALS,
@@ -149,7 +149,7 @@ def test_equals_the_oracle_and_the_torch_form(
 
 
 def torch_form(args: dict[str, Any], state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.decay_scan.decay_step` with the glue of `archs.mamba2` around it."""
+    """`kernels.decay.torch.decay_step` with the glue of `archs.mamba2` around it."""
     x = args["x"]
     dt = F.softplus(args["dt"].float() + args["dt_bias"])
     fed = x * dt[..., None].to(x.dtype)

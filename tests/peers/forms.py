@@ -13,27 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import (
-    attention_decode,
-    attention_prefill,
-    causal_conv,
-    conv_chunk,
-    conv_step,
-    decay_chunk,
-    decay_scan,
-    gdn,
-    gdn_chunk,
-    gdn_step,
-    linear_step,
-    mla_decode,
-    norm,
-    norm_triton,
-    selective_chunk,
-    selective_scan,
-    selective_step,
-    ssm_step,
-)
-from kernels.norm import l2_norm
+from kernels.attention import decode as attention_decode
+from kernels.attention import prefill as attention_prefill
+from kernels.conv import chunk as conv_chunk
+from kernels.conv import step as conv_step
+from kernels.conv import torch as causal_conv
+from kernels.decay import chunk as decay_chunk
+from kernels.decay import linear_step, ssm_step
+from kernels.decay import torch as decay_scan
+from kernels.gated_delta import chunk as gdn_chunk
+from kernels.gated_delta import step as gdn_step
+from kernels.gated_delta import torch as gdn
+from kernels.latent import decode as mla_decode
+from kernels.norm import rows as norm_triton
+from kernels.norm import torch as norm
+from kernels.norm.torch import l2_norm
+from kernels.selective import chunk as selective_chunk
+from kernels.selective import step as selective_step
+from kernels.selective import torch as selective_scan
 from tests.kernels.interpreter import interpreted
 from tests.kernels.slots import in_place
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import rope
-from kernels.attention import attention, window_mask
+from kernels.attention.torch import attention, window_mask
+from kernels.rope import torch as rope
 from tests.peers.forms import (
     DECAY,
     DELTA,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.attention import attention, latent_attention, window_mask
+from kernels.attention.torch import attention, latent_attention, window_mask
 from tests.peers.forms import BOTH, LATENT, PAGED, Form, cases, close, paged
 
 pytestmark = pytest.mark.peers

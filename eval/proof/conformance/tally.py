@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.attention import FLOP_FORMULAS
+from kernels.attention.torch import FLOP_FORMULAS
 
 GATHERS = frozenset({"embedding", "index", "index_select", "gather", "take"})
 #: Operations that overwrite their first operand without reading it.

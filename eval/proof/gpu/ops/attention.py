@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from eval.proof.gpu.case import Case, Check, Op, Run, installed, lazily
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, on_cpu, paged, random
-from kernels.attention_decode import attention_decode, attention_decode_ref
-from kernels.attention_prefill import attention_prefill, attention_prefill_ref
-from kernels.mla_decode import mla_decode, mla_decode_ref
+from kernels.attention.decode import attention_decode, attention_decode_ref
+from kernels.attention.prefill import attention_prefill, attention_prefill_ref
+from kernels.latent.decode import mla_decode, mla_decode_ref
 
 BF16_LIMIT = 8e-3
 NAMES = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}

@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from eval.proof.gpu.case import Case, Check, Op, Run, installed, lazily
 from eval.proof.gpu.ops.operands import binary, bytes_of, random
-from kernels import decay_scan, gdn, selective_scan
-from kernels.decay_chunk import decay_chunk
-from kernels.gdn_chunk import gdn_chunk
-from kernels.selective_chunk import selective_scan as selective_chunk
+from kernels.decay import torch as decay_scan
+from kernels.decay.chunk import decay_chunk
+from kernels.gated_delta import torch as gdn
+from kernels.gated_delta.chunk import gdn_chunk
+from kernels.selective import torch as selective_scan
+from kernels.selective.chunk import selective_scan as selective_chunk
 
 #: bf16 inputs with float32 sums; gradients pass through two such products.
 LIMITS = {"forward": 8e-3, "backward": 2e-2}

@@ -8,15 +8,13 @@ from torch.nn import functional as F
 
 from eval.proof.gpu.case import Case, Check, Op, Run
 from eval.proof.gpu.ops.operands import PAGE, angles, binary, on_cpu, paged, random
-from kernels import (
-    conv_chunk,
-    latent_append,
-    norm_triton,
-    page_write,
-    rope_append,
-    rope_rotate,
-    sample,
-)
+from kernels.conv import chunk as conv_chunk
+from kernels.latent import append as latent_append
+from kernels.norm import rows as norm_triton
+from kernels.pages import write as page_write
+from kernels.rope import append as rope_append
+from kernels.rope import rotate as rope_rotate
+from kernels.sampling import sample
 
 BF16_LIMIT = 8e-3
 EPS = 1e-5

@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from eval.proof.gpu.case import Case, Check, Op, Run
 from eval.proof.gpu.ops.operands import PAGE, angles, on_cpu, paged, random
-from kernels.few_rows import few_rows, few_rows_ref
-from kernels.gemv import gemv, gemv_ref, norm_gemv, norm_gemv_ref
-from kernels.head_gemv import head_gemv, head_gemv_ref
-from kernels.project_append import project_append, project_append_ref
-from kernels.rope import rotate
+from kernels.products.few_rows import few_rows, few_rows_ref
+from kernels.products.gemv import gemv, gemv_ref, norm_gemv, norm_gemv_ref
+from kernels.products.head_gemv import head_gemv, head_gemv_ref
+from kernels.products.project_append import project_append, project_append_ref
+from kernels.rope.torch import rotate
 
 BF16_LIMIT = 8e-3
 EPS = 1e-5

@@ -16,7 +16,10 @@ from eval.proof.gpu.case import Case, Check, Op, Run, installed
 from eval.proof.gpu.ops import recurrent_baselines as baselines
 from eval.proof.gpu.ops.operands import bytes_of, on_cpu, random, slots
 from eval.proof.gpu.ops.recurrent_baselines import Baselines
-from kernels import conv_step, gdn_step, linear_step, selective_step, ssm_step
+from kernels.conv import step as conv_step
+from kernels.decay import linear_step, ssm_step
+from kernels.gated_delta import step as gdn_step
+from kernels.selective import step as selective_step
 
 BF16_LIMIT = 8e-3
 Pairs = Sequence[tuple[Tensor, Tensor]]

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.proof.gpu.case import Run, installed, lazily
-from kernels import norm, norm_triton
-from kernels.decay_scan import decay_step
-from kernels.gdn import gdn_step
-from kernels.norm import OutputNorm, l2_norm
-from kernels.rope import apply_rope
-from kernels.selective_scan import selective_step
+from kernels.decay.torch import decay_step
+from kernels.gated_delta.torch import gdn_step
+from kernels.norm import rows as norm_triton
+from kernels.norm import torch as norm
+from kernels.norm.torch import OutputNorm, l2_norm
+from kernels.rope.torch import apply_rope
+from kernels.selective.torch import selective_step
 
 Inputs = dict[str, Tensor]
 #: From the kernel's inputs, K = 1, and the states, of which sequence b has the b-th.

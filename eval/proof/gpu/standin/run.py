@@ -102,7 +102,7 @@ def _stub(record: Any, baselines: bool) -> None:
     from eval.proof.gpu import case, proof
     from eval.proof.gpu.ops import attention
     from eval.proof.gpu.standin.device import GPU
-    from kernels import sample
+    from kernels.sampling import sample
 
     def distance(got: Tensor, expected: Tensor) -> float:
         if got.shape != expected.shape:

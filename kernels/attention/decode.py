@@ -1,0 +1,383 @@
+"""Softmax attention of 1 to 8 new tokens per sequence over a paged cache, split along its rows.
+
+Legend: B batch, K new tokens, H query heads, G kv heads, d head dim, M rows of one matrix product.
+The H/G query heads of a kv head times K tokens are packed into the M rows, so that keys and values
+are read once. A sequence's tiles are divided among the splits of a fixed grid (its size depends on
+capacities alone, so a captured graph stays valid; how many splits work is read from `lengths`).
+Where there are several, `combine` puts their results together (flash-decoding, arXiv
+2307.08691 and 2402.05099). Logits, softmax and sums are fp32; exponents are base 2.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.aot.ahead import TARGETS, Variant
+from kernels.attention.combine import MAX_SPLITS, split_combine
+from kernels.attention.decode_checks import EIGHT_BIT, check
+from kernels.attention.tiles import page_of, rows_of
+from kernels.attention.words import as_words, halves, join_channels, split_channels
+from kernels.overlap import overlapped, start_next, wait_for_previous
+
+#: Programs that a multiprocessor is given, where there are rows for so many.
+PROGRAMS_PER_SM = 2
+#: Fewest rows worth a split of their own.
+SPLIT_ROWS = 128
+#: Multiprocessors assumed where there is no GPU to ask (those of an H200).
+INTERPRETER_SMS = 132
+BLOCKS_M = (16, 32, 64)
+#: Most bytes spilled: in some cells Triton 3.7's ptxas stops at 96, 128 or 168 registers and keeps
+#: a few bytes in memory. What was timed on an H100 is Triton 3.6's code, which spills none in the
+#: cells of d 64 and 128 with 16 rows: what these bytes cost is not measured.
+SPILLS = 24
+_TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Cache rows per tile, warps per program, stages of the load pipeline."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+#: By head dim, M, and whether K and V hold 8 bits.
+CONFIGS: dict[tuple[int, int, bool], Config] = {
+    (d, m, eight): config
+    for eight in (False, True)
+    for d, m, config in (
+        (32, 16, Config(128, 4, 2) if eight else Config(64, 2, 3)),
+        (32, 32, Config(64, 4, 3)), (32, 64, Config(64, 4, 3)),
+        (64, 16, Config(64, 4 if eight else 2, 3)), (64, 32, Config(32 if eight else 64, 4, 3)),
+        (64, 64, Config(32, 4, 2) if eight else Config(32, 8, 3)),
+        (128, 16, Config(64, 4, 3 if eight else 2)),
+        (128, 32, Config(32 if eight else 64, 8, 3)),
+        (128, 64, Config(32, 8, 2) if eight else Config(64, 8, 3)),
+        *((256, m, Config(64, 8, 2) if eight else Config(32, 8, 3)) for m in (16, 32)),
+    )
+}  # fmt: skip
+#: Where AMD GPUs differ: 64 KiB of shared memory, more registers for programs of 4 warps, and
+#: twice the threads to a warp, each to load 16 bytes.
+AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
+    **{(32, m, True): Config(64, 2, 3) for m in BLOCKS_M},
+    (64, 32, True): Config(64, 4, 3), (64, 64, False): Config(32, 4, 3),
+    (64, 64, True): Config(64, 4, 2),
+    (128, 32, True): Config(32, 4, 2),
+    (128, 64, False): Config(64, 8, 2), (128, 64, True): Config(32, 4, 2),
+    (256, 16, True): Config(32, 4, 2), (256, 32, True): Config(32, 4, 2),
+}  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
+def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, page_table, lengths, k_scale, v_scale, out, partials, partial_lse, used_splits,
+    scale_log2, q_stride_b, q_stride_t, q_stride_h, k_stride_g, v_stride_g,
+    max_pages, group, tokens, row_blocks, window, sinks,
+    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
+    EIGHT_BIT: tl.constexpr, FP8: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(OVERLAP)
+    split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = part // row_blocks
+    splits = tl.num_programs(0)
+    length = tl.load(lengths + b)
+
+    # The tiles to visit: those of the sinks older than the windows, then `oldest` to the end.
+    last = tl.maximum(length - 1, 0)
+    oldest = 0
+    sunk = 0
+    if WINDOWED:
+        oldest = tl.maximum(length - tokens + 1 - window, 0)
+        sunk = tl.minimum(sinks, oldest)
+    sink_tiles = tl.cdiv(sunk, TILE)
+    tiles = tl.cdiv(length, TILE) - oldest // TILE + sink_tiles
+    per_split = tl.maximum(tl.cdiv(tiles, splits), SPLIT_TILES)
+    used = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    if split >= used:
+        return
+    if split == 0:
+        tl.store(used_splits + b * tl.num_programs(1) + part, used)
+    start = split * per_split
+    end = tl.minimum(start + per_split, tiles)
+
+    # Row r of the product is head r % group of token r // group.
+    r = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D)
+    token = r // group
+    head = g * group + r % group
+    real = (r < group * tokens)[:, None]
+    position = length - tokens + token
+    q_rows = b.to(tl.int64) * q_stride_b + token * q_stride_t + head * q_stride_h
+    query = tl.load(q + q_rows[:, None] + dims[None, :], mask=real, other=0.0)
+    WIDTH: tl.constexpr = D // 2 if EIGHT_BIT else D
+    columns = tl.arange(0, WIDTH)
+    if EIGHT_BIT:
+        scale_log2 *= tl.load(k_scale + g)
+        query, odd_query = split_channels(query)
+        odd_sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    k += g.to(tl.int64) * k_stride_g
+    v += g.to(tl.int64) * v_stride_g
+    page_table += b.to(tl.int64) * max_pages
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+    for i in tl.range(start, end):
+        row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
+        at = (page.to(tl.int64) * PAGE + held % PAGE)[:, None] * WIDTH + columns[None, :]
+        # The next page is looked up here: a load that feeds loads would cost pipeline stages.
+        after = tl.minimum(i + 1, end - 1)
+        page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+        keys = tl.load(k + at)
+        if EIGHT_BIT:
+            keys, odd_keys = halves(keys, FP8, query.dtype)
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        if EIGHT_BIT:
+            logits = tl.dot(odd_query, tl.trans(odd_keys), logits, input_precision="ieee")
+        age = position[:, None] - row[None, :]
+        if WINDOWED:
+            # One comparison for all: as an unsigned number an age below 0 is huge.
+            limit = tl.where(row == held, tl.where(row < sinks, 0x7FFFFFFF, window), 0)
+            visible = age.to(tl.uint32, bitcast=True) < limit.to(tl.uint32)[None, :]
+        else:
+            visible = age >= 0
+        logits = tl.where(visible, logits * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen nothing yet has top -inf; 0 in its place gives weights of 0, not NaN.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logits - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        weights = weights.to(query.dtype)
+        values = tl.load(v + at)
+        if EIGHT_BIT:
+            values, odd_values = halves(values, FP8, query.dtype)
+            odd_sums = odd_sums * shrink[:, None]
+            odd_sums = tl.dot(weights, odd_values, odd_sums, input_precision="ieee")
+        sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    # Not before: what the next kernel asks for ahead would stand in the way of the rows.
+    start_next(OVERLAP)
+    if EIGHT_BIT:
+        sums = join_channels(sums, odd_sums)
+    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    if EIGHT_BIT:
+        result *= tl.load(v_scale + g)
+        # Derived anew: kept through the loop, what tells the rows apart would cost it registers
+        # that the conversion to 16 bits needs.
+        token = position + tokens - tl.load(lengths + b, volatile=True)
+        head = g * group + (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M) - token * group
+        real = (token < tokens)[:, None]
+    heads = group * (tl.num_programs(1) // row_blocks)
+    out_rows = (b.to(tl.int64) * tokens + token) * heads + head
+    out_at = out + out_rows[:, None] * D + dims[None, :]
+    if used == 1:
+        tl.store(out_at, result.to(out.dtype.element_ty), mask=real)
+        return
+
+    counter = b.to(tl.int64) * tl.num_programs(1) + part
+    first = counter * splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = (split * BLOCK_M + first)[:, None] * D + dims[None, :]
+    tl.store(partials + at, result, mask=real)
+    tl.store(partial_lse + split * BLOCK_M + first, top + tl.log2(total))
+
+
+def attention_decode(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    page_size: int,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · q kᵀ) v over the rows that each new token may see.
+
+    q: [B, K, H, d], K <= 8, bf16 or fp16; strides multiples of 16, so views of a packed
+      projection will do.
+    k_pool, v_pool: [G, pages * page_size, d]; q's dtype, or int8 or float8_e4m3fn with scales.
+    page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
+    lengths: int32 [B]; rows in the cache, the K new ones included. Token i sits at position
+      length - K + i and sees rows up to itself; a token at a negative position returns zeros.
+    window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
+      first `sinks`; pages that no new token sees may be anything.
+    k_scale, v_scale: fp32 [G], what a stored 8-bit value is multiplied by.
+    out: contiguous [B, K, H, d], written and returned.
+    Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
+    nor those of `lengths` are checked: they are read on the device only.
+    """
+    compiled = isinstance(attention_decode_fwd_kernel, triton.JITFunction)
+    batch, tokens, heads, dim, kv_heads = check(
+        q, k_pool, v_pool, page_table, lengths, page_size, window, sinks, k_scale, v_scale, out,
+        compiled=compiled,
+    )  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if batch == 0:
+        return out
+    group = heads // kv_heads
+    block_m = min(
+        BLOCKS_M[-1], 8192 // dim, max(BLOCKS_M[0], triton.next_power_of_2(group * tokens))
+    )
+    row_blocks = triton.cdiv(group * tokens, block_m)
+    parts = kv_heads * row_blocks
+    config = config_of(dim, block_m, k_pool.dtype in EIGHT_BIT, amd=torch.version.hip is not None)
+
+    capacity = page_table.shape[1] * page_size
+    if window is not None:
+        capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
+    splits = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(q.device), batch * parts)
+    splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
+    early = triton.cdiv(capacity, splits) <= SPLIT_ROWS
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    partials = floats((batch, parts, splits, block_m, dim) if splits > 1 else (16,))
+    partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
+    used_splits = torch.empty(batch * parts, dtype=torch.int32, device=q.device)
+    # The stride of a single element is arbitrary, and never used.
+    stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
+    kv_dtype = k_pool.dtype
+    if kv_dtype in EIGHT_BIT:
+        k_pool, v_pool = as_words(k_pool), as_words(v_pool)
+    stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
+    attention_decode_fwd_kernel[(splits, parts, batch)](
+        q, k_pool, v_pool, page_table, lengths,
+        q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        out, partials, partial_lse, used_splits,
+        (dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        stride_b, stride_t, stride_h, stride_k, stride_v,
+        page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
+        **_constants(dim, block_m, config, page_size, window is not None, kv_dtype),
+        num_warps=config.warps, num_stages=config.stages,
+        **overlapped(q.device, early=early),
+    )  # fmt: skip
+    if splits > 1:
+        split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)
+    return out
+
+
+def config_of(dim: int, block_m: int, eight_bit: bool, *, amd: bool) -> Config:
+    """The configuration for this head dim, M and width of K and V."""
+    key = dim, block_m, eight_bit
+    return AMD_CONFIGS.get(key, CONFIGS[key]) if amd else CONFIGS[key]
+
+
+def _constants(
+    dim: int, block_m: int, config: Config, page_size: int, windowed: bool, kv: torch.dtype
+) -> dict[str, int | bool]:
+    return {
+        "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile,
+        "WINDOWED": windowed, "EIGHT_BIT": kv in EIGHT_BIT, "FP8": kv == torch.float8_e4m3fn,
+    }  # fmt: skip
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETER_SMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def attention_decode_ref(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *,
+    page_size: int, scale: float | None = None, window: int | None = None, sinks: int = 0,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The oracle: float64, one new token of one head at a time. Arguments as `attention_decode`."""
+    batch, tokens, heads, dim = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for b in range(batch):
+        for i in range(tokens):
+            position = int(lengths[b]) - tokens + i
+            rows = torch.arange(max(position + 1, 0))
+            if window is not None:
+                rows = rows[(rows > position - window) | (rows < sinks)]
+            if len(rows) == 0:
+                continue
+            at = page_table[b, rows // page_size].long() * page_size + rows % page_size
+            for h in range(heads):
+                g = h // (heads // k_pool.shape[0])
+                k, v = k_pool[g, at].double(), v_pool[g, at].double()
+                k = k if k_scale is None else k * k_scale[g].double()
+                v = v if v_scale is None else v * v_scale[g].double()
+                logits = k @ q[b, i, h].double() * (dim**-0.5 if scale is None else scale)
+                out[b, i, h] = logits.softmax(0) @ v
+    return out
+
+
+def _variant(
+    q: torch.dtype, kv: torch.dtype, dim: int, block_m: int, windowed: bool, page_size: int,
+    *, amd: bool = False,
+) -> Variant:  # fmt: skip
+    eight_bit = kv in EIGHT_BIT
+    config = config_of(dim, block_m, eight_bit, amd=amd)
+    pool = torch.int16 if eight_bit else kv
+    pointers = {
+        "q": q, "k": pool, "v": pool, "page_table": torch.int32, "lengths": torch.int32,
+        "k_scale": torch.float32, "v_scale": torch.float32, "out": q,
+        "partials": torch.float32, "partial_lse": torch.float32, "used_splits": torch.int32,
+    }  # fmt: skip
+    names = _TYPES | {torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16"}
+    strides = ["q_stride_b", "q_stride_t", "q_stride_h", "k_stride_g", "v_stride_g"]
+    counts = ["max_pages", "group", "tokens", "row_blocks", "window", "sinks"]
+    signature = {n: "*" + names[t] for n, t in pointers.items()} | {"scale_log2": "fp32"}
+    return Variant(
+        name=f"attention_decode {names[q]} kv {names[kv]} d {dim} m {block_m} page {page_size}"
+        + (" window" if windowed else ""),
+        kernel=attention_decode_fwd_kernel,
+        signature=signature | dict.fromkeys(strides + counts, "i32"),
+        constexprs=_constants(dim, block_m, config, page_size, windowed, kv),
+        divisible=frozenset([*pointers, *strides]),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        wide_loads=2,
+        # Page numbers.
+        narrow_in_loops=frozenset({4}),
+        matrix=True,
+        spills=SPILLS,
+        # sm_80 has no fp8e4nv; the wrapper refuses it.
+        targets=tuple(
+            t
+            for t, gpu in TARGETS.items()
+            if config_of(dim, block_m, eight_bit, amd=gpu.backend == "hip") == config
+            if t != "sm_80" or kv != torch.float8_e4m3fn
+        ),
+    )
+
+
+def default_variant() -> Variant:
+    """One new token, 64 query heads on 8 kv heads, d 128, bf16, pages of 64."""
+    return _variant(torch.bfloat16, torch.bfloat16, 128, 16, False, 64)
+
+
+def variants() -> list[Variant]:
+    """Every configuration that the wrapper can pick, each for the targets it is picked on. Pages:
+    of whole tiles, and below a tile; those of fp16 K and V are left out, as their code is that of
+    bf16 but for the type."""
+    return [
+        _variant(q, kv, dim, block_m, windowed, page_size, amd=amd)
+        for amd in (False, True)
+        for q in (torch.bfloat16, torch.float16)
+        for kv in (q, *EIGHT_BIT)
+        for (dim, block_m, eight_bit) in (AMD_CONFIGS if amd else CONFIGS)
+        if eight_bit == (kv in EIGHT_BIT)
+        for windowed in (False, True)
+        for page_size in (64, 16)
+        if page_size == 64 or kv != torch.float16
+    ]

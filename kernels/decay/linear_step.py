@@ -1,0 +1,254 @@
+"""Linear attention for 1 to 8 new tokens on states in slots: S_t = γ S_{t-1} + k_t v_tᵀ,
+y_t = scale · S_tᵀ q_t, with one fixed decay γ per head (retention, arXiv 2307.08621); optionally
+q and k are turned by their tokens' positions first, and y is normed and gated after.
+
+B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The output
+norm spans a head's P channels, several tiles: the last of their programs does it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.checks import form, require
+from kernels.norm.torch import OutputNorm
+from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.step import (
+    POINTERS,
+    keep_state,
+    last_slot,
+    require_dims,
+    require_heads,
+    require_like,
+    require_shape,
+    require_state,
+    row_stride,
+)
+from kernels.recurrent.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
+from kernels.rope.rotate import rope_rotate_ref
+
+#: State dtype -> (BLOCK_P, num_warps). Tiles of fewer columns are half as fast on an H100: a row's
+#: bytes in one tile should fill a line of the cache, or two of its sectors at least.
+CONFIGS: dict[torch.dtype, tuple[int, int]] = {
+    torch.float32: (32, 4),
+    torch.bfloat16: (32, 2),
+}
+
+
+@triton.jit
+def turned(x, cos, sin, BLOCK_N):  # type: ignore[no-untyped-def]
+    """Channels (0, 1), (2, 3), … of x [BLOCK_N] turned, rounded to x's dtype as if stored."""
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (BLOCK_N // 2, 2)))
+    pairs = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(pairs, (BLOCK_N,)).to(x.dtype)
+
+
+@triton.jit
+def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, state, read, write, new, y, q_row, k_row, v_row, slot_stride,
+    cos_sin, past, positions, gate, weight, arrivals, gate_row,
+    SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of P, H, B). Rows of q, k, v, y, gate are tokens; new may be None, and so
+    may all that serves the rotation or the output norm.
+    """
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    group = head // (H // G)
+    count = K
+    if new is not None:
+        count = tl.load(new + batch)
+    source = tl.load(read + batch).to(tl.int64)
+    last = last_slot(write + batch * K, count, K)
+    n = tl.arange(0, BLOCK_N)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_n, in_p = n < N, p < P
+    inside = in_n[:, None] & in_p[None, :]
+    tile = n[:, None] * P + p[None, :]
+    own = state + head * N * P + tile
+    s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
+    decay = tl.exp(tl.load(log_decay + head).to(tl.float32))
+    for t in range(K):
+        row = batch * K + t
+        valid = t < count
+        qt = tl.load(q + row * q_row + group * N + n, mask=in_n & valid, other=0.0)
+        kt = tl.load(k + row * k_row + group * N + n, mask=in_n & valid, other=0.0)
+        if cos_sin is not None:
+            position = tl.load(past + batch) + t
+            at = cos_sin + position.to(tl.int64) * N + n
+            # A position past the table turns by nothing.
+            angle = tl.load(at, mask=in_n & (position < positions), other=1.0 - n % 2)
+            cos, sin = tl.split(tl.reshape(angle, (BLOCK_N // 2, 2)))
+            qt, kt = turned(qt, cos, sin, BLOCK_N), turned(kt, cos, sin, BLOCK_N)
+        qt, kt = qt.to(tl.float32), kt.to(tl.float32)
+        vt = tl.load(v + row * v_row + head * P + p, mask=in_p & valid, other=0.0).to(tl.float32)
+        s = s * tl.where(valid, decay, 1.0) + kt[:, None] * vt[None, :]
+        yt = tl.sum(qt[:, None] * s, 0) * SCALE
+        tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
+        if EACH:
+            keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
+    to = own + last.to(tl.int64) * slot_stride
+    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
+    if gate is not None:
+        norm_last(
+            y, gate, weight, arrivals, gate_row, count, K, H, P,
+            NORM_EPS, GATE_FIRST, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+
+
+def linear_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    read: Tensor,
+    write: Tensor,
+    *,
+    each: bool = False,
+    scale: float = 1.0,
+    new: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+    past: Tensor | None = None,
+    norm: OutputNorm | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """Advance the states of B sequences by K tokens, from slot to slot.
+
+    q, k: [B, K, G, N]; v: [B, K, H, P]; log_decay: [H]; state: [slots, H, N, P] in float32 or
+    bfloat16; read: int32 [B], write: int32 [B, K], each: the slots of states, as `recurrent.step`
+    says; new: int32 [B] valid tokens of right-padded rows (None: K); cos_sin, past: turn q and k by
+    position, as `rope.rotate` by its `cos_sin` and `lengths` and with its rounding (sums
+    may differ in float32's last bit); norm: of y, head by head (None: y as it is); arrivals: int32
+    zeros, at least B * H, left at zero, for a norm: pass the same one on each call of a stream to
+    save the launch that clears a fresh one.
+    Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
+    Raises ValueError naming the argument, its value and the rule it breaks.
+    """
+    require_dims("q", q, 4)
+    require_dims("v", v, 4)
+    batch, tokens, groups, n = q.shape
+    heads, p = v.shape[2:]
+    require_shape("k", k, (batch, tokens, groups, n))
+    require_shape("v", v, (batch, tokens, heads, p))
+    require_shape("log_decay", log_decay, (heads,))
+    require_heads("v", heads, groups)
+    require_state(linear_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
+    require_like(state, q=q, k=k, v=v, log_decay=log_decay)
+    positions = None
+    if cos_sin is not None or past is not None:
+        positions = _require_angles(cos_sin, past, batch, n, state.device)
+    y = torch.empty(batch, tokens, heads, p, dtype=v.dtype, device=v.device)
+    block_p, warps = CONFIGS[state.dtype]
+    normed = norm_arguments(norm, arrivals, y, state, warps)
+    linear_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
+        q, k, v, log_decay, state, read, write, new, y,
+        row_stride("q", q), row_stride("k", k), row_stride("v", v), state.stride(0),
+        cos_sin, past, positions,
+        SCALE=scale, K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n, P=p,
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
+        **overlapped(q.device),
+    )  # fmt: skip
+    return y
+
+
+def _require_angles(
+    cos_sin: Tensor | None, past: Tensor | None, batch: int, n: int, device: torch.device
+) -> int:
+    """Raise ValueError unless both serve heads of n channels; returns the table's positions."""
+    if cos_sin is None or past is None:
+        raise ValueError("one of cos_sin and past is None; a rotation needs both")
+    if n % 2:
+        raise ValueError(f"N={n} is odd; rotary pairs need an even one")
+    require_shape("cos_sin", cos_sin, (cos_sin.shape[0], n // 2, 2))
+    require_shape("past", past, (batch,))
+    for name, tensor, dtype in (("cos_sin", cos_sin, torch.float32), ("past", past, torch.int32)):
+        require(tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous(),
+                name, form(tensor), f"must be contiguous {dtype} on {device}")  # fmt: skip
+    return cos_sin.shape[0]
+
+
+def linear_step_ref(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float = 1.0,
+    cos_sin: Tensor | None = None, past: Tensor | None = None, norm: OutputNorm | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
+
+    Returns y [B, K, H, P] and the state after every token [B, K, H, N, P].
+    """
+    if cos_sin is not None and past is not None:
+        q, k = (rope_rotate_ref(t, cos_sin, past) for t in (q, k))
+    share = v.shape[2] // q.shape[2]
+    q, k = (t.double().repeat_interleave(share, 2) for t in (q, k))
+    decay = log_decay.double().exp()[:, None, None]
+    s, rows, states = state.double(), [], []
+    for t in range(v.shape[1]):
+        s = decay * s + k[:, t, :, :, None] * v[:, t, :, None].double()
+        rows.append((q[:, t, :, :, None] * s).sum(-2) * scale)
+        states.append(s)
+    return output_norm_ref(torch.stack(rows, 1), norm), torch.stack(states, 1)
+
+
+def variants() -> list[Variant]:
+    """Every shape and option that is compiled ahead of time."""
+    wide, narrow = torch.float32, torch.bfloat16
+    return [
+        default_variant(),
+        _variant(wide, 128, 256, 1),
+        _variant(wide, 128, 256, 8, ragged=True, each=True),
+        _variant(wide, 128, 256, 8, ragged=True, each=True, turn=True, norm=True),
+        _variant(wide, 64, 100, 4, ragged=True),
+        _variant(wide, 64, 100, 3, ragged=True, turn=True, norm=True),
+        _variant(narrow, 128, 256, 1),
+        _variant(narrow, 128, 256, 1, turn=True, norm=True),
+        _variant(narrow, 128, 256, 8, ragged=True, each=True),
+    ]
+
+
+def default_variant() -> Variant:
+    """One token, float32 state, heads of 128 by 256 (the 1b shape), rotation and output norm."""
+    return _variant(torch.float32, 128, 256, 1, turn=True, norm=True)
+
+
+def _variant(
+    dtype: torch.dtype, n: int, p: int, tokens: int, *, ragged: bool = False, each: bool = False,
+    turn: bool = False, norm: bool = False,
+) -> Variant:  # fmt: skip
+    signature = dict.fromkeys(("q", "k", "v", "y"), "*bf16")
+    signature |= dict.fromkeys(("q_row", "k_row", "v_row", "slot_stride"), "i32")
+    signature |= {"log_decay": "*fp32", "state": POINTERS[dtype], "read": "*i32", "write": "*i32"}
+    block_p, warps = CONFIGS[dtype]
+    block_n = triton.next_power_of_2(n)
+    constexprs: dict[str, Any] = {
+        "SCALE": n**-0.5, "K": tokens, "EACH": each, "G": 8, "H": 8, "N": n, "P": p,
+        "BLOCK_N": block_n, "BLOCK_P": block_p,
+    }  # fmt: skip
+    optional = {
+        "new": (ragged, "*i32"), "cos_sin": (turn, "*fp32"), "past": (turn, "*i32"),
+        "positions": (turn, "i32"),
+    }  # fmt: skip
+    signature |= {name: kind for name, (used, kind) in optional.items() if used}
+    constexprs |= {name: None for name, (used, _) in optional.items() if not used}
+    types, constants, norm_loads = norm_variant((p, p, False) if norm else None, tokens, warps)
+    chosen = (("ragged", ragged), ("each", each), ("turn", turn), ("norm", norm))
+    options = "".join(f"_{option}" for option, used in chosen if used)
+    return Variant(
+        name=f"linear_step_{POINTERS[dtype][1:]}_{n}x{p}_k{tokens}{options}",
+        kernel=linear_step_fwd_kernel,
+        signature=signature | types,
+        constexprs=constexprs | constants,
+        divisible=frozenset([*signature, *types]),
+        num_warps=warps,
+        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
+        narrow_in_loops=TOKEN_LOADS,
+    )

@@ -1,0 +1,244 @@
+"""Mamba-2's recurrent update for 1 to 8 new tokens on states in slots (arXiv 2405.21060):
+S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t, with Δ = softplus(dt + dt_bias)
+and A = -e^{A_log} computed here.
+
+B sequences, K new tokens, H heads, G groups of b and c, N states, P channels per head.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The gated
+norm spans the heads of a group: the last of their programs does it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.norm.torch import OutputNorm
+from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.step import (
+    POINTERS,
+    keep_state,
+    last_slot,
+    require_dims,
+    require_heads,
+    require_like,
+    require_shape,
+    require_state,
+    row_stride,
+    softplus,
+)
+from kernels.recurrent.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
+
+#: State dtype -> (BLOCK_P, num_warps). Tiles of fewer columns are half as fast on an H100: a row's
+#: bytes in one tile should fill a line of the cache, or two of its sectors at least.
+CONFIGS: dict[torch.dtype, tuple[int, int]] = {
+    torch.float32: (32, 4),
+    torch.bfloat16: (32, 4),
+}
+
+
+@triton.jit
+def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
+    x, dt, b, c, a_log, d, dt_bias, state, read, write, new, y,
+    x_row, dt_row, b_row, c_row, slot_stride, gate, weight, arrivals, gate_row,
+    K: tl.constexpr, EACH: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of P, H, B). Rows of x, dt, b, c, y, gate are tokens; new may be None,
+    and so may all that serves the output norm.
+    """
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    group = head // (H // G)
+    count = K
+    if new is not None:
+        count = tl.load(new + batch)
+    source = tl.load(read + batch).to(tl.int64)
+    last = last_slot(write + batch * K, count, K)
+    n = tl.arange(0, BLOCK_N)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_n, in_p = n < N, p < P
+    inside = in_n[:, None] & in_p[None, :]
+    tile = n[:, None] * P + p[None, :]
+    own = state + head * N * P + tile
+    s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    skip = tl.load(d + head).to(tl.float32)
+    for t in range(K):
+        row = batch * K + t
+        valid = t < count
+        xt = tl.load(x + row * x_row + head * P + p, mask=in_p & valid, other=0.0).to(tl.float32)
+        bt = tl.load(b + row * b_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
+        ct = tl.load(c + row * c_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
+        raw = tl.load(dt + row * dt_row + head, mask=valid, other=0.0).to(tl.float32)
+        step = tl.where(valid, softplus(raw + bias), 0.0)
+        s = s * tl.exp(step * rate) + bt[:, None] * (step * xt)[None, :]
+        yt = tl.sum(ct[:, None] * s, 0) + skip * xt
+        tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
+        if EACH:
+            keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
+    to = own + last.to(tl.int64) * slot_stride
+    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
+    if gate is not None:
+        norm_last(
+            y, gate, weight, arrivals, gate_row, count, K, H, P,
+            NORM_EPS, GATE_FIRST, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+
+
+def ssm_step(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    read: Tensor,
+    write: Tensor,
+    *,
+    each: bool = False,
+    new: Tensor | None = None,
+    norm: OutputNorm | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """Advance the states of B sequences by K tokens, from slot to slot.
+
+    x: [B, K, H, P]; dt: [B, K, H] before bias and softplus; b, c: [B, K, G, N]; a_log, d, dt_bias:
+    [H]; state: [slots, H, N, P] in float32 or bfloat16; read: int32 [B], write: int32 [B, K], each:
+    the slots of the states, as `recurrent.step` says; new: int32 [B] valid tokens of right-padded
+    rows (None: K); norm: of y, its groups whole heads (None: y as it is); arrivals: int32 zeros, at
+    least B * groups of the norm, left at zero, for a norm: pass the same one on each call of a
+    stream to save the launch that clears a fresh one.
+    Returns y [B, K, H, P] in x's dtype, 0 at padded tokens.
+    Raises ValueError naming the argument, its value and the rule it breaks.
+    """
+    require_dims("x", x, 4)
+    require_dims("b", b, 4)
+    batch, tokens, heads, p = x.shape
+    groups, n = b.shape[2:]
+    require_shape("dt", dt, (batch, tokens, heads))
+    require_shape("b", b, (batch, tokens, groups, n))
+    require_shape("c", c, (batch, tokens, groups, n))
+    require_heads("x", heads, groups)
+    inputs = {"x": x, "dt": dt, "b": b, "c": c, "a_log": a_log, "d": d, "dt_bias": dt_bias}
+    for name in ("a_log", "d", "dt_bias"):
+        require_shape(name, inputs[name], (heads,))
+    require_state(ssm_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
+    require_like(state, **inputs)
+    y = torch.empty(batch, tokens, heads, p, dtype=x.dtype, device=x.device)
+    block_p, warps = CONFIGS[state.dtype]
+    normed = norm_arguments(norm, arrivals, y, state, warps)
+    ssm_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
+        x, dt, b, c, a_log, d, dt_bias, state, read, write, new, y,
+        row_stride("x", x), row_stride("dt", dt), row_stride("b", b), row_stride("c", c),
+        state.stride(0),
+        K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n, P=p,
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
+        **overlapped(x.device),
+    )  # fmt: skip
+    return y
+
+
+def ssm_step_ref(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    a_log: Tensor,
+    d: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    norm: OutputNorm | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
+
+    Returns y [B, K, H, P] and the state after every token [B, K, H, N, P].
+    """
+    share = x.shape[2] // b.shape[2]
+    b, c = (t.double().repeat_interleave(share, 2) for t in (b, c))
+    x, step = x.double(), F.softplus(dt.double() + dt_bias.double())
+    decay = (-a_log.double().exp() * step).exp()[..., None, None]
+    fed = step[..., None] * x
+    s, rows, states = state.double(), [], []
+    for t in range(x.shape[1]):
+        s = decay[:, t] * s + b[:, t, :, :, None] * fed[:, t, :, None]
+        rows.append((c[:, t, :, :, None] * s).sum(-2) + d.double()[:, None] * x[:, t])
+        states.append(s)
+    return output_norm_ref(torch.stack(rows, 1), norm), torch.stack(states, 1)
+
+
+def variants() -> list[Variant]:
+    """Every shape and option that is compiled ahead of time."""
+    wide, narrow = torch.float32, torch.bfloat16
+    return [
+        default_variant(),
+        _variant(wide, 128, 64, 1),
+        _variant(wide, 128, 64, 8, ragged=True, each=True, groups=1),
+        _variant(wide, 128, 100, 2, ragged=True),
+        _variant(wide, 128, 100, 3, ragged=True, groups=8),
+        _variant(wide, 64, 64, 4),
+        _variant(narrow, 128, 64, 1),
+        _variant(narrow, 128, 64, 1, groups=1),
+        _variant(narrow, 128, 64, 8, ragged=True, each=True, groups=8),
+    ]
+
+
+def default_variant() -> Variant:
+    """One token, float32 state, 64 heads of 64 channels and 128 states (the published sizes), one
+    output norm over all of them.
+    """
+    return _variant(torch.float32, 128, 64, 1, groups=1)
+
+
+def _variant(
+    dtype: torch.dtype,
+    n: int,
+    p: int,
+    tokens: int,
+    *,
+    ragged: bool = False,
+    each: bool = False,
+    groups: int | None = None,
+) -> Variant:
+    """groups: of the output norm (None: no norm)."""
+    pointer = POINTERS[dtype]
+    signature = dict.fromkeys(("x", "dt", "b", "c", "y"), "*bf16")
+    signature |= dict.fromkeys(("a_log", "d", "dt_bias"), "*fp32")
+    signature |= dict.fromkeys(("x_row", "dt_row", "b_row", "c_row", "slot_stride"), "i32")
+    signature |= {"state": pointer, "read": "*i32", "write": "*i32"}
+    block_p, warps = CONFIGS[dtype]
+    block_n = triton.next_power_of_2(n)
+    constexprs: dict[str, Any] = {
+        "K": tokens, "EACH": each, "G": 1, "H": 64, "N": n, "P": p, "BLOCK_N": block_n,
+        "BLOCK_P": block_p,
+    }  # fmt: skip
+    if ragged:
+        signature["new"] = "*i32"
+    else:
+        constexprs["new"] = None
+    inner = 64 * p
+    norm = None if groups is None else (inner // groups, inner, True)
+    types, constants, norm_loads = norm_variant(norm, tokens, warps)
+    chosen = (("ragged", ragged), ("each", each), (f"norm{groups}", groups))
+    options = "".join(f"_{option}" for option, used in chosen if used)
+    return Variant(
+        name=f"ssm_step_{pointer[1:]}_{n}x{p}_k{tokens}{options}",
+        kernel=ssm_step_fwd_kernel,
+        signature=signature | types,
+        constexprs=constexprs | constants,
+        divisible=frozenset([*signature, *types]),
+        num_warps=warps,
+        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
+        narrow_in_loops=TOKEN_LOADS,
+    )

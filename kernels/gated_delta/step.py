@@ -1,0 +1,243 @@
+"""The gated delta rule for 1 to 8 new tokens on states in slots (arXiv 2412.06464, eq. 10):
+S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t / √N, with
+g = -e^{A_log} softplus(a + dt_bias), β = sigmoid(b) and normalised q and k computed here.
+
+B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The output
+norm spans a head's P channels, several tiles: the last of their programs does it.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.norm.torch import OutputNorm
+from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.step import (
+    POINTERS,
+    keep_state,
+    last_slot,
+    require_dims,
+    require_heads,
+    require_like,
+    require_shape,
+    require_state,
+    row_stride,
+    softplus,
+)
+from kernels.recurrent.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
+
+#: State dtype -> (BLOCK_P, num_warps). Tiles of fewer columns are half as fast on an H100: a row's
+#: bytes in one tile should fill a line of the cache, or two of its sectors at least.
+CONFIGS: dict[torch.dtype, tuple[int, int]] = {
+    torch.float32: (32, 4),
+    torch.bfloat16: (32, 2),
+}
+
+#: Added to the squared length of q and k (`norm.torch.l2_norm`).
+NORM_EPS = 1e-6
+
+
+@triton.jit
+def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
+    q_row, k_row, v_row, a_row, b_row, slot_stride, gate, weight, arrivals, gate_row,
+    EPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of P, H, B). Rows of q, k, v, a, b, y, gate are tokens; new may be None,
+    and so may all that serves the output norm.
+    """
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    group = head // (H // G)
+    count = K
+    if new is not None:
+        count = tl.load(new + batch)
+    source = tl.load(read + batch).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_n, in_p = n < N, p < P
+    inside = in_n[:, None] & in_p[None, :]
+    tile = n[:, None] * P + p[None, :]
+    own = state + head * N * P + tile
+    s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
+    bias = tl.load(dt_bias + head).to(tl.float32)
+    last = last_slot(write + batch * K, count, K)
+    for t in range(K):
+        row = batch * K + t
+        valid = t < count
+        qt = tl.load(q + row * q_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
+        kt = tl.load(k + row * k_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
+        vt = tl.load(v + row * v_row + head * P + p, mask=in_p & valid, other=0.0).to(tl.float32)
+        at = tl.load(a + row * a_row + head, mask=valid, other=0.0).to(tl.float32)
+        beta = tl.sigmoid(tl.load(b + row * b_row + head, mask=valid, other=0.0).to(tl.float32))
+        qt *= tl.rsqrt(tl.sum(qt * qt, 0) + EPS) * SCALE
+        kt *= tl.rsqrt(tl.sum(kt * kt, 0) + EPS)
+        # A padded token has k = 0; without decay the state passes through it unchanged.
+        s *= tl.exp(rate * tl.where(valid, softplus(at + bias), 0.0))
+        delta = (vt - tl.sum(kt[:, None] * s, 0)) * beta
+        s += kt[:, None] * delta[None, :]
+        yt = tl.sum(qt[:, None] * s, 0)
+        tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
+        if EACH:
+            keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
+    to = own + last.to(tl.int64) * slot_stride
+    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
+    if gate is not None:
+        norm_last(
+            y, gate, weight, arrivals, gate_row, count, K, H, P,
+            NORM_EPS, GATE_FIRST, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+
+
+def gdn_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    read: Tensor,
+    write: Tensor,
+    *,
+    each: bool = False,
+    new: Tensor | None = None,
+    norm: OutputNorm | None = None,
+    arrivals: Tensor | None = None,
+) -> Tensor:
+    """Advance the states of B sequences by K tokens, from slot to slot.
+
+    q, k: [B, K, G, N], as the convolution left them; v: [B, K, H, P]; a, b: [B, K, H], the raw
+    gates; a_log, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; read: int32 [B],
+    write: int32 [B, K], each: the slots of states, as `recurrent.step` says; new: int32 [B] valid
+    tokens of right-padded rows (None: K); norm: of y, head by head (None: y as it is); arrivals:
+    int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each call of a
+    stream to save the launch that clears a fresh one.
+    Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
+    Raises ValueError naming the argument, its value and the rule it breaks.
+    """
+    require_dims("q", q, 4)
+    require_dims("v", v, 4)
+    batch, tokens, groups, n = q.shape
+    heads, p = v.shape[2:]
+    require_shape("k", k, (batch, tokens, groups, n))
+    require_shape("v", v, (batch, tokens, heads, p))
+    require_heads("v", heads, groups)
+    inputs = {"q": q, "k": k, "v": v, "a": a, "b": b, "a_log": a_log, "dt_bias": dt_bias}
+    for name in ("a", "b"):
+        require_shape(name, inputs[name], (batch, tokens, heads))
+    for name in ("a_log", "dt_bias"):
+        require_shape(name, inputs[name], (heads,))
+    require_state(gdn_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
+    require_like(state, **inputs)
+    y = torch.empty(batch, tokens, heads, p, dtype=v.dtype, device=v.device)
+    block_p, warps = CONFIGS[state.dtype]
+    normed = norm_arguments(norm, arrivals, y, state, warps)
+    gdn_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
+        q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
+        *(row_stride(name, inputs[name]) for name in "qkvab"), state.stride(0),
+        EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n,
+        P=p, BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
+        **overlapped(q.device),
+    )  # fmt: skip
+    return y
+
+
+def gdn_step_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    *,
+    norm: OutputNorm | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
+
+    Returns y [B, K, H, P] and the state after every token [B, K, H, N, P].
+    """
+    share = v.shape[2] // q.shape[2]
+    q, k = (t.double().repeat_interleave(share, 2) for t in (q, k))
+    q, k = (t * (t.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for t in (q, k))
+    decay = (-a_log.double().exp() * F.softplus(a.double() + dt_bias.double())).exp()
+    beta, v = b.double().sigmoid(), v.double()
+    s, rows, states = state.double(), [], []
+    for t in range(v.shape[1]):
+        s = decay[:, t, :, None, None] * s
+        error = v[:, t] - (k[:, t, :, :, None] * s).sum(-2)
+        s = s + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
+        rows.append((q[:, t, :, :, None] * s).sum(-2) * q.shape[-1] ** -0.5)
+        states.append(s)
+    return output_norm_ref(torch.stack(rows, 1), norm), torch.stack(states, 1)
+
+
+def variants() -> list[Variant]:
+    """Every shape and option that is compiled ahead of time."""
+    wide, narrow = torch.float32, torch.bfloat16
+    return [
+        default_variant(),
+        _variant(wide, 128, 128, 1),
+        _variant(wide, 128, 128, 8, ragged=True, each=True),
+        _variant(wide, 128, 128, 8, ragged=True, each=True, norm=True),
+        _variant(wide, 64, 100, 4, ragged=True),
+        _variant(wide, 64, 100, 3, ragged=True, norm=True),
+        _variant(narrow, 128, 128, 1),
+        _variant(narrow, 128, 128, 1, norm=True),
+        _variant(narrow, 128, 128, 8, ragged=True, each=True),
+    ]
+
+
+def default_variant() -> Variant:
+    """One token, float32 state, heads of 128 by 128 (the published sizes), output norm."""
+    return _variant(torch.float32, 128, 128, 1, norm=True)
+
+
+def _variant(
+    dtype: torch.dtype, n: int, p: int, tokens: int, *, ragged: bool = False, each: bool = False,
+    norm: bool = False,
+) -> Variant:  # fmt: skip
+    pointer = POINTERS[dtype]
+    signature = dict.fromkeys(("q", "k", "v", "a", "b", "y"), "*bf16")
+    signature |= dict.fromkeys(("a_log", "dt_bias"), "*fp32")
+    rows = ("q_row", "k_row", "v_row", "a_row", "b_row", "slot_stride")
+    signature |= dict.fromkeys(rows, "i32") | {"state": pointer, "read": "*i32", "write": "*i32"}
+    block_p, warps = CONFIGS[dtype]
+    block_n = triton.next_power_of_2(n)
+    constexprs: dict[str, Any] = {
+        "EPS": NORM_EPS, "SCALE": n**-0.5, "K": tokens, "EACH": each, "G": 16, "H": 16, "N": n,
+        "P": p, "BLOCK_N": block_n, "BLOCK_P": block_p,
+    }  # fmt: skip
+    if ragged:
+        signature["new"] = "*i32"
+    else:
+        constexprs["new"] = None
+    types, constants, norm_loads = norm_variant((p, p, False) if norm else None, tokens, warps)
+    chosen = (("ragged", ragged), ("each", each), ("norm", norm))
+    options = "".join(f"_{option}" for option, used in chosen if used)
+    return Variant(
+        name=f"gdn_step_{pointer[1:]}_{n}x{p}_k{tokens}{options}",
+        kernel=gdn_step_fwd_kernel,
+        signature=signature | types,
+        constexprs=constexprs | constants,
+        divisible=frozenset([*signature, *types]),
+        num_warps=warps,
+        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
+        narrow_in_loops=TOKEN_LOADS,
+    )

@@ -1,0 +1,365 @@
+"""Absorbed latent attention of 1 to 4 new tokens per sequence over a paged latent cache.
+
+Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) keeps one row c = [latent | rotary key]
+per position. With the up-projections absorbed into query and output, a head computes
+softmax(scale · (q_latent · c_latent + q_rotary · c_rotary)) c_latent: keys are whole rows, values
+their first R columns, so a row is loaded once. Several latent heads make it grouped-latent
+attention (arXiv 2505.21487).
+
+Legend: B batch, K new tokens, H query heads, G latent heads, R latent width, r rotary width,
+M rows of one matrix product: the H/G query heads of a latent head times K tokens. Splits, the
+fixed grid and the combination are those of `attention.decode`.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.aot.ahead import Variant
+from kernels.attention.combine import MAX_SPLITS, split_combine
+from kernels.attention.decode import SPILLS, multiprocessors
+from kernels.attention.tiles import page_of, rows_of
+from kernels.latent.decode_checks import WIDTHS, check
+from kernels.overlap import overlapped, start_next, wait_for_previous
+
+#: Fewest rows worth a split of their own.
+SPLIT_ROWS = 256
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Cache rows per tile, warps per program, stages of the load pipeline."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+#: By family of GPUs, then by latent width, up to a power of two, and M: the largest M takes what
+#: is more. 64 rows of 512 columns fit the registers only where the matrix unit reads queries and
+#: cache rows from shared memory (Hopper's wgmma). AMD programs have 64 KiB of shared memory, so one
+#: tile of 512 columns at a time, and with 4 warps twice the registers of those with 8.
+CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
+    "hopper": {
+        (32, 16): Config(64, 4, 3), (32, 64): Config(64, 4, 3),
+        (64, 16): Config(64, 4, 3), (64, 64): Config(64, 4, 3),
+        (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
+        (256, 16): Config(32, 4, 3), (256, 32): Config(64, 4, 3), (256, 64): Config(64, 4, 2),
+        (512, 16): Config(32, 4, 3), (512, 32): Config(32, 4, 3), (512, 64): Config(64, 8, 2),
+    },
+    "nvidia": {
+        (32, 16): Config(64, 4, 3), (32, 64): Config(32, 4, 3),
+        (64, 16): Config(64, 4, 3), (64, 64): Config(32, 4, 3),
+        (128, 16): Config(64, 4, 3), (128, 64): Config(64, 8, 3),
+        (256, 16): Config(16, 4, 3), (256, 32): Config(32, 8, 3),
+        (512, 16): Config(32, 8, 3), (512, 32): Config(32, 8, 3),
+    },
+    "amd": {
+        (32, 16): Config(64, 2, 3), (32, 64): Config(64, 4, 3),
+        (64, 16): Config(64, 2, 3), (64, 64): Config(64, 4, 3),
+        (128, 16): Config(64, 2, 3), (128, 64): Config(32, 4, 3),
+        (256, 16): Config(32, 4, 3), (256, 32): Config(32, 4, 2),
+        (512, 16): Config(32, 4, 2), (512, 32): Config(16, 4, 2),
+    },
+}  # fmt: skip
+#: Bytes that 32 and 64 rows of 256 and more columns may spill on Hopper. On an H100 these tiles are
+#: 15 to 30 % faster than what does not spill: bf16, pages of 64, no window, where 0 to 32 bytes are
+#: spilled. The other variants spill up to 176 and were not timed.
+MEASURED_SPILLS = 176
+_FAMILIES = {"sm_80": "nvidia", "sm_90": "hopper", "sm_100": "nvidia", "gfx942": "amd"}
+
+
+@triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
+def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
+    q, q_rotary, pool, page_table, lengths, out, partials, partial_lse, used_splits,
+    scale_log2, q_stride_b, q_stride_t, q_stride_h, r_stride_b, r_stride_t, r_stride_h,
+    pool_stride_g,
+    max_pages, group, tokens, row_blocks, window, sinks,
+    LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    wait_for_previous(OVERLAP)
+    split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    g = part // row_blocks
+    splits = tl.num_programs(0)
+    length = tl.load(lengths + b)
+
+    # The tiles to visit: those of the sinks older than the windows, then `oldest` to the end.
+    last = tl.maximum(length - 1, 0)
+    oldest = 0
+    sunk = 0
+    if WINDOWED:
+        oldest = tl.maximum(length - tokens + 1 - window, 0)
+        sunk = tl.minimum(sinks, oldest)
+    sink_tiles = tl.cdiv(sunk, TILE)
+    tiles = tl.cdiv(length, TILE) - oldest // TILE + sink_tiles
+    per_split = tl.maximum(tl.cdiv(tiles, splits), SPLIT_TILES)
+    used = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    if split >= used:
+        return
+    if split == 0:
+        tl.store(used_splits + b * tl.num_programs(1) + part, used)
+    start = split * per_split
+    end = tl.minimum(start + per_split, tiles)
+
+    # Row m of the product is head m % group of token m // group.
+    m = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    latent = tl.arange(0, BLOCK_LATENT)
+    rotary = tl.arange(0, ROTARY)
+    token = m // group
+    head = g * group + m % group
+    real = (m < group * tokens)[:, None]
+    position = length - tokens + token
+    q_rows = (q + b.to(tl.int64) * q_stride_b + token * q_stride_t + head * q_stride_h)[:, None]
+    asked = real
+    if LATENT != BLOCK_LATENT:
+        asked = asked & (latent < LATENT)[None, :]
+    q_latent = tl.load(q_rows + latent[None, :], mask=asked, other=0.0)
+    r_rows = (q_rotary + b.to(tl.int64) * r_stride_b + token * r_stride_t + head * r_stride_h)[
+        :, None
+    ]
+    q_turned = tl.load(r_rows + rotary[None, :], mask=real, other=0.0)
+    pool += g.to(tl.int64) * pool_stride_g
+    page_table += b.to(tl.int64) * max_pages
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_LATENT], tl.float32)
+    page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+    for i in tl.range(start, end):
+        row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
+        at = pool + page.to(tl.int64) * (PAGE * (LATENT + ROTARY))
+        at = (at + held % PAGE * (LATENT + ROTARY))[:, None]
+        # The next page is looked up here: a load that feeds loads would cost pipeline stages.
+        after = tl.minimum(i + 1, end - 1)
+        page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
+        if LATENT == BLOCK_LATENT:
+            c = tl.load(at + latent[None, :])
+        else:
+            c = tl.load(at + latent[None, :], mask=(latent < LATENT)[None, :], other=0.0)
+        k_rotary = tl.load(at + LATENT + rotary[None, :])
+        logits = tl.dot(q_turned, tl.trans(k_rotary), input_precision="ieee")
+        logits = tl.dot(q_latent, tl.trans(c), logits, input_precision="ieee")
+        age = position[:, None] - row[None, :]
+        if WINDOWED:
+            # One comparison for all: as an unsigned number an age below 0 is huge.
+            limit = tl.where(row == held, tl.where(row < sinks, 0x7FFFFFFF, window), 0)
+            visible = age.to(tl.uint32, bitcast=True) < limit.to(tl.uint32)[None, :]
+        else:
+            visible = age >= 0
+        logits = tl.where(visible, logits * scale_log2, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen nothing yet has top -inf; 0 in its place gives weights of 0, not NaN.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(logits - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = tl.dot(weights.to(c.dtype), c, sums * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    # Not before: what the next kernel asks for ahead would stand in the way of the rows.
+    start_next(OVERLAP)
+    # Derived anew: kept through the loop, what tells the rows apart would cost it registers.
+    token = position + tokens - tl.load(lengths + b, volatile=True)
+    head = g * group + (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M) - token * group
+    real = (token < tokens)[:, None]
+    result = sums * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    heads = group * (tl.num_programs(1) // row_blocks)
+    out_rows = out + ((b.to(tl.int64) * tokens + token) * heads + head)[:, None] * LATENT
+    stored = real
+    if LATENT != BLOCK_LATENT:
+        stored = stored & (latent < LATENT)[None, :]
+    if used == 1:
+        tl.store(out_rows + latent[None, :], result.to(out.dtype.element_ty), mask=stored)
+        return
+
+    counter = b.to(tl.int64) * tl.num_programs(1) + part
+    first = counter * splits * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = (split * BLOCK_M + first)[:, None] * LATENT + latent[None, :]
+    tl.store(partials + at, result, mask=stored)
+    tl.store(partial_lse + split * BLOCK_M + first, top + tl.log2(total))
+
+
+def mla_decode(
+    q: Tensor,
+    q_rotary: Tensor,
+    pool: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    page_size: int,
+    window: int | None = None,
+    sinks: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale · [q, q_rotary] cᵀ) c[:, :R] over the rows c that a token sees: [B, K, H, R].
+
+    q: [B, K, H, R], queries that meet latents; q_rotary: [B, K, H, r], those that meet the rotary
+      key; R and r a pair of `WIDTHS`, K <= 4, bf16 or fp16; strides multiples of 16, so products
+      by heads and views of a packed projection will do.
+    pool: [pages * page_size, R + r], or [G, pages * page_size, R + r] with a latent head for each
+      H / G query heads; q's dtype.
+    page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
+    lengths: int32 [B]; rows in the cache, the K new ones included. Token i sits at position
+      length - K + i and sees rows up to itself; a token at a negative position returns zeros.
+    window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
+      first `sinks`; pages that no new token sees may be anything.
+    out: contiguous [B, K, H, R], written and returned.
+    Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
+    nor those of `lengths` are checked: they are read on the device only.
+    """
+    compiled = isinstance(mla_decode_fwd_kernel, triton.JITFunction)
+    groups = check(
+        q, q_rotary, pool, page_table, lengths, page_size, window, sinks, out, compiled=compiled
+    )
+    batch, tokens, heads, latent = q.shape
+    if out is None:
+        out = torch.empty((batch, tokens, heads, latent), dtype=q.dtype, device=q.device)
+    if batch == 0:
+        return out
+    group = heads // groups
+    configs = _configs_of(latent, _family(q.device))
+    block_m = min((m for m in configs if m >= group * tokens), default=max(configs))
+    config = configs[block_m]
+    row_blocks = triton.cdiv(group * tokens, block_m)
+    parts = groups * row_blocks
+
+    capacity = page_table.shape[1] * page_size
+    if window is not None:
+        capacity = min(capacity, window + tokens + sinks + 2 * config.tile)
+    # One program fills a multiprocessor: its tiles take most of the shared memory.
+    splits = triton.cdiv(multiprocessors(q.device), batch * parts)
+    splits = max(1, min(splits, triton.cdiv(capacity, SPLIT_ROWS), MAX_SPLITS))
+    early = triton.cdiv(capacity, splits) <= SPLIT_ROWS
+    floats = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    partials = floats((batch, parts, splits, block_m, latent) if splits > 1 else (16,))
+    partial_lse = floats((batch, parts, splits, block_m) if splits > 1 else (16,))
+    used_splits = torch.empty(batch * parts, dtype=torch.int32, device=q.device)
+    # The stride of a single element is arbitrary, and never used.
+    strides = (t.stride(i) if t.shape[i] > 1 else 0 for t in (q, q_rotary) for i in range(3))
+    mla_decode_fwd_kernel[(splits, parts, batch)](
+        q, q_rotary, pool, page_table, lengths, out, partials, partial_lse, used_splits,
+        scale * math.log2(math.e), *strides, pool.stride(0) if groups > 1 else 0,
+        page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
+        **_constants(latent, q_rotary.shape[3], block_m, config, page_size, window is not None),
+        num_warps=config.warps, num_stages=config.stages,
+        **overlapped(q.device, early=early),
+    )  # fmt: skip
+    if splits > 1:
+        split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)
+    return out
+
+
+def _constants(
+    latent: int, rotary: int, block_m: int, config: Config, page_size: int, windowed: bool
+) -> dict[str, int | bool]:
+    return {
+        "LATENT": latent, "BLOCK_LATENT": triton.next_power_of_2(latent), "ROTARY": rotary,
+        "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
+        "SPLIT_TILES": SPLIT_ROWS // config.tile, "WINDOWED": windowed,
+    }  # fmt: skip
+
+
+def _configs_of(latent: int, family: str) -> dict[int, Config]:
+    """The configurations for this latent width, by M."""
+    width = triton.next_power_of_2(latent)
+    return {m: config for (w, m), config in CONFIGS[family].items() if w == width}
+
+
+@functools.cache
+def _family(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "hopper"
+    if torch.version.hip is not None:
+        return "amd"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "nvidia"
+
+
+def mla_decode_ref(
+    q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *,
+    scale: float, page_size: int, window: int | None = None, sinks: int = 0,
+) -> Tensor:  # fmt: skip
+    """The oracle: float64, one new token of one head at a time. Arguments as `mla_decode`."""
+    batch, tokens, heads, latent = q.shape
+    q = torch.cat((q, q_rotary), -1)
+    pool = pool if pool.dim() == 3 else pool[None]
+    out = torch.zeros((batch, tokens, heads, latent), dtype=torch.float64)
+    for b in range(batch):
+        for i in range(tokens):
+            position = int(lengths[b]) - tokens + i
+            rows = torch.arange(max(position + 1, 0))
+            if window is not None:
+                rows = rows[(rows > position - window) | (rows < sinks)]
+            if len(rows) == 0:
+                continue
+            at = page_table[b, rows // page_size].long() * page_size + rows % page_size
+            for h in range(heads):
+                c = pool[h // (heads // len(pool)), at].double()
+                logits = c @ q[b, i, h].double() * scale
+                out[b, i, h] = logits.softmax(0) @ c[:, :latent]
+    return out
+
+
+def _variant(
+    dtype: torch.dtype, latent: int, rotary: int, block_m: int, config: Config,
+    windowed: bool, page_size: int, targets: tuple[str, ...],
+) -> Variant:  # fmt: skip
+    kind = _TYPES[dtype]
+    wide = latent >= 256 and block_m > 16
+    threads = config.warps * (64 if "gfx942" in targets else 32)
+    signature = dict.fromkeys(("q", "q_rotary", "pool", "out"), "*" + kind)
+    signature |= dict.fromkeys(("page_table", "lengths", "used_splits"), "*i32")
+    signature |= dict.fromkeys(("partials", "partial_lse"), "*fp32") | {"scale_log2": "fp32"}
+    strides = [f"{t}_stride_{n}" for t in "qr" for n in "bth"] + ["pool_stride_g"]
+    aligned = frozenset([*(n for n, t in signature.items() if t.startswith("*")), *strides])
+    counts = ("max_pages", "group", "tokens", "row_blocks", "window", "sinks")
+    return Variant(
+        name=f"mla_decode {kind} latent {latent}+{rotary} m {block_m} tile {config.tile}"
+        f" stages {config.stages} page {page_size}" + (" window" if windowed else ""),
+        kernel=mla_decode_fwd_kernel,
+        signature=signature | dict.fromkeys((*strides, *counts), "i32"),
+        constexprs=_constants(latent, rotary, block_m, config, page_size, windowed),
+        divisible=aligned,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        wide_loads=2,
+        # Page numbers; rotary channels of too few bytes.
+        narrow_in_loops=frozenset({4, 8} if rotary * config.tile * 2 < 16 * threads else {4}),
+        matrix=True,
+        targets=targets,
+        spills=MEASURED_SPILLS if wide and targets == ("sm_90",) else SPILLS,
+    )
+
+
+def default_variant() -> Variant:
+    """One new token, 16 query heads, latent 512 + 64, bf16, pages of 64, on Hopper."""
+    config = CONFIGS["hopper"][512, 16]
+    return _variant(torch.bfloat16, 512, 64, 16, config, False, 64, ("sm_90",))
+
+
+def variants() -> list[Variant]:
+    """Every configuration that the wrapper can pick, each for the targets it is picked on. Pages:
+    of whole tiles, and below a tile; those of fp16 are left out, as its code is that of bf16 but
+    for the type."""
+    cells: dict[tuple[tuple[int, int], int, Config], tuple[str, ...]] = {}
+    for target, family in _FAMILIES.items():
+        for widths in WIDTHS:
+            for block_m, config in _configs_of(widths[0], family).items():
+                cell = widths, block_m, config
+                cells[cell] = (*cells.get(cell, ()), target)
+    return [
+        _variant(dtype, *widths, block_m, config, windowed, page_size, targets)
+        for (widths, block_m, config), targets in cells.items()
+        for dtype in _TYPES
+        for windowed in (False, True)
+        for page_size in (64, 16)
+        if page_size == 64 or dtype == torch.bfloat16
+    ]

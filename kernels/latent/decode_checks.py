@@ -1,0 +1,75 @@
+"""What `mla_decode` asks of its arguments, before any launch."""
+
+import torch
+from torch import Tensor
+
+from kernels.checks import form, require
+
+MAX_TOKENS = 4
+#: Latent and rotary widths, R and r: each pair was compiled for every target.
+WIDTHS = (
+    (32, 16), (64, 16), (64, 32), (96, 16), (128, 16), (128, 32), (128, 64), (256, 32), (256, 64),
+    (512, 64),
+)  # fmt: skip
+
+
+def check(
+    q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, page_size: int,
+    window: int | None, sinks: int, out: Tensor | None, *, compiled: bool,
+) -> int:  # fmt: skip
+    """Every rule of `mla_decode`; returns G.
+
+    compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
+    """
+    require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
+    require(q.dim() == 4, "q", form(q), "must be [B, K, H, R]")
+    batch, tokens, heads, latent = q.shape
+    dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
+    require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
+    fits = q_rotary.shape[:-1] == q.shape[:-1] and q_rotary.dtype == q.dtype
+    require(fits, "q_rotary", form(q_rotary), f"must be {q.dtype} {[batch, tokens, heads, 'r']}")
+    widths = latent, q_rotary.shape[3]
+    require(widths in WIDTHS, "(R, r)", widths, f"must be one of {WIDTHS}; use backend torch")
+    require(1 <= tokens <= MAX_TOKENS, "K", tokens, f"new tokens must be 1 to {MAX_TOKENS}")
+    require(heads >= 1, "q", form(q), "must have at least one head")
+    for name, part in (("q", q), ("q_rotary", q_rotary)):
+        strides = [part.stride(i) for i in range(3) if part.shape[i] > 1]
+        aligned = part.stride(3) == 1 and not any(s % 16 for s in strides)
+        require(aligned and part.data_ptr() % 16 == 0, name, form(part),
+                "must start at 16 bytes and have strides [16i, 16j, 16k, 1]")  # fmt: skip
+    width = sum(widths)
+
+    require(page_size >= 16 and page_size % 16 == 0, "page_size", page_size,
+            "must be a positive multiple of 16")  # fmt: skip
+    shape = form(pool)
+    fits = pool.dim() in (2, 3) and pool.shape[-1] == width and pool.shape[-2] % page_size == 0
+    rule = f"must be [pages * {page_size}, {width}] or [G, pages * {page_size}, {width}]"
+    require(fits, "pool", shape, rule)
+    groups = pool.shape[0] if pool.dim() == 3 else 1
+    require(groups > 0 and heads % groups == 0, "pool", shape,
+            f"must have latent heads that divide the {heads} of q")  # fmt: skip
+    require(pool.dtype == q.dtype, "pool", shape, f"must be {q.dtype}, as q is")
+    aligned = pool.stride()[-2:] == (width, 1) and pool.data_ptr() % 16 == 0
+    aligned = aligned and (groups == 1 or not pool.stride(0) % 16)
+    rule = f"must start at 16 bytes and have strides [16i, {width}, 1]"
+    require(aligned, "pool", shape, rule)
+
+    require(window is None or window >= 1, "window", window, "must be None or at least 1")
+    require(sinks >= 0, "sinks", sinks, "must be at least 0")
+    table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.shape[1] > 0
+    table = table and page_table.dtype == torch.int32 and page_table.is_contiguous()
+    require(table, "page_table", form(page_table),
+            f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
+    fits = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
+    require(fits, "lengths", form(lengths), f"must be contiguous int32 [{batch}]")
+    others = {"q_rotary": q_rotary, "pool": pool, "page_table": page_table, "lengths": lengths}
+    if out is not None:
+        others["out"] = out
+        result = [batch, tokens, heads, latent]
+        fits = list(out.shape) == result and out.dtype == q.dtype and out.is_contiguous()
+        require(fits and out.data_ptr() % 16 == 0, "out", form(out),
+                f"must be contiguous {q.dtype} {result}, from 16 bytes on")  # fmt: skip
+    for name, tensor in others.items():
+        require(tensor.device == q.device, name, tensor.device,
+                f"must be on the device of q, {q.device}")  # fmt: skip
+    return groups

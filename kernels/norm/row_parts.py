@@ -1,0 +1,120 @@
+"""What the norm kernels share: checks before any launch, where rows lie, ahead-of-time forms."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.aot.ahead import Variant
+from kernels.checks import form, require
+
+#: Triton's pointer types, by dtype.
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+DTYPES = tuple(POINTERS)
+MAX_DIM = 16384
+
+
+def check_rows(*, compiled: bool, **tensors: Tensor) -> None:
+    """Every tensor must be [..., D] like the first one, floating, on a GPU, its rows dense.
+
+    compiled: False in the interpreter, which takes tensors on a CPU.
+    """
+    first = next(iter(tensors.values()))
+    for name, t in tensors.items():
+        shown = form(t)
+        require(t.is_cuda or not compiled, name, shown, f"is on {t.device}, needs cuda")
+        require(t.device == first.device, name, shown, f"must be on {first.device}")
+        require(t.dtype in DTYPES, name, shown, f"must be one of {DTYPES}")
+        require(t.shape == first.shape, name, shown, f"must have shape {list(first.shape)}")
+        require(t.dim() > 0 and t.numel() > 0, name, shown, "must be [..., D], not empty")
+        require(t.numel() < 2**31 * t.shape[-1], name, shown, "must have fewer than 2^31 rows")
+        dense = t.stride(-1) == 1 or t.shape[-1] == 1
+        require(dense, name, shown, "must have a last stride of 1")
+
+
+def check_weight(weight: Tensor, x: Tensor, group: int) -> None:
+    """weight must be [D] for the last dimension of x, which its groups divide."""
+    dim, shown = x.shape[-1], form(weight)
+    require(group > 0 and dim % group == 0, "group", group, f"must divide D={dim}")
+    require(x.numel() < group * 2**30, "x", form(x), "must have fewer than 2^30 rows (or groups)")
+    require(group <= MAX_DIM, "D", group, f"(or its group) must be at most {MAX_DIM}")
+    fits = weight.shape == (dim,) and weight.is_contiguous() and weight.dtype in DTYPES
+    require(fits, "weight", shown, f"must be contiguous [{dim}], one of {DTYPES}")
+    require(weight.device == x.device, "weight", shown, f"must be on {x.device}")
+
+
+def row_strides(groups: int = 1, **tensors: Tensor | None) -> tuple[int, list[int]]:
+    """(inner, [outer stride, inner stride of each tensor]) of rows that are groups of [..., D].
+
+    Row r of each tensor starts at r // inner · outer stride + r % inner · inner stride; a tensor
+    that is None has zeros. Raises ValueError where one such inner does not fit them all.
+    """
+    views = {
+        name: t if groups == 1 else t.unflatten(-1, (groups, -1))
+        for name, t in tensors.items()
+        if t is not None
+    }
+    lead = next(iter(views.values())).shape[:-1]
+    for split in range(len(lead), -1, -1):
+        spaced = {
+            name: (_spacing(lead[:split], t.stride()), _spacing(lead[split:], t.stride()[split:]))
+            for name, t in views.items()
+        }
+        if all(None not in pair for pair in spaced.values()):
+            flat = [n or 0 for name in tensors for n in spaced.get(name, (0, 0))]
+            return lead[split:].numel(), flat
+    shown = ", ".join(f"{name}={form(t)}" for name, t in tensors.items() if t is not None)
+    raise ValueError(f"{shown} must have rows that are evenly spaced in two levels at most")
+
+
+def _spacing(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The stride of these dimensions as one; None where it varies."""
+    kept = [(n, s) for n, s in zip(shape, strides, strict=False) if n > 1]
+    for (_, outer), (size, stride) in pairwise(kept):
+        if outer != size * stride:
+            return None
+    return kept[-1][1] if kept else 0
+
+
+def block_of(size: int) -> int:
+    """BLOCK_D that holds a row of that many channels."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def norm_variant(
+    kernel: Any, config: tuple[int, int], dtype: torch.dtype, dim: int, weight: torch.dtype, *,
+    gate: str = "", groups: int = 1, add: bool = False, block: int | None = None,
+) -> Variant:  # fmt: skip
+    """A norm kernel's variant; config: BLOCK_R and num_warps; gate: none, first or after."""
+    backward = "d_weight" in kernel.arg_names
+    block = block or block_of(dim)
+    constexprs: dict[str, Any] = {
+        "EPS": 1e-6, "GATE_FIRST": gate == "first", "D": dim, "GROUPS": groups, "TILES": 4,
+        "BLOCK_R": config[0], "BLOCK_D": block,
+    }  # fmt: skip
+    absent = set() if add else {"residual", "summed", "d_summed"}
+    absent |= set() if gate else {"gate", "d_gate"}
+    constexprs |= dict.fromkeys(absent)
+    scalars = {name for name in kernel.arg_names if name.endswith(("rows", "inner", "outer"))}
+    tensors = set(kernel.arg_names) - scalars - set(constexprs) - {"OVERLAP"}
+    signature = dict.fromkeys(scalars, "i32") | dict.fromkeys(tensors, POINTERS[dtype])
+    signature["weight"] = POINTERS[weight]
+    if backward:
+        signature["d_weight"] = "*fp32"
+    # x, dy, gate and what is added; the weight may be narrow where its slice is short.
+    streams = 1 + backward + bool(gate) + add
+    shape = f"{dim}x{groups}" if groups > 1 else f"{dim}"
+    options = f"{'_gate_' + gate if gate else ''}{'_add' if add else ''}"
+    return Variant(
+        name=f"{kernel.__name__.removesuffix('_kernel')}_{POINTERS[dtype][1:]}_{shape}{options}",
+        kernel=kernel,
+        signature=signature,
+        constexprs={n: value for n, value in constexprs.items() if n in kernel.arg_names},
+        divisible=frozenset(signature) - {"rows", "inner"},
+        num_warps=config[1],
+        num_stages=1 if backward else 3,
+        wide_loads=streams * max(1, config[0] * block * dtype.itemsize // (16 * 64 * config[1])),
+    )

@@ -1,0 +1,292 @@
+"""Writing the rows of new tokens into a paged pool, as they are or in 8 bits.
+
+Legend: B sequences, K new tokens, P planes (heads, or one), R row width.
+A pool is [*planes, pages * page_size, R]; position p of sequence b lies in the pool row
+page_table[b, p // page_size] * page_size + p % page_size (paged attention, arXiv 2309.06180).
+One program moves a tile of planes by channels of one token, so a page table entry is read once
+per tile and every row is written in whole 16-byte pieces where its width allows.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.aot.ahead import TARGETS, Variant
+from kernels.attention.decode_checks import EIGHT_BIT
+from kernels.checks import form, require
+from kernels.overlap import overlapped, start_next, wait_for_previous
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+#: Triton's names of what rows and pools hold.
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+    torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+
+#: Bytes of one element of `rows` -> (elements of a tile, warps): two 16-byte loads per thread of
+#: a warp of 32, one per thread of a wave of 64.
+CONFIGS: dict[int, tuple[int, int]] = {2: (1024, 2), 4: (512, 2)}
+
+
+@triton.jit
+def page_row(  # type: ignore[no-untyped-def]
+    page_table, lengths, new, first_kept, b, i, tokens, max_pages, sinks, PAGE
+):
+    """Token i of sequence b: whether it is valid, whether it is kept, its position and pool row."""
+    position = tl.load(lengths + b) + i
+    count = tokens
+    if new is not None:
+        count = tl.load(new + b)
+    valid = i < count
+    kept = valid & (position // PAGE < max_pages)
+    if first_kept is not None:
+        kept = kept & ((position >= tl.load(first_kept + b)) | (position < sinks))
+    entry = page_table + b.to(tl.int64) * max_pages + position // PAGE
+    page = tl.load(entry, mask=kept, other=-1)
+    return valid, page >= 0, position, page.to(tl.int64) * PAGE + position % PAGE
+
+
+@triton.jit
+def quantised(x, LOWEST, HIGHEST, WHOLE):  # type: ignore[no-untyped-def]
+    """x clamped, and rounded to the nearest (half to even) where only whole numbers are held."""
+    x = tl.minimum(tl.maximum(x, LOWEST), HIGHEST)
+    if WHOLE:
+        # Beside 1.5 * 2^23 a float32 has no room for a fraction.
+        x = (x + 12582912.0) - 12582912.0
+    return x
+
+
+@triton.jit(do_not_specialize=["tokens", "max_pages", "sinks"])
+def page_write_fwd_kernel(  # type: ignore[no-untyped-def]
+    rows, pool, page_table, lengths, new, first_kept, scale,
+    stride_b, stride_t, stride_p, pool_stride_p, tokens, max_pages, sinks,
+    P: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * K, tiles of planes, tiles of channels). new, first_kept, scale may be None."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    b = tl.program_id(0) // tokens
+    i = tl.program_id(0) % tokens
+    _, kept, _, row = page_row(
+        page_table, lengths, new, first_kept, b, i, tokens, max_pages, sinks, PAGE
+    )
+    if not kept:
+        return
+    p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (p < P)[:, None] & (r < R)[None, :]
+    rows += b.to(tl.int64) * stride_b + i.to(tl.int64) * stride_t
+    x = tl.load(rows + p[:, None] * stride_p + r[None, :], mask=inside, other=0.0)
+    if scale is not None:
+        divisor = tl.load(scale + p, mask=p < P, other=1.0)
+        x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(divisor[:, None], (BLOCK_P, BLOCK_R)))
+        if pool.dtype.element_ty == tl.int8:
+            x = quantised(x, -128.0, 127.0, True)
+        else:
+            x = quantised(x, -448.0, 448.0, False)
+    at = pool + p[:, None] * pool_stride_p + row * R + r[None, :]
+    tl.store(at, x.to(pool.dtype.element_ty), mask=inside)
+
+
+def page_write(
+    rows: Tensor,
+    pool: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    *,
+    page_size: int,
+    new: Tensor | None = None,
+    first_kept: Tensor | None = None,
+    sinks: int = 0,
+    scale: Tensor | None = None,
+) -> None:
+    """Write the rows of K new tokens per sequence into the pages of a pool, in place.
+
+    rows: [B, K, *planes, R] with no plane dimension, one or two; bfloat16, float16 or float32;
+      any strides whose last is 1 and whose planes flatten to one dimension.
+    pool: [*planes, pages * page_size, R], each plane contiguous; rows are cast to its float dtype,
+      or stored as round(row / scale) clamped to int8 (half to even), or as row / scale clamped to
+      +-448 and cast to float8_e4m3fn.
+    page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
+    lengths: int32 [B], rows in the cache BEFORE this step: token i has position lengths[b] + i.
+    new: int32 [B], valid tokens of right-padded rows (None: K); padded ones are not read.
+    first_kept, sinks: int32 [B]; of the new tokens only those at positions from first_kept[b] on,
+      or below `sinks`, are written (None: all), for prompts longer than a ring of pages.
+    scale: float32 [*planes] ([1] without planes), what a stored 8-bit value is multiplied by.
+    A token without a page (its position lies past the table, or its entry is negative) is not
+    written. Tokens kept must have pages of their own. Raises ValueError naming the argument, its
+    value and the rule, before any launch; the contents of the int32 tensors are not checked.
+    """
+    compiled = isinstance(page_write_fwd_kernel, triton.JITFunction)
+    require(rows.is_cuda or not compiled, "rows", form(rows), f"is on {rows.device}, needs cuda")
+    require(3 <= rows.dim() <= 5, "rows", form(rows), "must be [B, K, R] with up to 2 plane dims")
+    require(rows.dtype in FLOATS, "rows", form(rows), "must be bfloat16, float16 or float32")
+    batch, tokens, *planes, width = rows.shape
+    require(rows.numel() > 0 or batch == 0, "rows", form(rows), "must have tokens and channels")
+    require(width == 1 or rows.stride(-1) == 1, "rows", form(rows), "must have last stride 1")
+    flat = rows.dim() < 5 or planes[0] == 1 or planes[1] == 1
+    flat = flat or rows.stride(2) == planes[1] * rows.stride(3)
+    require(flat, "rows", form(rows), "must have planes that flatten to one dimension")
+
+    require(pool.dim() == len(planes) + 2 and list(pool.shape[:-2]) == planes
+            and pool.shape[-1] == width and pool.shape[-2] % max(page_size, 1) == 0,
+            "pool", form(pool), f"must be {[*planes, f'pages * {page_size}', width]}")  # fmt: skip
+    require(pool.dtype in (*FLOATS, *EIGHT_BIT), "pool", form(pool),
+            "must be bfloat16, float16, float32, int8 or float8_e4m3fn")  # fmt: skip
+    whole = pool.stride(-2) == width and (width == 1 or pool.stride(-1) == 1)
+    flat = len(planes) < 2 or planes[0] == 1 or planes[1] == 1
+    flat = flat or pool.stride(0) == planes[1] * pool.stride(1)
+    require(whole and flat, "pool", form(pool),
+            f"must have strides [.., {width}, 1] and planes that flatten")  # fmt: skip
+    require_capable(pool, "pool")
+    check_pages(rows, page_table, lengths, new, first_kept, page_size, sinks, "rows")
+    eight_bit = pool.dtype in EIGHT_BIT
+    require((scale is not None) == eight_bit, "scale", scale if scale is None else form(scale),
+            "must be given exactly when the pool holds 8 bits")  # fmt: skip
+    if scale is not None:
+        shape = torch.Size(planes or [1])
+        fits = scale.shape == shape and scale.dtype == torch.float32 and scale.is_contiguous()
+        require(fits, "scale", form(scale), f"must be contiguous float32 {list(shape)}")
+    for name, tensor in (("pool", pool), ("scale", scale)):
+        here = tensor is None or tensor.device == rows.device
+        require(here, name, tensor.device if tensor is not None else None,
+                f"must be on the device of rows, {rows.device}")  # fmt: skip
+    if batch == 0:
+        return
+
+    # Flattened planes are as far apart as those of the last dimension that has several.
+    stride_p, pool_stride_p = 0, 0
+    for size, of_rows, of_pool in zip(planes, rows.stride()[2:], pool.stride(), strict=False):
+        if size > 1:
+            stride_p, pool_stride_p = of_rows, of_pool
+    # The stride of a single element is arbitrary, and never used.
+    stride_b, stride_t = (rows.stride(d) if rows.shape[d] > 1 else 0 for d in range(2))
+    count = math.prod(planes)
+    constants, warps = _constants(count, width, page_size, rows.dtype)
+    blocks = (triton.cdiv(count, constants["BLOCK_P"]), triton.cdiv(width, constants["BLOCK_R"]))
+    page_write_fwd_kernel[(batch * tokens, *blocks)](
+        rows, pool, page_table, lengths, new, first_kept, scale,
+        stride_b, stride_t, stride_p, pool_stride_p, tokens, page_table.shape[1], sinks,
+        **constants, num_warps=warps, **overlapped(rows.device),
+    )  # fmt: skip
+
+
+def require_capable(pool: Tensor, name: str) -> None:
+    """Raise ValueError where the device lacks the pool's 8-bit float."""
+    if pool.dtype == torch.float8_e4m3fn and pool.is_cuda and torch.version.hip is None:
+        able = torch.cuda.get_device_capability(pool.device) >= (8, 9)
+        require(able, name, form(pool), "needs compute capability 8.9; use int8")
+
+
+def check_pages(
+    rows: Tensor, page_table: Tensor, lengths: Tensor, new: Tensor | None,
+    first_kept: Tensor | None, page_size: int, sinks: int, name: str,
+) -> None:  # fmt: skip
+    """The rules of what says where new tokens go, beside the tensor `name` [B, ...]."""
+    batch = rows.shape[0]
+    require(page_size >= 1, "page_size", page_size, "must be at least 1")
+    require(sinks >= 0, "sinks", sinks, "must be at least 0")
+    fits = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.shape[1] > 0
+    fits = fits and page_table.dtype == torch.int32 and page_table.is_contiguous()
+    require(fits, "page_table", form(page_table), f"must be contiguous int32 [{batch}, max_pages]")
+    vectors: Mapping[str, Tensor | None] = {
+        "lengths": lengths, "new": new, "first_kept": first_kept,
+    }  # fmt: skip
+    for vector, given in vectors.items():
+        if given is None:
+            continue
+        fits = given.shape == (batch,) and given.dtype == torch.int32 and given.is_contiguous()
+        require(fits, vector, form(given), f"must be contiguous int32 [{batch}]")
+    for other, given in ({"page_table": page_table} | dict(vectors)).items():
+        here = given is None or given.device == rows.device
+        require(here, other, given.device if given is not None else None,
+                f"must be on the device of {name}, {rows.device}")  # fmt: skip
+
+
+def _constants(
+    planes: int, width: int, page_size: int, dtype: torch.dtype
+) -> tuple[dict[str, int], int]:
+    elements, warps = CONFIGS[dtype.itemsize]
+    block_r = min(elements, triton.next_power_of_2(width))
+    block_p = min(elements // block_r, triton.next_power_of_2(planes))
+    return {
+        "P": planes, "R": width, "PAGE": page_size, "BLOCK_P": block_p, "BLOCK_R": block_r,
+    }, warps  # fmt: skip
+
+
+def page_write_ref(
+    rows: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, page_size: int,
+    new: Tensor | None = None, first_kept: Tensor | None = None, sinks: int = 0,
+    scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The oracle: float64, one token at a time, into a copy. Arguments as `page_write`."""
+    pool = pool.clone()
+    for b in range(rows.shape[0]):
+        for i in range(rows.shape[1] if new is None else int(new[b])):
+            position = int(lengths[b]) + i
+            if first_kept is not None and sinks <= position < int(first_kept[b]):
+                continue
+            row = int(page_table[b, position // page_size]) * page_size + position % page_size
+            value = rows[b, i].double()
+            if scale is not None:
+                value = value / scale.double().view(*rows.shape[2:-1], 1)
+            if pool.dtype == torch.int8:
+                value = value.round().clamp(-128, 127)
+            if pool.dtype == torch.float8_e4m3fn:
+                value = value.clamp(-448, 448)
+            pool[..., row, :] = value.to(pool.dtype)
+    return pool
+
+
+def _variant(
+    dtype: torch.dtype, held: torch.dtype, planes: int, width: int, *, options: bool = False
+) -> Variant:
+    constants, warps = _constants(planes, width, 64, dtype)
+    signature = {"rows": "*" + TYPES[dtype], "pool": "*" + TYPES[held]}
+    signature |= dict.fromkeys(("page_table", "lengths"), "*i32")
+    nothing = dict.fromkeys(("new", "first_kept", "scale"))
+    for name, used, kind in (
+        ("new", options, "*i32"), ("first_kept", options, "*i32"),
+        ("scale", held in EIGHT_BIT, "*fp32"),
+    ):  # fmt: skip
+        if used:
+            del nothing[name]
+            signature[name] = kind
+    strides = ("stride_b", "stride_t", "stride_p", "pool_stride_p")
+    aligned = frozenset(signature) | (frozenset(strides) if width % 16 == 0 else frozenset())
+    signature |= dict.fromkeys((*strides, "tokens", "max_pages", "sinks"), "i32")
+    return Variant(
+        name=f"page_write {TYPES[dtype]} to {TYPES[held]} {planes}x{width}"
+        + (" ragged" if options else ""),
+        kernel=page_write_fwd_kernel,
+        signature=signature,
+        constexprs=constants | nothing,
+        divisible=aligned,
+        num_warps=warps,
+        wide_loads=1 if width % 16 == 0 else 0,
+        # sm_80 has no fp8e4nv; the wrapper refuses it.
+        targets=tuple(t for t in TARGETS if t != "sm_80" or held != torch.float8_e4m3fn),
+    )
+
+
+def default_variant() -> Variant:
+    """The bf16 latent rows of multi-head latent attention: one plane of 576."""
+    return _variant(torch.bfloat16, torch.bfloat16, 1, 576)
+
+
+def variants() -> list[Variant]:
+    """Every pair of dtypes, and rows of several widths and planes."""
+    pairs = [(t, held) for t in FLOATS for held in (*FLOATS, *EIGHT_BIT)]
+    bf16 = torch.bfloat16
+    return [
+        *(_variant(t, held, 8, 128, options=True) for t, held in pairs),
+        *(_variant(bf16, held, 1, 576) for held in (bf16, *EIGHT_BIT)),
+        _variant(bf16, bf16, 16, 64),
+        _variant(bf16, bf16, 3, 100),
+        _variant(torch.float32, torch.float32, 4, 1),
+    ]

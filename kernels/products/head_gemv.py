@@ -1,0 +1,126 @@
+"""The product of one token's heads with a matrix for each: y[h] = x[h] W[h], as latent attention
+takes queries into the latent space and results out of it (arXiv 2405.04434, weight absorption).
+
+Such matrices are small, and a library's batched product costs a launch that the next kernel waits
+for; here the weights are asked for before the kernel that computes x has ended
+(`kernels.overlap`), whichever way they lie.
+
+H heads, D channels in, N out.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.aot.ahead import Variant
+from kernels.checks import form, require
+from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.products.gemv import DTYPES
+
+#: Elements of a tile, and warps.
+TILE, WARPS = 4096, 4
+MAX_DIM = 1024
+
+
+@triton.jit
+def head_gemv_fwd_kernel(  # type: ignore[no-untyped-def]
+    x, weight, y, x_stride_h, w_stride_h, w_stride_d, w_stride_n,
+    D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of N, H)."""
+    start_next(OVERLAP)
+    h = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    at = weight + h.to(tl.int64) * w_stride_h + d[:, None] * w_stride_d + n[None, :] * w_stride_n
+    tile = tl.load(at, mask=(d < D)[:, None] & (n < N)[None, :], other=0.0)
+    wait_for_previous(OVERLAP)
+    part = tl.load(x + h * x_stride_h + d, mask=d < D, other=0.0)
+    sums = tl.sum(tile.to(tl.float32) * part.to(tl.float32)[:, None], 0)
+    tl.store(y + h * N + n, sums.to(y.dtype.element_ty), mask=n < N)
+
+
+def head_gemv(x: Tensor, weight: Tensor) -> Tensor:
+    """x[h] W[h] of one token.
+
+    x: [1, 1, H, D], D at most 1024 and contiguous; weight: [H, D, N] in x's dtype (float32,
+    bfloat16, float16), D or N contiguous, not written by the launch right before. Sums are float32.
+    Returns [1, 1, H, N].
+    Raises ValueError naming the argument, its value and the rule it breaks.
+    """
+    compiled = isinstance(head_gemv_fwd_kernel, triton.JITFunction)
+    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(weight.dim() == 3, "weight", form(weight), "must be [H, D, N]")
+    heads, dim, width = weight.shape
+    fits = x.shape == (1, 1, heads, dim) and dim <= MAX_DIM and x.stride(3) == 1
+    require(
+        fits, "x", form(x), f"must be [1, 1, {heads}, {dim}], contiguous heads of at most {MAX_DIM}"
+    )
+    require(x.dtype in DTYPES, "x", form(x), "must be float32, bfloat16 or float16")
+    same = weight.dtype == x.dtype and weight.device == x.device
+    require(same, "weight", form(weight), f"must be {x.dtype} on {x.device}")
+    require(1 in weight.stride()[1:], "weight", form(weight), "must have D or N contiguous")
+    y = torch.empty(1, 1, heads, width, dtype=x.dtype, device=x.device)
+    constants = _constants(dim, width)
+    head_gemv_fwd_kernel[(triton.cdiv(width, constants["BLOCK_N"]), heads)](
+        x, weight, y, x.stride(2), *weight.stride(), **constants, num_warps=WARPS,
+        **overlapped(x.device),
+    )  # fmt: skip
+    return y
+
+
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether `head_gemv` takes these operands: one token of a kind that it knows."""
+    return (
+        x.shape[:2] == (1, 1) and x.shape[3] <= MAX_DIM and x.stride(3) == 1
+        and x.dtype in DTYPES and x.dtype == weight.dtype and 1 in weight.stride()[1:]
+    )  # fmt: skip
+
+
+def _constants(dim: int, width: int) -> dict[str, int]:
+    block_d = triton.next_power_of_2(dim)
+    block_n = min(max(16, TILE // block_d), triton.next_power_of_2(width))
+    return {"D": dim, "N": width, "BLOCK_D": block_d, "BLOCK_N": block_n}
+
+
+def head_gemv_ref(x: Tensor, weight: Tensor) -> Tensor:
+    """The oracle: float64."""
+    return torch.einsum("bkhd,hdn->bkhn", x.double(), weight.double())
+
+
+def _variant(dtype: torch.dtype, dim: int, width: int, *, along: str) -> Variant:
+    kind = DTYPES[dtype]
+    signature = dict.fromkeys(("x", "weight", "y"), f"*{kind}")
+    signature |= dict.fromkeys(("x_stride_h", "w_stride_h"), "i32")
+    fixed = {"N": "w_stride_n", "D": "w_stride_d"}
+    one = fixed.pop(along)
+    [other] = fixed.values()
+    constants = _constants(dim, width)
+    tile_bytes = constants["BLOCK_D"] * constants["BLOCK_N"] * dtype.itemsize
+    return Variant(
+        name=f"head_gemv {kind} {dim} to {width} along {along}",
+        kernel=head_gemv_fwd_kernel,
+        signature=signature | {other: "i32"},
+        constexprs=constants | {one: 1},
+        divisible=frozenset([*signature, other]),
+        num_warps=WARPS,
+        wide_loads=max(1, tile_bytes // (16 * 64 * WARPS)),
+    )
+
+
+def default_variant() -> Variant:
+    """Queries of 64 channels into a latent space of 256, bf16."""
+    return _variant(torch.bfloat16, 64, 256, along="N")
+
+
+def variants() -> list[Variant]:
+    """Into latent spaces and out of them, every dtype."""
+    return [
+        _variant(dtype, dim, width, along=along)
+        for dtype in DTYPES
+        for dim, width, along in (
+            (64, 256, "N"), (256, 64, "D"), (128, 512, "N"), (512, 128, "D"), (1024, 128, "D"),
+        )
+    ]  # fmt: skip

@@ -1,0 +1,139 @@
+"""Rotary positions in place, for heads that are not written as they are (arXiv 2104.09864).
+
+B sequences, K new tokens, H heads, d channels that turn. Serves queries of layers that read other
+layers' keys, and retention. Interleaved pairs, as `torch`; `append` is the form
+that also writes keys and values, `latent.append` the one that writes latent rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.aot.ahead import Variant
+from kernels.checks import form, require
+from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.pages.write import FLOATS, TYPES
+
+MAX_DIM = 512
+#: Bytes of an element -> (elements of a tile, warps).
+CONFIGS: dict[int, tuple[int, int]] = {2: (1024, 2), 4: (512, 2)}
+
+
+@triton.jit
+def turned(x, angle, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x [ROWS, WIDTH], whose channels are pairs, by angle, their cosines and sines; in float32."""
+    cos, sin = tl.split(tl.reshape(angle, (ROWS, WIDTH // 2, 2)))
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (ROWS, WIDTH // 2, 2)))
+    both = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(both, (ROWS, WIDTH)).to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["tokens", "positions"])
+def rope_rotate_fwd_kernel(  # type: ignore[no-untyped-def]
+    x, cos_sin, lengths, stride_b, stride_t, tokens, positions,
+    H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * K, tiles of heads)."""
+    start_next(OVERLAP)
+    wait_for_previous(OVERLAP)
+    b = (tl.program_id(0) // tokens).to(tl.int64)
+    i = tl.program_id(0) % tokens
+    position = tl.load(lengths + b) + i
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    c = tl.arange(0, BLOCK_D)[None, :]
+    turns = (h < H) & (c < D) & (position < positions)
+    at = x + b * stride_b + i.to(tl.int64) * stride_t + h * D + c
+    pairs = tl.load(at, mask=turns, other=0.0)
+    # The same angles for each head: read again per head, from cache, they need no exchange.
+    angle = tl.load(cos_sin + position.to(tl.int64) * D + c + 0 * h, mask=turns, other=0.0)
+    tl.store(at, turned(pairs, angle, BLOCK_H, BLOCK_D), mask=turns)
+
+
+def rope_rotate(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
+    """Turn the heads of new tokens by their positions, in place; returns x.
+
+    x: [B, K, H, d], d even and at most 512, each token's heads contiguous; bfloat16, float16 or
+      float32, turned in float32.
+    cos_sin: contiguous float32 [positions, d / 2, 2], cosine and sine of each pair's angle.
+    lengths: int32 [B], tokens before this step: token i has position lengths[b] + i. A token past
+      `cos_sin` is not turned.
+    Raises ValueError naming the argument, its value and the rule, before any launch.
+    """
+    compiled = isinstance(rope_rotate_fwd_kernel, triton.JITFunction)
+    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(x.dim() == 4, "x", form(x), "must be [B, K, H, d]")
+    require(x.dtype in FLOATS, "x", form(x), "must be bfloat16, float16 or float32")
+    batch, tokens, heads, dim = x.shape
+    require(2 <= dim <= MAX_DIM and dim % 2 == 0, "d", dim, f"must be even, 2 to {MAX_DIM}")
+    together = x.stride(3) == 1 and (heads == 1 or x.stride(2) == dim)
+    apart = all(x.stride(i) >= heads * dim for i in range(2) if x.shape[i] > 1)
+    require(together and apart, "x", form(x), f"must have strides [.., .., {dim}, 1]")
+    fits = cos_sin.dim() == 3 and cos_sin.shape[1:] == (dim // 2, 2)
+    fits = fits and cos_sin.dtype == torch.float32 and cos_sin.is_contiguous()
+    require(fits, "cos_sin", form(cos_sin),
+            f"must be contiguous float32 [positions, {dim // 2}, 2]")  # fmt: skip
+    fits = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
+    require(fits, "lengths", form(lengths), f"must be contiguous int32 [{batch}]")
+    for name, tensor in (("cos_sin", cos_sin), ("lengths", lengths)):
+        require(tensor.device == x.device, name, tensor.device,
+                f"must be on the device of x, {x.device}")  # fmt: skip
+    if x.numel() == 0:
+        return x
+    constants, warps = _constants(heads, dim, x.dtype)
+    stride_b, stride_t = (x.stride(i) if x.shape[i] > 1 else 0 for i in range(2))
+    rope_rotate_fwd_kernel[(batch * tokens, triton.cdiv(heads, constants["BLOCK_H"]))](
+        x, cos_sin, lengths, stride_b, stride_t, tokens, cos_sin.shape[0], **constants,
+        num_warps=warps, **overlapped(x.device),
+    )  # fmt: skip
+    return x
+
+
+def _constants(heads: int, dim: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    elements, warps = CONFIGS[dtype.itemsize]
+    block_d = triton.next_power_of_2(dim)
+    block_h = max(1, min(elements // block_d, triton.next_power_of_2(heads)))
+    return {"H": heads, "D": dim, "BLOCK_H": block_h, "BLOCK_D": block_d}, warps
+
+
+def rope_rotate_ref(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
+    """The oracle: float64, one token at a time, into a copy."""
+    x = x.double().clone()
+    for b in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            angle = torch.view_as_complex(cos_sin[int(lengths[b]) + i].double())
+            pairs = torch.view_as_complex(x[b, i].unflatten(-1, (-1, 2)))
+            x[b, i] = torch.view_as_real(pairs * angle).flatten(-2)
+    return x
+
+
+def _variant(dtype: torch.dtype, heads: int, dim: int) -> Variant:
+    constants, warps = _constants(heads, dim, dtype)
+    full = constants["BLOCK_H"] * constants["BLOCK_D"] == CONFIGS[dtype.itemsize][0]
+    pointers = {"x": "*" + TYPES[dtype], "cos_sin": "*fp32", "lengths": "*i32"}
+    strides = ("stride_b", "stride_t")
+    return Variant(
+        name=f"rope_rotate {TYPES[dtype]} {heads} heads d {dim}",
+        kernel=rope_rotate_fwd_kernel,
+        signature=pointers | dict.fromkeys((*strides, "tokens", "positions"), "i32"),
+        constexprs=constants,
+        divisible=frozenset([*pointers, *strides]),
+        num_warps=warps,
+        # A tile of few narrow heads has too few bytes for 16 on each thread.
+        wide_loads=2 if full else 0,
+    )
+
+
+def default_variant() -> Variant:
+    """129 heads of 64 channels in bf16: DeepSeek's rotary queries and key."""
+    return _variant(torch.bfloat16, 129, 64)
+
+
+def variants() -> list[Variant]:
+    """Every dtype, and widths that the wrapper tiles differently."""
+    return [
+        default_variant(),
+        *(_variant(t, heads, dim) for t in FLOATS for heads, dim in ((32, 128), (17, 32), (64, 64),
+                                                                     (8, 256), (5, 16)))
+    ]  # fmt: skip
