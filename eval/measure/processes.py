@@ -24,9 +24,10 @@ import torch
 
 from archs.checks import parse
 from archs.errors import UserError
-from eval.measure import child, measure
+from eval.measure import child
 from eval.measure.progress import Progress, Watch
 from eval.measure.site import Site
+from eval.measure.stages import measure
 from eval.results.point import Point
 from eval.results.rows import About, Found, Status, failed
 

@@ -17,12 +17,12 @@ import torch
 
 from archs.errors import UserError
 from archs.files import refusing, write
-from eval.measure import measure
 from eval.measure.plan import points, weight
 from eval.measure.processes import side_by_side
 from eval.measure.progress import Progress
 from eval.measure.provenance import provenance
 from eval.measure.site import Site
+from eval.measure.stages import measure
 from eval.measure.suite import Suite
 from eval.results.contents import require_corpus, worth_another_try
 from eval.results.folder import POINTS, TABLE, Results

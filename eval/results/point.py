@@ -18,7 +18,7 @@ Plain = Mapping[str, Any]
 class Point:
     """One measurement of one model, or of the machine itself (arch "").
 
-    stage: what is measured; one of `eval.measure.STAGES`.
+    stage: what is measured; one of `eval.measure.stages.STAGES`.
     scale: the name of the model's shape. batch: sequences; 0 where none play a part.
     device: cpu or cuda. model: an `archs.registry.ModelSpec` as plain data.
     source: digest of the user's architecture files in it. options: the stage's own.

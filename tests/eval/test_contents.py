@@ -9,8 +9,8 @@ import pytest
 from archs.errors import UserError
 from archs.registry import _FILES, source_digest
 from eval.cli.templates import write_template
-from eval.measure import STAGES
 from eval.measure.site import Failure
+from eval.measure.stages import STAGES
 from eval.measure.suite import Suite, load_suite
 from eval.results.rows import About, Status
 from eval.results.schema import load_long

@@ -17,7 +17,6 @@ from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from archs.state import LayerState
 from eval.cli.commands import bench_archs
-from eval.measure import measure
 from eval.measure.agreement import agreement, exact_logits
 from eval.measure.decode import (
     DecodeTiming,
@@ -27,6 +26,7 @@ from eval.measure.decode import (
 )
 from eval.measure.plan import points
 from eval.measure.site import Site
+from eval.measure.stages import measure
 from eval.measure.suite import Suite
 from eval.predict.calls import CountCalls, IdleLayer
 from eval.proof.conformance import CHECK_SCALE

@@ -16,11 +16,11 @@ from typing import NoReturn
 import pytest
 
 from archs.errors import UserError
-from eval.measure import STAGES
 from eval.measure.plan import points
 from eval.measure.progress import Watch
 from eval.measure.provenance import provenance
 from eval.measure.site import Site
+from eval.measure.stages import STAGES
 from eval.measure.suite import Suite
 from eval.results.folder import Results
 from eval.results.point import Point

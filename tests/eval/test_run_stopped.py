@@ -14,9 +14,10 @@ from typing import NoReturn
 import pytest
 
 from archs.errors import UserError
-from eval.measure import STAGES, text
+from eval.measure import text
 from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site
+from eval.measure.stages import STAGES
 from eval.measure.suite import Suite
 from eval.results.point import Point
 from eval.results.rows import About, Found, Status
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 VICTIM = """
 import sys, time
 import eval.measure.site
-from eval.measure import STAGES
+from eval.measure.stages import STAGES
 from eval.cli import main
 from eval.predict.machine import Roofline
 import torch
