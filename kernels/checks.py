@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 
-def require(holds: bool, name: str, value: object, rule: str) -> None:
-    """Raise ValueError with the argument, its value and the rule unless it holds."""
+def require(holds: bool, name: str, value: object, rule: str, *of: object) -> None:
+    """Raise ValueError with the argument, its value and the rule unless it holds.
+
+    of: what stands in the rule's braces; formatted only where it is raised, since a launch waits.
+    """
     if not holds:
-        raise ValueError(f"{name}={value} {rule}")
+        raise ValueError(f"{name}={value} {rule.format(*of)}")
 
 
 class Form:
@@ -37,5 +40,5 @@ def counters(arrivals: Tensor | None, count: int, device: torch.device) -> Tenso
         return torch.zeros(count, dtype=torch.int32, device=device)
     fits = arrivals.dtype == torch.int32 and arrivals.device == device
     require(fits and arrivals.is_contiguous() and arrivals.numel() >= count, "arrivals",
-            form(arrivals), f"must be contiguous int32 [>= {count}] on {device}")  # fmt: skip
+            form(arrivals), "must be contiguous int32 [>= {}] on {}", count, device)  # fmt: skip
     return arrivals

@@ -21,13 +21,13 @@ def check(
 
     compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
     """
-    require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
+    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
     require(q.dim() == 4, "q", form(q), "must be [B, K, H, d]")
     batch, tokens, heads, dim = q.shape
     dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
-    require(dim in HEAD_DIMS, "head_dim", dim, f"must be one of {HEAD_DIMS}")
-    require(1 <= tokens <= MAX_TOKENS, "K", tokens, f"new tokens must be 1 to {MAX_TOKENS}")
+    require(dim in HEAD_DIMS, "head_dim", dim, "must be one of {}", HEAD_DIMS)
+    require(1 <= tokens <= MAX_TOKENS, "K", tokens, "new tokens must be 1 to {}", MAX_TOKENS)
     strides = [q.stride(i) for i in range(3) if q.shape[i] > 1]
     aligned = q.stride(3) == 1 and not any(s % 16 for s in strides) and q.data_ptr() % 16 == 0
     rule = "must start at 16 bytes and have strides [16i, 16j, 16k, 1]"
@@ -38,18 +38,18 @@ def check(
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         shape = form(pool)
         fits = pool.dim() == 3 and pool.shape[2] == dim and pool.shape[1] % page_size == 0
-        require(fits, name, shape, f"must be [G, pages * {page_size}, {dim}]")
+        require(fits, name, shape, "must be [G, pages * {}, {}]", page_size, dim)
         require(pool.shape[0] > 0 and heads % pool.shape[0] == 0, name, shape,
-                 f"must have heads that divide the {heads} of q")  # fmt: skip
+                 "must have heads that divide the {} of q", heads)  # fmt: skip
         require(pool.dtype in (q.dtype, *EIGHT_BIT), name, shape,
-                 f"must be {q.dtype}, int8 or float8_e4m3fn")  # fmt: skip
+                 "must be {}, int8 or float8_e4m3fn", q.dtype)  # fmt: skip
         # Pairs of 8-bit values are read as one word.
         unit = 32 if pool.dtype in EIGHT_BIT else 16
         aligned = pool.stride()[1:] == (dim, 1) and not pool.stride(0) % unit
         require(aligned and pool.data_ptr() % 16 == 0, name, shape,
-                 f"must start at 16 bytes and have strides [{unit}i, {dim}, 1]")  # fmt: skip
+                 "must start at 16 bytes and have strides [{}i, {}, 1]", unit, dim)  # fmt: skip
     same = v_pool.dtype == k_pool.dtype and v_pool.shape == k_pool.shape
-    require(same, "v_pool", form(v_pool), f"must have k_pool's form, {form(k_pool)}")
+    require(same, "v_pool", form(v_pool), "must have k_pool's form, {}", form(k_pool))
     kv_heads = k_pool.shape[0]
     eight_bit = k_pool.dtype in EIGHT_BIT
     if k_pool.dtype == torch.float8_e4m3fn and q.is_cuda and torch.version.hip is None:
@@ -62,7 +62,7 @@ def check(
     table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.dtype == i32
     table = table and page_table.shape[1] > 0
     require(table and page_table.is_contiguous(), "page_table", form(page_table),
-             f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
+             "must be contiguous int32 [{}, max_pages]", batch)  # fmt: skip
     vectors = [("lengths", lengths, batch, i32)]
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
         require((given is not None) == eight_bit, name, given if given is None else form(given),
@@ -70,15 +70,15 @@ def check(
         vectors += [(name, given, kv_heads, f32)] if given is not None else []
     for name, vector, size, dtype in vectors:
         fits = vector.shape == (size,) and vector.dtype == dtype and vector.is_contiguous()
-        require(fits, name, form(vector), f"must be contiguous {dtype} [{size}]")
+        require(fits, name, form(vector), "must be contiguous {} [{}]", dtype, size)
     if out is not None:
         fits = out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
         require(fits and out.data_ptr() % 16 == 0, "out", form(out),
-                 f"must be contiguous {q.dtype} {list(q.shape)}, from 16 bytes on")  # fmt: skip
+                 "must be contiguous {} {}, from 16 bytes on", q.dtype, list(q.shape))  # fmt: skip
     others: list[tuple[str, Any]] = [("k_pool", k_pool), ("v_pool", v_pool), ("out", out)]
     others += [("page_table", page_table), *((name, vector) for name, vector, *_ in vectors)]
     for name, tensor in others:
         here = tensor is None or tensor.device == q.device
         require(here, name, tensor.device if tensor is not None else None,
-                 f"must be on the device of q, {q.device}")  # fmt: skip
+                 "must be on the device of q, {}", q.device)  # fmt: skip
     return batch, tokens, heads, dim, kv_heads

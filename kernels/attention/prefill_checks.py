@@ -21,7 +21,7 @@ def check(
 
     compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
     """
-    require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
+    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
     require(q.dim() == 4 and q.shape[1] > 0 and q.shape[2] > 0, "q", form(q),
             "must be [B, K >= 1, H, d]")  # fmt: skip
     batch, tokens, heads, dim = q.shape
@@ -37,21 +37,21 @@ def check(
         shape = form(pool)
         fits = pool.dim() == 3 and pool.shape[0] > 0 and pool.shape[1] % page_size == 0
         fits = fits and pool.shape[1] < 2**31
-        require(fits, name, shape, f"must be [G, pages * {page_size} < 2^31, head_dim]")
+        require(fits, name, shape, "must be [G, pages * {} < 2^31, head_dim]", page_size)
         width = pool.shape[2]
         require(heads % pool.shape[0] == 0, name, shape,
-                f"must have heads that divide the {heads} of q")  # fmt: skip
-        require(pool.dtype == q.dtype, name, shape, f"must be {q.dtype}, as q is")
+                "must have heads that divide the {} of q", heads)  # fmt: skip
+        require(pool.dtype == q.dtype, name, shape, "must be {}, as q is", q.dtype)
         aligned = pool.stride()[1:] == (width, 1) and (
             pool.shape[0] == 1 or pool.stride(0) % 16 == 0
         )
         require(aligned and pool.data_ptr() % 16 == 0, name, shape,
-                f"must start at 16 bytes and have strides [16i, {width}, 1]")  # fmt: skip
-    require(k_pool.shape[2] == dim, "k_pool", form(k_pool), f"must have q's head_dim, {dim}")
+                "must start at 16 bytes and have strides [16i, {}, 1]", width)  # fmt: skip
+    require(k_pool.shape[2] == dim, "k_pool", form(k_pool), "must have q's head_dim, {}", dim)
     dims = dim, v_pool.shape[2]
-    require(dims in DIMS, "(d, dv)", dims, f"must be one of {DIMS}; use backend torch")
+    require(dims in DIMS, "(d, dv)", dims, "must be one of {}; use backend torch", DIMS)
     require(v_pool.shape[:2] == k_pool.shape[:2], "v_pool", form(v_pool),
-            f"must have k_pool's heads and rows, {list(k_pool.shape[:2])}")  # fmt: skip
+            "must have k_pool's heads and rows, {}", list(k_pool.shape[:2]))  # fmt: skip
 
     require(scale is None or 0 < scale < math.inf, "scale", scale, "must be positive and finite")
     require(window is None or window >= 1, "window", window, "must be None or at least 1")
@@ -59,20 +59,20 @@ def check(
     table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.shape[1] > 0
     table = table and page_table.dtype == torch.int32 and page_table.is_contiguous()
     require(table, "page_table", form(page_table),
-            f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
+            "must be contiguous int32 [{}, max_pages]", batch)  # fmt: skip
     for name, vector in (("lengths", lengths), ("new", new)):
         if vector is not None:
             fits = vector.shape == (batch,) and vector.dtype == torch.int32
             require(fits and vector.is_contiguous(), name, form(vector),
-                    f"must be contiguous int32 [{batch}]")  # fmt: skip
+                    "must be contiguous int32 [{}]", batch)  # fmt: skip
     if out is not None:
         sizes = (batch, tokens, heads, v_pool.shape[2])
         fits = out.shape == sizes and out.dtype == q.dtype and out.is_contiguous()
         require(fits and out.data_ptr() % 16 == 0, "out", form(out),
-                f"must be contiguous {q.dtype} {list(sizes)}, from 16 bytes on")  # fmt: skip
+                "must be contiguous {} {}, from 16 bytes on", q.dtype, list(sizes))  # fmt: skip
     others = {"k_pool": k_pool, "v_pool": v_pool, "page_table": page_table, "lengths": lengths}
     for name, tensor in (*others.items(), ("new", new), ("out", out)):
         if tensor is not None:
             require(tensor.device == q.device, name, tensor.device,
-                    f"must be on the device of q, {q.device}")  # fmt: skip
+                    "must be on the device of q, {}", q.device)  # fmt: skip
     return batch, tokens, heads, dim, v_pool.shape[2], k_pool.shape[0]

@@ -116,8 +116,8 @@ def causal_conv(
     ):
         if given is not None:
             fits = given.shape == shape and given.dtype in POINTERS and given.is_contiguous()
-            require(fits, name, form(given), f"must be contiguous floats {list(shape)}")
-            require(given.device == x.device, name, form(given), f"must be on {x.device}")
+            require(fits, name, form(given), "must be contiguous floats {}", list(shape))
+            require(given.device == x.device, name, form(given), "must be on {}", x.device)
     slots = None if tail_slots is None else form(tail_slots)
     require(slots is None or tail is not None, "tail_slots", slots, "needs a tail, the pool")
     wanted = (t is not None and t.requires_grad for t in (x, weight, bias, tail))

@@ -64,35 +64,37 @@ def check_conv(
 ) -> int:  # fmt: skip
     """Every rule but weight's and bias's forms; returns W, the tail's where weight is None."""
     compiled = not isinstance(kernel, InterpretedFunction)
-    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
     require(x.dim() == 3 and x.numel() > 0, "x", form(x), "must be [B, T, C], not empty")
-    require(x.dtype in POINTERS, "x", form(x), f"must be one of {tuple(POINTERS)}")
+    require(x.dtype in POINTERS, "x", form(x), "must be one of {}", tuple(POINTERS))
     dense = x.stride(2) == 1 or x.shape[2] == 1
     require(dense, "x", form(x), "must have a last stride of 1")
     batch, tokens, channels = x.shape
     require(batch < 2**16, "B", batch, "must be below 65536")
     require(tokens <= 2**20, "T", tokens, "must be at most 2^20")
     if weight is not None:
-        require(weight.dim() == 2, "weight", form(weight), f"must be [{channels}, W]")
+        require(weight.dim() == 2, "weight", form(weight), "must be [{}, W]", channels)
         width = weight.shape[1]
-        require(2 <= width <= MAX_WIDTH, "weight", form(weight), f"needs W of 2 to {MAX_WIDTH}")
+        require(2 <= width <= MAX_WIDTH, "weight", form(weight), "needs W of 2 to {}", MAX_WIDTH)
     if tail is not None:
         name, shown = "tail" if weight is not None else "tail_pool", form(tail)
         require(tail.dim() == 3 and tail.numel() > 0, name, shown, "must be [slots, W-1, C]")
         if weight is None:
             width = tail.shape[1] + 1
-            require(width <= MAX_WIDTH, name, shown, f"needs W of 2 to {MAX_WIDTH}")
+            require(width <= MAX_WIDTH, name, shown, "needs W of 2 to {}", MAX_WIDTH)
         rows = batch if slots is None else tail.shape[0]
         fits = tail.shape == (rows, width - 1, channels) and tail.dtype in POINTERS
-        require(fits, name, shown, f"must be floats [{rows}, {width - 1}, {channels}]")
+        require(fits, name, shown, "must be floats [{}, {}, {}]", rows, width - 1, channels)
         dense = tail[0].is_contiguous() and tail.stride(0) >= tail[0].numel()
         require(dense, name, shown, "must have contiguous slots")
-        require(tail.device == x.device, name, shown, f"must be on {x.device}")
+        require(tail.device == x.device, name, shown, "must be on {}", x.device)
     for name, vector in (("read" if weight is None else "tail_slots", slots), ("new", new)):
         if vector is not None:
             fits = vector.shape == (batch,) and vector.dtype == torch.int32
             fits = fits and vector.is_contiguous() and vector.device == x.device
-            require(fits, name, form(vector), f"must be contiguous int32 [{batch}] on {x.device}")
+            require(
+                fits, name, form(vector), "must be contiguous int32 [{}] on {}", batch, x.device
+            )
     return width
 
 

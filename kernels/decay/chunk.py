@@ -80,26 +80,26 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, new: Tensor | None
 ) -> None:
     compiled = not isinstance(passes.decay_chunk_fwd_rows_kernel, InterpretedFunction)
-    require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
+    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
     require(q.dim() == 4, "q", form(q), "must be [B, T, G, N]")
     require(v.dim() == 4, "v", form(v), "must be [B, T, H, P]")
     batch, tokens, groups, n = q.shape
     heads, p = v.shape[2:]
     require(min(batch, tokens) >= 1, "q", form(q), "must have B >= 1 and T >= 1")
-    require(k.shape == q.shape, "k", form(k), f"must have q's shape, {list(q.shape)}")
-    require(v.shape[:2] == q.shape[:2], "v", form(v), f"must be [{batch}, {tokens}, H, P]")
+    require(k.shape == q.shape, "k", form(k), "must have q's shape, {}", list(q.shape))
+    require(v.shape[:2] == q.shape[:2], "v", form(v), "must be [{}, {}, H, P]", batch, tokens)
     require(groups > 0 and heads > 0 and heads % groups == 0, "v", form(v),
-             f"must have heads divisible by the {groups} groups of q and k")  # fmt: skip
+             "must have heads divisible by the {} groups of q and k", groups)  # fmt: skip
     for name, channels in (("N", n), ("P", p)):
         require(channels % 16 == 0 and 16 <= channels <= MAX_CHANNELS, name, channels,
-                 f"must be a multiple of 16 up to {MAX_CHANNELS}")  # fmt: skip
+                 "must be a multiple of 16 up to {}", MAX_CHANNELS)  # fmt: skip
     require(q.dtype in CONFIGS, "q", form(q), "must be float32, bfloat16 or float16")
     for name, tensor in (("k", k), ("v", v)):
-        require(tensor.dtype == q.dtype, name, form(tensor), f"must have q's dtype, {q.dtype}")
+        require(tensor.dtype == q.dtype, name, form(tensor), "must have q's dtype, {}", q.dtype)
     fits = log_decay.dim() == 3 and log_decay.shape[0] in (1, batch)
     fits = fits and log_decay.shape[1] in (1, tokens) and log_decay.shape[2] == heads
     require(fits and log_decay.dtype == torch.float32, "log_decay", form(log_decay),
-             f"must be float32 [1 or {batch}, 1 or {tokens}, {heads}]")  # fmt: skip
+             "must be float32 [1 or {}, 1 or {}, {}]", batch, tokens, heads)  # fmt: skip
     others = [("k", k), ("v", v), ("log_decay", log_decay)]
     for name, given, shape, dtype in (
         ("state", state, (batch, heads, n, p), torch.float32),
@@ -107,11 +107,11 @@ def _check(
     ):
         if given is not None:
             fits = given.shape == shape and given.dtype == dtype and given.is_contiguous()
-            require(fits, name, form(given), f"must be contiguous {dtype} {list(shape)}")
+            require(fits, name, form(given), "must be contiguous {} {}", dtype, list(shape))
             others.append((name, given))
     for name, tensor in others:
         here = tensor.device == q.device
-        require(here, name, form(tensor), f"must be on the device of q, {q.device}")
+        require(here, name, form(tensor), "must be on the device of q, {}", q.device)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         row_stride(name, tensor)
 

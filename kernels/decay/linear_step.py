@@ -174,7 +174,7 @@ def _require_angles(
     require_shape("past", past, (batch,))
     for name, tensor, dtype in (("cos_sin", cos_sin, torch.float32), ("past", past, torch.int32)):
         require(tensor.dtype == dtype and tensor.device == device and tensor.is_contiguous(),
-                name, form(tensor), f"must be contiguous {dtype} on {device}")  # fmt: skip
+                name, form(tensor), "must be contiguous {} on {}", dtype, device)  # fmt: skip
     return cos_sin.shape[0]
 
 

@@ -81,28 +81,28 @@ def _check(
     state: Tensor | None, new: Tensor | None,
 ) -> None:  # fmt: skip
     compiled = not isinstance(passes.gdn_chunk_fwd_rows_kernel, InterpretedFunction)
-    require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
+    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
     require(q.dim() == 4, "q", form(q), "must be [B, T, G, N]")
     require(v.dim() == 4, "v", form(v), "must be [B, T, H, P]")
     batch, tokens, groups, n = q.shape
     heads, p = v.shape[2:]
     require(min(batch, tokens) >= 1, "q", form(q), "must have B >= 1 and T >= 1")
-    require(k.shape == q.shape, "k", form(k), f"must have q's shape, {list(q.shape)}")
-    require(v.shape[:2] == q.shape[:2], "v", form(v), f"must be [{batch}, {tokens}, H, P]")
+    require(k.shape == q.shape, "k", form(k), "must have q's shape, {}", list(q.shape))
+    require(v.shape[:2] == q.shape[:2], "v", form(v), "must be [{}, {}, H, P]", batch, tokens)
     require(groups > 0 and heads > 0 and heads % groups == 0, "v", form(v),
-             f"must have heads divisible by the {groups} groups of q and k")  # fmt: skip
+             "must have heads divisible by the {} groups of q and k", groups)  # fmt: skip
     for name, channels, most in (("N", n, MAX_N), ("P", p, MAX_P)):
         require(channels % 16 == 0 and 16 <= channels <= most, name, channels,
-                 f"must be a multiple of 16 up to {most}")  # fmt: skip
+                 "must be a multiple of 16 up to {}", most)  # fmt: skip
     require(q.dtype in FORWARD, "q", form(q), "must be float32, bfloat16 or float16")
     for name, tensor in (("k", k), ("v", v)):
-        require(tensor.dtype == q.dtype, name, form(tensor), f"must have q's dtype, {q.dtype}")
+        require(tensor.dtype == q.dtype, name, form(tensor), "must have q's dtype, {}", q.dtype)
     for name, gate, dtypes in (
         ("log_decay", log_decay, [torch.float32]),
         ("beta", beta, list(FORWARD)),
     ):
-        require(gate.shape == v.shape[:3], name, form(gate), f"must be {list(v.shape[:3])}")
-        require(gate.dtype in dtypes, name, form(gate), f"must be of {dtypes}")
+        require(gate.shape == v.shape[:3], name, form(gate), "must be {}", list(v.shape[:3]))
+        require(gate.dtype in dtypes, name, form(gate), "must be of {}", dtypes)
     inputs = [("q", q), ("k", k), ("v", v), ("log_decay", log_decay), ("beta", beta)]
     others = list(inputs)
     for name, given, shape, dtype in (
@@ -111,11 +111,11 @@ def _check(
     ):
         if given is not None:
             fits = given.shape == shape and given.dtype == dtype and given.is_contiguous()
-            require(fits, name, form(given), f"must be contiguous {dtype} {list(shape)}")
+            require(fits, name, form(given), "must be contiguous {} {}", dtype, list(shape))
             others.append((name, given))
     for name, tensor in others:
         here = tensor.device == q.device
-        require(here, name, form(tensor), f"must be on the device of q, {q.device}")
+        require(here, name, form(tensor), "must be on the device of q, {}", q.device)
     for name, tensor in inputs:
         row_stride(name, tensor)
 

@@ -101,40 +101,40 @@ def latent_append(
     rule, before any launch; the contents of the int32 tensors are not checked.
     """
     compiled = isinstance(latent_append_fwd_kernel, triton.JITFunction)
-    require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
+    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
     require(q.dim() == 4, "q", form(q), "must be [B, K, H, r]")
     require(q.dtype in FLOATS, "q", form(q), "must be bfloat16, float16 or float32")
     batch, tokens, heads, rotary = q.shape
     require(tokens >= 1 and heads >= 1, "q", form(q), "must have tokens and heads")
     require(2 <= rotary <= MAX_ROTARY and rotary % 2 == 0, "r", rotary,
-            f"must be even, 2 to {MAX_ROTARY}")  # fmt: skip
+            "must be even, 2 to {}", MAX_ROTARY)  # fmt: skip
     together = q.stride(3) == 1 and (heads == 1 or q.stride(2) == rotary)
     apart = all(q.stride(i) >= heads * rotary for i in range(2) if q.shape[i] > 1)
-    require(together and apart, "q", form(q), f"must have strides [.., .., {rotary}, 1]")
+    require(together and apart, "q", form(q), "must have strides [.., .., {}, 1]", rotary)
     require(latent.dim() == 3 and 1 <= latent.shape[-1] <= MAX_LATENT, "latent", form(latent),
-            f"must be [B, K, R], R at most {MAX_LATENT}")  # fmt: skip
+            "must be [B, K, R], R at most {}", MAX_LATENT)  # fmt: skip
     width = latent.shape[-1]
     for name, part, last in (("key", key, rotary), ("latent", latent, width)):
         fits = part.shape == (batch, tokens, last) and part.dtype == q.dtype
         fits = fits and (last == 1 or part.stride(2) == 1)
         require(fits, name, form(part),
-                f"must be {q.dtype} {[batch, tokens, last]} with last stride 1")  # fmt: skip
+                "must be {} {} with last stride 1", q.dtype, [batch, tokens, last])  # fmt: skip
     fits = weight.shape == (width,) and weight.dtype in FLOATS and weight.is_contiguous()
-    require(fits, "weight", form(weight), f"must be contiguous float [{width}]")
+    require(fits, "weight", form(weight), "must be contiguous float [{}]", width)
     require(eps >= 0, "eps", eps, "must be at least 0")
     fits = cos_sin.dim() == 3 and cos_sin.shape[1:] == (rotary // 2, 2)
     fits = fits and cos_sin.dtype == torch.float32 and cos_sin.is_contiguous()
     require(fits, "cos_sin", form(cos_sin),
-            f"must be contiguous float32 [positions, {rotary // 2}, 2]")  # fmt: skip
+            "must be contiguous float32 [positions, {}, 2]", rotary // 2)  # fmt: skip
     fits = pool.dim() == 2 and pool.shape[1] == width + rotary and pool.is_contiguous()
     fits = fits and pool.shape[0] % max(page_size, 1) == 0 and pool.dtype in FLOATS
     require(fits, "pool", form(pool),
-            f"must be contiguous float [pages * {page_size}, {width + rotary}]")  # fmt: skip
+            "must be contiguous float [pages * {}, {}]", page_size, width + rotary)  # fmt: skip
     check_pages(q, page_table, lengths, new, None, page_size, 0, "q")
     others = {"key": key, "latent": latent, "weight": weight, "cos_sin": cos_sin, "pool": pool}
     for name, tensor in others.items():
         require(tensor.device == q.device, name, tensor.device,
-                f"must be on the device of q, {q.device}")  # fmt: skip
+                "must be on the device of q, {}", q.device)  # fmt: skip
     if batch == 0:
         return
     constants, warps = _constants(heads, rotary, width, page_size, q.dtype)

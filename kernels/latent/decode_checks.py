@@ -21,16 +21,16 @@ def check(
 
     compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
     """
-    require(q.is_cuda or not compiled, "q", form(q), f"is on {q.device}, needs cuda")
+    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
     require(q.dim() == 4, "q", form(q), "must be [B, K, H, R]")
     batch, tokens, heads, latent = q.shape
     dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
     fits = q_rotary.shape[:-1] == q.shape[:-1] and q_rotary.dtype == q.dtype
-    require(fits, "q_rotary", form(q_rotary), f"must be {q.dtype} {[batch, tokens, heads, 'r']}")
+    require(fits, "q_rotary", form(q_rotary), "must be {} {}", q.dtype, [batch, tokens, heads, "r"])
     widths = latent, q_rotary.shape[3]
-    require(widths in WIDTHS, "(R, r)", widths, f"must be one of {WIDTHS}; use backend torch")
-    require(1 <= tokens <= MAX_TOKENS, "K", tokens, f"new tokens must be 1 to {MAX_TOKENS}")
+    require(widths in WIDTHS, "(R, r)", widths, "must be one of {}; use backend torch", WIDTHS)
+    require(1 <= tokens <= MAX_TOKENS, "K", tokens, "new tokens must be 1 to {}", MAX_TOKENS)
     require(heads >= 1, "q", form(q), "must have at least one head")
     for name, part in (("q", q), ("q_rotary", q_rotary)):
         strides = [part.stride(i) for i in range(3) if part.shape[i] > 1]
@@ -43,33 +43,33 @@ def check(
             "must be a positive multiple of 16")  # fmt: skip
     shape = form(pool)
     fits = pool.dim() in (2, 3) and pool.shape[-1] == width and pool.shape[-2] % page_size == 0
-    rule = f"must be [pages * {page_size}, {width}] or [G, pages * {page_size}, {width}]"
-    require(fits, "pool", shape, rule)
+    rule = "must be [pages * {0}, {1}] or [G, pages * {0}, {1}]"
+    require(fits, "pool", shape, rule, page_size, width)
     groups = pool.shape[0] if pool.dim() == 3 else 1
     require(groups > 0 and heads % groups == 0, "pool", shape,
-            f"must have latent heads that divide the {heads} of q")  # fmt: skip
-    require(pool.dtype == q.dtype, "pool", shape, f"must be {q.dtype}, as q is")
+            "must have latent heads that divide the {} of q", heads)  # fmt: skip
+    require(pool.dtype == q.dtype, "pool", shape, "must be {}, as q is", q.dtype)
     aligned = pool.stride()[-2:] == (width, 1) and pool.data_ptr() % 16 == 0
     aligned = aligned and (groups == 1 or not pool.stride(0) % 16)
-    rule = f"must start at 16 bytes and have strides [16i, {width}, 1]"
-    require(aligned, "pool", shape, rule)
+    rule = "must start at 16 bytes and have strides [16i, {}, 1]"
+    require(aligned, "pool", shape, rule, width)
 
     require(window is None or window >= 1, "window", window, "must be None or at least 1")
     require(sinks >= 0, "sinks", sinks, "must be at least 0")
     table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.shape[1] > 0
     table = table and page_table.dtype == torch.int32 and page_table.is_contiguous()
     require(table, "page_table", form(page_table),
-            f"must be contiguous int32 [{batch}, max_pages]")  # fmt: skip
+            "must be contiguous int32 [{}, max_pages]", batch)  # fmt: skip
     fits = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
-    require(fits, "lengths", form(lengths), f"must be contiguous int32 [{batch}]")
+    require(fits, "lengths", form(lengths), "must be contiguous int32 [{}]", batch)
     others = {"q_rotary": q_rotary, "pool": pool, "page_table": page_table, "lengths": lengths}
     if out is not None:
         others["out"] = out
         result = [batch, tokens, heads, latent]
         fits = list(out.shape) == result and out.dtype == q.dtype and out.is_contiguous()
         require(fits and out.data_ptr() % 16 == 0, "out", form(out),
-                f"must be contiguous {q.dtype} {result}, from 16 bytes on")  # fmt: skip
+                "must be contiguous {} {}, from 16 bytes on", q.dtype, result)  # fmt: skip
     for name, tensor in others.items():
         require(tensor.device == q.device, name, tensor.device,
-                f"must be on the device of q, {q.device}")  # fmt: skip
+                "must be on the device of q, {}", q.device)  # fmt: skip
     return groups

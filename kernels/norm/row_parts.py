@@ -25,10 +25,10 @@ def check_rows(*, compiled: bool, **tensors: Tensor) -> None:
     first = next(iter(tensors.values()))
     for name, t in tensors.items():
         shown = form(t)
-        require(t.is_cuda or not compiled, name, shown, f"is on {t.device}, needs cuda")
-        require(t.device == first.device, name, shown, f"must be on {first.device}")
-        require(t.dtype in DTYPES, name, shown, f"must be one of {DTYPES}")
-        require(t.shape == first.shape, name, shown, f"must have shape {list(first.shape)}")
+        require(t.is_cuda or not compiled, name, shown, "is on {}, needs cuda", t.device)
+        require(t.device == first.device, name, shown, "must be on {}", first.device)
+        require(t.dtype in DTYPES, name, shown, "must be one of {}", DTYPES)
+        require(t.shape == first.shape, name, shown, "must have shape {}", list(first.shape))
         require(t.dim() > 0 and t.numel() > 0, name, shown, "must be [..., D], not empty")
         require(t.numel() < 2**31 * t.shape[-1], name, shown, "must have fewer than 2^31 rows")
         dense = t.stride(-1) == 1 or t.shape[-1] == 1
@@ -38,12 +38,12 @@ def check_rows(*, compiled: bool, **tensors: Tensor) -> None:
 def check_weight(weight: Tensor, x: Tensor, group: int) -> None:
     """weight must be [D] for the last dimension of x, which its groups divide."""
     dim, shown = x.shape[-1], form(weight)
-    require(group > 0 and dim % group == 0, "group", group, f"must divide D={dim}")
+    require(group > 0 and dim % group == 0, "group", group, "must divide D={}", dim)
     require(x.numel() < group * 2**30, "x", form(x), "must have fewer than 2^30 rows (or groups)")
-    require(group <= MAX_DIM, "D", group, f"(or its group) must be at most {MAX_DIM}")
+    require(group <= MAX_DIM, "D", group, "(or its group) must be at most {}", MAX_DIM)
     fits = weight.shape == (dim,) and weight.is_contiguous() and weight.dtype in DTYPES
-    require(fits, "weight", shown, f"must be contiguous [{dim}], one of {DTYPES}")
-    require(weight.device == x.device, "weight", shown, f"must be on {x.device}")
+    require(fits, "weight", shown, "must be contiguous [{}], one of {}", dim, DTYPES)
+    require(weight.device == x.device, "weight", shown, "must be on {}", x.device)
 
 
 def row_strides(groups: int = 1, **tensors: Tensor | None) -> tuple[int, list[int]]:

@@ -148,7 +148,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x=x, residual=residual)
     check_weight(weight, x, x.shape[-1])
     same = residual.dtype == x.dtype
-    require(same, "residual", form(residual), f"must have x's dtype, {x.dtype}")
+    require(same, "residual", form(residual), "must have x's dtype, {}", x.dtype)
     if _differentiable(x, residual, weight):
         pair: tuple[Tensor, Tensor] = _AddNorm.apply(x, residual, weight, eps)
         return pair

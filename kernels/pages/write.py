@@ -123,7 +123,7 @@ def page_write(
     value and the rule, before any launch; the contents of the int32 tensors are not checked.
     """
     compiled = isinstance(page_write_fwd_kernel, triton.JITFunction)
-    require(rows.is_cuda or not compiled, "rows", form(rows), f"is on {rows.device}, needs cuda")
+    require(rows.is_cuda or not compiled, "rows", form(rows), "is on {}, needs cuda", rows.device)
     require(3 <= rows.dim() <= 5, "rows", form(rows), "must be [B, K, R] with up to 2 plane dims")
     require(rows.dtype in FLOATS, "rows", form(rows), "must be bfloat16, float16 or float32")
     batch, tokens, *planes, width = rows.shape
@@ -135,14 +135,14 @@ def page_write(
 
     require(pool.dim() == len(planes) + 2 and list(pool.shape[:-2]) == planes
             and pool.shape[-1] == width and pool.shape[-2] % max(page_size, 1) == 0,
-            "pool", form(pool), f"must be {[*planes, f'pages * {page_size}', width]}")  # fmt: skip
+            "pool", form(pool), "must be {}", [*planes, f'pages * {page_size}', width])  # fmt: skip
     require(pool.dtype in (*FLOATS, *EIGHT_BIT), "pool", form(pool),
             "must be bfloat16, float16, float32, int8 or float8_e4m3fn")  # fmt: skip
     whole = pool.stride(-2) == width and (width == 1 or pool.stride(-1) == 1)
     flat = len(planes) < 2 or planes[0] == 1 or planes[1] == 1
     flat = flat or pool.stride(0) == planes[1] * pool.stride(1)
     require(whole and flat, "pool", form(pool),
-            f"must have strides [.., {width}, 1] and planes that flatten")  # fmt: skip
+            "must have strides [.., {}, 1] and planes that flatten", width)  # fmt: skip
     require_capable(pool, "pool")
     check_pages(rows, page_table, lengths, new, first_kept, page_size, sinks, "rows")
     eight_bit = pool.dtype in EIGHT_BIT
@@ -151,11 +151,11 @@ def page_write(
     if scale is not None:
         shape = torch.Size(planes or [1])
         fits = scale.shape == shape and scale.dtype == torch.float32 and scale.is_contiguous()
-        require(fits, "scale", form(scale), f"must be contiguous float32 {list(shape)}")
+        require(fits, "scale", form(scale), "must be contiguous float32 {}", list(shape))
     for name, tensor in (("pool", pool), ("scale", scale)):
         here = tensor is None or tensor.device == rows.device
         require(here, name, tensor.device if tensor is not None else None,
-                f"must be on the device of rows, {rows.device}")  # fmt: skip
+                "must be on the device of rows, {}", rows.device)  # fmt: skip
     if batch == 0:
         return
 
@@ -193,7 +193,7 @@ def check_pages(
     require(sinks >= 0, "sinks", sinks, "must be at least 0")
     fits = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.shape[1] > 0
     fits = fits and page_table.dtype == torch.int32 and page_table.is_contiguous()
-    require(fits, "page_table", form(page_table), f"must be contiguous int32 [{batch}, max_pages]")
+    require(fits, "page_table", form(page_table), "must be contiguous int32 [{}, max_pages]", batch)
     vectors: Mapping[str, Tensor | None] = {
         "lengths": lengths, "new": new, "first_kept": first_kept,
     }  # fmt: skip
@@ -201,11 +201,11 @@ def check_pages(
         if given is None:
             continue
         fits = given.shape == (batch,) and given.dtype == torch.int32 and given.is_contiguous()
-        require(fits, vector, form(given), f"must be contiguous int32 [{batch}]")
+        require(fits, vector, form(given), "must be contiguous int32 [{}]", batch)
     for other, given in ({"page_table": page_table} | dict(vectors)).items():
         here = given is None or given.device == rows.device
         require(here, other, given.device if given is not None else None,
-                f"must be on the device of {name}, {rows.device}")  # fmt: skip
+                "must be on the device of {}, {}", name, rows.device)  # fmt: skip
 
 
 def _constants(

@@ -116,17 +116,17 @@ def few_rows(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
     it breaks.
     """
     compiled = isinstance(few_rows_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
     require(weight.dim() == 2, "weight", form(weight), "must be [N, K]")
     n, k = weight.shape
     require(k > 0 and k % 8 == 0, "weight", form(weight), "must have K a multiple of 8")
     fits = x.dim() >= 1 and x.shape[-1] == k and 2 <= x.numel() // k <= ROWS
-    require(fits, "x", form(x), f"must be 2 to {ROWS} rows of {k}")
+    require(fits, "x", form(x), "must be 2 to {} rows of {}", ROWS, k)
     require(x.is_contiguous() and x.data_ptr() % 16 == 0, "x", form(x),
             "must be contiguous, from 16 bytes on")  # fmt: skip
     require(x.dtype in DTYPES, "x", form(x), "must be bfloat16 or float16")
     same = weight.dtype == x.dtype and weight.device == x.device
-    require(same, "weight", form(weight), f"must be {x.dtype} on {x.device}")
+    require(same, "weight", form(weight), "must be {} on {}", x.dtype, x.device)
     stride = weight.stride(0) if n > 1 else k
     aligned = stride % 8 == 0 and weight.data_ptr() % 16 == 0
     require(weight.stride(1) == 1 and aligned, "weight", form(weight),

@@ -138,29 +138,30 @@ def norm_gemv(
 def check_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor | None) -> None:
     """Raise ValueError unless these can stand around the row x."""
     k = x.numel()
-    require(k <= MAX_NORMED, "x", form(x), f"must have at most {MAX_NORMED} channels")
+    require(k <= MAX_NORMED, "x", form(x), "must have at most {} channels", MAX_NORMED)
     for name, tensor in (("residual", residual), ("norm_weight", norm_weight)):
         if tensor is None:
             continue
         like = tensor.numel() == k and tensor.dtype == x.dtype and tensor.device == x.device
+        rule = "must be {} contiguous {} on {}, from 16 bytes on"
         require(like and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0, name, form(tensor),
-                f"must be {k} contiguous {x.dtype} on {x.device}, from 16 bytes on")  # fmt: skip
+                rule, k, x.dtype, x.device)  # fmt: skip
 
 
 def check_row(x: Tensor, weight: Tensor, gated: bool = False) -> None:
     """Raise ValueError unless x is one row and weight a matrix for it."""
     compiled = isinstance(gemv_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
     require(weight.dim() == 2, "weight", form(weight), "must be [N, K]")
     n, k = weight.shape
     require(not gated or n % 2 == 0, "weight", form(weight), "must be [2F, K]")
     require(x.dim() >= 1 and x.shape[-1] == k and x.numel() == k, "x", form(x),
-            f"must be one row of {k}")  # fmt: skip
+            "must be one row of {}", k)  # fmt: skip
     require(x.is_contiguous() and x.data_ptr() % 16 == 0, "x", form(x),
             "must be contiguous, from 16 bytes on")  # fmt: skip
     require(x.dtype in DTYPES, "x", form(x), "must be float32, bfloat16 or float16")
     same = weight.dtype == x.dtype and weight.device == x.device
-    require(same, "weight", form(weight), f"must be {x.dtype} on {x.device}")
+    require(same, "weight", form(weight), "must be {} on {}", x.dtype, x.device)
     stride = weight.stride(0) if n > 1 else k
     aligned = stride * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     require(weight.stride(1) == 1 and aligned, "weight", form(weight),

@@ -51,16 +51,22 @@ def head_gemv(x: Tensor, weight: Tensor) -> Tensor:
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
     compiled = isinstance(head_gemv_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
     require(weight.dim() == 3, "weight", form(weight), "must be [H, D, N]")
     heads, dim, width = weight.shape
     fits = x.shape == (1, 1, heads, dim) and dim <= MAX_DIM and x.stride(3) == 1
     require(
-        fits, "x", form(x), f"must be [1, 1, {heads}, {dim}], contiguous heads of at most {MAX_DIM}"
+        fits,
+        "x",
+        form(x),
+        "must be [1, 1, {}, {}], contiguous heads of at most {}",
+        heads,
+        dim,
+        MAX_DIM,
     )
     require(x.dtype in DTYPES, "x", form(x), "must be float32, bfloat16 or float16")
     same = weight.dtype == x.dtype and weight.device == x.device
-    require(same, "weight", form(weight), f"must be {x.dtype} on {x.device}")
+    require(same, "weight", form(weight), "must be {} on {}", x.dtype, x.device)
     require(1 in weight.stride()[1:], "weight", form(weight), "must have D or N contiguous")
     y = torch.empty(1, 1, heads, width, dtype=x.dtype, device=x.device)
     constants = _constants(dim, width)

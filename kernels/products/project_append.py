@@ -108,16 +108,16 @@ def project_append(
     heads, rest = divmod(weight.shape[0], dim)
     heads -= 2 * groups
     require(rest == 0 and heads >= 1, "weight", form(weight),
-            f"must have (H + 2 * {groups}) * {dim} rows")  # fmt: skip
+            "must have (H + 2 * {}) * {} rows", groups, dim)  # fmt: skip
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         fits = pool.shape == k_pool.shape and pool.shape[1] % max(page_size, 1) == 0
         fits = fits and pool.dtype == x.dtype and pool.device == x.device
         require(fits and pool.stride()[1:] == (dim, 1), name, form(pool),
-                f"must be {x.dtype} [{groups}, pages * {page_size}, {dim}] on {x.device}, each "
-                "head contiguous")  # fmt: skip
+                "must be {} [{}, pages * {}, {}] on {}, each head contiguous", x.dtype, groups,
+                page_size, dim, x.device)  # fmt: skip
     fits = cos_sin.dim() == 3 and cos_sin.shape[1:] == (dim // 2, 2) and cos_sin.is_contiguous()
     require(fits and cos_sin.dtype == torch.float32 and cos_sin.device == x.device, "cos_sin",
-            form(cos_sin), f"must be contiguous float32 [positions, {dim // 2}, 2]")  # fmt: skip
+            form(cos_sin), "must be contiguous float32 [positions, {}, 2]", dim // 2)  # fmt: skip
     check_pages(x.view(1, 1, -1), page_table, lengths, None, None, page_size, 0, "x")
 
     k = weight.shape[1]

@@ -99,40 +99,40 @@ def rope_append(
     int32 tensors are not checked: they are read on the device only.
     """
     compiled = isinstance(rope_append_fwd_kernel, triton.JITFunction)
-    require(qkv.is_cuda or not compiled, "qkv", form(qkv), f"is on {qkv.device}, needs cuda")
+    require(qkv.is_cuda or not compiled, "qkv", form(qkv), "is on {}, needs cuda", qkv.device)
     require(qkv.dim() == 4, "qkv", form(qkv), "must be [B, K, H + 2G, d]")
     require(qkv.dtype in FLOATS, "qkv", form(qkv), "must be bfloat16, float16 or float32")
     batch, tokens, packed, dim = qkv.shape
     require(kv_heads >= 1, "kv_heads", kv_heads, "must be at least 1")
     divides = heads >= 1 and heads % kv_heads == 0
-    require(divides, "heads", heads, f"must be a positive multiple of kv_heads={kv_heads}")
+    require(divides, "heads", heads, "must be a positive multiple of kv_heads={}", kv_heads)
     require(packed == heads + 2 * kv_heads, "qkv", form(qkv),
-            f"must hold {heads} + 2 * {kv_heads} heads")  # fmt: skip
+            "must hold {} + 2 * {} heads", heads, kv_heads)  # fmt: skip
     require(16 <= dim <= MAX_HEAD_DIM and dim % 16 == 0, "head_dim", dim,
-            f"must be a multiple of 16 up to {MAX_HEAD_DIM}")  # fmt: skip
+            "must be a multiple of 16 up to {}", MAX_HEAD_DIM)  # fmt: skip
     require(tokens >= 1, "K", tokens, "must be at least 1")
     strides = [qkv.stride(i) for i in range(2) if qkv.shape[i] > 1]
     apart = all(s % 16 == 0 and s >= packed * dim for s in strides)
     apart = apart and qkv.stride()[2:] == (dim, 1) and qkv.data_ptr() % 16 == 0
     require(apart, "qkv", form(qkv),
-            f"must start at 16 bytes and have strides [16i, 16j, {dim}, 1]")  # fmt: skip
+            "must start at 16 bytes and have strides [16i, 16j, {}, 1]", dim)  # fmt: skip
 
     fits = cos_sin.dim() == 3 and cos_sin.shape[1:] == (dim // 2, 2) and cos_sin.shape[0] > 0
     fits = fits and cos_sin.dtype == torch.float32 and cos_sin.is_contiguous()
-    require(fits and cos_sin.data_ptr() % 16 == 0, "cos_sin", form(cos_sin),
-            f"must be contiguous float32 [positions, {dim // 2}, 2], from 16 bytes on")  # fmt: skip
+    rule = "must be contiguous float32 [positions, {}, 2], from 16 bytes on"
+    require(fits and cos_sin.data_ptr() % 16 == 0, "cos_sin", form(cos_sin), rule, dim // 2)
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         fits = pool.dim() == 3 and pool.shape[0] == kv_heads and pool.shape[2] == dim
         require(fits and pool.shape[1] % max(page_size, 1) == 0, name, form(pool),
-                f"must be [{kv_heads}, pages * {page_size}, {dim}]")  # fmt: skip
+                "must be [{}, pages * {}, {}]", kv_heads, page_size, dim)  # fmt: skip
         require(pool.dtype in FLOATS, name, form(pool), "must be bfloat16, float16 or float32")
         whole = pool.stride()[1:] == (dim, 1) and (kv_heads == 1 or pool.stride(0) % 16 == 0)
         require(whole and pool.data_ptr() % 16 == 0, name, form(pool),
-                f"must start at 16 bytes and have strides [16i, {dim}, 1]")  # fmt: skip
+                "must start at 16 bytes and have strides [16i, {}, 1]", dim)  # fmt: skip
     check_pages(qkv, page_table, lengths, new, first_kept, page_size, sinks, "qkv")
     for name, tensor in (("cos_sin", cos_sin), ("k_pool", k_pool), ("v_pool", v_pool)):
         require(tensor.device == qkv.device, name, tensor.device,
-                f"must be on the device of qkv, {qkv.device}")  # fmt: skip
+                "must be on the device of qkv, {}", qkv.device)  # fmt: skip
     if batch == 0:
         return
 

@@ -62,23 +62,23 @@ def rope_rotate(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
     Raises ValueError naming the argument, its value and the rule, before any launch.
     """
     compiled = isinstance(rope_rotate_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
     require(x.dim() == 4, "x", form(x), "must be [B, K, H, d]")
     require(x.dtype in FLOATS, "x", form(x), "must be bfloat16, float16 or float32")
     batch, tokens, heads, dim = x.shape
-    require(2 <= dim <= MAX_DIM and dim % 2 == 0, "d", dim, f"must be even, 2 to {MAX_DIM}")
+    require(2 <= dim <= MAX_DIM and dim % 2 == 0, "d", dim, "must be even, 2 to {}", MAX_DIM)
     together = x.stride(3) == 1 and (heads == 1 or x.stride(2) == dim)
     apart = all(x.stride(i) >= heads * dim for i in range(2) if x.shape[i] > 1)
-    require(together and apart, "x", form(x), f"must have strides [.., .., {dim}, 1]")
+    require(together and apart, "x", form(x), "must have strides [.., .., {}, 1]", dim)
     fits = cos_sin.dim() == 3 and cos_sin.shape[1:] == (dim // 2, 2)
     fits = fits and cos_sin.dtype == torch.float32 and cos_sin.is_contiguous()
     require(fits, "cos_sin", form(cos_sin),
-            f"must be contiguous float32 [positions, {dim // 2}, 2]")  # fmt: skip
+            "must be contiguous float32 [positions, {}, 2]", dim // 2)  # fmt: skip
     fits = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
-    require(fits, "lengths", form(lengths), f"must be contiguous int32 [{batch}]")
+    require(fits, "lengths", form(lengths), "must be contiguous int32 [{}]", batch)
     for name, tensor in (("cos_sin", cos_sin), ("lengths", lengths)):
         require(tensor.device == x.device, name, tensor.device,
-                f"must be on the device of x, {x.device}")  # fmt: skip
+                "must be on the device of x, {}", x.device)  # fmt: skip
     if x.numel() == 0:
         return x
     constants, warps = _constants(heads, dim, x.dtype)

@@ -204,8 +204,8 @@ def top_p(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) 
     batch, vocabulary, stride = _check(logits, top_p_fwd_kernel)
     fits = uniform.shape == (batch,) and uniform.dtype == torch.float32
     fits = fits and uniform.is_contiguous() and uniform.device == logits.device
-    rule = f"must be contiguous float32 [{batch}] on {logits.device}"
-    require(fits, "uniform", form(uniform), rule)
+    rule = "must be contiguous float32 [{}] on {}"
+    require(fits, "uniform", form(uniform), rule, batch, logits.device)
     require(temperature > 0 and math.isfinite(temperature), "temperature", temperature,
             "must be finite and above 0; for temperature 0 call `greedy`")  # fmt: skip
     require(0 < top_p <= 1, "top_p", top_p, "must lie in (0, 1]")
@@ -227,11 +227,11 @@ def _check(logits: Tensor, kernel: object) -> tuple[int, int, int]:
     """B, V and the stride of rows; raises ValueError."""
     compiled = isinstance(kernel, triton.JITFunction)
     on = logits.is_cuda or not compiled
-    require(on, "logits", form(logits), f"is on {logits.device}, needs cuda")
+    require(on, "logits", form(logits), "is on {}, needs cuda", logits.device)
     require(logits.dim() == 2, "logits", form(logits), "must be [B, V]")
     require(logits.dtype in _TYPES, "logits", form(logits), "must be bfloat16, float16 or float32")
     batch, vocabulary = logits.shape
-    require(1 <= vocabulary <= MAX_VOCABULARY, "V", vocabulary, f"must be 1 to {MAX_VOCABULARY}")
+    require(1 <= vocabulary <= MAX_VOCABULARY, "V", vocabulary, "must be 1 to {}", MAX_VOCABULARY)
     dense = vocabulary == 1 or logits.stride(1) == 1
     require(dense, "logits", form(logits), "must have last stride 1")
     # The stride of a single row is arbitrary, and never used.

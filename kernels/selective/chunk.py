@@ -78,13 +78,13 @@ def _check(
     state: Tensor | None, new: Tensor | None,
 ) -> None:  # fmt: skip
     compiled = not isinstance(passes.selective_chunk_fwd_rows_kernel, InterpretedFunction)
-    require(x.is_cuda or not compiled, "x", form(x), f"is on {x.device}, needs cuda")
+    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
     require(x.dim() == 3, "x", form(x), "must be [B, T, E]")
     require(a.dim() == 2, "a", form(a), "must be [E, N]")
     batch, tokens, width = x.shape
     n = a.shape[1]
     require(min(x.shape) >= 1, "x", form(x), "must have B >= 1, T >= 1 and E >= 1")
-    require(1 <= n <= MAX_STATES, "N", n, f"must be 1 to {MAX_STATES}")
+    require(1 <= n <= MAX_STATES, "N", n, "must be 1 to {}", MAX_STATES)
     floats = (torch.float32, torch.bfloat16, torch.float16)
     full = (torch.float32,)
     for name, tensor, shape, dtypes in (
@@ -99,11 +99,11 @@ def _check(
     ):
         if tensor is None:
             continue
-        require(tensor.shape == shape, name, form(tensor), f"must have shape {list(shape)}")
+        require(tensor.shape == shape, name, form(tensor), "must have shape {}", list(shape))
         kinds = ", ".join(str(dtype)[6:] for dtype in dtypes)
-        require(tensor.dtype in dtypes, name, form(tensor), f"must be of {kinds}")
+        require(tensor.dtype in dtypes, name, form(tensor), "must be of {}", kinds)
         here = tensor.device == x.device
-        require(here, name, form(tensor), f"must be on the device of x, {x.device}")
+        require(here, name, form(tensor), "must be on the device of x, {}", x.device)
         if name in ("x", "dt", "b", "c"):
             row_stride(name, tensor)
         else:

@@ -23,3 +23,13 @@ def test_nothing_is_described_where_nothing_is_wrong(monkeypatch: pytest.MonkeyP
         test_mla_decode.module.mla_decode(*tensors, **options)
         test_rope_append.module.rope_append(**test_rope_append.operands())
         test_latent_append.module.latent_append(**test_latent_append.operands())
+
+
+def test_a_rule_is_written_only_where_it_is_broken() -> None:
+    class Never:
+        def __str__(self) -> str:
+            raise AssertionError("a launch does not wait for its messages")
+
+    require(True, "q", Never(), "must be {}", Never())
+    with pytest.raises(ValueError, match=r"^q=7 must be \[3, 4\] on cpu$"):
+        require(False, "q", 7, "must be [{}, {}] on {}", 3, 4, "cpu")
