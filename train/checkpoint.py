@@ -170,6 +170,19 @@ def load_model(
     Raises UserError on damaged or foreign files and on tensors that do not fit.
     """
     metadata, tensors = _read(path, "model.")
+    spec = _spec(path, metadata, arch)
+    _require_fit(path, spec.outline(dtype), tensors)
+    model = spec.build(device=device, dtype=dtype)
+    _load_weights(model, tensors)
+    return model
+
+
+def read_spec(path: Path, arch: str | None = None) -> ModelSpec:
+    """What `load_model` builds with the same `arch`, and as it refuses."""
+    return _spec(path, read_metadata(path), arch)
+
+
+def _spec(path: Path, metadata: Metadata, arch: str | None) -> ModelSpec:
     spec = metadata.identity.spec
     mixers = {layer.mixer for layer in spec.layers} or set(names_in(spec.arch))
     if arch is not None:
@@ -191,10 +204,7 @@ def load_model(
             f"{path} was trained from the architecture file in '{spec.arch}'; code is only loaded "
             "from a file you name, so pass it as arch"
         )
-    _require_fit(path, spec.outline(dtype), tensors)
-    model = spec.build(device=device, dtype=dtype)
-    _load_weights(model, tensors)
-    return model
+    return spec
 
 
 def _read(path: Path, wanted: str) -> tuple[Metadata, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from eval.measure.suite import CorpusPlan, QualityPlan
 from eval.measure.text import quality_rows
 from eval.results.point import Point
 from eval.results.rows import Found
-from train.checkpoint import load_model, read_metadata
+from train.checkpoint import load_model, read_metadata, read_spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,8 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     options = parse(ScoreOptions, point.options, f"the options of {point.key}")
     checkpoint = Path(options.checkpoint)
     identity = read_metadata(checkpoint).identity
+    # The file that a checkpoint names is not ours to run: the user named another in its place.
+    spec = read_spec(checkpoint, options.arch)
     model = load_model(checkpoint, device=str(site.device), arch=options.arch).eval()
     tokens = site.tokens(options.corpus.spec, options.corpus.vocab_size)
     if identity.data and identity.data != tokens.name:
@@ -44,9 +46,9 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         )
     recipe = identity.recipe
     trained = about(
-        identity.spec, model, corpus=options.corpus.spec, kernel_backend=model.backend,
+        spec, model, corpus=options.corpus.spec, kernel_backend=model.backend,
         tokens=options.step * recipe.batch * recipe.seq_len,
     )  # fmt: skip
     watch.at(0.0, "score")
-    rows = quality_rows(model, tokens, identity.spec.scale.seq_len, options.quality)
+    rows = quality_rows(model, tokens, spec.scale.seq_len, options.quality)
     return Found(about=trained, rows=tuple(rows))

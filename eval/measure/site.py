@@ -13,7 +13,7 @@ import torch
 from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
-from archs.registry import ModelSpec, folder_name, layer_names
+from archs.registry import ModelSpec, folder_name
 from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.measure.counters import Counters
 from eval.measure.decode import build_to_serve
@@ -60,9 +60,8 @@ def spec_of(point: Point) -> ModelSpec:
 
 def about(spec: ModelSpec, model: Model, **more: Any) -> About:
     """What the rows of a model are about."""
-    names = layer_names(spec.arch, len(model.blocks))
     return About(
-        pattern=" ".join(names),
+        pattern=" ".join(layer.mixer for layer in spec.layer_specs()),
         family=state_family(model.state_specs()),
         params=sum(p.numel() for p in model.parameters()),
         dtype=str(model.embedding.weight.dtype).removeprefix("torch."),

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from archs.errors import UserError
 from archs.files import REFUSALS, refused
-from eval.measure import asked, cost, hardware, score, serve, text
+from eval.measure import cost, hardware, score, serve, task, text
 from eval.measure.decode import out_of_memory
 from eval.measure.progress import Silent, Watch
 from eval.measure.site import Failure, Site
@@ -24,7 +24,7 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "cost": cost.measure,
     "train": text.measure,
     "quality": score.measure,
-    "task": asked.measure,
+    "task": task.measure,
     "decode": serve.measure,
 }
 

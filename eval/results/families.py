@@ -5,7 +5,6 @@ shared by all heads), window (rows that stop growing), recurrent (no rows at all
 (layers of more than one kind).
 """
 
-import re
 from typing import Literal, get_args
 
 import pandas as pd
@@ -40,7 +39,7 @@ def known_family(arch: str) -> Family | None:
     """The family of a name or a pattern of names in `KNOWN`; None for any other."""
     if arch in KNOWN:
         return KNOWN[arch]
-    mixers = re.split("[:+]", arch.partition("=")[0])
+    mixers = arch.rpartition("=")[0].split(":")
     kinds = {KNOWN.get(name) for name in mixers}
     if None in kinds:
         return None

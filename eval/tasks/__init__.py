@@ -1,6 +1,6 @@
 """Synthetic tasks, each in a file of its own: its data, the shape of its models, its options.
 
-A model is trained on one from scratch and asked what it learnt (`eval.measure.asked`); a row has
+A model is trained on one from scratch and asked what it learnt (`eval.measure.task`); a row has
 the task's name as its scale and what was asked in its options. A new task is a file and a line
 here.
 """

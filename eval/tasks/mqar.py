@@ -14,7 +14,8 @@ from torch import Tensor
 
 from archs.checks import at_least, positive
 from archs.errors import UserError
-from eval.tasks.task import IGNORED, Task, distinct
+from eval.tasks.task import Task, distinct
+from kernels.loss.cross_entropy import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

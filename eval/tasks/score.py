@@ -5,7 +5,8 @@ import torch
 
 from archs.backbone import Model
 from eval.results.statistics import Estimate, clustered_share
-from eval.tasks.task import IGNORED, Split, Task
+from eval.tasks.task import Split, Task
+from kernels.loss.cross_entropy import IGNORED
 
 
 def accuracy(model: Model, task: Task, *, split: Split, sequences: int, seed: int) -> Estimate:

@@ -16,16 +16,10 @@ from archs.checks import at_least, some
 from archs.errors import unknown_name
 from archs.registry import ModelSpec, pattern_of
 from archs.sizes import Scale
-from kernels.loss.cross_entropy import IGNORED
 from train.recipe import Recipe
 
 #: Training, choosing (when to stop, which rate) and reporting see sequences of their own.
 Split = Literal["train", "test", "dev"]
-#: The recipe's part of a task; all other options say what is asked.
-TRAINING = (
-    "d_model", "n_layers", "head_dim", "short_conv", "window", "steps", "batch", "learning_rates",
-    "seeds", "eval_every", "test_sequences", "overrides",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +77,9 @@ class Task(ABC):
 
     @property
     def asked(self) -> str:
-        """What is asked, as words of the form name=value."""
-        own = (f.name for f in fields(self) if f.name not in (*TRAINING, "seq_len"))
+        """What is asked, the length apart, as words of the form name=value."""
+        recipe = {f.name for f in fields(Task)} - {"vocab"}
+        own = (f.name for f in fields(self) if f.name not in recipe)
         return " ".join(f"{name}={getattr(self, name)}" for name in own)
 
     @property
@@ -143,6 +138,3 @@ def distinct(
     if weight is not None:
         score = score + np.log(weight)
     return np.argsort(-score, axis=1)[:, :n]
-
-
-__all__ = ["IGNORED", "Split", "Task", "TaskBatches", "distinct"]

@@ -28,7 +28,7 @@ def test_a_task_chooses_its_rate_on_development_sequences(
         return Estimate(value, value, value, sequences)
 
     options = {"learning_rates": [1e-3, 2e-3], "steps": 2, "test_sequences": 256}
-    monkeypatch.setattr("eval.measure.asked.accuracy", answer)
+    monkeypatch.setattr("eval.measure.task.accuracy", answer)
     asked = replace(suite, train=None, decode=(), tasks={"mqar": suite.tasks["mqar"] | options})
     assert run(asked, tmp_path / "out")
     assert scored == [("dev", 128), ("dev", 128), ("dev", 256)] * 2 + [("test", 256)]
@@ -51,7 +51,7 @@ def test_the_test_is_of_the_model_that_was_chosen(
         return accuracy(model, *arguments, split=split, **options)
 
     options = {"learning_rates": [1e-3, 2e-3], "steps": 1}
-    monkeypatch.setattr("eval.measure.asked.accuracy", note)
+    monkeypatch.setattr("eval.measure.task.accuracy", note)
     asked = replace(suite, train=None, decode=(), tasks={"mqar": suite.tasks["mqar"] | options})
     assert run(asked, tmp_path / "out")
     assert seen["test"] == seen["dev"][1:2] != seen["dev"][-1:]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -339,6 +340,18 @@ def test_a_new_architecture_passes_check_trains_and_is_scored(
     assert decodebench("train", "--arch", "my_mixer.py", *TRAIN, *text).code == 0
     decodebench("quality", "runs/train", *text).refuses("my_mixer.py", "from a file you name")
     assert decodebench("quality", "runs/train", "--arch", "my_mixer.py", *text).code == 0
+    # The file may have moved, and what lies in its place now is not run. A process of its own,
+    # since this one has loaded the file.
+    (tmp_path / "my_mixer.py").rename(tmp_path / "moved.py")
+    (tmp_path / "my_mixer.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    command = [sys.executable, "-c", "from eval.cli import main; main()", "quality", "runs/train"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, "--arch", "moved.py", *text], cwd=tmp_path, env=environment, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_process_of_its_own_shows_no_traceback() -> None:

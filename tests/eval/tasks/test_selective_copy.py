@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from archs.errors import UserError
 from eval.tasks.selective_copy import BLANK, MARKER, SelectiveCopy
-from eval.tasks.task import IGNORED
+from kernels.loss.cross_entropy import IGNORED
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,8 @@ import torch
 
 from archs.errors import UserError
 from eval.tasks import TASKS, task_named
-from eval.tasks.task import IGNORED, TaskBatches
+from eval.tasks.task import TaskBatches
+from kernels.loss.cross_entropy import IGNORED
 
 NAMES = pytest.mark.parametrize("name", TASKS)
 
