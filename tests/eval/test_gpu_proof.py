@@ -1,6 +1,7 @@
 """The proof on a GPU, on a CPU: order, verdicts, baselines, resuming, budget."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,28 @@ def test_a_baseline_that_computes_something_else_is_not_timed(bench: Bench) -> N
     assert [s for *_, s in bench.statuses()] == ["incorrect", "ok", "ok"]
     row = bench.rows("kernels.csv")[0]
     assert "0.2 away from ours" in row["note"] and row["time_us"] == ""
+
+
+def test_late_baselines_come_after_everything_and_the_first_of_all_cases_before_the_second(
+    bench: Bench,
+) -> None:
+    def case(name: str, order: int) -> Case:
+        built = bench.case(name, order, sdpa=bench.run("early"), torch=bench.run("slow"),
+                           cublas=bench.run("quick"))  # fmt: skip
+        return replace(built, late=("cublas", "torch"))
+
+    cases = [case("c1", 1), case("c0", 0)]
+    made = bench.proof(Op(name="a", checks=[bench.check()], cases=cases))
+    made.check()
+    made.bench_late()
+    assert not made.timings.rows, "nothing of ours is timed yet"
+    made.bench()
+    made.bench_late()
+    made.bench_late()
+    assert [(c, b) for _, c, b, _ in bench.statuses()] == [
+        ("c0", "sdpa"), ("c0", "triton"), ("c1", "sdpa"), ("c1", "triton"),
+        ("c0", "cublas"), ("c1", "cublas"), ("c0", "torch"), ("c1", "torch"),
+    ]  # fmt: skip
 
 
 def test_a_baseline_is_compared_on_operands_that_nothing_has_changed(bench: Bench) -> None:

@@ -196,36 +196,39 @@ class Proof:
         """
         pairs = ((op, case) for op in self.ops if self._checked(op) for case in op.cases)
         self._each([
-            (op, case)
+            (op, case, None)
             for op, case in sorted(pairs, key=lambda pair: pair[1].order)
             if (most_order is None or case.order <= most_order)
             and self.timings.find(op=op.name, case=case.name, backend=OURS) is None
-        ], late=False)  # fmt: skip
+        ])  # fmt: skip
 
     def bench_late(self, most_order: int | None = None) -> None:
-        """Time the late baselines of cases of which ours has been timed, up to `most_order`."""
-        pairs = ((op, case) for op in self.ops for case in op.cases)
-        self._each([
-            (op, case)
-            for op, case in sorted(pairs, key=lambda pair: pair[1].order)
+        """Time the late baselines of cases of which ours has been timed, up to `most_order`.
+
+        The first ones of all cases come before the second ones of any, which are slower.
+        """
+        waiting = [
+            (turn, op, case, name)
+            for op in self.ops
+            for case in op.cases
             if (most_order is None or case.order <= most_order)
             and self.timings.find(op=op.name, case=case.name, backend=OURS) is not None
-            and any(
-                self.timings.find(op=op.name, case=case.name, backend=name) is None
-                for name in case.late
-            )
-        ], late=True)  # fmt: skip
+            for turn, name in enumerate(case.late)
+            if self.timings.find(op=op.name, case=case.name, backend=name) is None
+        ]
+        waiting.sort(key=lambda late: (late[0], late[2].order))
+        self._each([late[1:] for late in waiting])
 
-    def _each(self, waiting: Sequence[tuple[Op, Case]], *, late: bool) -> None:
+    def _each(self, waiting: Sequence[tuple[Op, Case, str | None]]) -> None:
         with self.progress.over(len(waiting), len(waiting), len(waiting)):
-            for op, case in waiting:
+            for op, case, late in waiting:
                 if self.over:
                     return
                 with self.progress.cell(f"time {op.name} {case.name}", 1.0) as watch:
-                    watch.say(self._time(op, case, late=late))
+                    watch.say(self._time(op, case, late))
 
-    def _time(self, op: Op, case: Case, *, late: bool) -> str:
-        """Every run of a case that is not recorded: baselines first, then ours; what to tell."""
+    def _time(self, op: Op, case: Case, late: str | None) -> str:
+        """One late baseline, or all else that is not recorded, ours last; what to tell."""
         rates = self.roofline
         said: list[str] = []
         made: dict[str, Any] = {}
@@ -237,7 +240,7 @@ class Proof:
 
         row = guarded(make)
         copies = made.get("copies", [{}])
-        names = [name for name in copies[0] if name != OURS and (name in case.late) == late]
+        names = [late] if late else [n for n in copies[0] if n != OURS and n not in case.late]
         if row and lost(self.device):
             names = []
         for name in names if late else [*names, OURS]:
