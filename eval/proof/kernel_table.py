@@ -41,7 +41,7 @@ from kernels.sampling import sample
 from kernels.selective import chunk as selective_chunk
 from kernels.selective import step as selective_step
 
-#: Every op with a Triton kernel: a module with `variants()` and `default_variant()`.
+#: Every op with a Triton kernel: a module with `variants()`, the default one first.
 OPS: dict[str, ModuleType] = {
     "attention_decode": attention_decode, "attention_prefill": attention_prefill,
     "conv_chunk": conv_chunk, "conv_step": conv_step, "decay_chunk": decay_chunk,
@@ -89,7 +89,10 @@ class Cell:
 
 @cache
 def _variants(op: str, every: bool) -> list[Variant]:
-    return OPS[op].variants() if every else [OPS[op].default_variant()]
+    found: list[Variant] = OPS[op].variants()
+    if not every and hasattr(OPS[op], "default_variant"):
+        return [OPS[op].default_variant()]
+    return found if every else found[:1]
 
 
 def cells(targets: Sequence[str], *, every: bool, ops: Sequence[str] = ()) -> list[Cell]:

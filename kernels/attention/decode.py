@@ -22,6 +22,7 @@ from kernels.attention.combine import MAX_SPLITS, split_combine
 from kernels.attention.decode_checks import EIGHT_BIT, check
 from kernels.attention.tiles import page_of, rows_of
 from kernels.attention.words import as_words, halves, join_channels, split_channels
+from kernels.device import gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: Programs that a multiprocessor is given, where there are rows for so many.
@@ -223,10 +224,9 @@ def attention_decode(
     Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
     nor those of `lengths` are checked: they are read on the device only.
     """
-    compiled = isinstance(attention_decode_fwd_kernel, triton.JITFunction)
     batch, tokens, heads, dim, kv_heads = check(
         q, k_pool, v_pool, page_table, lengths, page_size, window, sinks, k_scale, v_scale, out,
-        compiled=compiled,
+        kernel=attention_decode_fwd_kernel,
     )  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     if batch == 0:
@@ -237,7 +237,7 @@ def attention_decode(
     )
     row_blocks = triton.cdiv(group * tokens, block_m)
     parts = kv_heads * row_blocks
-    config = config_of(dim, block_m, k_pool.dtype in EIGHT_BIT, amd=torch.version.hip is not None)
+    config = config_of(dim, block_m, k_pool.dtype in EIGHT_BIT, amd=gpu(q.device).amd)
 
     capacity = page_table.shape[1] * page_size
     if window is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import form, require
+from kernels.device import gpu, interpreted, require_gpu
 
 MAX_TOKENS = 8
 HEAD_DIMS = (32, 64, 128, 256)
@@ -15,16 +16,16 @@ EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 def check(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor,
     page_size: int, window: int | None, sinks: int,
-    k_scale: Tensor | None, v_scale: Tensor | None, out: Tensor | None, *, compiled: bool,
+    k_scale: Tensor | None, v_scale: Tensor | None, out: Tensor | None, *, kernel: object,
 ) -> tuple[int, int, int, int, int]:  # fmt: skip
     """Every rule of `attention_decode`; returns B, K, H, d, G.
 
-    compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
+    kernel: in the interpreter it takes tensors on a CPU and float32, too.
     """
-    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
+    require_gpu("q", q, kernel)
     require(q.dim() == 4, "q", form(q), "must be [B, K, H, d]")
     batch, tokens, heads, dim = q.shape
-    dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
+    dtypes = (torch.bfloat16, torch.float16) + ((torch.float32,) if interpreted(kernel) else ())
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
     require(dim in HEAD_DIMS, "head_dim", dim, "must be one of {}", HEAD_DIMS)
     require(1 <= tokens <= MAX_TOKENS, "K", tokens, "new tokens must be 1 to {}", MAX_TOKENS)
@@ -52,8 +53,8 @@ def check(
     require(same, "v_pool", form(v_pool), "must have k_pool's form, {}", form(k_pool))
     kv_heads = k_pool.shape[0]
     eight_bit = k_pool.dtype in EIGHT_BIT
-    if k_pool.dtype == torch.float8_e4m3fn and q.is_cuda and torch.version.hip is None:
-        able = torch.cuda.get_device_capability(q.device) >= (8, 9)
+    if k_pool.dtype == torch.float8_e4m3fn:
+        able = gpu(q.device).capability >= (8, 9)
         require(able, "k_pool", form(k_pool), "needs compute capability 8.9; use int8")
 
     require(window is None or window >= 1, "window", window, "must be None or at least 1")

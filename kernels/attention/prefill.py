@@ -241,10 +241,9 @@ def attention_prefill(
     Raises ValueError for anything else, before any launch. The contents of `page_table`, `lengths`
     and `new` are not checked: they are read on the device only.
     """
-    compiled = isinstance(attention_prefill_fwd_kernel, triton.JITFunction)
     batch, tokens, heads, dim, v_dim, kv_heads = check(
         q, k_pool, v_pool, page_table, lengths, page_size, scale, window, sinks, new, out,
-        compiled=compiled,
+        kernel=attention_prefill_fwd_kernel,
     )  # fmt: skip
     if out is None:
         out = torch.empty((batch, tokens, heads, v_dim), dtype=q.dtype, device=q.device)

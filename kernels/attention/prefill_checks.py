@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import form, require
+from kernels.device import interpreted, require_gpu
 
 #: Head dims of keys and values: equal ones, and latent attention's expanded forms, whose keys
 #: carry rotary channels, too.
@@ -15,17 +16,17 @@ DIMS = ((32, 32), (48, 32), (64, 64), (96, 64), (128, 128), (192, 128), (256, 25
 def check(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor,
     page_size: int, scale: float | None, window: int | None, sinks: int,
-    new: Tensor | None, out: Tensor | None, *, compiled: bool,
+    new: Tensor | None, out: Tensor | None, *, kernel: object,
 ) -> tuple[int, int, int, int, int, int]:  # fmt: skip
     """Every rule of `attention_prefill`; returns B, K, H, d, dv, G.
 
-    compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
+    kernel: in the interpreter it takes tensors on a CPU and float32, too.
     """
-    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
+    require_gpu("q", q, kernel)
     require(q.dim() == 4 and q.shape[1] > 0 and q.shape[2] > 0, "q", form(q),
             "must be [B, K >= 1, H, d]")  # fmt: skip
     batch, tokens, heads, dim = q.shape
-    dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
+    dtypes = (torch.bfloat16, torch.float16) + ((torch.float32,) if interpreted(kernel) else ())
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
     strides = [q.stride(i) for i in range(3) if q.shape[i] > 1]
     aligned = q.stride(3) == 1 and not any(s % 16 for s in strides) and q.data_ptr() % 16 == 0

@@ -1,10 +1,11 @@
 """Which configuration `prefill` takes, by head dims, rows, pages and GPU."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
+
+from kernels.device import gpu
 
 BLOCKS_M = (16, 64, 128)
 
@@ -50,13 +51,10 @@ AMD_CONFIGS: dict[tuple[int, int, int], Config] = {
 }  # fmt: skip
 
 
-@functools.cache
 def family_of(device: torch.device) -> str:
     """The GPU's family, by which its configurations differ."""
-    if torch.version.hip is not None:
-        return "amd"
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
-    return "ampere" if old else "hopper"
+    amd, capability = gpu(device)
+    return "amd" if amd else "ampere" if capability < (9, 0) else "hopper"
 
 
 def config_of(

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 
 #: Triton's pointer types, by dtype.
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -63,8 +63,7 @@ def check_conv(
     weight: Tensor | None = None,
 ) -> int:  # fmt: skip
     """Every rule but weight's and bias's forms; returns W, the tail's where weight is None."""
-    compiled = not isinstance(kernel, InterpretedFunction)
-    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
+    require_gpu("x", x, kernel)
     require(x.dim() == 3 and x.numel() > 0, "x", form(x), "must be [B, T, C], not empty")
     require(x.dtype in POINTERS, "x", form(x), "must be one of {}", tuple(POINTERS))
     dense = x.stride(2) == 1 or x.shape[2] == 1

@@ -5,7 +5,7 @@ B sequences, K new tokens, C channels, W taps; the tail is the last W - 1 inputs
 One program serves one sequence and BLOCK_C channels, in float32.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, lane_loads, meta, variants_of
 from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.calls import step_call
 from kernels.recurrent.step import (
-    POINTERS,
     last_slot,
     require_dims,
     require_like,
@@ -156,45 +157,22 @@ def conv_step_ref(
 
 
 def variants() -> list[Variant]:
-    """Every shape and option that is compiled ahead of time."""
+    """Every shape and option that is compiled ahead of time, all with tails of 3 rows."""
     wide, narrow = torch.float32, torch.bfloat16
-    return [
-        default_variant(),
-        _variant(narrow, 6144, 8, ragged=True, each=True),
-        _variant(narrow, 1000, 4, ragged=True),
-        _variant(wide, 6144, 1),
-        _variant(wide, 6144, 8, ragged=True, each=True),
-    ]
 
+    def call(dtype: torch.dtype, channels: int, tokens: int, options: str = "") -> NamedCall:
+        of = partial(meta, dtype=dtype)
+        inputs = [of(1, tokens, channels), of(channels, 4), of(channels)]
+        return step_call(conv_step, inputs, (3, channels), dtype, tokens, options)
 
-def default_variant() -> Variant:
-    """One token, a bfloat16 tail of 3 rows, 6144 channels."""
-    return _variant(torch.bfloat16, 6144, 1)
+    def loads(v: Variant) -> int:
+        dtype = wide if v.signature["tail"] == "*fp32" else narrow
+        return lane_loads(4 * v.constexprs["BLOCK_C"], dtype, v.num_warps)
 
-
-def _variant(
-    dtype: torch.dtype, channels: int, tokens: int, *, ragged: bool = False, each: bool = False
-) -> Variant:
-    pointer = POINTERS[dtype]
-    signature = dict.fromkeys(("x", "weight", "bias", "tail", "y"), pointer)
-    signature |= {"read": "*i32", "write": "*i32", "x_row": "i32", "slot_stride": "i32"}
-    block_c, warps = CONFIGS[dtype]
-    constexprs: dict[str, Any] = {
-        "SILU": True, "K": tokens, "EACH": each, "C": channels, "W": 4,
-        "BLOCK_K": triton.next_power_of_2(tokens), "BLOCK_R": 4, "BLOCK_C": block_c,
-    }  # fmt: skip
-    if ragged:
-        signature["new"] = "*i32"
-    else:
-        constexprs["new"] = None
-    options = f"{'_ragged' if ragged else ''}{'_each' if each else ''}"
-    return Variant(
-        name=f"conv_step_{pointer[1:]}_{channels}_k{tokens}{options}",
-        kernel=conv_step_fwd_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        divisible=frozenset(signature),
-        num_warps=warps,
-        narrow_in_loops=frozenset({4}) if each else frozenset(),
-        wide_loads=4 * block_c * dtype.itemsize // (16 * 64 * warps),
-    )
+    calls = (
+        call(narrow, 6144, 1), call(narrow, 6144, 8, "ragged each"),
+        call(narrow, 1008, 4, "ragged"),
+        call(wide, 6144, 1), call(wide, 6144, 8, "ragged each"),
+    )  # fmt: skip
+    expected = Expected(wide_loads=loads, narrow_in_loops=frozenset({4}))
+    return variants_of(calls, {conv_step_fwd_kernel: expected})

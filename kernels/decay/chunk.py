@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
 from kernels.decay import chunk_passes as passes
 from kernels.decay.chunk_bwd import decay_chunk_bwd_decay_kernel, gradients
 from kernels.decay.chunk_passes import CONFIGS, Sizes
+from kernels.device import require_gpu
 from kernels.recurrent.step import row_stride
 
 MAX_CHANNELS = 256
@@ -79,8 +79,7 @@ class _DecayChunk(torch.autograd.Function):
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, new: Tensor | None
 ) -> None:
-    compiled = not isinstance(passes.decay_chunk_fwd_rows_kernel, InterpretedFunction)
-    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
+    require_gpu("q", q, passes.decay_chunk_fwd_rows_kernel)
     require(q.dim() == 4, "q", form(q), "must be [B, T, G, N]")
     require(v.dim() == 4, "v", form(v), "must be [B, T, H, P]")
     batch, tokens, groups, n = q.shape

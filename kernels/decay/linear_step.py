@@ -7,19 +7,20 @@ One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, store
 norm spans a head's P channels, several tiles: the last of their programs does it.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.aot.ahead import Variant
+from kernels.aot.recorded import NamedCall, meta, variants_of
 from kernels.checks import form, require
 from kernels.norm.torch import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.calls import MATRIX_STEP, floats, output_norm, step_call
 from kernels.recurrent.step import (
-    POINTERS,
     keep_state,
     last_slot,
     require_dims,
@@ -29,7 +30,7 @@ from kernels.recurrent.step import (
     require_state,
     row_stride,
 )
-from kernels.recurrent.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
+from kernels.recurrent.step_norm import norm_arguments, norm_last, output_norm_ref
 from kernels.rope.rotate import rope_rotate_ref
 
 #: State dtype -> (BLOCK_P, num_warps). Tiles of fewer columns are half as fast on an H100: a row's
@@ -200,55 +201,22 @@ def linear_step_ref(
 
 
 def variants() -> list[Variant]:
-    """Every shape and option that is compiled ahead of time."""
+    """Every shape and option that is compiled ahead of time; the first is the 1b shape."""
     wide, narrow = torch.float32, torch.bfloat16
-    return [
-        default_variant(),
-        _variant(wide, 128, 256, 1),
-        _variant(wide, 128, 256, 8, ragged=True, each=True),
-        _variant(wide, 128, 256, 8, ragged=True, each=True, turn=True, norm=True),
-        _variant(wide, 64, 100, 4, ragged=True),
-        _variant(wide, 64, 100, 3, ragged=True, turn=True, norm=True),
-        _variant(narrow, 128, 256, 1),
-        _variant(narrow, 128, 256, 1, turn=True, norm=True),
-        _variant(narrow, 128, 256, 8, ragged=True, each=True),
-    ]
 
+    def call(dtype: torch.dtype, n: int, p: int, tokens: int, options: str = "") -> NamedCall:
+        rows, more = partial(meta, 1, tokens, 8), {"scale": n**-0.5}
+        norm = output_norm(rows(p)) if "norm" in options else None
+        if "turn" in options:
+            more |= {"cos_sin": floats(4096, n // 2, 2), "past": meta(1, dtype=torch.int32)}
+        inputs = [rows(n), rows(n), rows(p), floats(8)]
+        return step_call(linear_step, inputs, (8, n, p), dtype, tokens, options, norm, **more)
 
-def default_variant() -> Variant:
-    """One token, float32 state, heads of 128 by 256 (the 1b shape), rotation and output norm."""
-    return _variant(torch.float32, 128, 256, 1, turn=True, norm=True)
-
-
-def _variant(
-    dtype: torch.dtype, n: int, p: int, tokens: int, *, ragged: bool = False, each: bool = False,
-    turn: bool = False, norm: bool = False,
-) -> Variant:  # fmt: skip
-    signature = dict.fromkeys(("q", "k", "v", "y"), "*bf16")
-    signature |= dict.fromkeys(("q_row", "k_row", "v_row", "slot_stride"), "i32")
-    signature |= {"log_decay": "*fp32", "state": POINTERS[dtype], "read": "*i32", "write": "*i32"}
-    block_p, warps = CONFIGS[dtype]
-    block_n = triton.next_power_of_2(n)
-    constexprs: dict[str, Any] = {
-        "SCALE": n**-0.5, "K": tokens, "EACH": each, "G": 8, "H": 8, "N": n, "P": p,
-        "BLOCK_N": block_n, "BLOCK_P": block_p,
-    }  # fmt: skip
-    optional = {
-        "new": (ragged, "*i32"), "cos_sin": (turn, "*fp32"), "past": (turn, "*i32"),
-        "positions": (turn, "i32"),
-    }  # fmt: skip
-    signature |= {name: kind for name, (used, kind) in optional.items() if used}
-    constexprs |= {name: None for name, (used, _) in optional.items() if not used}
-    types, constants, norm_loads = norm_variant((p, p, False) if norm else None, tokens, warps)
-    chosen = (("ragged", ragged), ("each", each), ("turn", turn), ("norm", norm))
-    options = "".join(f"_{option}" for option, used in chosen if used)
-    return Variant(
-        name=f"linear_step_{POINTERS[dtype][1:]}_{n}x{p}_k{tokens}{options}",
-        kernel=linear_step_fwd_kernel,
-        signature=signature | types,
-        constexprs=constexprs | constants,
-        divisible=frozenset([*signature, *types]),
-        num_warps=warps,
-        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
-        narrow_in_loops=TOKEN_LOADS,
-    )
+    calls = (
+        call(wide, 128, 256, 1, "turn norm"), call(wide, 128, 256, 1),
+        call(wide, 128, 256, 8, "ragged each"), call(wide, 128, 256, 8, "ragged each turn norm"),
+        call(wide, 64, 100, 4, "ragged"), call(wide, 64, 100, 3, "ragged turn norm"),
+        call(narrow, 128, 256, 1), call(narrow, 128, 256, 1, "turn norm"),
+        call(narrow, 128, 256, 8, "ragged each"),
+    )  # fmt: skip
+    return variants_of(calls, {linear_step_fwd_kernel: MATRIX_STEP})

@@ -7,7 +7,7 @@ One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, store
 norm spans the heads of a group: the last of their programs does it.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.aot.ahead import Variant
+from kernels.aot.recorded import NamedCall, meta, variants_of
 from kernels.norm.torch import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.calls import MATRIX_STEP, floats, output_norm, step_call
 from kernels.recurrent.step import (
-    POINTERS,
     keep_state,
     last_slot,
     require_dims,
@@ -30,7 +31,7 @@ from kernels.recurrent.step import (
     row_stride,
     softplus,
 )
-from kernels.recurrent.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
+from kernels.recurrent.step_norm import norm_arguments, norm_last, output_norm_ref
 
 #: State dtype -> (BLOCK_P, num_warps). Tiles of fewer columns are half as fast on an H100: a row's
 #: bytes in one tile should fill a line of the cache, or two of its sectors at least.
@@ -179,66 +180,25 @@ def ssm_step_ref(
 
 
 def variants() -> list[Variant]:
-    """Every shape and option that is compiled ahead of time."""
+    """Every shape and option that is compiled ahead of time; the first are the published sizes."""
     wide, narrow = torch.float32, torch.bfloat16
-    return [
-        default_variant(),
-        _variant(wide, 128, 64, 1),
-        _variant(wide, 128, 64, 8, ragged=True, each=True, groups=1),
-        _variant(wide, 128, 100, 2, ragged=True),
-        _variant(wide, 128, 100, 3, ragged=True, groups=8),
-        _variant(wide, 64, 64, 4),
-        _variant(narrow, 128, 64, 1),
-        _variant(narrow, 128, 64, 1, groups=1),
-        _variant(narrow, 128, 64, 8, ragged=True, each=True, groups=8),
-    ]
 
+    def call(
+        dtype: torch.dtype, n: int, p: int, tokens: int, options: str = "", groups: int = 0
+    ) -> NamedCall:
+        """groups: of the output norm, which has none at 0."""
+        heads, rows = 64, partial(meta, 1, tokens)
+        inner = heads * p
+        norm = output_norm(rows(inner), inner // groups) if groups else None
+        options += f" norm{groups}" * bool(groups)
+        inputs = [rows(heads, p), rows(heads), rows(1, n), rows(1, n), *[floats(heads)] * 3]
+        return step_call(ssm_step, inputs, (heads, n, p), dtype, tokens, options, norm)
 
-def default_variant() -> Variant:
-    """One token, float32 state, 64 heads of 64 channels and 128 states (the published sizes), one
-    output norm over all of them.
-    """
-    return _variant(torch.float32, 128, 64, 1, groups=1)
-
-
-def _variant(
-    dtype: torch.dtype,
-    n: int,
-    p: int,
-    tokens: int,
-    *,
-    ragged: bool = False,
-    each: bool = False,
-    groups: int | None = None,
-) -> Variant:
-    """groups: of the output norm (None: no norm)."""
-    pointer = POINTERS[dtype]
-    signature = dict.fromkeys(("x", "dt", "b", "c", "y"), "*bf16")
-    signature |= dict.fromkeys(("a_log", "d", "dt_bias"), "*fp32")
-    signature |= dict.fromkeys(("x_row", "dt_row", "b_row", "c_row", "slot_stride"), "i32")
-    signature |= {"state": pointer, "read": "*i32", "write": "*i32"}
-    block_p, warps = CONFIGS[dtype]
-    block_n = triton.next_power_of_2(n)
-    constexprs: dict[str, Any] = {
-        "K": tokens, "EACH": each, "G": 1, "H": 64, "N": n, "P": p, "BLOCK_N": block_n,
-        "BLOCK_P": block_p,
-    }  # fmt: skip
-    if ragged:
-        signature["new"] = "*i32"
-    else:
-        constexprs["new"] = None
-    inner = 64 * p
-    norm = None if groups is None else (inner // groups, inner, True)
-    types, constants, norm_loads = norm_variant(norm, tokens, warps)
-    chosen = (("ragged", ragged), ("each", each), (f"norm{groups}", groups))
-    options = "".join(f"_{option}" for option, used in chosen if used)
-    return Variant(
-        name=f"ssm_step_{pointer[1:]}_{n}x{p}_k{tokens}{options}",
-        kernel=ssm_step_fwd_kernel,
-        signature=signature | types,
-        constexprs=constexprs | constants,
-        divisible=frozenset([*signature, *types]),
-        num_warps=warps,
-        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
-        narrow_in_loops=TOKEN_LOADS,
-    )
+    calls = (
+        call(wide, 128, 64, 1, groups=1), call(wide, 128, 64, 1),
+        call(wide, 128, 64, 8, "ragged each", groups=1), call(wide, 128, 100, 2, "ragged"),
+        call(wide, 128, 100, 3, "ragged", groups=8), call(wide, 64, 64, 4),
+        call(narrow, 128, 64, 1), call(narrow, 128, 64, 1, groups=1),
+        call(narrow, 128, 64, 8, "ragged each", groups=8),
+    )  # fmt: skip
+    return variants_of(calls, {ssm_step_fwd_kernel: MATRIX_STEP})

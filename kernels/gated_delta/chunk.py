@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.aot.ahead import TOKEN_LOADS, Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.gated_delta import chunk_bwd as bwd
 from kernels.gated_delta import chunk_passes as passes
 from kernels.gated_delta.chunk_passes import BACKWARD, FORWARD, HALF, WARPS, Config, Sizes
@@ -80,8 +80,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
     state: Tensor | None, new: Tensor | None,
 ) -> None:  # fmt: skip
-    compiled = not isinstance(passes.gdn_chunk_fwd_rows_kernel, InterpretedFunction)
-    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
+    require_gpu("q", q, passes.gdn_chunk_fwd_rows_kernel)
     require(q.dim() == 4, "q", form(q), "must be [B, T, G, N]")
     require(v.dim() == 4, "v", form(v), "must be [B, T, H, P]")
     batch, tokens, groups, n = q.shape

@@ -7,7 +7,7 @@ One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, store
 norm spans a head's P channels, several tiles: the last of their programs does it.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.aot.ahead import Variant
+from kernels.aot.recorded import NamedCall, meta, variants_of
 from kernels.norm.torch import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.calls import MATRIX_STEP, floats, output_norm, step_call
 from kernels.recurrent.step import (
-    POINTERS,
     keep_state,
     last_slot,
     require_dims,
@@ -30,7 +31,7 @@ from kernels.recurrent.step import (
     row_stride,
     softplus,
 )
-from kernels.recurrent.step_norm import norm_arguments, norm_last, norm_variant, output_norm_ref
+from kernels.recurrent.step_norm import norm_arguments, norm_last, output_norm_ref
 
 #: State dtype -> (BLOCK_P, num_warps). Tiles of fewer columns are half as fast on an H100: a row's
 #: bytes in one tile should fill a line of the cache, or two of its sectors at least.
@@ -189,55 +190,20 @@ def gdn_step_ref(
 
 
 def variants() -> list[Variant]:
-    """Every shape and option that is compiled ahead of time."""
+    """Every shape and option that is compiled ahead of time; the first are the published sizes."""
     wide, narrow = torch.float32, torch.bfloat16
-    return [
-        default_variant(),
-        _variant(wide, 128, 128, 1),
-        _variant(wide, 128, 128, 8, ragged=True, each=True),
-        _variant(wide, 128, 128, 8, ragged=True, each=True, norm=True),
-        _variant(wide, 64, 100, 4, ragged=True),
-        _variant(wide, 64, 100, 3, ragged=True, norm=True),
-        _variant(narrow, 128, 128, 1),
-        _variant(narrow, 128, 128, 1, norm=True),
-        _variant(narrow, 128, 128, 8, ragged=True, each=True),
-    ]
 
+    def call(dtype: torch.dtype, n: int, p: int, tokens: int, options: str = "") -> NamedCall:
+        rows = partial(meta, 1, tokens, 16)
+        norm = output_norm(rows(p)) if "norm" in options else None
+        inputs = [rows(n), rows(n), rows(p), rows(), rows(), floats(16), floats(16)]
+        return step_call(gdn_step, inputs, (16, n, p), dtype, tokens, options, norm)
 
-def default_variant() -> Variant:
-    """One token, float32 state, heads of 128 by 128 (the published sizes), output norm."""
-    return _variant(torch.float32, 128, 128, 1, norm=True)
-
-
-def _variant(
-    dtype: torch.dtype, n: int, p: int, tokens: int, *, ragged: bool = False, each: bool = False,
-    norm: bool = False,
-) -> Variant:  # fmt: skip
-    pointer = POINTERS[dtype]
-    signature = dict.fromkeys(("q", "k", "v", "a", "b", "y"), "*bf16")
-    signature |= dict.fromkeys(("a_log", "dt_bias"), "*fp32")
-    rows = ("q_row", "k_row", "v_row", "a_row", "b_row", "slot_stride")
-    signature |= dict.fromkeys(rows, "i32") | {"state": pointer, "read": "*i32", "write": "*i32"}
-    block_p, warps = CONFIGS[dtype]
-    block_n = triton.next_power_of_2(n)
-    constexprs: dict[str, Any] = {
-        "EPS": NORM_EPS, "SCALE": n**-0.5, "K": tokens, "EACH": each, "G": 16, "H": 16, "N": n,
-        "P": p, "BLOCK_N": block_n, "BLOCK_P": block_p,
-    }  # fmt: skip
-    if ragged:
-        signature["new"] = "*i32"
-    else:
-        constexprs["new"] = None
-    types, constants, norm_loads = norm_variant((p, p, False) if norm else None, tokens, warps)
-    chosen = (("ragged", ragged), ("each", each), ("norm", norm))
-    options = "".join(f"_{option}" for option, used in chosen if used)
-    return Variant(
-        name=f"gdn_step_{pointer[1:]}_{n}x{p}_k{tokens}{options}",
-        kernel=gdn_step_fwd_kernel,
-        signature=signature | types,
-        constexprs=constexprs | constants,
-        divisible=frozenset([*signature, *types]),
-        num_warps=warps,
-        wide_loads=block_n * block_p * dtype.itemsize // (16 * 64 * warps) + norm_loads,
-        narrow_in_loops=TOKEN_LOADS,
-    )
+    calls = (
+        call(wide, 128, 128, 1, "norm"), call(wide, 128, 128, 1),
+        call(wide, 128, 128, 8, "ragged each"), call(wide, 128, 128, 8, "ragged each norm"),
+        call(wide, 64, 100, 4, "ragged"), call(wide, 64, 100, 3, "ragged norm"),
+        call(narrow, 128, 128, 1), call(narrow, 128, 128, 1, "norm"),
+        call(narrow, 128, 128, 8, "ragged each"),
+    )  # fmt: skip
+    return variants_of(calls, {gdn_step_fwd_kernel: MATRIX_STEP})

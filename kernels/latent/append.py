@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.pages.write import FLOATS, TYPES, check_pages, page_row
 from kernels.rope.rotate import CONFIGS, turned
@@ -100,8 +101,7 @@ def latent_append(
     its entry is negative) is not written. Raises ValueError naming the argument, its value and the
     rule, before any launch; the contents of the int32 tensors are not checked.
     """
-    compiled = isinstance(latent_append_fwd_kernel, triton.JITFunction)
-    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
+    require_gpu("q", q, latent_append_fwd_kernel)
     require(q.dim() == 4, "q", form(q), "must be [B, K, H, r]")
     require(q.dtype in FLOATS, "q", form(q), "must be bfloat16, float16 or float32")
     batch, tokens, heads, rotary = q.shape

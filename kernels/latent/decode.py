@@ -24,6 +24,7 @@ from kernels.aot.ahead import Variant
 from kernels.attention.combine import MAX_SPLITS, split_combine
 from kernels.attention.decode import SPILLS, multiprocessors
 from kernels.attention.tiles import page_of, rows_of
+from kernels.device import gpu
 from kernels.latent.decode_checks import WIDTHS, check
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
@@ -216,10 +217,10 @@ def mla_decode(
     Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
     nor those of `lengths` are checked: they are read on the device only.
     """
-    compiled = isinstance(mla_decode_fwd_kernel, triton.JITFunction)
     groups = check(
-        q, q_rotary, pool, page_table, lengths, page_size, window, sinks, out, compiled=compiled
-    )
+        q, q_rotary, pool, page_table, lengths, page_size, window, sinks, out,
+        kernel=mla_decode_fwd_kernel,
+    )  # fmt: skip
     batch, tokens, heads, latent = q.shape
     if out is None:
         out = torch.empty((batch, tokens, heads, latent), dtype=q.dtype, device=q.device)
@@ -274,13 +275,9 @@ def _configs_of(latent: int, family: str) -> dict[int, Config]:
     return {m: config for (w, m), config in CONFIGS[family].items() if w == width}
 
 
-@functools.cache
 def _family(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "hopper"
-    if torch.version.hip is not None:
-        return "amd"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "nvidia"
+    amd, capability = gpu(device)
+    return "amd" if amd else "hopper" if capability[0] == 9 else "nvidia"
 
 
 def mla_decode_ref(

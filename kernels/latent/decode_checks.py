@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import form, require
+from kernels.device import interpreted, require_gpu
 
 MAX_TOKENS = 4
 #: Latent and rotary widths, R and r: each pair was compiled for every target.
@@ -15,16 +16,16 @@ WIDTHS = (
 
 def check(
     q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, page_size: int,
-    window: int | None, sinks: int, out: Tensor | None, *, compiled: bool,
+    window: int | None, sinks: int, out: Tensor | None, *, kernel: object,
 ) -> int:  # fmt: skip
     """Every rule of `mla_decode`; returns G.
 
-    compiled: False in the interpreter, which takes tensors on a CPU and float32, too.
+    kernel: in the interpreter it takes tensors on a CPU and float32, too.
     """
-    require(q.is_cuda or not compiled, "q", form(q), "is on {}, needs cuda", q.device)
+    require_gpu("q", q, kernel)
     require(q.dim() == 4, "q", form(q), "must be [B, K, H, R]")
     batch, tokens, heads, latent = q.shape
-    dtypes = (torch.bfloat16, torch.float16) + (() if compiled else (torch.float32,))
+    dtypes = (torch.bfloat16, torch.float16) + ((torch.float32,) if interpreted(kernel) else ())
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
     fits = q_rotary.shape[:-1] == q.shape[:-1] and q_rotary.dtype == q.dtype
     require(fits, "q_rotary", form(q_rotary), "must be {} {}", q.dtype, [batch, tokens, heads, "r"])

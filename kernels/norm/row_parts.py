@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 
 #: Triton's pointer types, by dtype.
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -17,15 +18,12 @@ DTYPES = tuple(POINTERS)
 MAX_DIM = 16384
 
 
-def check_rows(*, compiled: bool, **tensors: Tensor) -> None:
-    """Every tensor must be [..., D] like the first one, floating, on a GPU, its rows dense.
-
-    compiled: False in the interpreter, which takes tensors on a CPU.
-    """
+def check_rows(kernel: object, **tensors: Tensor) -> None:
+    """Every tensor must be [..., D] like the first, floating, rows dense, where `kernel` runs."""
     first = next(iter(tensors.values()))
     for name, t in tensors.items():
         shown = form(t)
-        require(t.is_cuda or not compiled, name, shown, "is on {}, needs cuda", t.device)
+        require_gpu(name, t, kernel)
         require(t.device == first.device, name, shown, "must be on {}", first.device)
         require(t.dtype in DTYPES, name, shown, "must be one of {}", DTYPES)
         require(t.shape == first.shape, name, shown, "must have shape {}", list(first.shape))

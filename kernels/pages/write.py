@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.aot.ahead import TARGETS, Variant
 from kernels.attention.decode_checks import EIGHT_BIT
 from kernels.checks import form, require
+from kernels.device import gpu, require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -122,8 +123,7 @@ def page_write(
     written. Tokens kept must have pages of their own. Raises ValueError naming the argument, its
     value and the rule, before any launch; the contents of the int32 tensors are not checked.
     """
-    compiled = isinstance(page_write_fwd_kernel, triton.JITFunction)
-    require(rows.is_cuda or not compiled, "rows", form(rows), "is on {}, needs cuda", rows.device)
+    require_gpu("rows", rows, page_write_fwd_kernel)
     require(3 <= rows.dim() <= 5, "rows", form(rows), "must be [B, K, R] with up to 2 plane dims")
     require(rows.dtype in FLOATS, "rows", form(rows), "must be bfloat16, float16 or float32")
     batch, tokens, *planes, width = rows.shape
@@ -178,8 +178,8 @@ def page_write(
 
 def require_capable(pool: Tensor, name: str) -> None:
     """Raise ValueError where the device lacks the pool's 8-bit float."""
-    if pool.dtype == torch.float8_e4m3fn and pool.is_cuda and torch.version.hip is None:
-        able = torch.cuda.get_device_capability(pool.device) >= (8, 9)
+    if pool.dtype == torch.float8_e4m3fn:
+        able = gpu(pool.device).capability >= (8, 9)
         require(able, name, form(pool), "needs compute capability 8.9; use int8")
 
 

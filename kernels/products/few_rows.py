@@ -9,7 +9,6 @@ rows of a gated tile come from W's first half, half from its second, so SwiGLU i
 M rows of x, N rows of W, K columns; F = N / 2.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import gpu, require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -115,8 +115,7 @@ def few_rows(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
     Returns [..., N], gated [..., F]. Raises ValueError naming the argument, its value and the rule
     it breaks.
     """
-    compiled = isinstance(few_rows_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
+    require_gpu("x", x, few_rows_fwd_kernel)
     require(weight.dim() == 2, "weight", form(weight), "must be [N, K]")
     n, k = weight.shape
     require(k > 0 and k % 8 == 0, "weight", form(weight), "must have K a multiple of 8")
@@ -168,9 +167,8 @@ def _constants(config: Config, gated: bool) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-@functools.cache
 def _family(device: torch.device) -> str:
-    return "amd" if device.type == "cuda" and torch.version.hip is not None else "nvidia"
+    return "amd" if gpu(device).amd else "nvidia"
 
 
 def few_rows_ref(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -150,8 +151,7 @@ def check_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor | None) -
 
 def check_row(x: Tensor, weight: Tensor, gated: bool = False) -> None:
     """Raise ValueError unless x is one row and weight a matrix for it."""
-    compiled = isinstance(gemv_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
+    require_gpu("x", x, gemv_fwd_kernel)
     require(weight.dim() == 2, "weight", form(weight), "must be [N, K]")
     n, k = weight.shape
     require(not gated or n % 2 == 0, "weight", form(weight), "must be [2F, K]")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.products.gemv import DTYPES
 
@@ -50,8 +51,7 @@ def head_gemv(x: Tensor, weight: Tensor) -> Tensor:
     Returns [1, 1, H, N].
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
-    compiled = isinstance(head_gemv_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
+    require_gpu("x", x, head_gemv_fwd_kernel)
     require(weight.dim() == 3, "weight", form(weight), "must be [H, D, N]")
     heads, dim, width = weight.shape
     fits = x.shape == (1, 1, heads, dim) and dim <= MAX_DIM and x.stride(3) == 1

@@ -13,12 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
+
+from kernels.device import require_gpu
 
 MAX_TOKENS = 8
-
-#: Triton's pointer types, by dtype: what `variants` compile for.
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
 
 
 @triton.jit
@@ -95,8 +93,7 @@ def require_state(
 ) -> None:
     """Check the state, its slots and what may be None; sizes: (B, K, one sequence's shape)."""
     batch, tokens, *inner = sizes
-    if not state.is_cuda and not isinstance(kernel, InterpretedFunction):
-        raise ValueError(f"{name} is on {state.device}; the kernel needs a GPU or the interpreter")
+    require_gpu(name, state, kernel)
     if batch < 1 or not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"B={batch}, K={tokens} new tokens; it needs B >= 1, K 1 to {MAX_TOKENS}")
     if state.dtype not in (torch.float32, torch.bfloat16):

@@ -113,27 +113,10 @@ def norm_constants(
     }  # fmt: skip
 
 
-#: Arguments of a kernel with a norm, and their types where they are no constants.
-NORM_TYPES = {"gate": "*bf16", "weight": "*bf16", "arrivals": "*i32", "gate_row": "i32"}
-_NO_NORM = dict.fromkeys((*NORM_TYPES, *norm_constants(1, 1, 1, 0.0, 1, gate_first=False)), None)
-
-
-def norm_variant(
-    norm: tuple[int, int, bool] | None, tokens: int, warps: int
-) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Types, constants and least 16-byte loads that a norm adds to a step kernel's `Variant`.
-
-    norm: channels of a row and of the weight, and whether the gate comes first; None: no norm.
-    """
-    if norm is None:
-        return {}, dict(_NO_NORM), 0
-    d, width, gate_first = norm
-    constants = norm_constants(tokens, d, width, 1e-5, warps, gate_first=gate_first)
-    elements = constants["BLOCK_K"] * constants["BLOCK_D"]
-    # y, and the gate once or twice: in bf16, on 64 lanes a warp at most, rows starting at 16 bytes.
-    # (A compiler may keep a row of one block instead of reading it again.)
-    wide = 0 if d % 8 else 2 * elements // (16 * 64 * warps)
-    return NORM_TYPES, constants, (2 if constants["BLOCK_D"] >= d else 2 + gate_first) * wide
+_NO_NORM = dict.fromkeys((
+    "gate", "weight", "arrivals", "gate_row",
+    *norm_constants(1, 1, 1, 0.0, 1, gate_first=False),
+))  # fmt: skip
 
 
 def output_norm_ref(y: Tensor, norm: OutputNorm | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.pages.write import FLOATS, TYPES, check_pages, page_row
 
@@ -98,8 +99,7 @@ def rope_append(
     ValueError naming the argument, its value and the rule, before any launch; the contents of the
     int32 tensors are not checked: they are read on the device only.
     """
-    compiled = isinstance(rope_append_fwd_kernel, triton.JITFunction)
-    require(qkv.is_cuda or not compiled, "qkv", form(qkv), "is on {}, needs cuda", qkv.device)
+    require_gpu("qkv", qkv, rope_append_fwd_kernel)
     require(qkv.dim() == 4, "qkv", form(qkv), "must be [B, K, H + 2G, d]")
     require(qkv.dtype in FLOATS, "qkv", form(qkv), "must be bfloat16, float16 or float32")
     batch, tokens, packed, dim = qkv.shape

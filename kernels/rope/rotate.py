@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.pages.write import FLOATS, TYPES
 
@@ -61,8 +62,7 @@ def rope_rotate(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
       `cos_sin` is not turned.
     Raises ValueError naming the argument, its value and the rule, before any launch.
     """
-    compiled = isinstance(rope_rotate_fwd_kernel, triton.JITFunction)
-    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
+    require_gpu("x", x, rope_rotate_fwd_kernel)
     require(x.dim() == 4, "x", form(x), "must be [B, K, H, d]")
     require(x.dtype in FLOATS, "x", form(x), "must be bfloat16, float16 or float32")
     batch, tokens, heads, dim = x.shape

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.aot.ahead import Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.sampling.nucleus import NO_TOKEN, SLACK
 
@@ -225,9 +226,7 @@ def top_p(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: float) 
 
 def _check(logits: Tensor, kernel: object) -> tuple[int, int, int]:
     """B, V and the stride of rows; raises ValueError."""
-    compiled = isinstance(kernel, triton.JITFunction)
-    on = logits.is_cuda or not compiled
-    require(on, "logits", form(logits), "is on {}, needs cuda", logits.device)
+    require_gpu("logits", logits, kernel)
     require(logits.dim() == 2, "logits", form(logits), "must be [B, V]")
     require(logits.dtype in _TYPES, "logits", form(logits), "must be bfloat16, float16 or float32")
     batch, vocabulary = logits.shape

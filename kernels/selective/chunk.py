@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.aot.ahead import TOKEN_LOADS, Variant
 from kernels.checks import form, require
+from kernels.device import require_gpu
 from kernels.recurrent.step import row_stride
 from kernels.selective import chunk_passes as passes
 from kernels.selective.chunk_bwd import SUB, WARPS, gradients, selective_chunk_bwd_rows_kernel
@@ -77,8 +77,7 @@ def _check(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor,
     state: Tensor | None, new: Tensor | None,
 ) -> None:  # fmt: skip
-    compiled = not isinstance(passes.selective_chunk_fwd_rows_kernel, InterpretedFunction)
-    require(x.is_cuda or not compiled, "x", form(x), "is on {}, needs cuda", x.device)
+    require_gpu("x", x, passes.selective_chunk_fwd_rows_kernel)
     require(x.dim() == 3, "x", form(x), "must be [B, T, E]")
     require(a.dim() == 2, "a", form(a), "must be [E, N]")
     batch, tokens, width = x.shape

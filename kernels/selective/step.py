@@ -6,7 +6,7 @@ B sequences, K new tokens, E channels, N states per channel.
 One program updates a [BLOCK_E, N] tile: loaded once, K tokens in float32, stored once.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.aot.recorded import Expected, NamedCall, lane_loads, meta, variants_of
 from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.recurrent.calls import floats, step_call
 from kernels.recurrent.step import (
-    POINTERS,
     keep_state,
     last_slot,
     require_dims,
@@ -165,48 +166,31 @@ def selective_step_ref(
 
 
 def variants() -> list[Variant]:
-    """Every shape and option that is compiled ahead of time."""
+    """Every shape and option that is compiled ahead of time; the first is of a published size."""
     wide, narrow = torch.float32, torch.bfloat16
-    return [
-        default_variant(),
-        _variant(wide, 8192, 16, 8, ragged=True, each=True),
-        _variant(wide, 1000, 16, 4, ragged=True),
-        _variant(narrow, 4096, 16, 1),
-        _variant(narrow, 4096, 16, 8, ragged=True, each=True),
-    ]
 
+    def call(dtype: torch.dtype, width: int, tokens: int, options: str = "") -> NamedCall:
+        rows = partial(meta, 1, tokens)
+        inputs = [
+            rows(width),
+            rows(width),
+            rows(16),
+            rows(16),
+            floats(width, 16),
+            floats(width),
+            floats(width),
+        ]
+        return step_call(selective_step, inputs, (width, 16), dtype, tokens, options, z=rows(width))
 
-def default_variant() -> Variant:
-    """One token, float32 state, 4096 channels of 16 states."""
-    return _variant(torch.float32, 4096, 16, 1)
+    def loads(v: Variant) -> int:
+        """Of the state's tile and of A's."""
+        tile = v.constexprs["BLOCK_E"] * v.constexprs["BLOCK_N"]
+        dtype = wide if v.signature["state"] == "*fp32" else narrow
+        return lane_loads(tile, dtype, v.num_warps) + lane_loads(tile, wide, v.num_warps)
 
-
-def _variant(
-    dtype: torch.dtype, width: int, n: int, tokens: int, *, ragged: bool = False, each: bool = False
-) -> Variant:
-    pointer = POINTERS[dtype]
-    signature = dict.fromkeys(("x", "dt", "b", "c", "z", "y"), "*bf16")
-    signature |= dict.fromkeys(("a_log", "d", "dt_bias"), "*fp32")
-    rows = ("x_row", "dt_row", "b_row", "c_row", "z_row", "slot_stride")
-    signature |= dict.fromkeys(rows, "i32") | {"state": pointer, "read": "*i32", "write": "*i32"}
-    block_e, warps = CONFIGS[dtype]
-    block_n = triton.next_power_of_2(n)
-    constexprs: dict[str, Any] = {
-        "K": tokens, "EACH": each, "E": width, "N": n, "BLOCK_E": block_e, "BLOCK_N": block_n,
-    }  # fmt: skip
-    if ragged:
-        signature["new"] = "*i32"
-    else:
-        constexprs["new"] = None
-    options = f"{'_ragged' if ragged else ''}{'_each' if each else ''}"
-    state_loads = block_e * block_n * dtype.itemsize // (16 * 64 * warps)
-    return Variant(
-        name=f"selective_step_{pointer[1:]}_{width}x{n}_k{tokens}{options}",
-        kernel=selective_step_fwd_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        divisible=frozenset(signature),
-        num_warps=warps,
-        wide_loads=state_loads + block_e * block_n * 4 // (16 * 64 * warps),
-        narrow_in_loops=TOKEN_LOADS,
-    )
+    calls = (
+        call(wide, 4096, 1), call(wide, 8192, 8, "ragged each"), call(wide, 1008, 4, "ragged"),
+        call(narrow, 4096, 1), call(narrow, 4096, 8, "ragged each"),
+    )  # fmt: skip
+    expected = Expected(wide_loads=loads, narrow_in_loops=TOKEN_LOADS)
+    return variants_of(calls, {selective_step_fwd_kernel: expected})

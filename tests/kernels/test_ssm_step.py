@@ -292,5 +292,5 @@ def test_token_counts_outside_1_to_8_are_refused(tokens: int, interpreter: None)
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
-    with pytest.raises(ValueError, match="state is on cpu"):
+    with pytest.raises(ValueError, match="state=.*is on cpu, needs cuda"):
         op.ssm_step(**acceptable())
