@@ -11,13 +11,14 @@ Tables carry the Measures' names (`eval.results.measures`); every function raise
 `archs.errors.UserError` on bad input, with the remedy in its message.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, ParamSpec
 
 import pandas as pd
 
-from archs.registry import HYBRIDS, REGISTRY
 from eval.cli.commands import bench_archs
 from eval.cli.console import err
 from eval.cli.options import resolve_device
@@ -25,9 +26,8 @@ from eval.measure.processes import default_workers
 from eval.measure.progress import Progress
 from eval.measure.run import run_suite
 from eval.measure.suite import load_suite
-from eval.predict import roofline as prediction
+from eval.predict import roofline
 from eval.predict.crossover import either
-from eval.predict.fit import MOST_GPUS, RESERVE
 from eval.predict.fit import fit as largest_batches
 from eval.predict.isoquality import iso_quality_cost
 from eval.proof.claims import claims as check_claims
@@ -38,6 +38,8 @@ __all__ = [
     "bench", "claims", "compare", "crossover", "fit", "isoquality", "leaderboard", "load_results",
     "predict", "predict_ops",
 ]  # fmt: skip
+
+P = ParamSpec("P")
 
 
 def compare(
@@ -96,116 +98,21 @@ def bench(
     return pd.DataFrame(rows)
 
 
-def predict(
-    archs: Iterable[str],
-    *,
-    scale: str = prediction.SCALE,
-    hardware: Sequence[str] = ("h100",),
-    batches: Sequence[int] = (1,),
-    contexts: Sequence[int] = prediction.CONTEXTS,
-    dtype: str = "bfloat16",
-    launch_us: float | None = None,
-    price_per_hour: Mapping[str, float] | None = None,
-) -> pd.DataFrame:
-    """Decode cost by roofline, without weights: a row per arch, hardware, batch and context.
+def _table(rows: Callable[P, Iterable[Any]]) -> Callable[P, pd.DataFrame]:
+    """A function of the cost model as one that returns a table: same arguments, same errors."""
 
-    launch_us: what every operation costs beside its work; None: as measured (`launches_from`).
-    """
-    rows = prediction.predict(
-        archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us,
-        price_per_hour=price_per_hour,
-    )  # fmt: skip
-    return pd.DataFrame(rows)
+    @functools.wraps(rows)
+    def table(*args: P.args, **options: P.kwargs) -> pd.DataFrame:
+        return pd.DataFrame(rows(*args, **options))
+
+    return table
 
 
-def fit(
-    archs: Iterable[str] = (*REGISTRY, *HYBRIDS),
-    *,
-    tpot_ms: float,
-    scale: str = prediction.SCALE,
-    hardware: Sequence[str] = ("h100",),
-    contexts: Sequence[int] = prediction.CONTEXTS,
-    memory_bytes: float | None = None,
-    gpus: int = MOST_GPUS,
-    reserve: float = RESERVE,
-    dtype: str = "bfloat16",
-    launch_us: float | None = None,
-    price_per_hour: Mapping[str, float] | None = None,
-) -> pd.DataFrame:
-    """The largest batch that fits in memory within `tpot_ms` per token, the best first.
-
-    One row per arch, hardware and context, on the number of GPUs (up to `gpus`, which share the
-    model) that gives most tokens per second and GPU, or the least $ where all prices are given.
-    Rows that no batch answers say which bound is exceeded and by how much (`eval.predict.fit`).
-    """
-    rows = largest_batches(
-        archs, tpot_ms=tpot_ms, scale=scale, hardware=hardware, contexts=contexts,
-        memory_bytes=memory_bytes, gpus=gpus, reserve=reserve, dtype=dtype, launch_us=launch_us,
-        price_per_hour=price_per_hour,
-    )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def predict_ops(
-    archs: Iterable[str],
-    *,
-    scale: str = prediction.SCALE,
-    hardware: Sequence[str] = ("h100",),
-    batches: Sequence[int] = (1,),
-    contexts: Sequence[int] = prediction.CONTEXTS,
-    dtype: str = "bfloat16",
-    launch_us: float | None = None,
-) -> pd.DataFrame:
-    """The same by operation, with the batch from which each is bound by compute."""
-    rows = prediction.predict_ops(
-        archs, scale, hardware, batches, contexts, dtype=dtype, launch_us=launch_us
-    )
-    return pd.DataFrame(rows)
-
-
-def crossover(
-    first: str,
-    second: str,
-    *,
-    results: pd.DataFrame | None = None,
-    scale: str | None = None,
-    hardware: Sequence[str] | None = None,
-    batches: Sequence[int] | None = None,
-    dtype: str | None = None,
-    launch_us: float | None = None,
-) -> pd.DataFrame:
-    """From which context on `first` decodes faster than `second`.
-
-    With `results` from the steps timed there, by scale, hardware, batch and backend (of `scale` and
-    `batches` alone where they are given); without, by the roofline: of 8b on an H100 at batches of
-    1 and 64 where nothing else is said.
-    """
-    rows = either(
-        first, second, results=results, scale=scale, hardware=hardware, batches=batches,
-        dtype=dtype, launch_us=launch_us,
-    )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def isoquality(
-    results: pd.DataFrame,
-    *,
-    reference: str = "gqa",
-    scale: str = "1b",
-    hardware: Sequence[str] = ("h100",),
-    batches: Sequence[int] = (64,),
-    contexts: Sequence[int] = (16384,),
-    price_per_hour: Mapping[str, float] | None = None,
-) -> pd.DataFrame:
-    """What decoding costs at the loss that `reference` has: a ladder's fit, an architecture a row.
-
-    results: a run of the suite `ladder`, or any with three trained sizes of each architecture.
-    """
-    rows = iso_quality_cost(
-        results, reference, scale=scale, hardware=hardware, batches=batches, contexts=contexts,
-        price_per_hour=price_per_hour,
-    )  # fmt: skip
-    return pd.DataFrame(rows)
+predict = _table(roofline.predict)
+predict_ops = _table(roofline.predict_ops)
+fit = _table(largest_batches)
+crossover = _table(either)
+isoquality = _table(iso_quality_cost)
 
 
 def claims(results: pd.DataFrame) -> pd.DataFrame:

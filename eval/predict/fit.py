@@ -13,7 +13,7 @@ from math import isqrt
 
 from archs.checks import require_at_least, require_positive
 from archs.errors import UserError
-from archs.registry import ModelSpec
+from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import Scale, get_scale
 from eval.predict.accelerators import Hardware, hardware_of
 from eval.predict.roofline import (
@@ -38,7 +38,7 @@ MEASURED_ROWS = (1, 8, 64)
 
 
 def fit(
-    archs: Iterable[str],
+    archs: Iterable[str] = (*REGISTRY, *HYBRIDS),
     *,
     tpot_ms: float,
     scale: str = SCALE,

@@ -30,7 +30,7 @@ REACH = 2.0
 
 def iso_quality_cost(
     results: pd.DataFrame,
-    reference: str,
+    reference: str = "gqa",
     *,
     scale: str = "1b",
     hardware: Sequence[str] = ("h100",),

@@ -26,10 +26,10 @@ CONTEXTS = (1024, 16384)
 
 def predict(
     archs: Iterable[str],
-    scale: str,
-    hardware: Iterable[str],
-    batches: Iterable[int],
-    contexts: Iterable[int],
+    scale: str = SCALE,
+    hardware: Iterable[str] = ("h100",),
+    batches: Iterable[int] = (1,),
+    contexts: Iterable[int] = CONTEXTS,
     *,
     dtype: str = "bfloat16",
     launch_us: float | None = None,
@@ -90,10 +90,10 @@ def served(
 
 def predict_ops(
     archs: Iterable[str],
-    scale: str,
-    hardware: Iterable[str],
-    batches: Iterable[int],
-    contexts: Iterable[int],
+    scale: str = SCALE,
+    hardware: Iterable[str] = ("h100",),
+    batches: Iterable[int] = (1,),
+    contexts: Iterable[int] = CONTEXTS,
     *,
     dtype: str = "bfloat16",
     launch_us: float | None = None,

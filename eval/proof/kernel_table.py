@@ -90,8 +90,6 @@ class Cell:
 @cache
 def _variants(op: str, every: bool) -> list[Variant]:
     found: list[Variant] = OPS[op].variants()
-    if not every and hasattr(OPS[op], "default_variant"):
-        return [OPS[op].default_variant()]
     return found if every else found[:1]
 
 

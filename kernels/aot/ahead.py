@@ -16,6 +16,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from kernels.aot.machine_code import read_amdgcn, read_sass
 
@@ -49,6 +50,7 @@ class Variant:
     matrix:     whether matrix instructions must appear.
     targets:    those of `TARGETS` on which the wrapper picks it.
     spills:     most bytes that may be spilled: 0, but where the op says why.
+    num_stages: None: what Triton takes by itself, which differs between targets.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Variant:
     constexprs: Mapping[str, Any]
     divisible: frozenset[str] = frozenset()
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int | None = None
     wide_loads: int = 1
     narrow_in_loops: frozenset[int] = frozenset()
     matrix: bool = False
@@ -107,12 +109,21 @@ def constants_for(variant: Variant, target: str) -> dict[str, Any]:
     return {**variant.constexprs, **overlap}
 
 
+def stages_for(variant: Variant, target: str) -> int:
+    """A variant's num_stages, as launched on a target."""
+    if variant.num_stages is not None:
+        return variant.num_stages
+    stages: int = make_backend(TARGETS[target]).parse_options({}).num_stages
+    return stages
+
+
 def compile_ahead(variant: Variant, target: str) -> Report:
     """Compile for one of `TARGETS`. Triton's own errors pass through."""
     names = variant.kernel.arg_names
     signature = {n: variant.signature.get(n, "constexpr") for n in names}
     constants = constants_for(variant, target)
-    options: dict[str, Any] = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    stages = stages_for(variant, target)
+    options: dict[str, Any] = {"num_warps": variant.num_warps, "num_stages": stages}
     options |= {"launch_pdl": True} if constants.get("OVERLAP") else {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {
         (names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible

@@ -19,7 +19,7 @@ from triton.language import constexpr
 from triton.runtime.jit import JITCallable
 
 from kernels.aot import machine_code
-from kernels.aot.ahead import Variant, constants_for
+from kernels.aot.ahead import Variant, constants_for, stages_for
 
 _LAYOUT = (tokenize.COMMENT, tokenize.NL)
 _MARKS = {tokenize.INDENT: ">", tokenize.DEDENT: "<", tokenize.NEWLINE: ";"}
@@ -35,7 +35,7 @@ def content_key(variant: Variant, target: str) -> str:
         triton.__version__, target, _reader(), *_sources(variant.kernel),
         *_ordered(variant.signature), *_ordered(constants_for(variant, target)),
         *sorted(variant.divisible),
-        f"{variant.num_warps} warps", f"{variant.num_stages} stages",
+        f"{variant.num_warps} warps", f"{stages_for(variant, target)} stages",
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 

@@ -5,9 +5,10 @@ of each of its kernels must be like. Every call is made once for each target, as
 would see it: types, constants, what is divisible by 16.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from kernels.aot.ahead import TARGETS, Variant
 from kernels.device import Gpu, recorded_for
 
 Call = Callable[[], object]
+#: Targets in the order they are asked in: what differs between them is named after the first.
+_FIRST = sorted(TARGETS, key=lambda target: target != "sm_90")
+#: Bytes of an element, by the type of a pointer to it.
+ITEM_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 NamedCall = tuple[str, Call]
 #: What the launcher adds by the target, and `ahead` does so again.
 _BY_TARGET = ("OVERLAP", "launch_pdl")
@@ -30,9 +35,9 @@ class Expected:
     """What the code of a kernel must be like: as `Variant` says, or a function of the launch."""
 
     wide_loads: int | Callable[[Variant], int] = 1
-    narrow_in_loops: frozenset[int] = frozenset()
+    narrow_in_loops: frozenset[int] | Callable[[Variant], frozenset[int]] = frozenset()
     matrix: bool | Callable[[Variant], bool] = False
-    spills: int = 0
+    spills: int | Callable[[Variant], int] = 0
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -45,18 +50,44 @@ def lane_loads(elements: int, dtype: torch.dtype, warps: int) -> int:
     return elements * dtype.itemsize // (16 * 64 * warps)
 
 
+def both_ways(name: str, op: Callable[..., Any], *inputs: Tensor | None) -> NamedCall:
+    """A call forward and backward, to the gradients of all inputs that have one."""
+
+    def run() -> None:
+        given = [
+            t if t is None else t.detach().requires_grad_(t.is_floating_point()) for t in inputs
+        ]
+        made = op(*given)
+        made = made if isinstance(made, tuple) else (made,)
+        wanted = [t for t in given if t is not None and t.requires_grad]
+        torch.autograd.grad(made, wanted, [torch.empty_like(t) for t in made])
+
+    return name.replace("torch.", ""), run
+
+
+def tile_loads(pointer: str, *blocks: str, least: int = 0) -> Callable[[Variant], int]:
+    """Loads of 16 bytes a lane makes of a tile of what `pointer` points to; blocks: its sides."""
+
+    def count(v: Variant) -> int:
+        elements = math.prod(v.constexprs[block] for block in blocks)
+        return max(least, elements * ITEM_BYTES[v.signature[pointer]] // (16 * 64 * v.num_warps))
+
+    return count
+
+
 def variants_of(
     calls: Iterable[NamedCall], expected: Mapping[JITFunction[Any], Expected]
 ) -> list[Variant]:
     """One variant for each launch that differs, on all targets where it is made.
 
-    calls: where one raises ValueError, the wrapper refuses that target. expected: by kernel;
-    launches of others are another operation's. Raises ValueError where a call launches nothing.
+    calls: where one raises ValueError, the wrapper refuses that target. expected: by kernel, in
+    whose order they come; launches of others are another operation's. Raises ValueError where a
+    call launches nothing.
     """
     found: dict[str, Variant] = {}
     for name, call in calls:
         refused: list[ValueError] = []
-        made = [(t, v) for t in TARGETS for v in _launched(name, call, t, refused)]
+        made = [(t, v) for t in _FIRST for v in _launched(name, call, t, refused)]
         mine = [(target, v) for target, v in made if v.kernel in expected]
         if not mine:
             whys = "; ".join(map(str, refused)) or "none of the expected kernels"
@@ -68,7 +99,9 @@ def variants_of(
             held = found.setdefault(key, named)
             if target not in held.targets:
                 found[key] = replace(held, targets=(*held.targets, target))
-    return [_demanding(v, expected[v.kernel]) for v in _told_apart(found.values())]
+    order = list(expected)
+    demanding = [_demanding(v, expected[v.kernel]) for v in _told_apart(found.values())]
+    return sorted(demanding, key=lambda v: order.index(v.kernel))
 
 
 def _short(kernel: JITFunction[Any]) -> str:
@@ -84,16 +117,12 @@ def _told_apart(found: Any) -> Iterator[Variant]:
 
 
 def _demanding(v: Variant, wanted: Expected) -> Variant:
-    wide, matrix = wanted.wide_loads, wanted.matrix
-    return replace(
-        v, wide_loads=wide(v) if callable(wide) else wide,
-        matrix=matrix(v) if callable(matrix) else matrix,
-        narrow_in_loops=wanted.narrow_in_loops, spills=wanted.spills,
-    )  # fmt: skip
+    asked = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
+    return replace(v, **{k: ask(v) if callable(ask) else ask for k, ask in asked.items()})
 
 
 def _launched(
-    name: str, call: Call, target: str, refused: list[ValueError]
+    name: str, call: Call, target: str, refused: list[ValueError],
 ) -> Sequence[Variant]:  # fmt: skip
     """Every launch of a call on a target; none where the wrapper refuses it there."""
     kind = TARGETS[target]
@@ -144,6 +173,6 @@ def _variant(name: str, kernel: JITFunction[Any], args: Any, options: dict[str, 
         },
         divisible=frozenset(arg for arg, (_, how) in kinds.items() if how == "D"),
         num_warps=launch.get("num_warps", 4),
-        num_stages=launch.get("num_stages", 3),
+        num_stages=launch.get("num_stages"),
         targets=(),
     )

@@ -9,6 +9,7 @@ B batch, S splits of the grid, M rows of one matrix product, D columns of a resu
 """
 
 import math
+from functools import partial
 
 import torch
 import triton
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: Most splits of one sequence.
@@ -75,53 +77,30 @@ def split_combine(
     tokens, heads = out.shape[1:3]
     group = heads * row_blocks // parts
     rows = min(block_m, group * tokens)
-    constants = _constants(d, block_m, splits)
-    split_combine_fwd_kernel[(rows * (d // constants["COLUMNS"]), parts, batch)](
+    columns, most = math.gcd(d, COLUMNS), triton.next_power_of_2(splits)
+    split_combine_fwd_kernel[(rows * (d // columns), parts, batch)](
         partials, partial_lse, used_splits, out, splits, group, tokens, row_blocks, heads,
-        **constants, num_warps=WARPS, **overlapped(out.device),
+        D=d, COLUMNS=columns, BLOCK_M=block_m, SPLITS=most, PIECES=min(most, PIECES),
+        num_warps=WARPS, **overlapped(out.device),
     )  # fmt: skip
 
 
-def _constants(d: int, block_m: int, splits: int) -> dict[str, int]:
-    most = triton.next_power_of_2(splits)
-    return {
-        "D": d, "COLUMNS": math.gcd(d, COLUMNS), "BLOCK_M": block_m, "SPLITS": most,
-        "PIECES": min(most, PIECES),
-    }  # fmt: skip
-
-
-def _variant(dtype: torch.dtype, d: int, block_m: int, splits: int) -> Variant:
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    pointers = {
-        "partials": "*fp32", "partial_lse": "*fp32", "used_splits": "*i32", "out": f"*{kind}",
-    }  # fmt: skip
-    constants = _constants(d, block_m, splits)
-    counts = ("splits", "group", "tokens", "row_blocks", "heads")
-    # Columns lie side by side on a warp's lanes, four of float32 each.
-    wide = constants["PIECES"] * constants["COLUMNS"] // (4 * 64 * WARPS)
-    return Variant(
-        name=f"split_combine {kind} d {d} m {block_m} splits {splits}",
-        kernel=split_combine_fwd_kernel,
-        signature=pointers | dict.fromkeys(counts, "i32"),
-        constexprs=constants,
-        divisible=frozenset(pointers),
-        num_warps=WARPS,
-        wide_loads=min(wide, 1),
-        # Log-sum-exps of the splits, a row of the product apart.
-        narrow_in_loops=frozenset({4}),
-    )
-
-
-def default_variant() -> Variant:
-    """Heads of 128 channels, eight of them to a kv head, bf16, 33 splits."""
-    return _variant(torch.bfloat16, 128, 16, 33)
-
-
 def variants() -> list[Variant]:
-    """Widths of attention heads and of latents, few splits and many."""
-    return [
-        _variant(dtype, d, block_m, splits)
+    """Widths of attention heads and of latents, few splits and many; first heads of 128."""
+
+    def call(dtype: torch.dtype, d: int, block_m: int, splits: int) -> NamedCall:
+        floats = partial(meta, 1, 1, splits, block_m, dtype=torch.float32)
+        used, out = meta(1, dtype=torch.int32), meta(1, 1, block_m, d, dtype=dtype)
+        name = f"split_combine {str(dtype)[6:]} d {d} m {block_m} splits {splits}"
+        return name, partial(split_combine, floats(d), floats(), used, out, row_blocks=1)
+
+    calls = (
+        call(dtype, d, block_m, splits)
         for dtype in (torch.bfloat16, torch.float16)
-        for d, block_m in ((32, 16), (64, 16), (96, 16), (128, 16), (128, 64), (256, 32), (512, 64))
-        for splits in (2, 33, MAX_SPLITS)
-    ]
+        for d, block_m in ((128, 16), (32, 16), (64, 16), (96, 16), (128, 64), (256, 32), (512, 64))
+        for splits in (33, 2, MAX_SPLITS)
+    )
+    loads = tile_loads("partials", "PIECES", "COLUMNS")
+    # Log-sum-exps of the splits, a row of the product apart, are narrow.
+    expected = Expected(wide_loads=lambda v: min(loads(v), 1), narrow_in_loops=frozenset({4}))
+    return variants_of(calls, {split_combine_fwd_kernel: expected})

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot.ahead import TARGETS, Variant
+from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.attention.combine import MAX_SPLITS, split_combine
 from kernels.attention.decode_checks import EIGHT_BIT, check
 from kernels.attention.tiles import page_of, rows_of
@@ -36,9 +37,6 @@ BLOCKS_M = (16, 32, 64)
 #: a few bytes in memory. What was timed on an H100 is Triton 3.6's code, which spills none in the
 #: cells of d 64 and 128 with 16 rows: what these bytes cost is not measured.
 SPILLS = 24
-_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,20 +193,10 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def attention_decode(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    page_size: int,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: int = 0,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *,
+    page_size: int, scale: float | None = None, window: int | None = None, sinks: int = 0,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(scale · q kᵀ) v over the rows that each new token may see.
 
     q: [B, K, H, d], K <= 8, bf16 or fp16; strides multiples of 16, so views of a packed
@@ -257,12 +245,14 @@ def attention_decode(
     stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
     attention_decode_fwd_kernel[(splits, parts, batch)](
         q, k_pool, v_pool, page_table, lengths,
-        q if k_scale is None else k_scale, q if v_scale is None else v_scale,
+        *(partial_lse if scales is None else scales for scales in (k_scale, v_scale)),
         out, partials, partial_lse, used_splits,
         (dim**-0.5 if scale is None else scale) * math.log2(math.e),
         stride_b, stride_t, stride_h, stride_k, stride_v,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
-        **_constants(dim, block_m, config, page_size, window is not None, kv_dtype),
+        D=dim, PAGE=page_size, BLOCK_M=block_m, TILE=config.tile,
+        SPLIT_TILES=SPLIT_ROWS // config.tile, WINDOWED=window is not None,
+        EIGHT_BIT=kv_dtype in EIGHT_BIT, FP8=kv_dtype == torch.float8_e4m3fn,
         num_warps=config.warps, num_stages=config.stages,
         **overlapped(q.device, early=early),
     )  # fmt: skip
@@ -275,16 +265,6 @@ def config_of(dim: int, block_m: int, eight_bit: bool, *, amd: bool) -> Config:
     """The configuration for this head dim, M and width of K and V."""
     key = dim, block_m, eight_bit
     return AMD_CONFIGS.get(key, CONFIGS[key]) if amd else CONFIGS[key]
-
-
-def _constants(
-    dim: int, block_m: int, config: Config, page_size: int, windowed: bool, kv: torch.dtype
-) -> dict[str, int | bool]:
-    return {
-        "D": dim, "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
-        "SPLIT_TILES": SPLIT_ROWS // config.tile,
-        "WINDOWED": windowed, "EIGHT_BIT": kv in EIGHT_BIT, "FP8": kv == torch.float8_e4m3fn,
-    }  # fmt: skip
 
 
 @functools.cache
@@ -321,63 +301,35 @@ def attention_decode_ref(
     return out
 
 
-def _variant(
-    q: torch.dtype, kv: torch.dtype, dim: int, block_m: int, windowed: bool, page_size: int,
-    *, amd: bool = False,
-) -> Variant:  # fmt: skip
-    eight_bit = kv in EIGHT_BIT
-    config = config_of(dim, block_m, eight_bit, amd=amd)
-    pool = torch.int16 if eight_bit else kv
-    pointers = {
-        "q": q, "k": pool, "v": pool, "page_table": torch.int32, "lengths": torch.int32,
-        "k_scale": torch.float32, "v_scale": torch.float32, "out": q,
-        "partials": torch.float32, "partial_lse": torch.float32, "used_splits": torch.int32,
-    }  # fmt: skip
-    names = _TYPES | {torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16"}
-    strides = ["q_stride_b", "q_stride_t", "q_stride_h", "k_stride_g", "v_stride_g"]
-    counts = ["max_pages", "group", "tokens", "row_blocks", "window", "sinks"]
-    signature = {n: "*" + names[t] for n, t in pointers.items()} | {"scale_log2": "fp32"}
-    return Variant(
-        name=f"attention_decode {names[q]} kv {names[kv]} d {dim} m {block_m} page {page_size}"
-        + (" window" if windowed else ""),
-        kernel=attention_decode_fwd_kernel,
-        signature=signature | dict.fromkeys(strides + counts, "i32"),
-        constexprs=_constants(dim, block_m, config, page_size, windowed, kv),
-        divisible=frozenset([*pointers, *strides]),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        wide_loads=2,
-        # Page numbers.
-        narrow_in_loops=frozenset({4}),
-        matrix=True,
-        spills=SPILLS,
-        # sm_80 has no fp8e4nv; the wrapper refuses it.
-        targets=tuple(
-            t
-            for t, gpu in TARGETS.items()
-            if config_of(dim, block_m, eight_bit, amd=gpu.backend == "hip") == config
-            if t != "sm_80" or kv != torch.float8_e4m3fn
-        ),
-    )
-
-
-def default_variant() -> Variant:
-    """One new token, 64 query heads on 8 kv heads, d 128, bf16, pages of 64."""
-    return _variant(torch.bfloat16, torch.bfloat16, 128, 16, False, 64)
-
-
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick, each for the targets it is picked on. Pages:
-    of whole tiles, and below a tile; those of fp16 K and V are left out, as their code is that of
-    bf16 but for the type."""
-    return [
-        _variant(q, kv, dim, block_m, windowed, page_size, amd=amd)
-        for amd in (False, True)
-        for q in (torch.bfloat16, torch.float16)
+    """Every configuration that the wrapper can pick; first 64 query heads on 8 kv heads of 128.
+    Pages: of whole tiles, and below a tile; those of fp16 K and V are left out, as their code is
+    that of bf16 but for the type."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+
+    def call(
+        q: torch.dtype, kv: torch.dtype, dim: int, rows: int, windowed: bool, page: int
+    ) -> NamedCall:
+        pool = meta(1, page, dim, dtype=kv)
+        table, lengths = meta(1, 1, dtype=torch.int32), meta(1, dtype=torch.int32)
+        scale = meta(1, dtype=torch.float32) if kv in EIGHT_BIT else None
+        name = f"attention_decode {q} kv {kv} d {dim} m {rows} page {page}" + " window" * windowed
+        return name.replace("torch.", ""), functools.partial(
+            attention_decode, meta(1, 1, rows, dim, dtype=q), pool, pool, table, lengths,
+            page_size=page, window=1 if windowed else None, k_scale=scale, v_scale=scale,
+        )  # fmt: skip
+
+    calls = (
+        call(q, kv, dim, rows, windowed, page)
+        for q in (bf16, fp16)
         for kv in (q, *EIGHT_BIT)
-        for (dim, block_m, eight_bit) in (AMD_CONFIGS if amd else CONFIGS)
+        for dim, rows, eight_bit in CONFIGS
         if eight_bit == (kv in EIGHT_BIT)
         for windowed in (False, True)
-        for page_size in (64, 16)
-        if page_size == 64 or kv != torch.float16
-    ]
+        for page in (64, 16)
+        if page == 64 or kv != fp16
+    )
+    # Page numbers are narrow.
+    expected = Expected(wide_loads=2, narrow_in_loops=frozenset({4}), matrix=True, spills=SPILLS)
+    default = call(bf16, bf16, 128, 16, False, 64)
+    return variants_of((default, *calls), {attention_decode_fwd_kernel: expected})

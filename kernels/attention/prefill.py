@@ -13,24 +13,20 @@ published figures, not ours, have Triton behind its FlashAttention and cuDNN ker
 
 import itertools
 import math
+from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot.ahead import TARGETS, Variant
+from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.attention.prefill_checks import DIMS, check
-from kernels.attention.prefill_configs import (
-    BLOCKS_M,
-    FAMILIES,
-    Config,
-    config_of,
-    family_of,
-)
+from kernels.attention.prefill_configs import BLOCKS_M, config_of, family_of
 
 INT_MAX = 2**31 - 1
-_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
 @triton.jit
@@ -207,19 +203,10 @@ def attention_prefill_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def attention_prefill(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    page_size: int,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: int = 0,
-    new: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *,
+    page_size: int, scale: float | None = None, window: int | None = None, sinks: int = 0,
+    new: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(scale · q kᵀ) v over the rows that each new token may see.
 
     q: [B, K, H, d], any K >= 1, bf16 or fp16; strides multiples of 16, so views of a packed
@@ -260,20 +247,12 @@ def attention_prefill(
         (dim**-0.5 if scale is None else scale) * math.log2(math.e),
         stride_b, stride_t, stride_h, stride_k, stride_v,
         page_table.shape[1], group, tokens, min(window or 0, INT_MAX), min(sinks, INT_MAX),
-        **_constants(dim, v_dim, block_m, config, page_size, window is not None, new is not None),
+        D=dim, DV=v_dim, BLOCK_D=triton.next_power_of_2(dim),
+        BLOCK_DV=triton.next_power_of_2(v_dim), PAGE=page_size, BLOCK_M=block_m, TILE=config.tile,
+        WINDOWED=window is not None, RAGGED=new is not None,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
-
-
-def _constants(
-    dim: int, v_dim: int, block_m: int, config: Config, page_size: int, windowed: bool, ragged: bool
-) -> dict[str, int | bool]:
-    return {
-        "D": dim, "DV": v_dim, "BLOCK_D": triton.next_power_of_2(dim),
-        "BLOCK_DV": triton.next_power_of_2(v_dim), "PAGE": page_size, "BLOCK_M": block_m,
-        "TILE": config.tile, "WINDOWED": windowed, "RAGGED": ragged,
-    }  # fmt: skip
 
 
 def attention_prefill_ref(
@@ -301,54 +280,41 @@ def attention_prefill_ref(
     return out
 
 
-def _variant(
-    dtype: torch.dtype, dims: tuple[int, int], rows: int,
-    page_size: int, windowed: bool, ragged: bool, *, family: str = "hopper",
-) -> Variant:  # fmt: skip
-    block_m, config = config_of(*dims, rows, page_size, family=family)
-    pointers = dict.fromkeys(("q", "k", "v", "out"), _TYPES[dtype])
-    pointers |= dict.fromkeys(("page_table", "lengths", "new"), "*i32")
-    strides = ["q_stride_b", "q_stride_t", "q_stride_h", "k_stride_g", "v_stride_g"]
-    counts = ["max_pages", "group", "tokens", "window", "sinks"]
-    return Variant(
-        name=f"attention_prefill {_TYPES[dtype][1:]} d {dims[0]} {dims[1]} m {block_m} "
-        f"page {page_size}" + " window" * windowed + " ragged" * ragged,
-        kernel=attention_prefill_fwd_kernel,
-        signature=pointers | {"scale_log2": "fp32"} | dict.fromkeys(strides + counts, "i32"),
-        constexprs=_constants(*dims, block_m, config, page_size, windowed, ragged),
-        divisible=frozenset([*pointers, *strides]),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        # Keys and values, in each of the two loops; what is narrow are page numbers.
-        wide_loads=4,
-        narrow_in_loops=frozenset({4}),
-        matrix=True,
-        targets=tuple(t for t in TARGETS if FAMILIES[t] == family),
-    )
-
-
-def default_variant() -> Variant:
-    """Long prompts: 64 query heads on 8 kv heads, d 128, bf16, pages of 64."""
-    return _variant(torch.bfloat16, (128, 128), BLOCKS_M[-1], 64, False, False)
-
-
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick. Pages: of whole tiles, and below a tile;
-    those, windows and ragged batches of fp16 are left out: code of bf16 but for the type."""
-    return [
-        _variant(dtype, dims, block_m, page_size, windowed, ragged, family=family)
-        for family, dtype, dims, block_m in itertools.product(
-            ("ampere", "hopper", "amd"), _TYPES, DIMS, BLOCKS_M
-        )
-        if block_m == config_of(*dims, block_m, 64, family=family)[0]
-        for page_size in _page_sizes(dims, block_m, family=family)
+    """Every configuration that the wrapper can pick; first long prompts on Hopper, heads of 128.
+    Pages: one size for each way of reading tiles, as whole pages or as parts of several; those
+    below a tile, windows and ragged batches of fp16 are left out: code of bf16 but for the type."""
+    bf16, ints = torch.bfloat16, partial(meta, dtype=torch.int32)
+
+    def call(
+        dtype: torch.dtype, dims: tuple[int, int], rows: int, page: int, windowed: bool,
+        ragged: bool,
+    ) -> NamedCall:  # fmt: skip
+        k, v = (meta(1, page, dim, dtype=dtype) for dim in dims)
+        name = f"attention_prefill {str(dtype)[6:]} d {dims[0]} {dims[1]} m {rows} page {page}"
+        return name + " window" * windowed + " ragged" * ragged, partial(
+            attention_prefill, meta(1, 1, rows, dims[0], dtype=dtype), k, v, ints(1, 1), ints(1),
+            page_size=page, window=1 if windowed else None, new=ints(1) if ragged else None,
+        )  # fmt: skip
+
+    def way(v: Variant) -> str:
+        """All of a variant but its page size, and whether pages hold whole tiles."""
+        whole = v.constexprs["PAGE"] % v.constexprs["TILE"] == 0
+        return repr(replace(v, name="", constexprs={**v.constexprs, "PAGE": whole}))
+
+    calls = (
+        call(dtype, dims, rows, page, windowed, ragged)
+        for dtype in (bf16, torch.float16)
+        for dims in DIMS
+        for rows in BLOCKS_M
+        for page in (64, 16, 32)
         for windowed, ragged in itertools.product((False, True), repeat=2)
-        if dtype == torch.bfloat16 or (page_size, windowed, ragged) == (64, False, False)
-    ]
-
-
-def _page_sizes(dims: tuple[int, int], block_m: int, *, family: str) -> list[int]:
-    """One for each way of reading tiles: by the configuration, whole pages or parts of several."""
-    configs = {page: config_of(*dims, block_m, page, family=family)[1] for page in (32, 16, 64)}
-    ways = {(config, page % config.tile == 0): page for page, config in configs.items()}
-    return sorted(ways.values(), reverse=True)
+        if dtype == bf16 or (page, windowed, ragged) == (64, False, False)
+    )
+    # Keys and values, in each of the two loops; what is narrow are page numbers.
+    expected = Expected(wide_loads=4, narrow_in_loops=frozenset({4}), matrix=True)
+    default = call(bf16, (128, 128), BLOCKS_M[-1], 64, False, False)
+    ways: dict[str, Variant] = {}
+    for v in variants_of((default, *calls), {attention_prefill_fwd_kernel: expected}):
+        ways.setdefault(way(v), v)
+    return list(ways.values())

@@ -41,7 +41,6 @@ SMALL_PAGE_CONFIGS: dict[tuple[int, int, int], Config] = {
 }  # fmt: skip
 #: Where three stages of tiles spill before Hopper; on it they are a fifth faster than two.
 AMPERE_CONFIGS: dict[tuple[int, int, int], Config] = {(128, 128, 128): Config(64, 8, 2)}
-FAMILIES = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
 #: Where AMD GPUs differ: 64 KiB of shared memory, and more registers for programs of 4 warps.
 AMD_CONFIGS: dict[tuple[int, int, int], Config] = {
     (64, 32, 128): Config(64, 4, 3), (128, 128, 16): Config(64, 4, 2),

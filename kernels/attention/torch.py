@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,14 +19,9 @@ PACK_LIMIT = 8
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, mask: Tensor | None = None,
     causal: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """softmax(scale · q kᵀ + mask) v.
 
     q: [B, K, H, d]; k: [B, G, S, d]; v: [B, G, S, dv]; returns [B, K, H, dv].
@@ -61,13 +57,13 @@ def attention(
     elif v_dim < width:
         v = F.pad(v, (0, width - v_dim))
     if new <= PACK_LIMIT and per_group > 1 and not causal:
-        packed = q.unflatten(2, (groups, per_group)).transpose(1, 2).flatten(2, 3)
+        packed = rearrange(q, "b t (g h) d -> b g (t h) d", g=groups)
         # One row for every query head of a token; a row that all tokens share stays one.
         seen = mask
         if mask is not None and mask.shape[2] > 1:
             seen = mask.repeat_interleave(per_group, 2)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
-        out = out.unflatten(2, (new, per_group)).transpose(1, 2).flatten(2, 3)
+        out = rearrange(out, "b g (t h) d -> b t (g h) d", t=new)
     else:
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, attn_mask=mask, is_causal=causal, scale=scale,
@@ -77,14 +73,9 @@ def attention(
 
 
 def latent_attention(
-    q: Tensor,
-    rows: Tensor,
-    *,
-    v_dim: int,
-    scale: float,
-    mask: Tensor | None = None,
+    q: Tensor, rows: Tensor, *, v_dim: int, scale: float, mask: Tensor | None = None,
     causal: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`attention` whose values are the first `v_dim` columns of the keys (arXiv 2405.04434).
 
     q: [B, K, H, d]; rows: [B, G, S, d]; returns [B, K, H, v_dim]. Computes all d columns of the

@@ -7,6 +7,8 @@ its W shifted reads meet in the cache. Backward computes the activation's slope 
 `step` is the form for up to 8 tokens.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +19,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, both_ways, meta, tile_loads, variants_of
 from kernels.checks import form, require
-from kernels.conv.chunk_bwd import bwd_variants, conv_bwd
-from kernels.conv.chunk_rows import (
-    POINTERS,
-    check_conv,
-    conv_variant,
-    convolve,
-    load_rows,
-    load_taps,
+from kernels.conv.chunk_bwd import (
+    conv_bwd,
+    conv_chunk_bwd_rows_kernel,
+    conv_chunk_bwd_sums_kernel,
 )
+from kernels.conv.chunk_rows import DTYPES, check_conv, convolve, load_rows, load_taps
 from kernels.recurrent.step import require_slots
 
 #: Tokens up to which a tile serves -> (BLOCK_T, BLOCK_C, num_warps); 0: any number of tokens.
@@ -90,15 +90,9 @@ def conv_tail_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    tail: Tensor | None = None,
-    *,
-    silu: bool = True,
-    new: Tensor | None = None,
-    tail_slots: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, tail: Tensor | None = None, *,
+    silu: bool = True, new: Tensor | None = None, tail_slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Convolve T tokens of B sequences after their tails, which stay as they are.
 
     x: [B, T, C], tokens and sequences strided at will, channels dense; weight: [C, W], W from 2 to
@@ -115,7 +109,7 @@ def causal_conv(
         ("bias", bias, x.shape[2:]),
     ):
         if given is not None:
-            fits = given.shape == shape and given.dtype in POINTERS and given.is_contiguous()
+            fits = given.shape == shape and given.dtype in DTYPES and given.is_contiguous()
             require(fits, name, form(given), "must be contiguous floats {}", list(shape))
             require(given.device == x.device, name, form(given), "must be on {}", x.device)
     slots = None if tail_slots is None else form(tail_slots)
@@ -204,26 +198,50 @@ def causal_conv_ref(
 
 
 def variants() -> list[Variant]:
-    """Every kernel, tile and option that is compiled ahead of time."""
-    found = [default_variant()]
-    for dtype in POINTERS:
-        found.append(_variant(dtype, 16, {"bias", "tail", "slots", "new"}))
-        found.append(_variant(dtype, 0, {"bias", "tail", "slots", "new"}))
-        found.append(_variant(dtype, 0, set(), channels=1000, silu=False))
-        found.append(_variant(dtype, 0, {"bias", "tail"}, width=8))
-        found.append(_tail_variant(dtype))
-    return found + bwd_variants()
+    """Every kernel, tile and option; the first is a long step on a pool of bfloat16 tails."""
 
+    def call(
+        dtype: torch.dtype, options: str = "", *, tokens: int = 200, channels: int = 6144,
+        width: int = 4,
+    ) -> NamedCall:  # fmt: skip
+        """options: what is given, "pool" (of tails), "linear" (no SiLU), "trained"."""
+        chosen, of = options.split(), partial(meta, dtype=dtype)
+        bias = of(channels) if "bias" in chosen else None
+        tail = of(1, width - 1, channels) if {"tail", "pool"}.intersection(chosen) else None
+        x = of(1, tokens, -(-channels // 16) * 16)[..., :channels]
+        inputs = x, of(channels, width), bias, tail
+        new = slots if "new" in chosen else None
+        op = partial(causal_conv, silu="linear" not in chosen, new=new)
+        name = " ".join((str(dtype)[6:], f"{tokens}x{channels} w {width}", *chosen))
+        if "trained" in chosen:
+            return both_ways(name, op, *inputs)
+        return name, partial(op, *inputs, tail_slots=slots if "pool" in chosen else None)
 
-def default_variant() -> Variant:
-    """A long step on a pool of bfloat16 tails of 3 rows, 6144 channels."""
-    return _variant(torch.bfloat16, 0, {"bias", "tail", "slots"})
+    slots = meta(1, dtype=torch.int32)
+    forward, trained = [call(torch.bfloat16, "bias pool")], [call(torch.bfloat16, "linear trained")]
+    for dtype in DTYPES:
+        x, pool = (meta(1, rows, 6144, dtype=dtype) for rows in (200, 3))
+        forward += [
+            call(dtype, "bias pool new", tokens=9), call(dtype, "bias pool new"),
+            call(dtype, "linear", channels=1000), call(dtype, "bias tail", width=8),
+            (f"{str(dtype)[6:]} tail", partial(conv_tail_, x, pool, slots, slots, new=slots)),
+        ]  # fmt: skip
+        trained += [
+            call(dtype, "trained"), call(dtype, "bias tail new trained"),
+            call(dtype, "bias trained", width=8),
+        ]  # fmt: skip
 
+    def expected(pointer: str, reads: Callable[[Any], int], rows: str = "T") -> Expected:
+        """So many reads of a tile of rows, by constants of the launch."""
+        tile = tile_loads(pointer, f"BLOCK_{rows}", "BLOCK_C")
+        return Expected(wide_loads=lambda v: reads(v.constexprs) * tile(v))
 
-def _variant(dtype: torch.dtype, tokens: int, options: set[str], **sizes: Any) -> Variant:
-    return conv_variant(conv_chunk_fwd_kernel, CONFIGS[tokens], dtype, options, **sizes)
-
-
-def _tail_variant(dtype: torch.dtype) -> Variant:
-    options = {"slots", "write", "new"}
-    return conv_variant(conv_tail_fwd_kernel, (4, *TAIL_CONFIG), dtype, options, wide_rows=1)
+    forms = {
+        conv_chunk_fwd_kernel: expected("x", lambda c: c["W"]),
+        conv_tail_fwd_kernel: expected("x", lambda _: 1, "R"),
+    }
+    gradients = {
+        conv_chunk_bwd_sums_kernel: expected("x", lambda c: 2 + c["SILU"] * c["W"]),
+        conv_chunk_bwd_rows_kernel: expected("dz", lambda c: c["W"]),
+    }
+    return variants_of(forward, forms) + variants_of(trained, gradients)

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot.ahead import Variant
-from kernels.conv.chunk_rows import POINTERS, conv_variant, convolve, load_rows, load_taps, tap_of
+from kernels.conv.chunk_rows import convolve, load_rows, load_taps, tap_of
 
 #: BLOCK_T, BLOCK_C, num_warps: of the sums, and of dx.
 SUMS_CONFIG = (64, 64, 8)
@@ -136,23 +135,3 @@ def conv_bwd(
     total = sums.sum((0, 1))
     d_weight = total[:width].t().to(weight.dtype).contiguous()
     return dx, d_weight, None if bias is None else total[width].to(bias.dtype), d_tail
-
-
-def bwd_variants() -> list[Variant]:
-    """Every kernel, tile and option that is compiled ahead of time."""
-    found = []
-    for dtype in POINTERS:
-        for width, given in ((4, set()), (4, {"bias", "tail", "new"}), (8, {"bias"})):
-            found.append(_sums_variant(dtype, given | {"dz"}, width=width))
-        for options in (set(), {"new", "d_tail"}):
-            found.append(conv_variant(conv_chunk_bwd_rows_kernel, ROWS_CONFIG, dtype, options))
-    return [*found, _sums_variant(torch.bfloat16, set())]
-
-
-def _sums_variant(dtype: torch.dtype, options: set[str], *, width: int = 4) -> Variant:
-    silu = "dz" in options
-    rows = width + 2 if silu else 2
-    return conv_variant(
-        conv_chunk_bwd_sums_kernel, SUMS_CONFIG, dtype, options, width=width, silu=silu,
-        wide_rows=rows,
-    )  # fmt: skip

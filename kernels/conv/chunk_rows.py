@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot.ahead import Variant
 from kernels.checks import form, require
 from kernels.device import require_gpu
 
-#: Triton's pointer types, by dtype.
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 8
 
 
@@ -65,7 +63,7 @@ def check_conv(
     """Every rule but weight's and bias's forms; returns W, the tail's where weight is None."""
     require_gpu("x", x, kernel)
     require(x.dim() == 3 and x.numel() > 0, "x", form(x), "must be [B, T, C], not empty")
-    require(x.dtype in POINTERS, "x", form(x), "must be one of {}", tuple(POINTERS))
+    require(x.dtype in DTYPES, "x", form(x), "must be one of {}", DTYPES)
     dense = x.stride(2) == 1 or x.shape[2] == 1
     require(dense, "x", form(x), "must have a last stride of 1")
     batch, tokens, channels = x.shape
@@ -82,7 +80,7 @@ def check_conv(
             width = tail.shape[1] + 1
             require(width <= MAX_WIDTH, name, shown, "needs W of 2 to {}", MAX_WIDTH)
         rows = batch if slots is None else tail.shape[0]
-        fits = tail.shape == (rows, width - 1, channels) and tail.dtype in POINTERS
+        fits = tail.shape == (rows, width - 1, channels) and tail.dtype in DTYPES
         require(fits, name, shown, "must be floats [{}, {}, {}]", rows, width - 1, channels)
         dense = tail[0].is_contiguous() and tail.stride(0) >= tail[0].numel()
         require(dense, name, shown, "must have contiguous slots")
@@ -95,39 +93,3 @@ def check_conv(
                 fits, name, form(vector), "must be contiguous int32 [{}] on {}", batch, x.device
             )
     return width
-
-
-def conv_variant(
-    kernel: Any, config: tuple[int, int, int], dtype: torch.dtype, options: set[str], *,
-    channels: int = 6144, width: int = 4, silu: bool = True, wide_rows: int | None = None,
-) -> Variant:  # fmt: skip
-    """A kernel's variant; config: BLOCK_T (BLOCK_R), BLOCK_C, num_warps; options: what is given.
-
-    wide_rows: tiles of rows whose loads must be 16 bytes wide (None: one per tap).
-    """
-    block_t, block_c, warps = config
-    constexprs: dict[str, Any] = {
-        "SILU": silu, "C": channels, "W": width, "TAPS": triton.next_power_of_2(width),
-        "SUMS": triton.next_power_of_2(width + 1), "TILES": 4, "BLOCK_T": block_t,
-        "BLOCK_R": block_t, "BLOCK_C": block_c,
-    }  # fmt: skip
-    optional = {"bias", "tail", "slots", "new", "dz", "d_tail"}
-    if "SILU" not in kernel.arg_names:
-        optional -= {"tail", "dz"}
-    constexprs |= dict.fromkeys(optional - options)
-    names = [name for name in kernel.arg_names if name not in constexprs]
-    kinds = {"sums": "*fp32", "slots": "*i32", "write": "*i32", "new": "*i32"}
-    kinds |= dict.fromkeys(("tokens", "x_batch", "x_row", "tail_stride"), "i32")
-    rows = width if wide_rows is None else wide_rows
-    suffix = "".join(f"_{name}" for name in sorted(options))
-    return Variant(
-        name=f"{kernel.__name__.removesuffix('_kernel')}_{POINTERS[dtype][1:]}_{block_t}x{block_c}"
-        f"_c{channels}w{width}{suffix}",
-        kernel=kernel,
-        signature={name: kinds.get(name, POINTERS[dtype]) for name in names},
-        constexprs={n: value for n, value in constexprs.items() if n in kernel.arg_names},
-        divisible=frozenset(names) - {"tokens"},
-        num_warps=warps,
-        num_stages=1 if "sums" in names else 3,
-        wide_loads=rows * max(1, block_t * block_c * dtype.itemsize // (16 * 64 * warps)),
-    )

@@ -95,17 +95,9 @@ def conv_step_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def conv_step(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tail: Tensor,
-    read: Tensor,
-    write: Tensor,
-    *,
-    silu: bool = True,
-    each: bool = False,
-    new: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, read: Tensor, write: Tensor, *,
+    silu: bool = True, each: bool = False, new: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Convolve K new tokens of B sequences and advance their tails, from slot to slot.
 
     x: [B, K, C]; weight: [C, W], W >= 2; bias: [C] or None; tail: [slots, W-1, C] in float32 or

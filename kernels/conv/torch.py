@@ -12,13 +12,9 @@ from torch.nn import functional as F
 
 
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    tail: Tensor | None = None,
-    *,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, tail: Tensor | None = None, *,
     silu: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """x: [B, T, C]; weight: [C, W]; bias: [C]; tail: [B, W-1, C] earlier inputs (None: zeros).
 
     Returns [B, T, C]. Raises ValueError on widths or channels that do not fit.

@@ -108,22 +108,11 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def linear_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor,
-    read: Tensor,
-    write: Tensor,
-    *,
-    each: bool = False,
-    scale: float = 1.0,
-    new: Tensor | None = None,
-    cos_sin: Tensor | None = None,
-    past: Tensor | None = None,
-    norm: OutputNorm | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, read: Tensor, write: Tensor,
+    *, each: bool = False, scale: float = 1.0, new: Tensor | None = None,
+    cos_sin: Tensor | None = None, past: Tensor | None = None, norm: OutputNorm | None = None,
     arrivals: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
     q, k: [B, K, G, N]; v: [B, K, H, P]; log_decay: [H]; state: [slots, H, N, P] in float32 or

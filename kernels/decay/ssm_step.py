@@ -96,22 +96,10 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def ssm_step(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    a_log: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    read: Tensor,
-    write: Tensor,
-    *,
-    each: bool = False,
-    new: Tensor | None = None,
-    norm: OutputNorm | None = None,
-    arrivals: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
+    state: Tensor, read: Tensor, write: Tensor, *, each: bool = False, new: Tensor | None = None,
+    norm: OutputNorm | None = None, arrivals: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
     x: [B, K, H, P]; dt: [B, K, H] before bias and softplus; b, c: [B, K, G, N]; a_log, d, dt_bias:
@@ -151,17 +139,9 @@ def ssm_step(
 
 
 def ssm_step_ref(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    a_log: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    *,
-    norm: OutputNorm | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
+    state: Tensor, *, norm: OutputNorm | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
 
     Returns y [B, K, H, P] and the state after every token [B, K, H, N, P].

@@ -7,6 +7,7 @@ Groups: H heads of v share the G heads of q and k.
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,14 +21,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def decay_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None = None,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None = None, *,
     chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form; differentiable.
 
     q, k: [B, T, G, N]; v: [B, T, H, P]; log_decay: [1 or B, 1 or T, H], <= 0;
@@ -47,27 +43,27 @@ def decay_chunk(
     if short:
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, short)) for t in (q, k, v))
         log_decay = F.pad(log_decay, (0, 0, 0, short))
-    # [B, n, G, C, N] and [B, n, G, share, C, P]: one product serves all heads of a group.
-    qc, kc = (t.to(wide).unflatten(1, (count, size)).transpose(2, 3) for t in (q, k))
-    vc = v.to(wide).unflatten(1, (count, size)).unflatten(3, (groups, share)).movedim(2, 4)
-    gc = log_decay.unflatten(1, (count, size)).unflatten(3, (groups, share)).movedim(2, 4)
+    # i counts chunks and s the heads of a group: one product serves them all.
+    qc, kc = (rearrange(t.to(wide), "b (i c) g n -> b i g c n", i=count) for t in (q, k))
+    vc = rearrange(v.to(wide), "b (i c) (g s) p -> b i g s c p", i=count, s=share)
+    gc = rearrange(log_decay, "b (i c) (g s) -> b i g s c", i=count, s=share)
     between, since, until = chunk_decays(gc)
-    scores = (qc @ kc.transpose(-1, -2)).unsqueeze(3) * between
+    scores = (qc @ kc.mT).unsqueeze(3) * between
     y = scores @ vc
 
-    fresh = kc.transpose(-1, -2) @ (vc * until[..., None]).transpose(3, 4).flatten(-2)
-    fresh = fresh.unflatten(-1, (share, p)).transpose(3, 4).flatten(2, 3)
-    kept = since[..., -1].flatten(2, 3)[..., None, None]
+    fresh = kc.mT @ rearrange(vc * until[..., None], "b i g s c p -> b i g c (s p)")
+    fresh = rearrange(fresh, "b i g n (s p) -> b i (g s) n p", s=share)
+    kept = rearrange(since[..., -1], "b i g s -> b i (g s) 1 1")
     current = fresh.new_zeros(batch, heads, n, p) if state is None else state.to(wide)
     before = []
     for i in range(count):
         before.append(current)
         current = torch.addcmul(fresh[:, i], kept[:, i], current)
     if state is not None or count > 1:
-        past = torch.stack(before, 1).unflatten(2, (groups, share)).transpose(3, 4).flatten(-2)
-        carried = (qc @ past).unflatten(-1, (share, p)).transpose(3, 4)
+        past = rearrange(before, "i b (g s) n p -> b i g n (s p)", s=share)
+        carried = rearrange(qc @ past, "b i g c (s p) -> b i g s c p", s=share)
         y = torch.addcmul(y, carried, since[..., None])
-    y = y.movedim(4, 2).flatten(3, 4).flatten(1, 2)
+    y = rearrange(y, "b i g s c p -> b (i c) (g s) p")
     return (y[:, :tokens] if short else y).to(v.dtype), current
 
 

@@ -104,22 +104,10 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def gdn_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    read: Tensor,
-    write: Tensor,
-    *,
-    each: bool = False,
-    new: Tensor | None = None,
-    norm: OutputNorm | None = None,
-    arrivals: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+    state: Tensor, read: Tensor, write: Tensor, *, each: bool = False, new: Tensor | None = None,
+    norm: OutputNorm | None = None, arrivals: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
     q, k: [B, K, G, N], as the convolution left them; v: [B, K, H, P]; a, b: [B, K, H], the raw
@@ -159,17 +147,9 @@ def gdn_step(
 
 
 def gdn_step_ref(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    *,
-    norm: OutputNorm | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+    state: Tensor, *, norm: OutputNorm | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
 
     Returns y [B, K, H, P] and the state after every token [B, K, H, N, P].

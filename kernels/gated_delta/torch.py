@@ -6,6 +6,7 @@ float32. H heads of v share the heads of q and k; q and k come normalised, q sca
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,15 +16,9 @@ CHUNK = 32
 
 
 def gdn_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    state: Tensor | None = None,
-    *,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None = None,
+    *, chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form; differentiable.
 
     q, k: [B, T, G, N]; v: [B, T, H, P]; log_decay (<= 0), beta: [B, T, H];
@@ -42,24 +37,23 @@ def gdn_chunk(
     if short:
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, short)) for t in (q, k, v))
         log_decay, beta = (F.pad(t, (0, 0, 0, short)) for t in (log_decay, beta))
-    qc, kc, vc = (t.to(wide).unflatten(1, (count, size)).transpose(2, 3) for t in (q, k, v))
-    gc, bc = (t.to(wide).unflatten(1, (count, size)).transpose(2, 3) for t in (log_decay, beta))
+    qc, kc, vc = (rearrange(t.to(wide), "b (i c) h n -> b i h c n", i=count) for t in (q, k, v))
+    gc, bc = (rearrange(t.to(wide), "b (i c) h -> b i h c", i=count) for t in (log_decay, beta))
     between, since, until = chunk_decays(gc)
     grown = since[..., None]
 
     def spread(t: Tensor) -> Tensor:
         return t if share == 1 else t.repeat_interleave(share, 2)
 
-    keys_t = kc.transpose(-1, -2)
-    overlap = spread(kc @ keys_t) * between * bc[..., None]
+    overlap = spread(kc @ kc.mT) * between * bc[..., None]
     kh, qh = spread(kc), spread(qc)
     # (I + strictly lower overlap) [u, w] = β [v, e^g k]; the solver reads below the diagonal only.
     right = torch.cat((vc, kh * grown), -1) * bc[..., None]
     solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
     u, w = solved.split((p, n), -1)
-    scores = spread(qc @ keys_t) * between
+    scores = spread(qc @ kc.mT) * between
     reach = qh * grown
-    left = (kh * until[..., None]).transpose(-1, -2)
+    left = (kh * until[..., None]).mT
     kept = grown[..., -1:, :]
     current = u.new_zeros(batch, heads, n, p) if state is None else state.to(wide)
     outputs = []
@@ -67,7 +61,7 @@ def gdn_chunk(
         value = u[:, i] - w[:, i] @ current
         outputs.append(reach[:, i] @ current + scores[:, i] @ value)
         current = torch.addcmul(left[:, i] @ value, kept[:, i], current)
-    y = torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)
+    y = rearrange(outputs, "i b h c p -> b (i c) h p")
     return (y[:, :tokens] if short else y).to(v.dtype), current
 
 
@@ -84,15 +78,9 @@ def gdn_chunk_matrix_flops(
 
 
 def gdn_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, *,
     each: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The recurrent form for a few tokens; `state` [B, H, N, P] is updated in place.
 
     Shapes as `gdn_chunk`. Returns y [B, K, H, P] and, when `each`, the states after every token.

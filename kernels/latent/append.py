@@ -8,16 +8,19 @@ program norms the latent, turns the key and writes both to their page; others tu
 queries in place, a tile of heads each.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
-from kernels.pages.write import FLOATS, TYPES, check_pages, page_row
+from kernels.pages.write import FLOATS, check_pages, page_row
 from kernels.rope.rotate import CONFIGS, turned
 
 MAX_LATENT = 1024
@@ -72,19 +75,9 @@ def latent_append_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def latent_append(
-    q: Tensor,
-    key: Tensor,
-    latent: Tensor,
-    weight: Tensor,
-    cos_sin: Tensor,
-    pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    eps: float,
-    page_size: int,
-    new: Tensor | None = None,
-) -> None:
+    q: Tensor, key: Tensor, latent: Tensor, weight: Tensor, cos_sin: Tensor, pool: Tensor,
+    page_table: Tensor, lengths: Tensor, *, eps: float, page_size: int, new: Tensor | None = None,
+) -> None:  # fmt: skip
     """Write [norm(latent) · weight, turned key] to pages, and turn q in place.
 
     q: [B, K, H, r], rotary queries, each token's heads contiguous; key: [B, K, r]; latent:
@@ -137,26 +130,17 @@ def latent_append(
                 "must be on the device of q, {}", q.device)  # fmt: skip
     if batch == 0:
         return
-    constants, warps = _constants(heads, rotary, width, page_size, q.dtype)
-    # The stride of a single element is arbitrary, and never used.
-    strides = (t.stride(i) if t.shape[i] > 1 else 0 for t in (q, key, latent) for i in range(2))
-    latent_append_fwd_kernel[(batch * tokens, 1 + triton.cdiv(heads, constants["BLOCK_H"]))](
-        q, key, latent, weight, cos_sin, pool, page_table, lengths, new, *strides,
-        tokens, page_table.shape[1], cos_sin.shape[0], EPS=eps, **constants, num_warps=warps,
-        **overlapped(q.device),
-    )  # fmt: skip
-
-
-def _constants(
-    heads: int, rotary: int, latent: int, page_size: int, dtype: torch.dtype
-) -> tuple[dict[str, int], int]:
-    elements, warps = CONFIGS[dtype.itemsize]
+    elements, warps = CONFIGS[q.dtype.itemsize]
     block_d = triton.next_power_of_2(rotary)
     block_h = max(1, min(elements // block_d, triton.next_power_of_2(heads)))
-    return {
-        "H": heads, "D": rotary, "R": latent, "PAGE": page_size, "BLOCK_H": block_h,
-        "BLOCK_D": block_d, "BLOCK_R": triton.next_power_of_2(latent),
-    }, warps  # fmt: skip
+    # The stride of a single element is arbitrary, and never used.
+    strides = (t.stride(i) if t.shape[i] > 1 else 0 for t in (q, key, latent) for i in range(2))
+    latent_append_fwd_kernel[(batch * tokens, 1 + triton.cdiv(heads, block_h))](
+        q, key, latent, weight, cos_sin, pool, page_table, lengths, new, *strides,
+        tokens, page_table.shape[1], cos_sin.shape[0],
+        EPS=eps, H=heads, D=rotary, R=width, PAGE=page_size, BLOCK_H=block_h, BLOCK_D=block_d,
+        BLOCK_R=triton.next_power_of_2(width), num_warps=warps, **overlapped(q.device),
+    )  # fmt: skip
 
 
 def latent_append_ref(
@@ -180,44 +164,32 @@ def latent_append_ref(
     return q, pool
 
 
-def _variant(
-    dtype: torch.dtype, heads: int, latent: int, rotary: int, *, ragged: bool = False
-) -> Variant:
-    constants, warps = _constants(heads, rotary, latent, 64, dtype)
-    kind = "*" + TYPES[dtype]
-    signature = dict.fromkeys(("q", "key", "latent", "weight", "pool"), kind)
-    signature |= {"cos_sin": "*fp32"} | dict.fromkeys(("page_table", "lengths"), "*i32")
-    signature |= {"new": "*i32"} if ragged else {}
-    strides = [f"{t}_stride_{n}" for t in ("q", "key", "latent") for n in "bt"]
-    aligned = frozenset([*signature, *strides])
-    counts = ("tokens", "max_pages", "positions")
-    full = constants["BLOCK_H"] * constants["BLOCK_D"] == CONFIGS[dtype.itemsize][0]
-    return Variant(
-        name=f"latent_append {TYPES[dtype]} {heads} heads {latent}+{rotary}"
-        + (" ragged" if ragged else ""),
-        kernel=latent_append_fwd_kernel,
-        signature=signature | dict.fromkeys((*strides, *counts), "i32"),
-        constexprs=constants | {"EPS": 1e-6} | ({} if ragged else {"new": None}),
-        divisible=aligned,
-        num_warps=warps,
-        # A tile of few narrow heads has too few bytes for 16 on each thread.
-        wide_loads=2 if full else 0,
-    )
-
-
-def default_variant() -> Variant:
-    """128 heads, latent 512 + 64, bf16: DeepSeek's."""
-    return _variant(torch.bfloat16, 128, 512, 64)
-
-
 def variants() -> list[Variant]:
-    """Every dtype, and widths that the wrapper tiles differently."""
-    return [
-        default_variant(),
+    """Every dtype, and widths that the wrapper tiles differently; first DeepSeek's."""
+    bf16, ints = torch.bfloat16, partial(meta, dtype=torch.int32)
+
+    def call(
+        dtype: torch.dtype, heads: int, latent: int, rotary: int, *, ragged: bool = False
+    ) -> NamedCall:
+        row = partial(meta, dtype=dtype)
+        angles = meta(64, rotary // 2, 2, dtype=torch.float32)
+        name = f"latent_append {str(dtype)[6:]} {heads} heads {latent}+{rotary}"
+        return name + " ragged" * ragged, partial(
+            latent_append, row(1, 1, heads, rotary), row(1, 1, rotary), row(1, 1, latent),
+            row(latent), angles, row(64, latent + rotary), ints(1, 1), ints(1),
+            eps=1e-6, page_size=64, new=ints(1) if ragged else None,
+        )  # fmt: skip
+
+    calls = (
+        call(bf16, 128, 512, 64),
         *(
-            _variant(dtype, heads, latent, rotary)
+            call(dtype, heads, latent, rotary)
             for dtype in FLOATS
             for heads, latent, rotary in ((32, 256, 32), (32, 512, 64), (8, 96, 16))
         ),
-        _variant(torch.bfloat16, 32, 512, 64, ragged=True),
-    ]
+        call(bf16, 32, 512, 64, ragged=True),
+    )
+    # A tile of few narrow heads has too few bytes for 16 on each thread.
+    loads = tile_loads("q", "BLOCK_H", "BLOCK_D")
+    expected = Expected(wide_loads=lambda v: 2 * loads(v))
+    return variants_of(calls, {latent_append_fwd_kernel: expected})

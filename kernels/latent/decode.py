@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.attention.combine import MAX_SPLITS, split_combine
 from kernels.attention.decode import SPILLS, multiprocessors
 from kernels.attention.tiles import page_of, rows_of
@@ -30,7 +31,6 @@ from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: Fewest rows worth a split of their own.
 SPLIT_ROWS = 256
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,6 @@ CONFIGS: dict[str, dict[tuple[int, int], Config]] = {
 #: 15 to 30 % faster than what does not spill: bf16, pages of 64, no window, where 0 to 32 bytes are
 #: spilled. The other variants spill up to 176 and were not timed.
 MEASURED_SPILLS = 176
-_FAMILIES = {"sm_80": "nvidia", "sm_90": "hopper", "sm_100": "nvidia", "gfx942": "amd"}
 
 
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
@@ -189,18 +188,9 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def mla_decode(
-    q: Tensor,
-    q_rotary: Tensor,
-    pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    scale: float,
-    page_size: int,
-    window: int | None = None,
-    sinks: int = 0,
-    out: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, scale: float,
+    page_size: int, window: int | None = None, sinks: int = 0, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(scale · [q, q_rotary] cᵀ) c[:, :R] over the rows c that a token sees: [B, K, H, R].
 
     q: [B, K, H, R], queries that meet latents; q_rotary: [B, K, H, r], those that meet the rotary
@@ -250,23 +240,15 @@ def mla_decode(
         q, q_rotary, pool, page_table, lengths, out, partials, partial_lse, used_splits,
         scale * math.log2(math.e), *strides, pool.stride(0) if groups > 1 else 0,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
-        **_constants(latent, q_rotary.shape[3], block_m, config, page_size, window is not None),
+        LATENT=latent, BLOCK_LATENT=triton.next_power_of_2(latent), ROTARY=q_rotary.shape[3],
+        PAGE=page_size, BLOCK_M=block_m, TILE=config.tile, SPLIT_TILES=SPLIT_ROWS // config.tile,
+        WINDOWED=window is not None,
         num_warps=config.warps, num_stages=config.stages,
         **overlapped(q.device, early=early),
     )  # fmt: skip
     if splits > 1:
         split_combine(partials, partial_lse, used_splits, out, row_blocks=row_blocks)
     return out
-
-
-def _constants(
-    latent: int, rotary: int, block_m: int, config: Config, page_size: int, windowed: bool
-) -> dict[str, int | bool]:
-    return {
-        "LATENT": latent, "BLOCK_LATENT": triton.next_power_of_2(latent), "ROTARY": rotary,
-        "PAGE": page_size, "BLOCK_M": block_m, "TILE": config.tile,
-        "SPLIT_TILES": SPLIT_ROWS // config.tile, "WINDOWED": windowed,
-    }  # fmt: skip
 
 
 def _configs_of(latent: int, family: str) -> dict[int, Config]:
@@ -305,58 +287,43 @@ def mla_decode_ref(
     return out
 
 
-def _variant(
-    dtype: torch.dtype, latent: int, rotary: int, block_m: int, config: Config,
-    windowed: bool, page_size: int, targets: tuple[str, ...],
-) -> Variant:  # fmt: skip
-    kind = _TYPES[dtype]
-    wide = latent >= 256 and block_m > 16
-    threads = config.warps * (64 if "gfx942" in targets else 32)
-    signature = dict.fromkeys(("q", "q_rotary", "pool", "out"), "*" + kind)
-    signature |= dict.fromkeys(("page_table", "lengths", "used_splits"), "*i32")
-    signature |= dict.fromkeys(("partials", "partial_lse"), "*fp32") | {"scale_log2": "fp32"}
-    strides = [f"{t}_stride_{n}" for t in "qr" for n in "bth"] + ["pool_stride_g"]
-    aligned = frozenset([*(n for n, t in signature.items() if t.startswith("*")), *strides])
-    counts = ("max_pages", "group", "tokens", "row_blocks", "window", "sinks")
-    return Variant(
-        name=f"mla_decode {kind} latent {latent}+{rotary} m {block_m} tile {config.tile}"
-        f" stages {config.stages} page {page_size}" + (" window" if windowed else ""),
-        kernel=mla_decode_fwd_kernel,
-        signature=signature | dict.fromkeys((*strides, *counts), "i32"),
-        constexprs=_constants(latent, rotary, block_m, config, page_size, windowed),
-        divisible=aligned,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        wide_loads=2,
-        # Page numbers; rotary channels of too few bytes.
-        narrow_in_loops=frozenset({4, 8} if rotary * config.tile * 2 < 16 * threads else {4}),
-        matrix=True,
-        targets=targets,
-        spills=MEASURED_SPILLS if wide and targets == ("sm_90",) else SPILLS,
-    )
-
-
-def default_variant() -> Variant:
-    """One new token, 16 query heads, latent 512 + 64, bf16, pages of 64, on Hopper."""
-    config = CONFIGS["hopper"][512, 16]
-    return _variant(torch.bfloat16, 512, 64, 16, config, False, 64, ("sm_90",))
-
-
 def variants() -> list[Variant]:
-    """Every configuration that the wrapper can pick, each for the targets it is picked on. Pages:
-    of whole tiles, and below a tile; those of fp16 are left out, as its code is that of bf16 but
-    for the type."""
-    cells: dict[tuple[tuple[int, int], int, Config], tuple[str, ...]] = {}
-    for target, family in _FAMILIES.items():
-        for widths in WIDTHS:
-            for block_m, config in _configs_of(widths[0], family).items():
-                cell = widths, block_m, config
-                cells[cell] = (*cells.get(cell, ()), target)
-    return [
-        _variant(dtype, *widths, block_m, config, windowed, page_size, targets)
-        for (widths, block_m, config), targets in cells.items()
-        for dtype in _TYPES
+    """Every configuration that the wrapper can pick; first latents of 512 + 64 on Hopper. Pages: of
+    whole tiles, and below a tile; those of fp16 are left out, as its code is that of bf16 but for
+    the type."""
+    bf16 = torch.bfloat16
+
+    def call(
+        dtype: torch.dtype, widths: tuple[int, int], rows: int, windowed: bool, page: int
+    ) -> NamedCall:
+        q, q_rotary = (meta(1, 1, rows, width, dtype=dtype) for width in widths)
+        pool = meta(page, sum(widths), dtype=dtype)
+        table, lengths = meta(1, 1, dtype=torch.int32), meta(1, dtype=torch.int32)
+        name = f"mla_decode {str(dtype)[6:]} latent {widths[0]}+{widths[1]} rows {rows} page {page}"
+        return name + " window" * windowed, functools.partial(
+            mla_decode, q, q_rotary, pool, table, lengths, scale=0.1, page_size=page,
+            window=1 if windowed else None,
+        )  # fmt: skip
+
+    def narrow(v: Variant) -> frozenset[int]:
+        """Page numbers; rotary channels of too few bytes."""
+        threads = v.num_warps * (64 if "gfx942" in v.targets else 32)
+        few = v.constexprs["ROTARY"] * v.constexprs["TILE"] * 2 < 16 * threads
+        return frozenset({4, 8} if few else {4})
+
+    def spills(v: Variant) -> int:
+        wide = v.constexprs["LATENT"] >= 256 and v.constexprs["BLOCK_M"] > 16
+        return MEASURED_SPILLS if wide and v.targets == ("sm_90",) else SPILLS
+
+    calls = (
+        call(dtype, widths, rows, windowed, page)
+        for dtype in (bf16, torch.float16)
+        for widths in WIDTHS
+        for rows in (16, 32, 64)
         for windowed in (False, True)
-        for page_size in (64, 16)
-        if page_size == 64 or dtype == torch.bfloat16
-    ]
+        for page in (64, 16)
+        if page == 64 or dtype == bf16
+    )
+    expected = Expected(wide_loads=2, narrow_in_loops=narrow, matrix=True, spills=spills)
+    default = call(bf16, (512, 64), 16, False, 64)
+    return variants_of((default, *calls), {mla_decode_fwd_kernel: expected})

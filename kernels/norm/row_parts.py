@@ -2,19 +2,15 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from kernels.aot.ahead import Variant
 from kernels.checks import form, require
 from kernels.device import require_gpu
 
-#: Triton's pointer types, by dtype.
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-DTYPES = tuple(POINTERS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 16384
 
 
@@ -80,39 +76,3 @@ def _spacing(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 def block_of(size: int) -> int:
     """BLOCK_D that holds a row of that many channels."""
     return max(16, triton.next_power_of_2(size))
-
-
-def norm_variant(
-    kernel: Any, config: tuple[int, int], dtype: torch.dtype, dim: int, weight: torch.dtype, *,
-    gate: str = "", groups: int = 1, add: bool = False, block: int | None = None,
-) -> Variant:  # fmt: skip
-    """A norm kernel's variant; config: BLOCK_R and num_warps; gate: none, first or after."""
-    backward = "d_weight" in kernel.arg_names
-    block = block or block_of(dim)
-    constexprs: dict[str, Any] = {
-        "EPS": 1e-6, "GATE_FIRST": gate == "first", "D": dim, "GROUPS": groups, "TILES": 4,
-        "BLOCK_R": config[0], "BLOCK_D": block,
-    }  # fmt: skip
-    absent = set() if add else {"residual", "summed", "d_summed"}
-    absent |= set() if gate else {"gate", "d_gate"}
-    constexprs |= dict.fromkeys(absent)
-    scalars = {name for name in kernel.arg_names if name.endswith(("rows", "inner", "outer"))}
-    tensors = set(kernel.arg_names) - scalars - set(constexprs) - {"OVERLAP"}
-    signature = dict.fromkeys(scalars, "i32") | dict.fromkeys(tensors, POINTERS[dtype])
-    signature["weight"] = POINTERS[weight]
-    if backward:
-        signature["d_weight"] = "*fp32"
-    # x, dy, gate and what is added; the weight may be narrow where its slice is short.
-    streams = 1 + backward + bool(gate) + add
-    shape = f"{dim}x{groups}" if groups > 1 else f"{dim}"
-    options = f"{'_gate_' + gate if gate else ''}{'_add' if add else ''}"
-    return Variant(
-        name=f"{kernel.__name__.removesuffix('_kernel')}_{POINTERS[dtype][1:]}_{shape}{options}",
-        kernel=kernel,
-        signature=signature,
-        constexprs={n: value for n, value in constexprs.items() if n in kernel.arg_names},
-        divisible=frozenset(signature) - {"rows", "inner"},
-        num_warps=config[1],
-        num_stages=1 if backward else 3,
-        wide_loads=streams * max(1, config[0] * block * dtype.itemsize // (16 * 64 * config[1])),
-    )

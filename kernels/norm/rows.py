@@ -7,6 +7,7 @@ Everything is float32 between load and store. Backward computes the statistics a
 inputs; the gradient of w is summed per block of rows, then over blocks: always in the same order.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, both_ways, meta, tile_loads, variants_of
 from kernels.checks import form, require
 from kernels.norm.row_parts import (
-    POINTERS,
+    DTYPES,
     block_of,
     check_rows,
     check_weight,
-    norm_variant,
     row_strides,
 )
-from kernels.norm.rows_bwd import bwd_variants, norm_bwd
+from kernels.norm.rows_bwd import norm_bwd, norm_bwd_kernel, norm_bwd_wide_kernel
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: BLOCK_D -> (BLOCK_R, num_warps): 16 elements per thread of 32 lanes until warps run out.
@@ -157,14 +158,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def gated_rms_norm(
-    x: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    gate_first: bool,
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, gate_first: bool,
     group: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """norm(x · silu(gate)) where gate_first, else norm(x) · silu(gate), over groups of channels.
 
     x, gate: [..., D], strided as in `rms_norm`, each in its own way; weight: [D]; group: channels
@@ -208,14 +204,9 @@ def _differentiable(*tensors: Tensor) -> bool:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        first: bool,
+        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, first: bool,
         groups: int,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, gate, weight)
         ctx.options = eps, first, groups
         return _norm(x, None, gate, weight, eps, first, groups)[0]
@@ -320,39 +311,47 @@ def swiglu_ref(gate_up: Tensor) -> Tensor:
 
 
 def variants() -> list[Variant]:
-    """Every kernel, tile, option and dtype that is compiled ahead of time."""
+    """Every kernel, tile, option and dtype, forward and backward; the first is a plain RMSNorm."""
     wide, narrow, half = torch.float32, torch.bfloat16, torch.float16
-    found = [default_variant(), _variant(half, 4096, wide)]
-    for dim in (16, 32, 64, 128, 256, 512, 1000, 2048, 4096, 8192, 16384):
-        found.append(_variant(narrow, dim, wide, gate="after"))
-        found.append(_variant(wide, dim, wide, gate="first", groups=2))
-    found += [_variant(dtype, 2048, dtype, add=True) for dtype in POINTERS]
-    found += [_variant(dtype, 16384, dtype, add=True) for dtype in (wide, narrow)]
-    found += bwd_variants()
-    return found + [_swiglu_variant(dtype, back) for dtype in POINTERS for back in (False, True)]
 
+    def rows(dim: int, dtype: torch.dtype) -> Tensor:
+        return meta(64, 512, dim, dtype=dtype)
 
-def default_variant() -> Variant:
-    """RMSNorm of bfloat16 rows of 4096 channels, weight in bfloat16."""
-    return _variant(torch.bfloat16, 4096, torch.bfloat16)
+    def heads(dim: int, dtype: torch.dtype) -> Tensor:
+        """Rows in two levels: four heads of what a projection left."""
+        return rows(5 * dim, dtype)[..., : 4 * dim].unflatten(-1, (4, dim))
 
+    calls: list[NamedCall] = []
+    for dtype, weight in ((narrow, narrow), (half, wide)):
+        norm = partial(rms_norm, eps=1e-6)
+        given = rows(4096, dtype), meta(4096, dtype=weight)
+        calls.append(both_ways(f"norm {dtype} 4096", norm, *given))
+    for dim in (16, 32, 64, 128, 256, 512, 1008, 2048, 4096, 8192, 16384):
+        after = partial(gated_rms_norm, eps=1e-6, gate_first=False)
+        first = partial(gated_rms_norm, eps=1e-6, gate_first=True, group=dim)
+        scale = meta(dim, dtype=wide), meta(2 * dim, dtype=wide)
+        calls += [
+            both_ways(f"gated {narrow} {dim}", after, *[heads(dim, narrow)] * 2, scale[0]),
+            both_ways(f"gated first {wide} 2x{dim}", first, *[rows(2 * dim, wide)] * 2, scale[1]),
+        ]
+    for dtype, dim in ((narrow, 2048), (half, 2048), (wide, 2048), (narrow, 16384), (wide, 16384)):
+        summing = partial(add_rms_norm, eps=1e-6)
+        added = [*[rows(dim, dtype)] * 2, meta(dim, dtype=dtype)]
+        calls.append(both_ways(f"add {dtype} {dim}", summing, *added))
+    calls += [both_ways(f"swiglu {d}", swiglu, rows(2 * 5632, d)) for d in DTYPES]
 
-def _variant(dtype: torch.dtype, dim: int, weight: torch.dtype, **options: Any) -> Variant:
-    config = CONFIGS[block_of(dim)]
-    return norm_variant(norm_fwd_kernel, config, dtype, dim, weight, **options)
+    def streams(v: Variant) -> int:
+        """Of x, dy, gate and what is added; the weight may be narrow where its slice is short."""
+        read = [t for t in ("x", "dy", "gate", "residual", "d_summed") if t in v.signature]
+        blocks = [b for b in ("BLOCK_R", "BLOCK_D") if b in v.constexprs]
+        return len(read) * tile_loads("x", *blocks, least=1)(v)
 
+    def halves(v: Variant) -> int:
+        return (3 if "dy" in v.signature else 2) * tile_loads("gate_up", "BLOCK_F")(v)
 
-def _swiglu_variant(dtype: torch.dtype, backward: bool) -> Variant:
-    block, warps = SWIGLU_CONFIG
-    tensors = ("gate_up", "dy", "dx") if backward else ("gate_up", "y")
-    signature = dict.fromkeys(tensors, POINTERS[dtype])
-    signature |= dict.fromkeys(("inner", "x_outer", "x_inner"), "i32")
-    return Variant(
-        name=f"swiglu_{'bwd' if backward else 'fwd'}_{POINTERS[dtype][1:]}",
-        kernel=swiglu_bwd_kernel if backward else swiglu_fwd_kernel,
-        signature=signature,
-        constexprs={"F": 5632, "BLOCK_F": block},
-        divisible=frozenset(signature) - {"inner"},
-        num_warps=warps,
-        wide_loads=(3 if backward else 2) * block * dtype.itemsize // (16 * 64 * warps),
-    )
+    norms, products = Expected(wide_loads=streams), Expected(wide_loads=halves)
+    expected = {
+        norm_fwd_kernel: norms, norm_bwd_kernel: norms, norm_bwd_wide_kernel: norms,
+        swiglu_fwd_kernel: products, swiglu_bwd_kernel: products,
+    }  # fmt: skip
+    return variants_of(calls, expected)

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot.ahead import Variant
-from kernels.norm.row_parts import block_of, norm_variant, row_strides
+from kernels.norm.row_parts import block_of, row_strides
 
 #: BLOCK_D -> (BLOCK_R, num_warps). Longer rows go in pieces of WIDE_BLOCK, read twice.
 BWD_CONFIGS: dict[int, tuple[int, int]] = {
@@ -179,38 +178,3 @@ def norm_bwd(
         GROUPS=groups, TILES=tiles, **tile, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return dx, d_gate, partials.sum(0).to(weight.dtype)
-
-
-def bwd_variants() -> list[Variant]:
-    """Every tile, option and dtype that is compiled ahead of time."""
-    wide, narrow, half = torch.float32, torch.bfloat16, torch.float16
-    found = [_variant(half, 4096, wide), _variant(narrow, 4096, narrow)]
-    for dim in (16, 32, 64, 128, 256, 512, 1000, 2048, 4096, 8192, 16384):
-        found.append(_variant(narrow, dim, wide, gate="after"))
-        found.append(_variant(wide, dim, wide, gate="first", groups=2))
-    return found + [
-        _variant(dtype, dim, dtype, add=True) for dtype in (wide, narrow) for dim in (2048, 16384)
-    ]
-
-
-def _variant(
-    dtype: torch.dtype,
-    dim: int,
-    weight: torch.dtype,
-    *,
-    gate: str = "",
-    groups: int = 1,
-    add: bool = False,
-) -> Variant:
-    wide = block_of(dim) not in BWD_CONFIGS
-    return norm_variant(
-        norm_bwd_wide_kernel if wide else norm_bwd_kernel,
-        (1, WIDE_WARPS) if wide else BWD_CONFIGS[block_of(dim)],
-        dtype,
-        dim,
-        weight,
-        gate=gate,
-        groups=groups,
-        add=add,
-        block=WIDE_BLOCK if wide else None,
-    )

@@ -63,14 +63,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def gated_rms_norm(
-    x: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    gate_first: bool,
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, gate_first: bool,
     group: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """RMSNorm and a SiLU gate, in either order, over the last dimension or groups of it.
 
     gate_first: norm(x · silu(gate)) (Mamba-2); else norm(x) · silu(gate) (gated delta, RetNet).

@@ -9,24 +9,21 @@ per tile and every row is written in whole 16-byte pieces where its width allows
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.aot.ahead import TARGETS, Variant
+from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.attention.decode_checks import EIGHT_BIT
 from kernels.checks import form, require
 from kernels.device import gpu, require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-#: Triton's names of what rows and pools hold.
-TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-    torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv",
-}  # fmt: skip
 
 #: Bytes of one element of `rows` -> (elements of a tile, warps): two 16-byte loads per thread of
 #: a warp of 32, one per thread of a wave of 64.
@@ -95,17 +92,10 @@ def page_write_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def page_write(
-    rows: Tensor,
-    pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    page_size: int,
-    new: Tensor | None = None,
-    first_kept: Tensor | None = None,
-    sinks: int = 0,
+    rows: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, page_size: int,
+    new: Tensor | None = None, first_kept: Tensor | None = None, sinks: int = 0,
     scale: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write the rows of K new tokens per sequence into the pages of a pool, in place.
 
     rows: [B, K, *planes, R] with no plane dimension, one or two; bfloat16, float16 or float32;
@@ -167,12 +157,15 @@ def page_write(
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t = (rows.stride(d) if rows.shape[d] > 1 else 0 for d in range(2))
     count = math.prod(planes)
-    constants, warps = _constants(count, width, page_size, rows.dtype)
-    blocks = (triton.cdiv(count, constants["BLOCK_P"]), triton.cdiv(width, constants["BLOCK_R"]))
+    elements, warps = CONFIGS[rows.dtype.itemsize]
+    block_r = min(elements, triton.next_power_of_2(width))
+    block_p = min(elements // block_r, triton.next_power_of_2(count))
+    blocks = (triton.cdiv(count, block_p), triton.cdiv(width, block_r))
     page_write_fwd_kernel[(batch * tokens, *blocks)](
         rows, pool, page_table, lengths, new, first_kept, scale,
         stride_b, stride_t, stride_p, pool_stride_p, tokens, page_table.shape[1], sinks,
-        **constants, num_warps=warps, **overlapped(rows.device),
+        P=count, R=width, PAGE=page_size, BLOCK_P=block_p, BLOCK_R=block_r, num_warps=warps,
+        **overlapped(rows.device),
     )  # fmt: skip
 
 
@@ -208,17 +201,6 @@ def check_pages(
                 "must be on the device of {}, {}", name, rows.device)  # fmt: skip
 
 
-def _constants(
-    planes: int, width: int, page_size: int, dtype: torch.dtype
-) -> tuple[dict[str, int], int]:
-    elements, warps = CONFIGS[dtype.itemsize]
-    block_r = min(elements, triton.next_power_of_2(width))
-    block_p = min(elements // block_r, triton.next_power_of_2(planes))
-    return {
-        "P": planes, "R": width, "PAGE": page_size, "BLOCK_P": block_p, "BLOCK_R": block_r,
-    }, warps  # fmt: skip
-
-
 def page_write_ref(
     rows: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, page_size: int,
     new: Tensor | None = None, first_kept: Tensor | None = None, sinks: int = 0,
@@ -243,50 +225,34 @@ def page_write_ref(
     return pool
 
 
-def _variant(
-    dtype: torch.dtype, held: torch.dtype, planes: int, width: int, *, options: bool = False
-) -> Variant:
-    constants, warps = _constants(planes, width, 64, dtype)
-    signature = {"rows": "*" + TYPES[dtype], "pool": "*" + TYPES[held]}
-    signature |= dict.fromkeys(("page_table", "lengths"), "*i32")
-    nothing = dict.fromkeys(("new", "first_kept", "scale"))
-    for name, used, kind in (
-        ("new", options, "*i32"), ("first_kept", options, "*i32"),
-        ("scale", held in EIGHT_BIT, "*fp32"),
-    ):  # fmt: skip
-        if used:
-            del nothing[name]
-            signature[name] = kind
-    strides = ("stride_b", "stride_t", "stride_p", "pool_stride_p")
-    aligned = frozenset(signature) | (frozenset(strides) if width % 16 == 0 else frozenset())
-    signature |= dict.fromkeys((*strides, "tokens", "max_pages", "sinks"), "i32")
-    return Variant(
-        name=f"page_write {TYPES[dtype]} to {TYPES[held]} {planes}x{width}"
-        + (" ragged" if options else ""),
-        kernel=page_write_fwd_kernel,
-        signature=signature,
-        constexprs=constants | nothing,
-        divisible=aligned,
-        num_warps=warps,
-        wide_loads=1 if width % 16 == 0 else 0,
-        # sm_80 has no fp8e4nv; the wrapper refuses it.
-        targets=tuple(t for t in TARGETS if t != "sm_80" or held != torch.float8_e4m3fn),
-    )
-
-
-def default_variant() -> Variant:
-    """The bf16 latent rows of multi-head latent attention: one plane of 576."""
-    return _variant(torch.bfloat16, torch.bfloat16, 1, 576)
-
-
 def variants() -> list[Variant]:
-    """Every pair of dtypes, and rows of several widths and planes."""
-    pairs = [(t, held) for t in FLOATS for held in (*FLOATS, *EIGHT_BIT)]
-    bf16 = torch.bfloat16
-    return [
-        *(_variant(t, held, 8, 128, options=True) for t, held in pairs),
-        *(_variant(bf16, held, 1, 576) for held in (bf16, *EIGHT_BIT)),
-        _variant(bf16, bf16, 16, 64),
-        _variant(bf16, bf16, 3, 100),
-        _variant(torch.float32, torch.float32, 4, 1),
-    ]
+    """Every pair of dtypes, and rows of several widths and planes; first latent rows, one plane."""
+    bf16, ints = torch.bfloat16, partial(meta, dtype=torch.int32)
+
+    def call(
+        dtype: torch.dtype, held: torch.dtype, planes: int, width: int, *, ragged: bool = False
+    ) -> NamedCall:
+        # Views of wider ones: strides are multiples of 16 only where the width is.
+        rows = meta(2, 2, planes, 3 * width, dtype=dtype)[..., :width]
+        pool = meta(planes, 65, width, dtype=held)[:, :64]
+        some = ints(2) if ragged else None
+        scale = meta(planes, dtype=torch.float32) if held in EIGHT_BIT else None
+        name = f"page_write {dtype} to {held} {planes}x{width}" + " ragged" * ragged
+        return name.replace("torch.", ""), partial(
+            page_write, rows, pool, ints(2, 1), ints(2),
+            page_size=64, new=some, first_kept=some, scale=scale,
+        )  # fmt: skip
+
+    calls = (
+        *(call(bf16, held, 1, 576) for held in (bf16, *EIGHT_BIT)),
+        *(
+            call(dtype, held, 8, 128, ragged=True)
+            for dtype in FLOATS
+            for held in (*FLOATS, *EIGHT_BIT)
+        ),
+        call(bf16, bf16, 16, 64),
+        call(bf16, bf16, 3, 100),
+        call(torch.float32, torch.float32, 4, 1),
+    )
+    expected = Expected(wide_loads=lambda v: int(v.constexprs["R"] % 16 == 0))
+    return variants_of(calls, {page_write_fwd_kernel: expected})

@@ -10,6 +10,7 @@ M rows of x, N rows of W, K columns; F = N / 2.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, meta, variants_of
 from kernels.checks import form, require
 from kernels.device import gpu, require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
@@ -47,7 +49,6 @@ CONFIGS: dict[str, tuple[Config, Config]] = {
     "nvidia": (Config(16, 512, 4, 4), Config(16, 512, 4, 3)),
     "amd": (Config(16, 512, 4, 2), Config(32, 256, 4, 2)),
 }
-_FAMILIES = {"sm_80": "nvidia", "sm_90": "nvidia", "sm_100": "nvidia", "gfx942": "amd"}
 
 
 @triton.jit(do_not_specialize=["m_rows", "n_rows", "stride_eighths", "k_eighths"])
@@ -134,7 +135,7 @@ def few_rows(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
     width = n // 2 if gated else n
     y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if width:
-        config = config_of(_family(x.device), gated)
+        config = CONFIGS[_family(x.device)][gated]
         constants = _constants(config, gated)
         out_rows = config.rows // 2 if gated else config.rows
         few_rows_fwd_kernel[(triton.cdiv(width, out_rows),)](
@@ -153,11 +154,6 @@ def serves(x: Tensor, weight: Tensor) -> bool:
         and weight.stride(1) == 1 and (n <= 1 or weight.stride(0) % 8 == 0)
         and weight.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
     )  # fmt: skip
-
-
-def config_of(family: str, gated: bool) -> Config:
-    """The configuration for a family of GPUs."""
-    return CONFIGS[family][gated]
 
 
 def _constants(config: Config, gated: bool) -> dict[str, int | bool]:
@@ -180,39 +176,17 @@ def few_rows_ref(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
-def _variant(dtype: torch.dtype, config: Config, gated: bool, targets: tuple[str, ...]) -> Variant:
-    kind = DTYPES[dtype]
-    pointers = {"x": f"*{kind}", "weight": f"*{kind}", "y": f"*{kind}"}
-    numbers = ("m_rows", "n_rows", "stride_eighths", "k_eighths")
-    lanes = config.warps * (64 if "gfx942" in targets else 32)
-    return Variant(
-        name=f"few_rows {kind} tile {config.rows}x{config.columns} warps {config.warps}"
-        f" stages {config.stages}" + (" gated" if gated else ""),
-        kernel=few_rows_fwd_kernel,
-        signature=pointers | dict.fromkeys(numbers, "i32"),
-        constexprs=_constants(config, gated),
-        divisible=frozenset(pointers),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        wide_loads=max(1, (config.rows + ROWS) * config.columns * 2 // (16 * lanes)),
-        matrix=True,
-        targets=targets,
-    )
-
-
-def default_variant() -> Variant:
-    """The gate and up projections of a 1b model, bf16, gated, on NVIDIA."""
-    targets = tuple(target for target, family in _FAMILIES.items() if family == "nvidia")
-    return _variant(torch.bfloat16, config_of("nvidia", True), True, targets)
-
-
 def variants() -> list[Variant]:
-    """Every configuration and dtype, gated and not, each for the targets it is picked on."""
-    return [
-        _variant(
-            dtype, configs[gated], gated, tuple(t for t, f in _FAMILIES.items() if f == family)
-        )
-        for family, configs in CONFIGS.items()
-        for dtype in DTYPES
-        for gated in (False, True)
+    """Every configuration and dtype; the first gives gate, up and SwiGLU of a 1b model."""
+
+    def loads(v: Variant) -> int:
+        c, lanes = v.constexprs, v.num_warps * (64 if "gfx942" in v.targets else 32)
+        return max(1, int(c["BLOCK_N"] + ROWS) * int(c["BLOCK_K"]) * 2 // (16 * lanes))
+
+    calls = [
+        (f"few_rows {name}" + " gated" * gated, partial(few_rows, x, weight, gated=gated))
+        for dtype, name in DTYPES.items()
+        for x, weight in [(meta(8, 2048, dtype=dtype), meta(11008, 2048, dtype=dtype))]
+        for gated in (True, False)
     ]
+    return variants_of(calls, {few_rows_fwd_kernel: Expected(wide_loads=loads, matrix=True)})

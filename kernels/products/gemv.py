@@ -10,6 +10,7 @@ N rows of W, K columns.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
@@ -233,44 +235,31 @@ def norm_gemv_ref(
     return gemv_ref(wide / rms * norm_weight.double(), weight, gated=gated), summed
 
 
-def _variant(
-    dtype: torch.dtype, n: int, k: int, *, normed: bool = False, gated: bool = False
-) -> Variant:
-    config, kind = config_of(k, whole=normed), DTYPES[dtype]
-    around = ("residual", "norm_weight", "summed")
-    pointers = ("x", "weight", "y", *(around if normed else ()))
-    rows = max(1, config.rows // 2) if gated else config.rows
-    lanes = 64 * config.warps
-    return Variant(
-        name=f"gemv {kind} {n}x{k}" + " normed" * normed + " gated" * gated,
-        kernel=gemv_fwd_kernel,
-        signature=dict.fromkeys(pointers, f"*{kind}") | {"rows": "i32", "row_stride": "i32"},
-        constexprs={
-            "EPS": 1e-5 if normed else 0.0, "GATED": gated, "K": k, "BLOCK_N": rows,
-            "BLOCK_K": config.columns, **({} if normed else dict.fromkeys(around)),
-        },
-        divisible=frozenset([*pointers, "row_stride"]),
-        num_warps=config.warps,
-        # None where a tile leaves the threads of AMD's wider warps 8 bytes each.
-        wide_loads=rows * config.columns * dtype.itemsize // (16 * lanes),
-        # The row itself, once for each warp's lanes, from the first-level cache.
-        narrow_in_loops=frozenset({4, 8}),
-    )  # fmt: skip
-
-
-def default_variant() -> Variant:
-    """The norm, gate and up projections and SwiGLU of a 1b model, bf16."""
-    return _variant(torch.bfloat16, 11008, 2048, normed=True, gated=True)
-
-
 def variants() -> list[Variant]:
-    """Every configuration and dtype, whole tiles and a last one that is cut short."""
-    return [
-        _variant(dtype, n, k, **around)
-        for dtype in DTYPES
+    """Every configuration and dtype; the first gives norm, gate, up and SwiGLU of a 1b model."""
+
+    def call(dtype: torch.dtype, n: int, k: int, around: str = "") -> NamedCall:
+        row, gated = meta(1, k, dtype=dtype), "gated" in around
+        weight = meta(n, -(-k // 16) * 16, dtype=dtype)[:, :k]
+        name = f"gemv {DTYPES[dtype]} {n}x{k} {around}".strip()
+        if "normed" not in around:
+            return name, partial(gemv, row, weight, gated=gated)
+        norm = meta(k, dtype=dtype)
+        return name, partial(norm_gemv, row, row, norm, weight, eps=1e-5, gated=gated)
+
+    calls = [
+        call(dtype, n, k, around)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
         for n, k, around in (
-            (2048, 256, {}), (2048, 488, {}), (11008, 2048, {}), (2048, 5504, {}),
-            (4096, 14336, {}), (11008, 2048, {"gated": True}), (3072, 2048, {"normed": True}),
-            *((8 * k, k, {"normed": True, "gated": True}) for k in WHOLE_CONFIGS),
+            (11008, 2048, "normed gated"), (2048, 256, ""), (2048, 488, ""), (11008, 2048, ""),
+            (2048, 5504, ""), (4096, 14336, ""), (11008, 2048, "gated"), (3072, 2048, "normed"),
+            *((8 * k, k, "normed gated") for k in WHOLE_CONFIGS),
         )
     ]  # fmt: skip
+    expected = Expected(
+        # None where a tile leaves the threads of AMD's wider warps 8 bytes each.
+        wide_loads=tile_loads("weight", "BLOCK_N", "BLOCK_K"),
+        # The row itself, once for each warp's lanes, from the first-level cache.
+        narrow_in_loops=frozenset({4, 8}),
+    )
+    return variants_of(calls, {gemv_fwd_kernel: expected})

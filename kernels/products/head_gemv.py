@@ -8,12 +8,15 @@ for; here the weights are asked for before the kernel that computes x has ended
 H heads, D channels in, N out.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
@@ -96,37 +99,22 @@ def head_gemv_ref(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("bkhd,hdn->bkhn", x.double(), weight.double())
 
 
-def _variant(dtype: torch.dtype, dim: int, width: int, *, along: str) -> Variant:
-    kind = DTYPES[dtype]
-    signature = dict.fromkeys(("x", "weight", "y"), f"*{kind}")
-    signature |= dict.fromkeys(("x_stride_h", "w_stride_h"), "i32")
-    fixed = {"N": "w_stride_n", "D": "w_stride_d"}
-    one = fixed.pop(along)
-    [other] = fixed.values()
-    constants = _constants(dim, width)
-    tile_bytes = constants["BLOCK_D"] * constants["BLOCK_N"] * dtype.itemsize
-    return Variant(
-        name=f"head_gemv {kind} {dim} to {width} along {along}",
-        kernel=head_gemv_fwd_kernel,
-        signature=signature | {other: "i32"},
-        constexprs=constants | {one: 1},
-        divisible=frozenset([*signature, other]),
-        num_warps=WARPS,
-        wide_loads=max(1, tile_bytes // (16 * 64 * WARPS)),
-    )
-
-
-def default_variant() -> Variant:
-    """Queries of 64 channels into a latent space of 256, bf16."""
-    return _variant(torch.bfloat16, 64, 256, along="N")
-
-
 def variants() -> list[Variant]:
-    """Into latent spaces and out of them, every dtype."""
-    return [
-        _variant(dtype, dim, width, along=along)
-        for dtype in DTYPES
+    """Into latent spaces and out of them, every dtype; along: which of the two lies dense."""
+
+    def call(dtype: torch.dtype, dim: int, width: int, along: str) -> NamedCall:
+        weight = meta(16, dim, width, dtype=dtype)
+        if along == "D":
+            weight = meta(16, width, dim, dtype=dtype).mT
+        name = f"head_gemv {DTYPES[dtype]} {dim} to {width} along {along}"
+        return name, partial(head_gemv, meta(1, 1, 16, dim, dtype=dtype), weight)
+
+    calls = [
+        call(dtype, dim, width, along)
+        for dtype in (torch.bfloat16, torch.float32, torch.float16)
         for dim, width, along in (
             (64, 256, "N"), (256, 64, "D"), (128, 512, "N"), (512, 128, "D"), (1024, 128, "D"),
         )
     ]  # fmt: skip
+    expected = Expected(wide_loads=tile_loads("weight", "BLOCK_D", "BLOCK_N", least=1))
+    return variants_of(calls, {head_gemv_fwd_kernel: expected})

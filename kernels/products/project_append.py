@@ -8,12 +8,15 @@ Apart these are three launches, and on a GPU each costs what its bytes would tak
 N = (H + 2G) d rows of W, K columns.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.checks import form, require
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.pages.write import check_pages
@@ -76,19 +79,10 @@ def project_append_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def project_append(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    weight: Tensor,
-    cos_sin: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    eps: float,
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor, cos_sin: Tensor,
+    k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *, eps: float,
     page_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Norm x + residual, project it, turn queries and keys, write keys and values to their pages.
 
     x, residual, norm_weight, eps: one row of K channels, as in `gemv.norm_gemv`.
@@ -170,44 +164,29 @@ def project_append_ref(
     return turned[:, :, :heads], summed, k_pool, v_pool
 
 
-def _variant(
-    dtype: torch.dtype, heads: int, groups: int, dim: int, k: int, *, added: bool = True
-) -> Variant:
-    config, kind = _config(k), DTYPES[dtype]
-    pointers = dict.fromkeys(("x", "norm_weight", "weight", "q", "k_pool", "v_pool"), f"*{kind}")
-    pointers |= dict.fromkeys(("residual", "summed"), f"*{kind}") if added else {}
-    pointers |= {"cos_sin": "*fp32", "page_table": "*i32", "lengths": "*i32"}
-    strides = ("row_stride", "k_stride_g", "v_stride_g")
-    tile_bytes = config.rows * config.columns * dtype.itemsize
-    return Variant(
-        name=f"project_append {kind} {heads}+{groups} heads d {dim} of {k}"
-        + " first" * (not added),
-        kernel=project_append_fwd_kernel,
-        signature=pointers | dict.fromkeys((*strides, "max_pages", "positions"), "i32"),
-        constexprs={
-            "EPS": 1e-5, "H": heads, "G": groups, "D": dim, "PAGE": 64, "K": k,
-            "BLOCK_N": config.rows, "BLOCK_K": config.columns,
-            **({} if added else dict.fromkeys(("residual", "summed"))),
-        },
-        divisible=frozenset([*pointers, *strides]),
-        num_warps=config.warps,
-        wide_loads=max(1, tile_bytes // (16 * 64 * config.warps)),
-    )  # fmt: skip
-
-
-def default_variant() -> Variant:
-    """32 query heads on 8 kv heads of 64 channels, as in a 1b model, bf16."""
-    return _variant(torch.bfloat16, 32, 8, 64, 2048)
-
-
 def variants() -> list[Variant]:
     """Every configuration and dtype, the first layer, one kv head and as many as query heads."""
-    return [
-        _variant(dtype, heads, groups, dim, k, added=added)
+
+    def call(
+        dtype: torch.dtype, heads: int, groups: int, dim: int, k: int, added: bool = True
+    ) -> NamedCall:
+        of, int32 = partial(meta, dtype=dtype), partial(meta, dtype=torch.int32)
+        row, pool = of(1, k), of(groups, 8 * 64, dim)
+        angles = meta(1001, dim // 2, 2, dtype=torch.float32)
+        name = f"project_append {DTYPES[dtype]} {heads}+{groups} heads d {dim} of {k}"
+        return name + " first" * (not added), partial(
+            project_append, row, row if added else None, of(k), of((heads + 2 * groups) * dim, k),
+            angles, pool, pool, int32(1, 9), int32(1), eps=1e-5, page_size=64,
+        )  # fmt: skip
+
+    calls = [
+        call(dtype, *sizes)
         for dtype in DTYPES
-        for heads, groups, dim, k, added in (
-            (4, 2, 64, 256, True), (8, 8, 64, 512, True), (16, 4, 64, 1024, True),
-            (32, 8, 64, 2048, True), (32, 8, 64, 2048, False), (32, 1, 64, 2048, True),
-            (32, 8, 128, 4096, True), (64, 8, 128, MAX_NORMED, True),
+        for sizes in (
+            (32, 8, 64, 2048), (4, 2, 64, 256), (8, 8, 64, 512), (16, 4, 64, 1024),
+            (32, 8, 64, 2048, False), (32, 1, 64, 2048), (32, 8, 128, 4096),
+            (64, 8, 128, MAX_NORMED),
         )
     ]  # fmt: skip
+    expected = Expected(wide_loads=tile_loads("weight", "BLOCK_N", "BLOCK_K", least=1))
+    return variants_of(calls, {project_append_fwd_kernel: expected})

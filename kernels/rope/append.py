@@ -7,16 +7,19 @@ values then go to their pages (`pages.write`). One program takes a tile of heads
 token, so that loads, turns and stores share one layout and nothing crosses threads.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
-from kernels.pages.write import FLOATS, TYPES, check_pages, page_row
+from kernels.pages.write import FLOATS, check_pages, page_row
 
 MAX_HEAD_DIM = 512
 #: Bytes of one element of `qkv` -> (elements of a tile, warps): two 16-byte loads per thread of
@@ -65,20 +68,10 @@ def rope_append_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def rope_append(
-    qkv: Tensor,
-    cos_sin: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    *,
-    heads: int,
-    kv_heads: int,
-    page_size: int,
-    new: Tensor | None = None,
-    first_kept: Tensor | None = None,
-    sinks: int = 0,
-) -> None:
+    qkv: Tensor, cos_sin: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor,
+    lengths: Tensor, *, heads: int, kv_heads: int, page_size: int, new: Tensor | None = None,
+    first_kept: Tensor | None = None, sinks: int = 0,
+) -> None:  # fmt: skip
     """Turn queries and keys by their positions in place, and write keys and values to pages.
 
     qkv: [B, K, H + 2G, d], queries, keys, values; bfloat16, float16 or float32; strides
@@ -136,28 +129,19 @@ def rope_append(
     if batch == 0:
         return
 
-    constants, warps = _constants(heads, kv_heads, dim, page_size, qkv.dtype)
+    elements, warps = CONFIGS[qkv.dtype.itemsize]
+    block_d = triton.next_power_of_2(dim)
+    block_h = max(1, min(elements // block_d, triton.next_power_of_2(packed)))
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t = (qkv.stride(i) if qkv.shape[i] > 1 else 0 for i in range(2))
     stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
-    rope_append_fwd_kernel[(batch * tokens, triton.cdiv(packed, constants["BLOCK_H"]))](
+    rope_append_fwd_kernel[(batch * tokens, triton.cdiv(packed, block_h))](
         qkv, cos_sin, k_pool, v_pool, page_table, lengths, new, first_kept,
         stride_b, stride_t, stride_k, stride_v,
-        tokens, page_table.shape[1], cos_sin.shape[0], sinks, **constants, num_warps=warps,
-        **overlapped(qkv.device),
+        tokens, page_table.shape[1], cos_sin.shape[0], sinks,
+        H=heads, G=kv_heads, D=dim, PAGE=page_size, BLOCK_H=block_h, BLOCK_D=block_d,
+        num_warps=warps, **overlapped(qkv.device),
     )  # fmt: skip
-
-
-def _constants(
-    heads: int, kv_heads: int, dim: int, page_size: int, dtype: torch.dtype
-) -> tuple[dict[str, int], int]:
-    elements, warps = CONFIGS[dtype.itemsize]
-    block_d = triton.next_power_of_2(dim)
-    block_h = max(1, min(elements // block_d, triton.next_power_of_2(heads + 2 * kv_heads)))
-    return {
-        "H": heads, "G": kv_heads, "D": dim, "PAGE": page_size,
-        "BLOCK_H": block_h, "BLOCK_D": block_d,
-    }, warps  # fmt: skip
 
 
 def rope_append_ref(
@@ -181,45 +165,37 @@ def rope_append_ref(
     return qkv, k_pool, v_pool
 
 
-def _variant(
-    dtype: torch.dtype, held: torch.dtype, heads: int, kv_heads: int, dim: int,
-    *, options: bool = False,
-) -> Variant:  # fmt: skip
-    constants, warps = _constants(heads, kv_heads, dim, 64, dtype)
-    signature = {"qkv": "*" + TYPES[dtype], "cos_sin": "*fp32"}
-    signature |= dict.fromkeys(("k_pool", "v_pool"), "*" + TYPES[held])
-    signature |= dict.fromkeys(("page_table", "lengths"), "*i32")
-    ragged = ("new", "first_kept")
-    signature |= dict.fromkeys(ragged, "*i32") if options else {}
-    strides = ("stride_b", "stride_t", "k_stride_g", "v_stride_g")
-    aligned = frozenset([*signature, *strides])
-    counts = ("tokens", "max_pages", "positions", "sinks")
-    tile = constants["BLOCK_H"] * constants["BLOCK_D"]
-    return Variant(
-        name=f"rope_append {TYPES[dtype]} to {TYPES[held]} {heads}+{kv_heads} heads d {dim}"
-        + (" ragged" if options else ""),
-        kernel=rope_append_fwd_kernel,
-        signature=signature | dict.fromkeys((*strides, *counts), "i32"),
-        constexprs=constants | ({} if options else dict.fromkeys(ragged)),
-        divisible=aligned,
-        num_warps=warps,
-        # Those of the heads and of their angles; a tile of few small heads leaves AMD's 128
-        # threads 8 bytes each of the former.
-        wide_loads=2 if tile >= CONFIGS[dtype.itemsize][0] else 1,
-    )
-
-
-def default_variant() -> Variant:
-    """64 query heads on 8 kv heads, d 128, bf16 throughout."""
-    return _variant(torch.bfloat16, torch.bfloat16, 64, 8, 128)
-
-
 def variants() -> list[Variant]:
-    """Every pair of dtypes, and heads of every width that the wrapper tiles differently."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    return [
-        default_variant(),
-        *(_variant(t, held, 32, 8, 128, options=True) for t in FLOATS for held in FLOATS),
-        *(_variant(t, t, 16, 4, dim) for t in (bf16, fp32) for dim in (16, 32, 64, 80, 256, 512)),
-        _variant(bf16, bf16, 16, 16, 192),
-    ]
+    """Every pair of dtypes, and heads of every width that the wrapper tiles differently; first 64
+    query heads on 8 kv heads of 128."""
+    bf16, ints = torch.bfloat16, partial(meta, dtype=torch.int32)
+
+    def call(
+        dtype: torch.dtype, held: torch.dtype, heads: int, kv_heads: int, dim: int,
+        *, ragged: bool = False,
+    ) -> NamedCall:  # fmt: skip
+        qkv = meta(1, 1, heads + 2 * kv_heads, dim, dtype=dtype)
+        pool = meta(kv_heads, 64, dim, dtype=held)
+        angles = meta(64, dim // 2, 2, dtype=torch.float32)
+        some = ints(1) if ragged else None
+        name = f"rope_append {dtype} to {held} {heads}+{kv_heads} heads d {dim}"
+        return name.replace("torch.", "") + " ragged" * ragged, partial(
+            rope_append, qkv, angles, pool, pool, ints(1, 1), ints(1), heads=heads,
+            kv_heads=kv_heads, page_size=64, new=some, first_kept=some,
+        )  # fmt: skip
+
+    calls = (
+        call(bf16, bf16, 64, 8, 128),
+        *(call(t, held, 32, 8, 128, ragged=True) for t in FLOATS for held in FLOATS),
+        *(
+            call(t, t, 16, 4, dim)
+            for t in (bf16, torch.float32)
+            for dim in (16, 32, 64, 80, 256, 512)
+        ),
+        call(bf16, bf16, 16, 16, 192),
+    )
+    # Those of the heads and of their angles; a tile of few small heads leaves AMD's 128 threads 8
+    # bytes each of the former.
+    loads = tile_loads("qkv", "BLOCK_H", "BLOCK_D")
+    expected = Expected(wide_loads=lambda v: 1 + loads(v))
+    return variants_of(calls, {rope_append_fwd_kernel: expected})

@@ -5,16 +5,19 @@ layers' keys, and retention. Interleaved pairs, as `torch`; `append` is the form
 that also writes keys and values, `latent.append` the one that writes latent rows.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
-from kernels.pages.write import FLOATS, TYPES
+from kernels.pages.write import FLOATS
 
 MAX_DIM = 512
 #: Bytes of an element -> (elements of a tile, warps).
@@ -81,20 +84,15 @@ def rope_rotate(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
                 "must be on the device of x, {}", x.device)  # fmt: skip
     if x.numel() == 0:
         return x
-    constants, warps = _constants(heads, dim, x.dtype)
-    stride_b, stride_t = (x.stride(i) if x.shape[i] > 1 else 0 for i in range(2))
-    rope_rotate_fwd_kernel[(batch * tokens, triton.cdiv(heads, constants["BLOCK_H"]))](
-        x, cos_sin, lengths, stride_b, stride_t, tokens, cos_sin.shape[0], **constants,
-        num_warps=warps, **overlapped(x.device),
-    )  # fmt: skip
-    return x
-
-
-def _constants(heads: int, dim: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
-    elements, warps = CONFIGS[dtype.itemsize]
+    elements, warps = CONFIGS[x.dtype.itemsize]
     block_d = triton.next_power_of_2(dim)
     block_h = max(1, min(elements // block_d, triton.next_power_of_2(heads)))
-    return {"H": heads, "D": dim, "BLOCK_H": block_h, "BLOCK_D": block_d}, warps
+    stride_b, stride_t = (x.stride(i) if x.shape[i] > 1 else 0 for i in range(2))
+    rope_rotate_fwd_kernel[(batch * tokens, triton.cdiv(heads, block_h))](
+        x, cos_sin, lengths, stride_b, stride_t, tokens, cos_sin.shape[0],
+        H=heads, D=dim, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=warps, **overlapped(x.device),
+    )  # fmt: skip
+    return x
 
 
 def rope_rotate_ref(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
@@ -108,32 +106,21 @@ def rope_rotate_ref(x: Tensor, cos_sin: Tensor, lengths: Tensor) -> Tensor:
     return x
 
 
-def _variant(dtype: torch.dtype, heads: int, dim: int) -> Variant:
-    constants, warps = _constants(heads, dim, dtype)
-    full = constants["BLOCK_H"] * constants["BLOCK_D"] == CONFIGS[dtype.itemsize][0]
-    pointers = {"x": "*" + TYPES[dtype], "cos_sin": "*fp32", "lengths": "*i32"}
-    strides = ("stride_b", "stride_t")
-    return Variant(
-        name=f"rope_rotate {TYPES[dtype]} {heads} heads d {dim}",
-        kernel=rope_rotate_fwd_kernel,
-        signature=pointers | dict.fromkeys((*strides, "tokens", "positions"), "i32"),
-        constexprs=constants,
-        divisible=frozenset([*pointers, *strides]),
-        num_warps=warps,
-        # A tile of few narrow heads has too few bytes for 16 on each thread.
-        wide_loads=2 if full else 0,
-    )
-
-
-def default_variant() -> Variant:
-    """129 heads of 64 channels in bf16: DeepSeek's rotary queries and key."""
-    return _variant(torch.bfloat16, 129, 64)
-
-
 def variants() -> list[Variant]:
-    """Every dtype, and widths that the wrapper tiles differently."""
-    return [
-        default_variant(),
-        *(_variant(t, heads, dim) for t in FLOATS for heads, dim in ((32, 128), (17, 32), (64, 64),
-                                                                     (8, 256), (5, 16)))
-    ]  # fmt: skip
+    """Every dtype, and widths that the wrapper tiles differently; first DeepSeek's rotary queries
+    and key."""
+
+    def call(dtype: torch.dtype, heads: int, dim: int) -> NamedCall:
+        x, angles = meta(1, 1, heads, dim, dtype=dtype), meta(64, dim // 2, 2, dtype=torch.float32)
+        name = f"rope_rotate {str(dtype)[6:]} {heads} heads d {dim}"
+        return name, partial(rope_rotate, x, angles, meta(1, dtype=torch.int32))
+
+    sizes = ((32, 128), (17, 32), (64, 64), (8, 256), (5, 16))
+    calls = (
+        call(torch.bfloat16, 129, 64),
+        *(call(dtype, heads, dim) for dtype in FLOATS for heads, dim in sizes),
+    )
+    # A tile of few narrow heads has too few bytes for 16 on each thread.
+    loads = tile_loads("x", "BLOCK_H", "BLOCK_D")
+    expected = Expected(wide_loads=lambda v: 2 * loads(v))
+    return variants_of(calls, {rope_rotate_fwd_kernel: expected})

@@ -9,6 +9,7 @@ and the final draw agree to the last bit.
 """
 
 import math
+from functools import partial
 
 import torch
 import triton
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.aot.ahead import Variant
+from kernels.aot.recorded import Expected, meta, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
 from kernels.overlap import overlapped, start_next, wait_for_previous
@@ -276,60 +278,41 @@ def top_p_ref(logits: Tensor, uniform: Tensor, *, temperature: float, top_p: flo
     return tokens.masked_fill(bounds[:, -1].isnan(), NO_TOKEN)
 
 
-def _variant(dtype: torch.dtype, vocabulary: int, *, nucleus: bool, aligned: str) -> Variant:
-    block, warps = _config(vocabulary, aligned == "stride_b V")
-    signature = {"logits": "*" + _TYPES[dtype], "uniform": "*fp32", "out": "*i64"}
-    pointers = frozenset(signature)
-    signature |= {"scale_log2": "fp32", "top_p": "fp32", "stride_b": "i32", "V": "i32"}
-    return Variant(
-        name=f"top_p {_TYPES[dtype]} block {block}"
-        + ("" if nucleus else " all")
-        + (f" aligned {aligned}" if aligned else " odd"),
-        kernel=top_p_fwd_kernel,
-        signature=signature,
-        constexprs={"NUCLEUS": nucleus, "BLOCK": block},
-        divisible=pointers | set(aligned.split()),
-        num_warps=warps,
-        wide_loads=3 if aligned == "stride_b V" else 0,
-        # Rows that start anywhere are read value by value.
-        narrow_in_loops=frozenset() if aligned == "stride_b V" else frozenset({2, 4}),
-    )  # fmt: skip
-
-
-def _greedy_variants() -> list[Variant]:
-    block, warps = GREEDY
-    pieces = [
-        Variant(
-            name=f"greedy {name}" + (" wide" if wide else " odd"), kernel=greedy_fwd_kernel,
-            signature={"logits": "*" + name, "best": "*i64", "stride_b": "i32", "V": "i32"},
-            constexprs={"BLOCK": block},
-            divisible=frozenset({"logits", "best"} | ({"stride_b", "V"} if wide else set())),
-            num_warps=warps, wide_loads=int(wide),
-        )
-        for name in _TYPES.values() for wide in (True, False)
-    ]  # fmt: skip
-    combine = Variant(
-        name="greedy combine", kernel=greedy_combine_fwd_kernel,
-        signature={"best": "*i64", "out": "*i64", "pieces": "i32"},
-        constexprs={"BLOCK": MAX_VOCABULARY // block},
-        divisible=frozenset({"best", "out"}), num_warps=1, wide_loads=0,
-    )  # fmt: skip
-    return [*pieces, combine]
-
-
-def default_variant() -> Variant:
-    """Top-p over a published vocabulary in bf16."""
-    return _variant(torch.bfloat16, MAX_VOCABULARY, nucleus=True, aligned="stride_b V")
-
-
 def variants() -> list[Variant]:
-    """Every kernel, dtype and configuration, rows aligned and not."""
-    return [
-        *_greedy_variants(),
-        *(
-            _variant(dtype, most, nucleus=nucleus, aligned=aligned)
-            for dtype in _TYPES for most in (1024, MAX_VOCABULARY)
-            for nucleus in (True, False)
-            for aligned in ("stride_b V", "stride_b", "V", "")
-        ),
-    ]  # fmt: skip
+    """Every kernel, dtype and configuration; rows whose length or distance is no multiple of 16."""
+
+    def rows(dtype: torch.dtype, vocabulary: int, aligned: str) -> Tensor:
+        width = vocabulary if "V" in aligned else vocabulary - 1
+        apart = vocabulary + 16 if "stride_b" in aligned else vocabulary + 1
+        return meta(2, apart, dtype=dtype)[:, :width]
+
+    uniform = meta(2, dtype=torch.float32)
+    draws = [
+        (
+            f"top_p {name} {most}{'' if mass < 1 else ' all'} aligned {aligned or 'nowhere'}",
+            partial(top_p, rows(dtype, most, aligned), uniform, temperature=1.0, top_p=mass),
+        )
+        for dtype, name in _TYPES.items()
+        for most in (MAX_VOCABULARY, 1024)
+        for mass in (0.9, 1.0)
+        for aligned in ("stride_b V", "stride_b", "V", "")
+    ]
+    choices = [
+        (f"greedy {name}" + " odd" * (not aligned), partial(greedy, rows(dtype, 151936, aligned)))
+        for dtype, name in _TYPES.items()
+        for aligned in ("stride_b V", "")
+    ]
+
+    def whole(v: Variant) -> bool:
+        """Rows that start anywhere are read value by value."""
+        return v.divisible >= {"stride_b", "V"}
+
+    drawn = Expected(
+        wide_loads=lambda v: 3 * whole(v),
+        narrow_in_loops=lambda v: frozenset() if whole(v) else frozenset({2, 4}),
+    )
+    expected = {
+        top_p_fwd_kernel: drawn, greedy_fwd_kernel: Expected(wide_loads=whole),
+        greedy_combine_fwd_kernel: Expected(wide_loads=0),
+    }  # fmt: skip
+    return variants_of([*draws, *choices], expected)

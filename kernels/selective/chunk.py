@@ -9,6 +9,7 @@ All arithmetic is float32. The oracle is `selective_scan_ref` of `torch`.
 B batch, T tokens, E channels, N states per channel.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,25 +17,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.aot.ahead import TOKEN_LOADS, Variant
+from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
+from kernels.recurrent.calls import floats
+from kernels.recurrent.scan_calls import TOKENS, loads_of, scan_call
 from kernels.recurrent.step import row_stride
 from kernels.selective import chunk_passes as passes
-from kernels.selective.chunk_bwd import SUB, WARPS, gradients, selective_chunk_bwd_rows_kernel
-from kernels.selective.chunk_passes import CHUNK, MAX_STATES, Sizes
+from kernels.selective.chunk_bwd import gradients, selective_chunk_bwd_rows_kernel
+from kernels.selective.chunk_passes import MAX_STATES, Sizes
 
 
 def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor,
-    state: Tensor | None = None,
-    *,
-    new: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None,
+    *, new: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The scan over T tokens by chunks; differentiable.
 
     x: [B, T, E]; dt: float32 [B, T, E], after softplus; a: float32 [E, N], negative, N 1 to 64;
@@ -109,94 +106,36 @@ def _check(
             require(tensor.is_contiguous(), name, form(tensor), "must be contiguous")
 
 
-#: States per channel -> channels: the usual ones, the most, the fewest; rows that are not aligned.
-SHAPES = {16: 4096, 64: 4096, 1: 4096, 63: 1001}
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-
 def variants() -> list[Variant]:
-    """Every kernel in every dtype and direction; sizes vary in bfloat16."""
-    found = []
-    for dtype in _POINTERS:
-        for n in SHAPES if dtype == torch.bfloat16 else (16,):
-            found += [_rows(dtype, n), _rows(dtype, n, backward=True)]
-            found += [_states(dtype, n, reverse=reverse) for reverse in (False, True)]
-    found += [
-        _carry(n, given=given, reverse=reverse)
-        for n in SHAPES
-        for given in (False, True)
-        for reverse in (False, True)
-    ]
-    return found
+    """Every kernel in every dtype; states per channel, the usual ones first, vary in bfloat16."""
+    narrow, half, wide = torch.bfloat16, torch.float16, torch.float32
 
+    def call(dtype: torch.dtype, n: int, options: str = "", width: int = 4096) -> NamedCall:
+        rows = partial(meta, 1, TOKENS)
+        b, c = (rows(max(n, 16), dtype=dtype)[..., :n] for _ in range(2))
+        x, dt = rows(width, dtype=dtype), rows(width, dtype=wide)
+        inputs = [x, dt, floats(width, n), b, c, floats(width)]
+        return scan_call(selective_scan, inputs, (width, n), options)
 
-def default_variant() -> Variant:
-    """The outputs y: bfloat16, 16 states."""
-    return _rows(torch.bfloat16, 16)
+    def tiles(*pointers: str) -> Expected:
+        """Of the state; rows of odd length are not aligned."""
+        loads = loads_of(*(f"{pointer} BLOCK_E BLOCK_N" for pointer in pointers))
+        return Expected(
+            wide_loads=lambda v: 0 if v.constexprs["N"] % 4 else loads(v),
+            narrow_in_loops=TOKEN_LOADS,
+        )
 
-
-def _variant(
-    name: str, kernel: Any, n: int, given: dict[str, str], constexprs: dict[str, Any], tiles: int,
-    warps: int = 1,
-) -> Variant:  # fmt: skip
-    """given: types that are not float32 pointers, "" for None; tiles: of the state, loaded."""
-    constexprs = Sizes(1, 1, SHAPES[n], n).blocks | constexprs
-    constexprs |= {arg: None for arg, kind in given.items() if not kind}
-    signature = {}
-    for arg in kernel.arg_names:
-        if arg not in constexprs:
-            integer = arg.endswith("_row") or arg in ("tokens", "chunks")
-            signature[arg] = given.get(arg, "i32" if integer else "*fp32")
-    aligned = [arg for arg, kind in signature.items() if kind[0] == "*"]
-    if SHAPES[n] % 16 == 0:
-        aligned += [arg for arg in signature if arg.endswith("_row")]
-    # Rows of 63 floats are not aligned, and of 128 floats a lane takes 8 bytes.
-    elements = 0 if n == 63 else constexprs["BLOCK_E"] * constexprs["BLOCK_N"]
-    return Variant(
-        name=f"selective_chunk_{name}_n{n}",
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        divisible=frozenset(aligned),
-        num_warps=warps,
-        wide_loads=tiles * (elements // (4 * 64 * warps)),
-        narrow_in_loops=TOKEN_LOADS,
-    )
-
-
-def _states(dtype: torch.dtype, n: int, *, reverse: bool) -> Variant:
-    kind = _POINTERS[dtype]
-    return _variant(
-        f"states{'_reversed' if reverse else ''}_{kind[1:]}",
-        passes.selective_chunk_fwd_states_kernel,
-        n,
-        {"x": kind, "b": kind, "new": "" if n == 16 else "*i32"},
-        {"CHUNK": CHUNK, "REVERSED": reverse},
-        1,
-    )
-
-
-def _carry(n: int, *, given: bool, reverse: bool) -> Variant:
-    return _variant(
-        f"carry{'_reversed' if reverse else ''}{'_given' if given else ''}",
-        passes.selective_chunk_fwd_carry_kernel,
-        n,
-        {} if given else {"first": ""},
-        {"REVERSED": reverse},
-        3 + given,
-    )
-
-
-def _rows(dtype: torch.dtype, n: int, *, backward: bool = False) -> Variant:
-    kind = _POINTERS[dtype]
-    given = dict.fromkeys(("x", "b", "c", "y", "dy", "dx"), kind)
-    given["new"] = "" if n == 16 else "*i32"
-    return _variant(
-        f"{'gradients' if backward else 'y'}_{kind[1:]}",
-        selective_chunk_bwd_rows_kernel if backward else passes.selective_chunk_fwd_rows_kernel,
-        n,
-        given,
-        {"CHUNK": CHUNK, "SUB": SUB} if backward else {"CHUNK": CHUNK},
-        5 if backward else 2,
-        WARPS if backward else 1,
-    )
+    return variants_of(
+        (
+            call(narrow, 16), call(narrow, 16, "given"), call(half, 16), call(wide, 16),
+            call(narrow, 64, "ragged"), call(narrow, 64, "ragged given"),
+            call(narrow, 1, "ragged"), call(narrow, 1, "ragged given"),
+            call(narrow, 63, "ragged", 1001), call(narrow, 63, "ragged given", 1001),
+        ),
+        {
+            passes.selective_chunk_fwd_rows_kernel: tiles("a", "states"),
+            passes.selective_chunk_fwd_states_kernel: tiles("a"),
+            passes.selective_chunk_fwd_carry_kernel: tiles("a", "first", *["states"] * 2),
+            selective_chunk_bwd_rows_kernel: tiles("a", "states", "later", *["scratch"] * 2),
+        },
+    )  # fmt: skip

@@ -83,21 +83,10 @@ def selective_step_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def selective_step(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    a_log: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    read: Tensor,
-    write: Tensor,
-    *,
-    each: bool = False,
-    z: Tensor | None = None,
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
+    state: Tensor, read: Tensor, write: Tensor, *, each: bool = False, z: Tensor | None = None,
     new: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
     x, z: [B, K, E]; dt: [B, K, E] before bias and softplus; b, c: [B, K, N]; a_log: [E, N]; d,
@@ -138,17 +127,9 @@ def selective_step(
 
 
 def selective_step_ref(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    a_log: Tensor,
-    d: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    *,
-    z: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
+    state: Tensor, *, z: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle: float64, one token at a time; state [B, E, N] already taken from its slots.
 
     Returns y [B, K, E] and the state after every token [B, K, E, N].

@@ -19,13 +19,7 @@ PIECE_FLOATS = 1 << 19
 
 
 def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor,
-    state: Tensor | None = None,
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The scan over T tokens; differentiable.
 
@@ -145,16 +139,9 @@ def selective_scan_matrix_flops(batch: int, tokens: int, width: int, n: int) -> 
 
 
 def selective_step(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor,
-    state: Tensor,
-    *,
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, state: Tensor, *,
     each: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The recurrent form for a few tokens; `state` [B, E, N] is updated in place.
 
     Shapes as `selective_scan`. Returns y [B, K, E] and, when `each`, the states after every token

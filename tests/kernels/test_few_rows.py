@@ -41,7 +41,7 @@ def test_every_configuration_equals_the_reference(
     tile: str, gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TILES[tile][1]
-    monkeypatch.setattr(module, "config_of", lambda *_: config)
+    monkeypatch.setattr(module, "CONFIGS", {"nvidia": (config, config)})
     # Two programs and a third that is cut short; one whole tile of columns and eight more.
     x, weight = operands(5, 2 * config.rows + 6, config.columns + 8)
     assert_equals_the_oracle(x, weight, gated=gated)

@@ -12,7 +12,7 @@ import triton
 from kernels import overlap
 from kernels.attention.decode import SPLIT_ROWS
 from kernels.overlap import overlapped
-from kernels.products.gemv import default_variant
+from kernels.products.gemv import variants
 from tests.kernels.interpreter import interpreted
 
 CUDA = torch.device("cuda", 0)
@@ -78,7 +78,7 @@ def test_long_splits_of_attention_are_spread_evenly(
 @pytest.mark.parametrize(("target", "there"), [("sm_80", False), ("sm_90", True)])
 def test_weights_are_asked_for_before_the_wait(target: str, there: bool) -> None:
     """Machine code of the product: the tile's loads stand above the wait, the row's below it."""
-    ptx = _ptx(default_variant(), target)
+    ptx = _ptx(variants()[0], target)
     assert ("griddepcontrol.wait" in ptx) == there
     if there:
         before, after = ptx.split("griddepcontrol.wait")

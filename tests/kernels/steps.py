@@ -1,0 +1,389 @@
+"""The recurrent step kernels as data: what `test_steps` calls, and what it holds them against.
+
+A new step kernel is one more entry of `STEPS`. Its arguments are made for three sequences with
+states in `SLOTS` of a pool; its sizes and options are keywords with defaults, which cases override.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.conv import step as conv_step
+from kernels.conv.torch import causal_conv, conv_tail
+from kernels.decay import linear_step, ssm_step
+from kernels.decay.torch import decay_step
+from kernels.gated_delta import step as gdn_step
+from kernels.gated_delta import torch as gdn_torch
+from kernels.norm.torch import OutputNorm, l2_norm
+from kernels.rope.torch import apply_rope
+from kernels.selective import step as selective_step
+from kernels.selective import torch as selective_torch
+from tests.kernels.output_norms import normed, output_norm
+from tests.kernels.slots import in_place
+
+SLOTS = (4, 1, 3)
+B, POOL = len(SLOTS), 6
+#: Tokens before a linear step that is turned; the longest sequence ends with the table.
+PAST, POSITIONS = (7, 0, 12), 20
+F32, BF16 = torch.float32, torch.bfloat16
+
+Args = dict[str, Any]
+#: Arguments without the states and their slots, and the shape of one sequence's state.
+Made = tuple[Args, tuple[int, ...]]
+#: Name -> what to replace in arguments that fit, and the error's message.
+Wrong = dict[str, tuple[Callable[[Args], Args], str]]
+#: "heads": head by head, gated after; a number: of groups, gated before.
+Norm = str | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """K tokens, valid ones of each sequence, dtypes; sizes and options that are not the default."""
+
+    k: int
+    inputs: torch.dtype
+    state: torch.dtype
+    new: tuple[int, ...] | None
+    #: The kernel rounds to the inputs' dtype before the state takes them, as the torch form does.
+    rounded: bool
+    sizes: Args
+
+    def __str__(self) -> str:
+        new = self.new and ",".join(map(str, self.new))
+        words = {"k": self.k, **self.sizes, "inputs": self.inputs, "state": self.state, "new": new}
+        return "-".join(_word(*word) for word in words.items() if word[1] not in (None, F32))
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    return f"{name}{value}" if isinstance(value, int) else f"{name}_{value}".replace("torch.", "")
+
+
+def case(
+    k: int, *, inputs: torch.dtype = F32, state: torch.dtype = F32,
+    new: tuple[int, ...] | None = None, rounded: bool = False, **sizes: Any,
+) -> Case:  # fmt: skip
+    return Case(k=k, inputs=inputs, state=state, new=new, rounded=rounded, sizes=sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step kernel.
+
+    arguments: (K, dtype of inputs, **sizes) -> `Made`. torch_form: (arguments, states in float32)
+    -> y and the state after every token. tokens: names of inputs with a row for each token, the
+    first of which defines B and K; fixed: names of the other tensors. leads: names of the inputs
+    from which the wrapper reads sizes. state: the pool's name. norms: layouts of the output norm
+    that the kernel supports. wrong: what only this kernel refuses.
+    """
+
+    op: Callable[..., Tensor]
+    ref: Callable[..., tuple[Tensor, Tensor]]
+    torch_form: Callable[[Args, Tensor], tuple[Tensor, Tensor]]
+    arguments: Callable[..., Made]
+    cases: tuple[Case, ...]
+    tokens: tuple[str, ...]
+    fixed: tuple[str, ...]
+    leads: tuple[str, ...]
+    state: str = "state"
+    norms: tuple[Norm, ...] = ()
+    wrong: Wrong
+    tolerance: float = 2e-5
+    #: The torch form rounds in between: it may be this many tolerances away.
+    torch_factor: int = 4
+    #: States are copies of inputs and y does not depend on K: both are compared bit by bit.
+    bitwise: bool = False
+
+    def made(self, c: Case) -> tuple[Args, Tensor]:
+        """A case's arguments, and a pool with as many more slots as there are tokens."""
+        args, shape = self.arguments(c.k, c.inputs, **c.sizes)
+        return args, torch.randn(POOL + B * c.k, *shape).to(c.state)
+
+    def fitting(self, tokens: int = 2, **sizes: Any) -> Args:
+        """All arguments of a call that is accepted."""
+        args, pool = self.made(case(tokens, **sizes))
+        valid = torch.full((B,), tokens, dtype=torch.int32)
+        return args | {self.state: pool, "new": valid, **in_place(SLOTS, tokens)}
+
+    def rows(self, args: Args) -> dict[str, Tensor]:
+        """Those of the arguments that have a row for each token."""
+        return {name: args[name] for name in self.tokens if name in args}
+
+    def run(self, args: Args, pool: Tensor, at: Args) -> Tensor:
+        return self.op(**args, **{self.state: pool}, **at)
+
+    def oracle(self, args: Args, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ref(**args, **{self.state: states})
+
+    def y_tolerance(self, dtype: torch.dtype = F32) -> float:
+        return self.tolerance if dtype == F32 else 1e-2
+
+    def state_tolerance(self, dtype: torch.dtype = F32) -> float:
+        return 0 if self.bitwise else self.y_tolerance(dtype)
+
+    def refuses(self, args: Args, message: str) -> None:
+        """Assert that the arguments raise ValueError before any launch."""
+        before = args[self.state].clone()
+        with pytest.raises(ValueError, match=message):
+            self.op(**args)
+        assert torch.equal(args[self.state], before)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Args], Args]:
+    return lambda args: {name: change(args[name])}
+
+
+def columns(k: int, dtype: torch.dtype, *widths: int) -> tuple[Tensor, ...]:
+    """Neighbouring columns of one tensor, as a projection leaves them, after three unused ones."""
+    return torch.randn(B, k, 3 + sum(widths)).to(dtype).split((3, *widths), -1)[1:]
+
+
+def heads(t: Tensor, count: int) -> Tensor:
+    return t.unflatten(-1, (count, -1))
+
+
+def norm_of(norm: Norm | None, k: int, h: int, p: int, dtype: torch.dtype) -> OutputNorm | None:
+    groups = norm if isinstance(norm, int) else None
+    return None if norm is None else output_norm(k, h, p, dtype, groups)
+
+
+def wrong_heads(value: str, *keys: str) -> Wrong:
+    def groups(count: int) -> Callable[[Args], Args]:
+        return lambda _: dict.fromkeys(keys, torch.zeros(B, 2, count, 16))
+
+    return {
+        "heads": (groups(3), f"^{value} has 2 heads, not divisible by 3"),
+        "no heads": (groups(0), f"^{value} has 2 heads, not divisible by 0"),
+        f"{value} inner": (
+            put(value, lambda t: F.pad(t, (0, 1))[..., :-1]), f"^{value} has strides .*evenly"
+        ),
+    }  # fmt: skip
+
+
+def gdn_arguments(
+    k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
+    norm: Norm | None = None,
+) -> Made:  # fmt: skip
+    q, key, v = columns(k, dtype, g * n, g * n, h * p)
+    a, b = columns(k, dtype, h, h)
+    return {
+        "q": heads(q, g), "k": heads(key, g), "v": heads(v, h), "a": a, "b": b,
+        "a_log": torch.linspace(-3, 1, h), "dt_bias": torch.linspace(-6, 0.5, h),
+        "norm": norm_of(norm, k, h, p, dtype),
+    }, (h, n, p)  # fmt: skip
+
+
+def gdn_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.gated_delta.torch.gdn_step` with the glue of `archs.gdn` around it."""
+    q, k = l2_norm(args["q"]), l2_norm(args["k"])
+    decay = F.softplus(args["a"].float() + args["dt_bias"]) * -args["a_log"].exp()
+    scaled, beta = q * q.shape[-1] ** -0.5, args["b"].sigmoid()
+    y, each = gdn_torch.gdn_step(scaled, k, args["v"], decay, beta, state, each=True)
+    assert each is not None
+    return normed(y, args["norm"]), each
+
+
+def ssm_arguments(
+    k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
+    norm: Norm | None = None,
+) -> Made:  # fmt: skip
+    x, b, c = columns(k, dtype, h * p, g * n, g * n)
+    (dt,) = columns(k, dtype, h)
+    return {
+        "x": heads(x, h), "dt": dt, "b": heads(b, g), "c": heads(c, g),
+        "a_log": torch.linspace(0, 2, h), "d": torch.linspace(-1, 1, h),
+        "dt_bias": torch.linspace(-6, 0.5, h), "norm": norm_of(norm, k, h, p, dtype),
+    }, (h, n, p)  # fmt: skip
+
+
+def ssm_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.decay.torch.decay_step` with the glue of `archs.mamba2` around it."""
+    x, dt = args["x"], F.softplus(args["dt"].float() + args["dt_bias"])
+    fed, decay = x * dt[..., None].to(x.dtype), dt * -args["a_log"].exp()
+    y, each = decay_step(args["c"], args["b"], fed, decay, state, each=True)
+    assert each is not None
+    return normed(torch.addcmul(y, x, args["d"][:, None].to(x.dtype)), args["norm"]), each
+
+
+def linear_arguments(
+    k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
+    turn: bool = False, norm: Norm | None = None,
+) -> Made:  # fmt: skip
+    q, key, v = columns(k, dtype, g * n, g * n, h * p)
+    rotation = {"cos_sin": angles(POSITIONS, n), "past": int32(*PAST)} if turn else {}
+    return rotation | {
+        "q": heads(q, g), "k": heads(key, g), "v": heads(v, h),
+        "log_decay": torch.linspace(-0.5, -0.001, h), "scale": n**-0.5,
+        "norm": norm_of(norm, k, h, p, dtype),
+    }, (h, n, p)  # fmt: skip
+
+
+def angles(positions: int, n: int) -> Tensor:
+    """Cosines and sines of a fresh angle for each position and pair."""
+    found = torch.rand(positions, n // 2) * 6.3
+    return torch.stack((found.cos(), found.sin()), -1)
+
+
+def linear_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.decay.torch.decay_step` with the glue of `archs.ops.decay` around it."""
+    decay, q, k = args["log_decay"][None, None], args["q"], args["k"]
+    if "past" in args:
+        at = args["past"].long()[:, None] + torch.arange(q.shape[1])
+        turn = torch.view_as_complex(args["cos_sin"])[at][:, :, None]
+        q, k = (apply_rope(t.contiguous(), turn) for t in (q, k))
+    y, each = decay_step(q, k, args["v"], decay, state, each=True)
+    assert each is not None
+    return normed(y * args["scale"], args["norm"]), each
+
+
+def selective_arguments(
+    k: int, dtype: torch.dtype, e: int = 100, n: int = 16, gate: bool = True
+) -> Made:
+    x, z = columns(k, dtype, e, e)
+    b, c = columns(k, dtype, n, n)
+    args = {
+        "x": x, "dt": torch.randn(B, k, e).to(dtype), "b": b, "c": c,
+        "a_log": torch.arange(1, n + 1).float().log().expand(e, -1).contiguous(),
+        "d": torch.linspace(-1, 1, e), "dt_bias": torch.linspace(-6, 0.5, e),
+    }  # fmt: skip
+    return args | ({"z": z} if gate else {}), (e, n)
+
+
+def selective_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.selective.torch.selective_step` with the glue of `archs.mamba1` around it."""
+    dt, a = F.softplus(args["dt"].float() + args["dt_bias"]), -args["a_log"].exp()
+    inputs = (args["x"], dt, a, args["b"], args["c"], args["d"])
+    y, each = selective_torch.selective_step(*inputs, state, each=True)
+    assert each is not None
+    return y * F.silu(args["z"]) if "z" in args else y, each
+
+
+def conv_arguments(
+    k: int, dtype: torch.dtype, c: int = 300, w: int = 4, bias: bool = True, silu: bool = True
+) -> Made:
+    (x,) = columns(k, dtype, c)
+    weight, shift = torch.randn(c, w).to(dtype), torch.randn(c).to(dtype)
+    args = {"x": x, "weight": weight, "bias": shift if bias else None, "silu": silu}
+    return args, (w - 1, c)
+
+
+def conv_form(args: Args, tail: Tensor) -> tuple[Tensor, Tensor]:
+    x, width = args["x"], args["weight"].shape[1]
+    y = causal_conv(x, args["weight"], args["bias"], tail, silu=args["silu"])
+    after = [conv_tail(x, tail, width, new=torch.full((B,), t + 1)) for t in range(x.shape[1])]
+    return y, torch.stack(after, 1)
+
+
+#: Cases of every step on a matrix for each head.
+MATRIX_CASES = (
+    case(1, p=32),
+    case(1, p=100, h=1),
+    case(1, n=128, p=8, inputs=BF16),
+    case(2, p=20, g=2, h=4, state=BF16),
+    case(4, n=64, p=12, new=(4, 0, 3)),
+    case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3)),
+    case(8, p=12, h=1, new=(8, 5, 1)),
+)
+
+STEPS = {
+    "gdn": Step(
+        op=gdn_step.gdn_step, ref=gdn_step.gdn_step_ref, torch_form=gdn_form,
+        arguments=gdn_arguments,
+        cases=(
+            *MATRIX_CASES,
+            case(1, p=100, norm="heads"),
+            case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="heads"),
+            case(8, p=256, h=1, new=(8, 5, 1), norm="heads"),
+            case(8, p=12, g=2, h=4, inputs=BF16, norm="heads"),
+        ),
+        tokens=("q", "k", "v", "a", "b"), fixed=("a_log", "dt_bias"), leads=("q", "v"),
+        norms=("heads",),
+        wrong=wrong_heads("v", "q", "k"),
+    ),
+    "ssm": Step(
+        op=ssm_step.ssm_step, ref=ssm_step.ssm_step_ref, torch_form=ssm_form,
+        arguments=ssm_arguments,
+        cases=(
+            *MATRIX_CASES,
+            case(1, p=100, h=3, norm=1),
+            case(1, p=600, h=4, n=2, g=2, norm=2),
+            case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm=1),
+            case(8, p=12, g=2, h=4, new=(8, 5, 1), norm=2),
+            case(8, p=72, inputs=BF16, norm=1),
+            case(2, p=20, h=4, state=BF16, norm=4),
+        ),
+        tokens=("x", "dt", "b", "c"), fixed=("a_log", "d", "dt_bias"), leads=("x", "b"),
+        norms=("heads", 1, 2),
+        wrong=wrong_heads("x", "b", "c"),
+    ),
+    "linear": Step(
+        op=linear_step.linear_step, ref=linear_step.linear_step_ref, torch_form=linear_form,
+        arguments=linear_arguments,
+        cases=(
+            *MATRIX_CASES,
+            case(1, p=100, turn=True, norm="heads"),
+            case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="heads"),
+            case(8, n=20, p=256, h=1, new=(8, 5, 1), turn=True, norm="heads"),
+            case(8, p=12, g=2, h=4, inputs=BF16, turn=True, norm="heads", rounded=True),
+            case(3, n=24, p=17, new=(3, 0, 2), turn=True),
+        ),
+        tokens=("q", "k", "v"), fixed=("log_decay",), leads=("q", "v"),
+        norms=("heads",),
+        wrong=wrong_heads("v", "q", "k"),
+    ),
+    "selective": Step(
+        op=selective_step.selective_step, ref=selective_step.selective_step_ref,
+        torch_form=selective_form, torch_factor=1,
+        arguments=selective_arguments,
+        cases=(
+            case(1),
+            case(1, e=64, n=128, gate=False, inputs=BF16),
+            case(2, n=10, gate=False, state=BF16),
+            case(4, e=200, new=(4, 0, 3)),
+            case(3, e=17, n=64, gate=False, inputs=BF16, state=BF16, new=(0, 1, 3)),
+            case(8, e=65, new=(8, 5, 1)),
+        ),
+        tokens=("x", "dt", "b", "c", "z"), fixed=("a_log", "d", "dt_bias"), leads=("x", "b"),
+        wrong={
+            "a_log strides": (
+                put("a_log", lambda t: t[:1].expand(t.shape)), "^a_log has .*must be contiguous"
+            ),
+        },
+    ),
+    "conv": Step(
+        op=conv_step.conv_step, ref=conv_step.conv_step_ref, torch_form=conv_form, bitwise=True,
+        arguments=conv_arguments, tolerance=2e-6,
+        cases=(
+            case(1),
+            case(1, c=100, w=2, silu=False),
+            case(2, bias=False, inputs=BF16, state=BF16),
+            case(3, w=3, new=(0, 3, 1)),
+            case(4, w=5, silu=False, new=(4, 2, 0)),
+            case(8, c=64, bias=False, inputs=BF16, state=BF16, new=(8, 1, 5)),
+            case(8),
+        ),
+        tokens=("x",), fixed=("weight", "bias"), leads=("x", "weight"),
+        state="tail",
+        wrong={
+            "weight shape": (put("weight", lambda t: t[1:]), "^weight has shape"),
+            "weight taps": (put("weight", lambda t: t[:, :1]), "^weight has 1 taps"),
+            "weight strides": (
+                put("weight", lambda t: t[:1].expand(t.shape)), "^weight has .*must be contiguous"
+            ),
+        },
+    ),
+}  # fmt: skip
