@@ -1,4 +1,4 @@
-"""The gradients of `conv_chunk.causal_conv` in x, weight, bias and tail, in two passes.
+"""The gradients of `chunk.causal_conv` in x, weight, bias and tail, in two passes.
 
 First dz, the gradient of what SiLU is applied to, computed again from x, and with it the sums
 dw_i = Σ_t dz_t x_{t-W+1+i} and db = Σ_t dz_t, per block of tokens in float32, added up afterwards

@@ -5,7 +5,7 @@ Mamba-2's state-space duality (arXiv 2405.21060, section 6) and retention (arXiv
 this recurrence; prefill and training run it by chunks of tokens, in three passes that backward
 runs again in both directions of time (`chunk_passes`). Decays, running sums, states
 and accumulators are float32; operands of the products keep the inputs' dtype, states included,
-which must therefore stay within it (float16: 65504). The oracle is `decay_ref` of `decay_scan`.
+which must therefore stay within it (float16: 65504). The oracle is `decay_ref` of `torch`.
 
 B batch, T tokens, G groups of q and k, H heads of v, N key channels, P value channels.
 """

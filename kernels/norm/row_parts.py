@@ -1,4 +1,4 @@
-"""What the norm kernels share: checks before any launch, where rows lie, ahead-of-time forms."""
+"""What the norm kernels share: checks before any launch and where rows lie."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The gradients of `norm_triton`'s norms, plain, after an add, or gated in either order.
+"""The gradients of the norms of `rows`, plain, after an add, or gated in either order.
 
 With u what is normed, r = 1 / sqrt(mean(u²) + eps), û = u r and g the gradient of û · w:
 dw = Σ_rows g û and du = r (g w - û mean(g w û)). Statistics are computed again, nothing but the
@@ -156,7 +156,7 @@ def norm_bwd(
     x: Tensor, gate: Tensor | None, weight: Tensor, dy: Tensor, d_summed: Tensor | None, eps: float,
     first: bool, groups: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """dx, d_gate and d_weight of what `norm_triton` has checked; gradients that come are copied
+    """dx, d_gate and d_weight of what `rows` has checked; gradients that come are copied
     where they are not dense. d_summed: what the sum's other uses add to dx."""
     size = x.shape[-1] // groups
     inner, strides = row_strides(groups, x=x, gate=gate)
