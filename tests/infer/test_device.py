@@ -99,8 +99,10 @@ def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
     assert 1 <= len(launches.seen) <= MORE_LAUNCHES.get(arch, 2), launches.seen
 
 
-def subject_of(arch: str) -> Subject:
-    return Subject(arch, SCALE, backend="triton")
+def subject_of(arch: str, backend: str = "triton") -> Subject:
+    """Of two layers, or of a period of a hybrid: the interpreter takes as long for each."""
+    layers = 4 if arch.endswith("=3:1") else 2
+    return Subject(arch, replace(SCALE, n_layers=layers), backend=backend)
 
 
 def quick(*names: str) -> list[object]:
@@ -124,7 +126,7 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("check", [check_padding, check_fork, check_rollback])
-@pytest.mark.parametrize("arch", ["swa:gqa=3:1", "gdn:gqa=3:1", "mla", "mamba1", "mamba2"])
+@pytest.mark.parametrize("arch", ["swa:gqa=1:1", "gdn:gqa=1:1", "mla", "mamba1", "mamba2"])
 def test_the_conformance_kit_holds(arch: str, check: Callable[[Subject], object]) -> None:
     verdict = check(subject_of(arch))
     assert verdict.passed, verdict.detail  # type: ignore[attr-defined]
@@ -199,7 +201,7 @@ def test_generation_is_the_same_watched_and_unwatched(sampling: Sampling) -> Non
     assert watched.tokens == unwatched.tokens and len(seen) == 10
     assert len(unwatched.step_ms) == 4
     if sampling.temperature == 0:
-        plain = Subject("mqa", SCALE).engine(2, 32).generate(prompts, 5)
+        plain = subject_of("mqa", "torch").engine(2, 32).generate(prompts, 5)
         assert plain.tokens == unwatched.tokens
 
 
