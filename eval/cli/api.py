@@ -43,13 +43,9 @@ P = ParamSpec("P")
 
 
 def compare(
-    archs: Sequence[str],
-    *,
-    suite: str = "tiny",
-    out: str | Path = "runs/compare",
-    device: str = "cpu",
-    fresh: bool = False,
-) -> pd.DataFrame:
+    archs: Sequence[str], *, suite: str = "tiny", out: str | Path = "runs/compare",
+    device: str = "cpu", fresh: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """Run a suite over `archs` (names, patterns, files) and return the long table of results.
 
     suite: a shipped name or a TOML file. A folder `out` of the same comparison resumes.
@@ -75,18 +71,10 @@ def leaderboard(results: pd.DataFrame, *, by: str | None = None) -> pd.DataFrame
 
 
 def bench(
-    archs: Sequence[str],
-    *,
-    scale: str = "70m",
-    batches: Sequence[int] = (1,),
-    contexts: Sequence[int] = (256, 4096),
-    steps: int = 16,
-    prompt: int = 0,
-    device: str = "cpu",
-    backend: str = "auto",
-    compiled: bool = False,
-    counters: bool = False,
-) -> pd.DataFrame:
+    archs: Sequence[str], *, scale: str = "70m", batches: Sequence[int] = (1,),
+    contexts: Sequence[int] = (256, 4096), steps: int = 16, prompt: int = 0, device: str = "cpu",
+    backend: str = "auto", compiled: bool = False, counters: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """Decode timings with random weights; an architecture that is incorrect gets no latency.
 
     counters: also bytes and FLOPs of a step by an NVIDIA GPU's counters.

@@ -40,19 +40,10 @@ class _Lines(Watch):
 
 
 def train_one(
-    arch: str,
-    *,
-    scale: str,
-    corpus: str,
-    vocab_size: int | None,
-    plan: Mapping[str, Any],
-    seed: int,
-    out: Path,
-    device: torch.device,
-    resume: bool,
-    time_budget_s: float | None,
+    arch: str, *, scale: str, corpus: str, vocab_size: int | None, plan: Mapping[str, Any],
+    seed: int, out: Path, device: torch.device, resume: bool, time_budget_s: float | None,
     console: Console,
-) -> dict[str, object]:
+) -> dict[str, object]:  # fmt: skip
     """Train one architecture and score it on held-out text; its checkpoint lies in `out`.
 
     plan: fields of a `TrainPlan`. Raises UserError on bad input and where memory does not suffice.
@@ -86,19 +77,10 @@ def train_one(
 
 
 def bench_archs(
-    archs: Sequence[str],
-    *,
-    scale: str,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    steps: int,
-    prompt: int,
-    device: torch.device,
-    backend: str = "auto",
-    compiled: bool = False,
-    counters: bool = False,
-    progress: Progress | None = None,
-) -> list[dict[str, object]]:
+    archs: Sequence[str], *, scale: str, batches: Sequence[int], contexts: Sequence[int],
+    steps: int, prompt: int, device: torch.device, backend: str = "auto", compiled: bool = False,
+    counters: bool = False, progress: Progress | None = None,
+) -> list[dict[str, object]]:  # fmt: skip
     """Decode timings, a row per architecture, batch and context (`eval.measure.steps`).
 
     An architecture whose extend is wrong gets no latency: its row says "incorrect".
@@ -132,13 +114,9 @@ def bench_archs(
 
 
 def score_checkpoint(
-    checkpoint: Path,
-    corpus: str,
-    max_tokens: int | None,
-    device: torch.device,
-    arch: str | None = None,
-    progress: Progress | None = None,
-) -> list[dict[str, object]]:
+    checkpoint: Path, corpus: str, max_tokens: int | None, device: torch.device,
+    arch: str | None = None, progress: Progress | None = None,
+) -> list[dict[str, object]]:  # fmt: skip
     """Held-out bits per byte and loss by position of a checkpoint's model.
 
     progress: where to tell that it is at work; None: nowhere.

@@ -63,14 +63,9 @@ class Agreement:
 
 
 def agreement(
-    model: Model,
-    *,
-    context: int | None = None,
-    batches: Sequence[int] = (2,),
-    seed: int = 0,
-    backend: str = "torch",
-    compiled: bool = False,
-) -> Agreement:
+    model: Model, *, context: int | None = None, batches: Sequence[int] = (2,), seed: int = 0,
+    backend: str = "torch", compiled: bool = False,
+) -> Agreement:  # fmt: skip
     """How well extend (prefill, decode, a short piece) agrees with forward.
 
     context: the longest that will be timed (None: any). The sequences are shorter, but long enough

@@ -99,15 +99,9 @@ class Decoding:
 
 
 def measure_decode(
-    model: Model,
-    *,
-    batch: int,
-    contexts: Sequence[int],
-    steps: int,
-    warmup: int = WARM_UP,
-    backend: str = "torch",
-    compiled: bool = False,
-) -> list[DecodeTiming]:
+    model: Model, *, batch: int, contexts: Sequence[int], steps: int, warmup: int = WARM_UP,
+    backend: str = "torch", compiled: bool = False,
+) -> list[DecodeTiming]:  # fmt: skip
     """Time decode steps of `batch` sequences at each context, in ascending order.
 
     Greedy, each step fed by the one before; on a GPU nothing waits between steps. Compilation and

@@ -66,15 +66,9 @@ def _remove_own(out: Path) -> None:
 
 
 def run_suite(
-    suite: Suite,
-    out: Path,
-    *,
-    device: torch.device,
-    fresh: bool = False,
-    time_budget_s: float | None = None,
-    workers: int = 1,
-    progress: Progress,
-) -> bool:
+    suite: Suite, out: Path, *, device: torch.device, fresh: bool = False,
+    time_budget_s: float | None = None, workers: int = 1, progress: Progress,
+) -> bool:  # fmt: skip
     """Measure what is not measured yet; True when all points are, False when the budget ended.
 
     workers: how many processes train at once; what is timed runs alone.

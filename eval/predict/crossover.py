@@ -27,16 +27,10 @@ BATCHES = (1, 64)
 
 
 def either(
-    first: str,
-    second: str,
-    *,
-    results: pd.DataFrame | None = None,
-    scale: str | None = None,
-    hardware: Sequence[str] | None = None,
-    batches: Sequence[int] | None = None,
-    dtype: str | None = None,
-    launch_us: float | None = None,
-) -> list[Crossover]:
+    first: str, second: str, *, results: pd.DataFrame | None = None, scale: str | None = None,
+    hardware: Sequence[str] | None = None, batches: Sequence[int] | None = None,
+    dtype: str | None = None, launch_us: float | None = None,
+) -> list[Crossover]:  # fmt: skip
     """Measured crossovers of `results` where there are any, else predicted ones.
 
     What is None is all that was timed, or what `crossovers` takes by itself. Raises UserError on
@@ -59,16 +53,10 @@ def either(
 
 
 def crossovers(
-    first: str,
-    second: str,
-    scale: str = SCALE,
-    hardware: Iterable[str] = ("h100",),
-    batches: Iterable[int] = BATCHES,
-    *,
-    longest: int = 1 << 20,
-    dtype: str = "bfloat16",
+    first: str, second: str, scale: str = SCALE, hardware: Iterable[str] = ("h100",),
+    batches: Iterable[int] = BATCHES, *, longest: int = 1 << 20, dtype: str = "bfloat16",
     launch_us: float | None = None,
-) -> list[Crossover]:
+) -> list[Crossover]:  # fmt: skip
     """The least context from which `first` is faster than `second`, by hardware and batch.
 
     `context` is that context in tokens; `verdict` is "from", "always" or "never" (at any context
@@ -151,13 +139,9 @@ def _search(ahead: Callable[[int], bool], longest: int) -> tuple[str, int | None
 
 
 def measured_crossovers(
-    results: pd.DataFrame,
-    first: str,
-    second: str,
-    *,
-    scale: str | None = None,
+    results: pd.DataFrame, first: str, second: str, *, scale: str | None = None,
     batches: Sequence[int] | None = None,
-) -> list[Crossover]:
+) -> list[Crossover]:  # fmt: skip
     """The same from timed steps, by scale, batch, hardware, dtype, backend and differing run.
 
     scale, batches: only these; None: all that were timed.

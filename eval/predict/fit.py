@@ -38,19 +38,12 @@ MEASURED_ROWS = (1, 8, 64)
 
 
 def fit(
-    archs: Iterable[str] = (*REGISTRY, *HYBRIDS),
-    *,
-    tpot_ms: float,
-    scale: str = SCALE,
-    hardware: Iterable[str] = ("h100",),
-    contexts: Iterable[int] = CONTEXTS,
-    memory_bytes: float | None = None,
-    gpus: int = MOST_GPUS,
-    reserve: float = RESERVE,
-    dtype: str = "bfloat16",
-    launch_us: float | None = None,
+    archs: Iterable[str] = (*REGISTRY, *HYBRIDS), *, tpot_ms: float, scale: str = SCALE,
+    hardware: Iterable[str] = ("h100",), contexts: Iterable[int] = CONTEXTS,
+    memory_bytes: float | None = None, gpus: int = MOST_GPUS, reserve: float = RESERVE,
+    dtype: str = "bfloat16", launch_us: float | None = None,
     price_per_hour: Mapping[str, float] | None = None,
-) -> list[Prediction]:
+) -> list[Prediction]:  # fmt: skip
     """One row per architecture, part and context, the best of each context first.
 
     tpot_ms: the limit. memory_bytes: of each GPU at most this much is used; None: all there is.

@@ -29,16 +29,11 @@ REACH = 2.0
 
 
 def iso_quality_cost(
-    results: pd.DataFrame,
-    reference: str = "gqa",
-    *,
-    scale: str = "1b",
-    hardware: Sequence[str] = ("h100",),
-    batches: Sequence[int] = (64,),
-    contexts: Sequence[int] = (16384,),
-    price_per_hour: Mapping[str, float] | None = None,
+    results: pd.DataFrame, reference: str = "gqa", *, scale: str = "1b",
+    hardware: Sequence[str] = ("h100",), batches: Sequence[int] = (64,),
+    contexts: Sequence[int] = (16384,), price_per_hour: Mapping[str, float] | None = None,
     dtype: str = "bfloat16",
-) -> list[dict[str, object]]:
+) -> list[dict[str, object]]:  # fmt: skip
     """Cost of decoding at the loss that `reference` has at `scale`, an architecture a row.
 
     Rows carry `size_ratio` with its interval, whether the batch `fits` in memory at the scaled

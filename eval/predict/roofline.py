@@ -25,16 +25,10 @@ CONTEXTS = (1024, 16384)
 
 
 def predict(
-    archs: Iterable[str],
-    scale: str = SCALE,
-    hardware: Iterable[str] = ("h100",),
-    batches: Iterable[int] = (1,),
-    contexts: Iterable[int] = CONTEXTS,
-    *,
-    dtype: str = "bfloat16",
-    launch_us: float | None = None,
-    price_per_hour: Mapping[str, float] | None = None,
-) -> list[Prediction]:
+    archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
+    batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
+    launch_us: float | None = None, price_per_hour: Mapping[str, float] | None = None,
+) -> list[Prediction]:  # fmt: skip
     """One row per architecture, hardware, batch and context, with the Measures' names.
 
     launch_us: what every operation costs beside its work; None: what was measured
@@ -89,15 +83,10 @@ def served(
 
 
 def predict_ops(
-    archs: Iterable[str],
-    scale: str = SCALE,
-    hardware: Iterable[str] = ("h100",),
-    batches: Iterable[int] = (1,),
-    contexts: Iterable[int] = CONTEXTS,
-    *,
-    dtype: str = "bfloat16",
+    archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
+    batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
     launch_us: float | None = None,
-) -> list[Prediction]:
+) -> list[Prediction]:  # fmt: skip
     """One row per operation of a step, equal ones of different layers together.
 
     `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
@@ -125,14 +114,9 @@ def predict_ops(
 
 
 def _grid(
-    archs: Iterable[str],
-    scale: str,
-    hardware: Iterable[str],
-    batches: Iterable[int],
-    contexts: Iterable[int],
-    dtype: str,
-    launch_us: float | None,
-) -> Iterator[tuple[str, Model, Hardware, Step]]:
+    archs: Iterable[str], scale: str, hardware: Iterable[str], batches: Iterable[int],
+    contexts: Iterable[int], dtype: str, launch_us: float | None,
+) -> Iterator[tuple[str, Model, Hardware, Step]]:  # fmt: skip
     archs, hardware = list(archs), list(hardware)
     batches, contexts = list(batches), list(contexts)
     require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)

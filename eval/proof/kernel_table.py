@@ -115,12 +115,9 @@ def cells(targets: Sequence[str], *, every: bool, ops: Sequence[str] = ()) -> li
 
 
 def kernel_table(
-    wanted: Sequence[Cell],
-    known: Mapping[str, Row] | None = None,
-    *,
-    progress: Progress,
+    wanted: Sequence[Cell], known: Mapping[str, Row] | None = None, *, progress: Progress,
     keep: Callable[[list[Row]], None] = lambda _: None,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """One row per cell: registers, spills, loads, matrix instructions, faults.
 
     known: rows of an earlier table by their key; a cell whose key is among them is not compiled.

@@ -21,11 +21,11 @@ from kernels.aot.ahead import TARGETS, Variant
 from kernels.device import Gpu, recorded_for
 
 Call = Callable[[], object]
+NamedCall = tuple[str, Call]
 #: Targets in the order they are asked in: what differs between them is named after the first.
 _FIRST = sorted(TARGETS, key=lambda target: target != "sm_90")
 #: Bytes of an element, by the type of a pointer to it.
 ITEM_BYTES = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
-NamedCall = tuple[str, Call]
 #: What the launcher adds by the target, and `ahead` does so again.
 _BY_TARGET = ("OVERLAP", "launch_pdl")
 
@@ -45,11 +45,6 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def lane_loads(elements: int, dtype: torch.dtype, warps: int) -> int:
-    """Loads of 16 bytes a lane makes of a tile: warps have 64 lanes at most."""
-    return elements * dtype.itemsize // (16 * 64 * warps)
-
-
 def both_ways(name: str, op: Callable[..., Any], *inputs: Tensor | None) -> NamedCall:
     """A call forward and backward, to the gradients of all inputs that have one."""
 
@@ -66,7 +61,10 @@ def both_ways(name: str, op: Callable[..., Any], *inputs: Tensor | None) -> Name
 
 
 def tile_loads(pointer: str, *blocks: str, least: int = 0) -> Callable[[Variant], int]:
-    """Loads of 16 bytes a lane makes of a tile of what `pointer` points to; blocks: its sides."""
+    """Loads of 16 bytes a lane makes of a tile of what `pointer` points to; blocks: its sides.
+
+    Of 64 lanes a warp, the most that there are.
+    """
 
     def count(v: Variant) -> int:
         elements = math.prod(v.constexprs[block] for block in blocks)

@@ -21,11 +21,7 @@ from torch.nn import functional as F
 from kernels.aot.ahead import Variant
 from kernels.aot.recorded import Expected, NamedCall, both_ways, meta, tile_loads, variants_of
 from kernels.checks import form, require
-from kernels.conv.chunk_bwd import (
-    conv_bwd,
-    conv_chunk_bwd_rows_kernel,
-    conv_chunk_bwd_sums_kernel,
-)
+from kernels.conv.chunk_bwd import conv_bwd, conv_chunk_bwd_rows_kernel, conv_chunk_bwd_sums_kernel
 from kernels.conv.chunk_rows import DTYPES, check_conv, convolve, load_rows, load_taps
 from kernels.recurrent.step import require_slots
 

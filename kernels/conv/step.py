@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.aot.ahead import Variant
-from kernels.aot.recorded import Expected, NamedCall, lane_loads, meta, variants_of
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.recurrent.calls import step_call
 from kernels.recurrent.step import (
@@ -157,14 +157,12 @@ def variants() -> list[Variant]:
         inputs = [of(1, tokens, channels), of(channels, 4), of(channels)]
         return step_call(conv_step, inputs, (3, channels), dtype, tokens, options)
 
-    def loads(v: Variant) -> int:
-        dtype = wide if v.signature["tail"] == "*fp32" else narrow
-        return lane_loads(4 * v.constexprs["BLOCK_C"], dtype, v.num_warps)
-
     calls = (
         call(narrow, 6144, 1), call(narrow, 6144, 8, "ragged each"),
         call(narrow, 1008, 4, "ragged"),
         call(wide, 6144, 1), call(wide, 6144, 8, "ragged each"),
     )  # fmt: skip
+    # Taps and tail: four rows of a tile.
+    loads = tile_loads("tail", "BLOCK_R", "BLOCK_C")
     expected = Expected(wide_loads=loads, narrow_in_loops=frozenset({4}))
     return variants_of(calls, {conv_step_fwd_kernel: expected})

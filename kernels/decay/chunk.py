@@ -22,10 +22,9 @@ from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.checks import form, require
 from kernels.decay import chunk_passes as passes
 from kernels.decay.chunk_bwd import decay_chunk_bwd_decay_kernel, gradients
-from kernels.decay.chunk_passes import CONFIGS, Sizes
-from kernels.recurrent.calls import floats
-from kernels.recurrent.scan import check_scan
-from kernels.recurrent.scan_calls import TOKENS, loads_of, narrow_products, scan_call
+from kernels.decay.chunk_passes import CONFIGS
+from kernels.recurrent.calls import TOKENS, floats, loads_of, narrow_products, scan_call
+from kernels.recurrent.scan import ScanSizes, check_scan
 
 MAX_CHANNELS = 256
 
@@ -56,7 +55,7 @@ class _DecayChunk(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
         state: Tensor | None, new: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        s = Sizes.of(q, v)
+        s = ScanSizes.of(q, v, CONFIGS[q.dtype].chunk)
         total = passes.sums(s, q)
         states = passes.contributions(s, k, v, log_decay, new, total)
         last, _ = passes.carry(s, state, states, total)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.decay.chunk_passes import Sizes, carry, contributions, empty, rows, sums
+from kernels.decay.chunk_passes import CONFIGS, carry, contributions, empty, rows, sums
+from kernels.recurrent.scan import ScanSizes
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def gradients(
     dy: [B, T, H, P] and dlast: float32 [B, H, N, P], None where nothing comes from y or from the
     last state; the rest is as `chunk` has it.
     """
-    s = Sizes.of(q, v)
+    s = ScanSizes.of(q, v, CONFIGS[q.dtype].chunk)
     dy = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     total = sums(s, q)
@@ -67,10 +68,10 @@ def gradients(
     wide = q.dtype if s.share == 1 else torch.float32
     w = q if decay else None
     dq, change = rows(s, dy, v, k, states, total, new, wide, transpose=True, w=w)
-    dq = _sum_heads(s, dq, q.dtype)
+    dq = s.sum_heads(dq, q.dtype)
     w = k if decay else None
     dk, left = rows(s, v, dy, q, later, total, new, wide, reverse=True, transpose=True, w=w)
-    dk = _sum_heads(s, dk, k.dtype)
+    dk = s.sum_heads(dk, k.dtype)
     dv, _ = rows(s, k, q, dy, later, total, new, v.dtype, reverse=True)
     if change is None or left is None or kept is None:
         return dq, dk, dv, None, dstate
@@ -81,10 +82,3 @@ def gradients(
         BLOCKS_UP=triton.next_power_of_2(kept.shape[0]), CHUNK=s.chunk, num_warps=1,
     )  # fmt: skip
     return dq, dk, dv, dg.sum_to_size(log_decay.shape), dstate
-
-
-def _sum_heads(s: Sizes, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, N] -> [B, T, G, N]."""
-    if s.share == 1:
-        return grad
-    return grad.unflatten(2, (s.groups, s.share)).sum(3).to(dtype)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay.running_sums import gaps, running_sums
+from kernels.recurrent.scan import ScanSizes
 from kernels.recurrent.step import row_stride
 
 #: Warps of the first pass: with four, ptxas spills to keep 64 registers on sm_100.
@@ -42,34 +43,6 @@ CONFIGS: dict[torch.dtype, Config] = {
     torch.float16: Config(64, 64, 4),
     torch.float32: Config(32, 32, 2),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Every size of one call; the legend is the module's."""
-
-    batch: int
-    tokens: int
-    groups: int
-    heads: int
-    n: int
-    p: int
-    chunk: int
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor) -> "Sizes":
-        batch, tokens, groups, n = q.shape
-        return cls(batch, tokens, groups, v.shape[2], n, v.shape[3], CONFIGS[q.dtype].chunk)
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks the tokens fill."""
-        return -(-self.tokens // self.chunk)
-
-    @property
-    def share(self) -> int:
-        """Heads of v per group of q and k."""
-        return self.heads // self.groups
 
 
 @triton.jit
@@ -255,13 +228,13 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def sums(sizes: Sizes, like: Tensor) -> Tensor:
+def sums(sizes: ScanSizes, like: Tensor) -> Tensor:
     """Room for the running sums, each a float32 and what its rounding left."""
     return empty(like, sizes.batch, sizes.heads, sizes.chunks, 2, sizes.chunk)
 
 
 def contributions(
-    sizes: Sizes, a: Tensor, b: Tensor, log_decay: Tensor, new: Tensor | None, total: Tensor,
+    sizes: ScanSizes, a: Tensor, b: Tensor, log_decay: Tensor, new: Tensor | None, total: Tensor,
     *, reverse: bool = False,
 ) -> Tensor:  # fmt: skip
     """What every chunk adds: float32 [B, H, chunks, N, P]; forward, `total` is written."""
@@ -281,7 +254,7 @@ def contributions(
 
 
 def carry(
-    sizes: Sizes, first: Tensor | None, fresh: Tensor, total: Tensor,
+    sizes: ScanSizes, first: Tensor | None, fresh: Tensor, total: Tensor,
     *, reverse: bool = False, states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Turn contributions into the states between chunks, in place.
@@ -302,7 +275,7 @@ def carry(
 
 
 def rows(
-    sizes: Sizes, a: Tensor, b: Tensor, x: Tensor, states: Tensor, total: Tensor,
+    sizes: ScanSizes, a: Tensor, b: Tensor, x: Tensor, states: Tensor, total: Tensor,
     new: Tensor | None, out: torch.dtype,
     *, reverse: bool = False, transpose: bool = False, w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip

@@ -22,10 +22,9 @@ from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.checks import form, require
 from kernels.gated_delta import chunk_bwd as bwd
 from kernels.gated_delta import chunk_passes as passes
-from kernels.gated_delta.chunk_passes import FORWARD, Sizes
-from kernels.recurrent.calls import floats
+from kernels.gated_delta.chunk_passes import FORWARD, sizes_of
+from kernels.recurrent.calls import TOKENS, floats, loads_of, narrow_products, scan_call
 from kernels.recurrent.scan import check_scan
-from kernels.recurrent.scan_calls import TOKENS, loads_of, narrow_products, scan_call
 from kernels.recurrent.step import row_stride
 
 MAX_N, MAX_P = 128, 256
@@ -58,7 +57,7 @@ class _GdnChunk(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor,
         state: Tensor | None, new: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        s = Sizes.of(q, v, FORWARD)
+        s = sizes_of(q, v, FORWARD)
         total, inverse = passes.solve(s, k, log_decay, beta, new)
         before, fresh, _, last = passes.states(s, k, v, beta, state, total, inverse, new)
         y, _ = passes.rows(s, q, k, fresh, before, total, new, v.dtype)

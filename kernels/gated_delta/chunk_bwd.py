@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay.running_sums import gaps
-from kernels.gated_delta.chunk_passes import BACKWARD, WARPS, Sizes, rows, solve, states
+from kernels.gated_delta.chunk_passes import BACKWARD, WARPS, rows, sizes_of, solve, states
 from kernels.recurrent.step import row_stride
 
 #: Value channels and warps of the sequential pass; channels per tile of N and of P of the keys.
@@ -254,7 +254,7 @@ def gradients(
     last state.
     """
     q, k, v, log_decay, beta, state, new = inputs
-    s = Sizes.of(q, v, BACKWARD)
+    s = sizes_of(q, v, BACKWARD)
     dy = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
     total, inverse = solve(s, k, log_decay, beta, new)
@@ -263,11 +263,11 @@ def gradients(
     later, x, dv = torch.empty_like(before), torch.empty_like(fresh), torch.empty_like(fresh)
     carried, warps = CARRIED[q.dtype]
     tiles_p = triton.cdiv(s.p, carried)
-    tokens = s.batch, s.heads, s.chunks * s.config.chunk
+    tokens = s.batch, s.heads, s.chunks * s.chunk
     missed = torch.empty(tiles_p, *tokens, device=q.device)
     dfirst = torch.empty(s.batch, s.heads, s.n, s.p, device=q.device)
     strides = [row_stride(name, t) for name, t in (("q", q), ("k", k), ("beta", beta))]
-    sizes = {"SHARE": s.share, "N": s.n, "P": s.p, "CHUNK": s.config.chunk, "PRECISION": "ieee"}
+    sizes = {"SHARE": s.share, "N": s.n, "P": s.p, "CHUNK": s.chunk, "PRECISION": "ieee"}
     gdn_chunk_bwd_states_kernel[(tiles_p, s.heads, s.batch)](
         q, k, dy, beta, local, error, dlast, total, inverse, new, later, x, dv, missed, dfirst,
         *strides, s.tokens, s.chunks, **sizes, BLOCK_N=s.block_n, BLOCK_P=carried,
@@ -281,7 +281,7 @@ def gradients(
     block_n, block_p = KEYS[q.dtype]
     tiles_n = triton.cdiv(s.n, block_n)
     moved, left, told = (
-        torch.empty(tiles_n, s.batch, s.heads, s.chunks * s.config.chunk, device=q.device)
+        torch.empty(tiles_n, s.batch, s.heads, s.chunks * s.chunk, device=q.device)
         for _ in range(3)
     )
     kept = torch.empty(tiles_n, s.batch, s.heads, s.chunks, device=q.device)
@@ -294,13 +294,6 @@ def gradients(
     dbeta = torch.empty(dg.shape, dtype=beta.dtype, device=q.device)
     gdn_chunk_bwd_gates_kernel[(s.chunks, s.heads, s.batch)](
         asked, moved, left, kept, told, missed, new, dg, dbeta, s.tokens, s.chunks,
-        QUERIES=asked.shape[0], KEYS=tiles_n, VALUES=tiles_p, CHUNK=s.config.chunk, num_warps=1,
+        QUERIES=asked.shape[0], KEYS=tiles_n, VALUES=tiles_p, CHUNK=s.chunk, num_warps=1,
     )  # fmt: skip
-    return _sum_heads(s, dq, q.dtype), _sum_heads(s, dk, k.dtype), dv, dg, dbeta, dfirst
-
-
-def _sum_heads(s: Sizes, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, N] -> [B, T, G, N]."""
-    if s.share == 1:
-        return grad
-    return grad.unflatten(2, (s.groups, s.share)).sum(3).to(dtype)
+    return s.sum_heads(dq, q.dtype), s.sum_heads(dk, k.dtype), dv, dg, dbeta, dfirst

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.decay.running_sums import after, gaps, running_sums
+from kernels.recurrent.scan import ScanSizes
 from kernels.recurrent.step import row_stride
 
 
@@ -55,36 +56,21 @@ WARPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Every size of one call; the legend is the module's."""
+class Sizes(ScanSizes):
+    """Every size of one call, and its tiles."""
 
-    batch: int
-    tokens: int
-    groups: int
-    heads: int
-    n: int
-    p: int
     config: Config
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, table: dict[torch.dtype, Config]) -> "Sizes":
-        batch, tokens, groups, n = q.shape
-        return cls(batch, tokens, groups, v.shape[2], n, v.shape[3], table[q.dtype])
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks the tokens fill."""
-        return -(-self.tokens // self.config.chunk)
-
-    @property
-    def share(self) -> int:
-        """Heads of v per group of q and k."""
-        return self.heads // self.groups
 
     @property
     def block_n(self) -> int:
         """Key channels of a whole head, padded."""
         return int(triton.next_power_of_2(self.n))
+
+
+def sizes_of(q: Tensor, v: Tensor, table: dict[torch.dtype, Config]) -> Sizes:
+    """The sizes of q [B, T, G, N] and v [B, T, H, P]."""
+    config = table[q.dtype]
+    return Sizes.of(q, v, config.chunk, config)
 
 
 @triton.jit
@@ -337,7 +323,7 @@ def solve(
     s: Sizes, k: Tensor, log_decay: Tensor, beta: Tensor, new: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The running sums, float32 [B, H, chunks, 2, chunk], and T [B, H, chunks, chunk, chunk]."""
-    size = s.config.chunk
+    size = s.chunk
     total = torch.empty(s.batch, s.heads, s.chunks, 2, size, device=k.device)
     inverse = torch.empty(s.batch, s.heads, s.chunks, size, size, dtype=k.dtype, device=k.device)
     gdn_chunk_fwd_solve_kernel[(s.chunks, s.heads, s.batch)](
@@ -362,7 +348,7 @@ def states(
     gdn_chunk_fwd_states_kernel[(triton.cdiv(s.p, s.config.carried), s.heads, s.batch)](
         k, v, beta, first, total, inverse, new, before, fresh, missed, last,
         row_stride("k", k), row_stride("v", v), row_stride("beta", beta), s.tokens, s.chunks,
-        SHARE=s.share, N=s.n, P=s.p, CHUNK=s.config.chunk,
+        SHARE=s.share, N=s.n, P=s.p, CHUNK=s.chunk,
         BLOCK_N=s.block_n, BLOCK_P=s.config.carried, PRECISION="ieee",
         num_warps=s.config.carried_warps, num_stages=s.config.stages,
     )  # fmt: skip
@@ -384,14 +370,14 @@ def rows(
     tile = s.config.tile
     tiles = triton.cdiv(wide, tile)
     if w is not None:
-        change = torch.empty(tiles, s.batch, s.heads, s.chunks * s.config.chunk, device=a.device)
+        change = torch.empty(tiles, s.batch, s.heads, s.chunks * s.chunk, device=a.device)
     gdn_chunk_fwd_rows_kernel[(s.chunks * tiles, s.heads, s.batch)](
         a, b, x, w, before, total, new, y, change,
         row_stride("a", a), row_stride("b", b), row_stride("x", x),
         0 if w is None else row_stride("w", w), s.tokens, s.chunks,
         A_SHARE=s.heads // a.shape[2], X_SHARE=s.heads // x.shape[2], IN=channels, OUT=wide,
         STATE_IN=1 if transpose else wide, STATE_OUT=channels if transpose else 1,
-        CHUNK=s.config.chunk, BLOCK_IN=tile, BLOCK_OUT=tile, PRECISION="ieee",
+        CHUNK=s.chunk, BLOCK_IN=tile, BLOCK_OUT=tile, PRECISION="ieee",
         REVERSED=reverse, num_warps=s.config.warps, num_stages=1,
     )  # fmt: skip
     return y, change

@@ -20,30 +20,15 @@ from torch.nn import functional as F
 from kernels.aot.ahead import Variant
 from kernels.aot.recorded import Expected, NamedCall, both_ways, meta, tile_loads, variants_of
 from kernels.checks import form, require
-from kernels.norm.row_parts import (
-    DTYPES,
-    block_of,
-    check_rows,
-    check_weight,
-    row_strides,
-)
+from kernels.norm.row_parts import DTYPES, block_of, check_rows, check_weight, row_strides
 from kernels.norm.rows_bwd import norm_bwd, norm_bwd_kernel, norm_bwd_wide_kernel
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: BLOCK_D -> (BLOCK_R, num_warps): 16 elements per thread of 32 lanes until warps run out.
 CONFIGS: dict[int, tuple[int, int]] = {
-    16: (32, 1),
-    32: (16, 1),
-    64: (8, 1),
-    128: (4, 1),
-    256: (2, 1),
-    512: (1, 1),
-    1024: (1, 2),
-    2048: (1, 4),
-    4096: (1, 8),
-    8192: (1, 8),
-    16384: (1, 16),
-}
+    16: (32, 1), 32: (16, 1), 64: (8, 1), 128: (4, 1), 256: (2, 1), 512: (1, 1), 1024: (1, 2),
+    2048: (1, 4), 4096: (1, 8), 8192: (1, 8), 16384: (1, 16),
+}  # fmt: skip
 #: BLOCK_F and num_warps of SwiGLU.
 SWIGLU_CONFIG = (2048, 4)
 

@@ -14,16 +14,9 @@ from kernels.norm.row_parts import block_of, row_strides
 
 #: BLOCK_D -> (BLOCK_R, num_warps). Longer rows go in pieces of WIDE_BLOCK, read twice.
 BWD_CONFIGS: dict[int, tuple[int, int]] = {
-    16: (32, 1),
-    32: (16, 1),
-    64: (8, 1),
-    128: (4, 1),
-    256: (2, 1),
-    512: (1, 1),
-    1024: (1, 2),
-    2048: (1, 4),
-    4096: (1, 8),
-}
+    16: (32, 1), 32: (16, 1), 64: (8, 1), 128: (4, 1), 256: (2, 1), 512: (1, 1), 1024: (1, 2),
+    2048: (1, 4), 4096: (1, 8),
+}  # fmt: skip
 WIDE_BLOCK, WIDE_WARPS = 4096, 8
 #: Blocks of rows, and so partial sums, of a weight's gradient.
 MAX_PARTIALS = 512

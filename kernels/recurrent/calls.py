@@ -1,4 +1,4 @@
-"""Calls of the step kernels on operands without memory, for compiling them ahead of time."""
+"""Calls of recurrent kernels on operands without memory, for compiling them ahead of time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.aot.ahead import TOKEN_LOADS, Variant
-from kernels.aot.recorded import Expected, NamedCall, lane_loads, meta
+from kernels.aot.recorded import Expected, NamedCall, both_ways, meta, tile_loads
 from kernels.norm.torch import OutputNorm
 
 
@@ -46,16 +46,53 @@ def floats(*shape: int) -> Tensor:
 
 def _loads(v: Variant) -> int:
     """Of the state's tile, and of y and the gate, once or twice, where they are normed."""
-    c = v.constexprs
-    dtype = torch.float32 if v.signature["state"] == "*fp32" else torch.bfloat16
-    found = lane_loads(c["BLOCK_N"] * c["BLOCK_P"], dtype, v.num_warps)
-    d, block = c["NORM_D"], c["BLOCK_D"]
+    found = tile_loads("state", "BLOCK_N", "BLOCK_P")(v)
+    d, block = v.constexprs["NORM_D"], v.constexprs["BLOCK_D"]
     if d is None or d % 8:
         return found
-    rows = lane_loads(c["BLOCK_K"] * block, torch.bfloat16, v.num_warps)
     # A compiler may keep a row of one block instead of reading it again.
-    return found + (2 if block >= d else 2 + c["GATE_FIRST"]) * rows
+    times = 2 if block >= d else 2 + v.constexprs["GATE_FIRST"]
+    return found + times * tile_loads("gate", "BLOCK_K", "BLOCK_D")(v)
 
 
 #: Of a step on a matrix for each head.
 MATRIX_STEP = Expected(wide_loads=_loads, narrow_in_loops=TOKEN_LOADS)
+
+#: Tokens of a call: several chunks of every scan, the last one short.
+TOKENS = 100
+
+
+def scan_call(
+    scan: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor], state: tuple[int, ...],
+    options: str = "",
+) -> NamedCall:  # fmt: skip
+    """One sequence's scan, forward and backward, and its name.
+
+    inputs: what comes before the state; state: without the batch. options: "ragged" rows, "given"
+    (the first state and the last one's gradient), and words for the name alone.
+    """
+    chosen = options.split()
+    first = meta(1, *state, dtype=torch.float32) if "given" in chosen else None
+    new = meta(1, dtype=torch.int32) if "ragged" in chosen else None
+
+    def op(*given: Any) -> Tensor | tuple[Tensor, Tensor]:
+        y, last = scan(*given, new=new)
+        return y if first is None else (y, last)
+
+    sizes = "x".join(map(str, state[-2:]))
+    return both_ways(" ".join((str(inputs[0].dtype), sizes, *chosen)), op, *inputs, first)
+
+
+def loads_of(*tiles: str) -> Callable[[Variant], int]:
+    """Loads of tiles, each a pointer, which may be None, and the constants of its sides."""
+    counts = {tile: tile_loads(*tile.split()) for tile in tiles}
+
+    def loads(v: Variant) -> int:
+        return sum(counts[tile](v) for tile in tiles if tile.split()[0] in v.signature)
+
+    return loads
+
+
+def narrow_products(v: Variant) -> bool:
+    """Products of float32 are exact, without the matrix unit."""
+    return not {"*bf16", "*fp16"}.isdisjoint(v.signature.values())

@@ -1,6 +1,11 @@
-"""What the chunked scans with a matrix for each head ask of their arguments."""
+"""What the chunked scans with a matrix for each head share: sizes, checks of their arguments.
+
+B batch, T tokens, G groups of q and k, H heads of v, N key channels, P value channels.
+"""
 
 from collections.abc import Container
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -8,6 +13,41 @@ from torch import Tensor
 from kernels.checks import form, require
 from kernels.device import require_gpu
 from kernels.recurrent.step import row_stride
+
+
+@dataclass(frozen=True, slots=True)
+class ScanSizes:
+    """Every size of one call; chunk: tokens that are taken at once."""
+
+    batch: int
+    tokens: int
+    groups: int
+    heads: int
+    n: int
+    p: int
+    chunk: int
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, chunk: int, *more: object) -> Self:
+        """Of q [B, T, G, N] and v [B, T, H, P]; more: fields of a class below this one."""
+        batch, tokens, groups, n = q.shape
+        return cls(batch, tokens, groups, v.shape[2], n, v.shape[3], chunk, *more)
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the tokens fill."""
+        return -(-self.tokens // self.chunk)
+
+    @property
+    def share(self) -> int:
+        """Heads of v per group of q and k."""
+        return self.heads // self.groups
+
+    def sum_heads(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, T, H, N] -> [B, T, G, N], in dtype."""
+        if self.share == 1:
+            return grad
+        return grad.unflatten(2, (self.groups, self.share)).sum(3).to(dtype)
 
 
 def check_scan(

@@ -20,8 +20,7 @@ from kernels.aot.ahead import TOKEN_LOADS, Variant
 from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.checks import form, require
 from kernels.device import require_gpu
-from kernels.recurrent.calls import floats
-from kernels.recurrent.scan_calls import TOKENS, loads_of, scan_call
+from kernels.recurrent.calls import TOKENS, floats, loads_of, scan_call
 from kernels.recurrent.step import row_stride
 from kernels.selective import chunk_passes as passes
 from kernels.selective.chunk_bwd import gradients, selective_chunk_bwd_rows_kernel

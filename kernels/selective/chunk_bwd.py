@@ -12,14 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.recurrent.step import row_stride
-from kernels.selective.chunk_passes import (
-    CHUNK,
-    LOG2E,
-    Sizes,
-    carry,
-    selective_chunk_token,
-    states,
-)
+from kernels.selective.chunk_passes import CHUNK, LOG2E, Sizes, carry, selective_chunk_token, states
 
 #: Tokens whose states a program stores at a time; their number and the blocks' add up to 16.
 SUB = 8

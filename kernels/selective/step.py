@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.aot.ahead import TOKEN_LOADS, Variant
-from kernels.aot.recorded import Expected, NamedCall, lane_loads, meta, variants_of
+from kernels.aot.recorded import Expected, NamedCall, meta, tile_loads, variants_of
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.recurrent.calls import floats, step_call
 from kernels.recurrent.step import (
@@ -165,9 +165,7 @@ def variants() -> list[Variant]:
 
     def loads(v: Variant) -> int:
         """Of the state's tile and of A's."""
-        tile = v.constexprs["BLOCK_E"] * v.constexprs["BLOCK_N"]
-        dtype = wide if v.signature["state"] == "*fp32" else narrow
-        return lane_loads(tile, dtype, v.num_warps) + lane_loads(tile, wide, v.num_warps)
+        return sum(tile_loads(t, "BLOCK_E", "BLOCK_N")(v) for t in ("state", "a_log"))
 
     calls = (
         call(wide, 4096, 1), call(wide, 8192, 8, "ragged each"), call(wide, 1008, 4, "ragged"),

@@ -186,9 +186,9 @@ def test_the_solve_holds_where_all_keys_are_equal(dtype: torch.dtype, interprete
     """The worst case of powers of A, which would grow as binomials: no decay, full strength."""
     keys = F.normalize(torch.randn(16), dim=0).to(dtype).expand(1, 64, 1, 16).contiguous()
     decay, beta = torch.zeros(1, 64, 1), torch.ones(1, 64, 1)
-    sizes = gdn_chunk_passes.Sizes.of(keys, keys, gdn_chunk_passes.FORWARD)
+    sizes = gdn_chunk_passes.sizes_of(keys, keys, gdn_chunk_passes.FORWARD)
     _, inverse = gdn_chunk_passes.solve(sizes, keys, decay, beta, None)
-    chunk = keys[0, : sizes.config.chunk, 0].double()
+    chunk = keys[0, : sizes.chunk, 0].double()
     a = (chunk @ chunk.T).tril(-1)
     expected = torch.linalg.inv(torch.eye(len(a)).double() + a).expand_as(inverse)
     close(inverse, expected, torch.finfo(dtype).eps)

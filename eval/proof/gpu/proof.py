@@ -26,16 +26,7 @@ from eval.measure.site import Site
 from eval.predict.cold import copies_for, time_cold
 from eval.predict.machine import MOST_ROWS, ProductRate, Roofline, measure_roofline
 from eval.proof.gpu import workers
-from eval.proof.gpu.case import (
-    Case,
-    Check,
-    Op,
-    Run,
-    difference,
-    guarded,
-    lost,
-    verdict,
-)
+from eval.proof.gpu.case import Case, Check, Op, Run, difference, guarded, lost, verdict
 from eval.proof.gpu.decode_grid import COLUMNS as DECODE_COLUMNS
 from eval.proof.gpu.decode_grid import KEY as DECODE_KEY
 from eval.proof.gpu.decode_grid import POINTS, places, row_of
