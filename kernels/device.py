@@ -17,7 +17,7 @@ from kernels.checks import form, require
 
 
 class Gpu(NamedTuple):
-    """amd: whether by AMD; capability: CUDA's, of the newest where there is no NVIDIA GPU."""
+    """amd: whether by AMD; capability: CUDA's, a Hopper's where there is no NVIDIA GPU."""
 
     amd: bool = False
     capability: tuple[int, int] = (9, 0)

@@ -12,6 +12,7 @@ Tables carry the Measures' names (`eval.results.measures`); every function raise
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -86,21 +87,24 @@ def bench(
     return pd.DataFrame(rows)
 
 
-def _table(rows: Callable[P, Iterable[Any]]) -> Callable[P, pd.DataFrame]:
-    """A function of the cost model as one that returns a table: same arguments, same errors."""
+def _table(name: str, rows: Callable[P, Iterable[Any]]) -> Callable[P, pd.DataFrame]:
+    """A function of the cost model that returns a table: same arguments, text and errors."""
 
     @functools.wraps(rows)
     def table(*args: P.args, **options: P.kwargs) -> pd.DataFrame:
         return pd.DataFrame(rows(*args, **options))
 
+    returned = inspect.signature(rows).replace(return_annotation=pd.DataFrame)
+    vars(table).update(__signature__=returned)
+    table.__name__ = table.__qualname__ = name
     return table
 
 
-predict = _table(roofline.predict)
-predict_ops = _table(roofline.predict_ops)
-fit = _table(largest_batches)
-crossover = _table(either)
-isoquality = _table(iso_quality_cost)
+predict = _table("predict", roofline.predict)
+predict_ops = _table("predict_ops", roofline.predict_ops)
+fit = _table("fit", largest_batches)
+crossover = _table("crossover", either)
+isoquality = _table("isoquality", iso_quality_cost)
 
 
 def claims(results: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The Python API: the same figures as the command, as tables."""
 
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -139,3 +140,11 @@ def test_values_that_cannot_be_are_refused(call: Callable[[], object], message: 
 def test_the_device_may_be_chosen_for_me() -> None:
     timed = api.bench(["linear"], scale="tiny", contexts=(8,), steps=2, device="auto")
     assert set(timed["status"]) == {"ok"}
+
+
+@pytest.mark.parametrize("name", ["predict", "predict_ops", "fit", "crossover", "isoquality"])
+def test_functions_of_the_cost_model_say_what_they_take_and_return(name: str) -> None:
+    function = getattr(api, name)
+    signature = inspect.signature(function)
+    assert function.__name__ == name and function.__doc__
+    assert signature.return_annotation is pd.DataFrame and "hardware" in signature.parameters

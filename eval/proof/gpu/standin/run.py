@@ -1,9 +1,8 @@
 """The proof on the stand-in, in a process of its own; writes what happened as JSON.
 
 `python -m eval.proof.gpu.standin.run REPORT --out DIR --cache DIR [--ops a,b] [--archs gqa,gdn]
-[--points 1b:1:4096,...] [--baselines] [--order 1]`. With --ops only those are checked and timed,
-and no steps unless --points names some; with --order cases up to that one alone. Statuses are of
-what ran; errors of 0 and times of 1 ms mean nothing.
+[--points 1b:1:4096,...] [--baselines]`. With --ops only those are checked and timed, and no steps
+unless --points names some. Statuses are of what ran; errors of 0 and times of 1 ms mean nothing.
 """
 
 import argparse
@@ -27,7 +26,6 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--archs", default=None)
     parser.add_argument("--points", default=None)
     parser.add_argument("--baselines", action="store_true")
-    parser.add_argument("--order", type=int, default=None)
     given = parser.parse_args(words)
     load()
     report = _run(given)
@@ -72,9 +70,9 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
             progress=Progress(Console(stderr=True)), workers=0,
         )  # fmt: skip
         made_proof.check()
-        made_proof.bench(given.order)
+        made_proof.bench()
         if given.baselines:
-            made_proof.bench_late(given.order)
+            made_proof.bench_late()
         if given.points or not names:
             for backend in (proof.OURS, "sdpa")[: 1 + given.baselines]:
                 made_proof.decode_grid(backends=(backend,))
