@@ -1,4 +1,4 @@
-"""What the single-purpose commands do: train one, time some, score a checkpoint."""
+"""The bodies of the single-purpose commands: train one, time some, score a checkpoint."""
 
 import time
 from collections.abc import Mapping, Sequence

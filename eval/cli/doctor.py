@@ -1,4 +1,4 @@
-"""What this machine can do: hardware, libraries, baselines, and whether our packages are ours."""
+"""A diagnosis of this machine: hardware, libraries, baselines, and whose packages are imported."""
 
 import importlib.metadata
 import importlib.util

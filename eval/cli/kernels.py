@@ -1,4 +1,4 @@
-"""`decodebench kernels`: what the compiler makes of our kernels, and their proof on a GPU."""
+"""`decodebench kernels`: compile our kernels ahead of time, and prove them on a GPU."""
 
 import signal
 import time
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: How much longer than the budget the last cell may take.
 GRACE_S = 15.0
-#: What the table calls the decode grid.
+#: The decode grid's name in the table.
 STEP = "decode step"
 BUDGET = "Stop cleanly after, e.g. 9m; the same command goes on."
 OUT = "CSV, whose unchanged rows are kept; of a proof DIR, default leaderboards/GPU/DATE."
@@ -182,7 +182,7 @@ def _prove(
 
 
 def _bench(proof: "Proof", names: Sequence[str], suite: str) -> None:
-    """What is worth most first, so that a short budget leaves a small table of everything."""
+    """The most valuable first, so that a short budget leaves a small table of everything."""
     if not names:
         proof.decode_grid(first=1)
     proof.bench(most_order=0)
@@ -225,7 +225,7 @@ def interrupted_after(left_s: float | None) -> Iterator[None]:
 
 
 def summary(proof: "Proof", bench: bool) -> list[dict[str, Any]]:
-    """What a proof's folder holds, in rows of one form: checks, or those that failed and times.
+    """Rows of a proof's folder: all checks, or the failed ones and the times.
 
     error: of a check, relative; fractions: of this device's copy bandwidth and matrix rate.
     """

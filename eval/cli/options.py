@@ -1,4 +1,4 @@
-"""What commands share: the device, durations, and how they end."""
+"""Shared by commands: the device, durations, and exit codes."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""The report's page with what predictions make of its table: claims, and what equal loss costs."""
+"""The report's page with predictions from its table: claims, and the cost at equal loss."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Commands of `decodebench` that train and time nothing: what is known, predicted or recorded."""
+"""Commands of `decodebench` that train and time nothing: declarations, predictions, records."""
 
 import json
 from pathlib import Path

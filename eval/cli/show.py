@@ -25,7 +25,7 @@ KEYS = frozenset(
     {"rank", "arch", "first", "second", "scale", "hardware", "batch", "context", "op", "case",
      "backend", "kernel_backend", "variant", "target", "measure", "position", "number", "source"}
 )  # fmt: skip
-#: What people call a column, where its name does not say it.
+#: Titles of columns whose names do not say it.
 TITLES = {
     "hardware": "on", "kernel_backend": "backend", "arith_intensity_pred": "FLOP/byte predicted",
     "arith_intensity_meas": "FLOP/byte measured", "output_tok_per_s": "token/s",
@@ -47,7 +47,7 @@ WORDS = {
     "gpus": "GPUs",
     "tok": "token",
 }
-#: Of a prediction's columns, those that people see; all others are for scripts.
+#: The columns of a prediction that people see; all others are for scripts.
 PREDICTION = (
     "rank", "arch", "hardware", "batch", "context", "op", "count", "state_bytes", "step_bytes",
     "arith_intensity_pred", "tpot_ms", "time_ms", "output_tok_per_s", "output_tok_per_s_per_user",

@@ -24,7 +24,7 @@ from infer.engine import PAGE_SIZE, Engine
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 #: How many times the error of the torch forms in the model's dtype.
 SLACK = 1.5
-#: After the prompt: single steps (as written, captured and replayed, with graphs) and a draft.
+#: Pieces after the prompt: single steps (eager, captured and replayed, with graphs) and a draft.
 SHORT_PIECES = (1, 1, 5, 1, 1, 1)
 #: Then steps of one sequence alone, whose products have a kernel of their own: as written, captured
 #: and replayed, too.
@@ -50,12 +50,12 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether a latency is worth printing."""
+        """Whether the error is small enough to print a latency."""
         return self.error <= self.limit
 
     @property
     def why_not(self) -> str:
-        """The sentence for a row that is withheld."""
+        """Why a row is withheld, as a sentence."""
         return (
             f"extend differs from forward by {self.error:.1e} (relative, limit {self.limit:.1e}); "
             "latencies withheld"

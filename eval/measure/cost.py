@@ -11,7 +11,7 @@ CONTEXTS = (0, 256, 1024, 4096, 16384)
 
 
 def measure(point: Point, site: Site, watch: Watch) -> Found:
-    """What a model of this shape holds and reads."""
+    """The bytes that a model of this shape holds and reads."""
     spec = spec_of(point)
     model = spec.outline(serving_dtype(site.device))
     specs = model.state_specs()

@@ -1,4 +1,4 @@
-"""What hardware counters watch: a process of its own, which `counters` starts under `ncu`.
+"""The process that hardware counters profile, which `counters` starts under `ncu`.
 
 Only what runs between the profiler's start and stop is counted: a known piece of work, by which
 the counters are calibrated, or steps of a warm decode, launched one by one rather than as a CUDA
@@ -59,7 +59,7 @@ def product_size(device: torch.device) -> int:
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[None]:
-    """Work in this block is counted; elsewhere than on CUDA there is nothing to be told of it."""
+    """Work in this block is counted on CUDA."""
     if device.type != "cuda":
         yield
         return

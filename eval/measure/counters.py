@@ -7,8 +7,8 @@ with them; our arithmetic is float32), exponentials, integers.
 
 Each of the two is a run of its own: bytes are one counter, for which no kernel is replayed, so
 that each finds the caches as the one before left them. Counters that miss a known copy or product
-are not believed. What stands in the way is a status and a reason in place of a figure, never an
-error of the measurements beside it.
+are not believed. A missing figure is a status and a reason in its place, never an error
+of the measurements beside it.
 """
 
 import shutil
@@ -48,7 +48,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Something to count: by which counters, held against which known work.
+    """A quantity to count: its counters, and the known work that calibrates them.
 
     tolerance: how far the counters may be from the known work, relative.
     scaled: whether figures are divided by what the counters saw of the known work.
@@ -111,7 +111,7 @@ class Counters:
         return Figure(total / STEPS / (seen if kind.scaled else 1.0))
 
     def _calibrate(self, kind: Kind) -> float:
-        """What the counters see of the known work, 1.0 being all of it."""
+        """The share of the known work that the counters see, 1.0 being all of it."""
         if kind.probe not in self._trusted:
             try:
                 self._trusted[kind.probe] = self._probe(kind)
@@ -147,7 +147,7 @@ def _ratio(above: Figure, below: Figure) -> Figure:
 
 
 def why_not(device: torch.device) -> str | None:
-    """What is missing on this machine, None where counting can be tried."""
+    """What is missing on this machine; None if counting can be tried."""
     if device.type != "cuda" or torch.version.cuda is None:
         return "counters need an NVIDIA GPU and torch with CUDA"
     if shutil.which("ncu") is None:

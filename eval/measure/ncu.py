@@ -24,7 +24,7 @@ PATIENCE_S = 900.0
 
 
 class NotCountedError(RuntimeError):
-    """Why there is no figure, and the status that a row in its place has."""
+    """Why there is no figure, and the status of the row in its place."""
 
     def __init__(self, status: Status, reason: str) -> None:
         super().__init__(reason)
@@ -32,7 +32,7 @@ class NotCountedError(RuntimeError):
 
 
 def command(metrics: Sequence[str], device: torch.device, what: str) -> list[str]:
-    """What counts `what` (see `eval.measure.counted`) under `ncu`."""
+    """The ncu command that profiles one workload (see `eval.measure.counted`)."""
     return [
         "ncu", "--target-processes", "application-only", "--profile-from-start", "off",
         "--cache-control", "none", "--clock-control", "none",
@@ -75,7 +75,7 @@ def counted(weights: Mapping[str, int], device: torch.device, what: str) -> floa
 
 
 def _said(out: str, err: str) -> list[str]:
-    """What `ncu` gave as its first error, and the last line of the process that it watched."""
+    """The first error of `ncu`, and the last line of the process that it profiled."""
     said = [x for x in (out + err).splitlines() if x.startswith("==ERROR==")][:1]
     said += [x for x in err.splitlines() if x.strip() and not x.startswith("==")][-1:]
     return [" ".join(x.removeprefix("==ERROR==").split())[:200] for x in said]

@@ -69,7 +69,7 @@ class _Worker:
             print(point.to_json(), file=self.process.stdin, flush=True)
 
     def hear(self, line: str) -> Found | None:
-        """What a line says of its point; None where it has only come further."""
+        """The outcome of a point in a worker's line; None if the line only reports progress."""
         if not line.endswith("\n"):
             code = self.process.wait()
             status = Status.OOM if code == -signal.SIGKILL else Status.ERROR
@@ -171,7 +171,7 @@ def _say(told: IO[str], what: dict[str, Any]) -> None:
     try:
         print(json.dumps(what), file=told, flush=True)
     except BrokenPipeError:
-        # Nobody waits for this point any more.
+        # The process that waited for this point is gone.
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""What a long run shows: the cell at work, its rate, how far the whole is and the time left."""
+"""Progress of a long run: the cell at work, its rate, the share done and the time left."""
 
 import time
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Watch:
         self._progress.show(fraction * self._weight, text)
 
     def say(self, found: str) -> None:
-        """What the cell found, for its line in a log."""
+        """A summary of the cell, for its line in a log."""
         self.found = found
 
 

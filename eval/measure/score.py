@@ -1,4 +1,4 @@
-"""What held-out text says of a checkpoint's model."""
+"""Score held-out text with a checkpoint's model."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -21,7 +21,7 @@ from infer.engine import Engine
 
 
 def measure(point: Point, site: Site, watch: Watch) -> Found:
-    """A latency only of a model whose extend equals its parallel form."""
+    """Latency is measured only of a model whose extend equals its parallel form."""
     plan = parse(DecodePlan, point.options, f"the options of {point.key}")
     spec, batch = spec_of(point), point.batch
     model = site.to_serve(spec)
@@ -73,7 +73,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         short = [context for context in plan.contexts if context not in too_long]
         rows += _baseline_rows(model, short, plan.no_cache, batch, backend)
     if plan.counters:
-        # The process that is counted holds the same model again.
+        # The profiled process loads the same model a second time.
         del model
         site.release()
         watch.at(0.9, "counters")

@@ -28,14 +28,14 @@ from train.recipe import Recipe
 from train.tokenizer import train_or_load
 from train.tokens import TokenSet, prepare
 
-#: Where tokenized text lies, where nobody says otherwise.
+#: The default cache of tokenized text.
 CACHE = Path("runs") / ".cache"
 
 
 class Failure(Exception):
-    """Ends a point without its figures; stopped: only the time budget ended it.
+    """Ends a point without its figures. stopped: only because the time budget was spent.
 
-    withheld: what was found all the same, for whoever asked.
+    withheld: figures found all the same, not to be recorded.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ def spec_of(point: Point) -> ModelSpec:
 
 
 def about(spec: ModelSpec, model: Model, **more: Any) -> About:
-    """What the rows of a model are about."""
+    """The columns that describe a point's model."""
     return About(
         pattern=" ".join(layer.mixer for layer in spec.layer_specs()),
         family=state_family(model.state_specs()),
@@ -135,7 +135,7 @@ class Site:
         return self._served[1]
 
     def release(self) -> None:
-        """Let go of the model that is kept."""
+        """Free the model that is kept."""
         self._served = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -175,5 +175,5 @@ class Site:
 
 
 def _identity(spec: ModelSpec) -> str:
-    """What decides a model with random weights, as text."""
+    """Everything that a model with random weights depends on, as text."""
     return f"{json.dumps(asdict(spec), sort_keys=True)} {spec.source_digest()}"

@@ -18,7 +18,7 @@ from eval.results.point import Point
 from eval.results.rows import About, Found, Status, failed
 from infer.sampling import NoTokenError
 
-#: What can be measured, by the name of its stage.
+#: Every stage by its name.
 STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "hardware": hardware.measure,
     "cost": cost.measure,

@@ -1,4 +1,4 @@
-"""A decode point's rows as a table of steps, a row for each context, as people ask for them."""
+"""A decode point's rows as a table with one row per context."""
 
 from eval.predict.neighbours import word
 from eval.results.point import Point
@@ -9,7 +9,7 @@ WHOLE = ("ttft_ms", "other_load", "agreement_error", "agreement_limit")
 
 
 def by_context(point: Point, found: Found) -> list[dict[str, object]]:
-    """What `found` says of each context, by our measures' names; of a failure one row.
+    """One row per context of `found`, columns by our measures' names; one row for a failure.
 
     status, note: how the step ended, and why, or who else was busy. counters_note: why a figure of
     the counters is missing.

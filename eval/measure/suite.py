@@ -1,9 +1,9 @@
-"""Suites: what one `run` trains, asks and times, as TOML that users copy and edit.
+"""Suites: what one `run` trains, tests and times, as TOML that users copy and edit.
 
 A suite names the architectures, the trained scale (real text, real loss) and the deployment
-scale (random weights, real latency). Every section is a frozen dataclass that builds whatever its
-values will be used for (recipes, tasks, outlines of models), so that what cannot run is refused
-when the suite is read.
+scale (random weights, real latency). Every section is a frozen dataclass that builds what its
+values describe (recipes, tasks, outlines of models), so that a suite that cannot run is refused
+when it is read.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ class TrainPlan:
 class QualityPlan:
     """Held-out text: bits per byte at the trained length, loss by position.
 
-    max_tokens: of the text; 0 is all of it. reach: trained lengths that positions go up to; 0 is no
+    max_tokens: at most this much of the text; 0: all of it. reach: positions go up to this many
       loss by position.
     """
 

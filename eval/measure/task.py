@@ -1,4 +1,4 @@
-"""A model trained on a synthetic task from scratch, until it is solved, and what it answers."""
+"""Train a model on a synthetic task until it solves it, then score its answers."""
 
 from dataclasses import replace
 
@@ -16,14 +16,14 @@ from eval.tasks.task import Split, TaskBatches
 from train.loop import train
 
 SOLVED = 0.99
-#: Sequences that are asked while it is trained.
+#: Development sequences that are scored during training.
 ON_THE_WAY = 128
 
 
 def measure(point: Point, site: Site, watch: Watch) -> Found:
-    """Accuracy at the end of training, which each learning rate gets until one solves it.
+    """Accuracy after training; the learning rates are tried in turn until one solves the task.
 
-    When to stop and which rate to take is decided on development sequences.
+    Development sequences decide when training stops and which rate is taken.
     """
     kind = task_named(point.scale)
     task = parse(kind, point.options, f"the options of {point.key}")

@@ -1,4 +1,4 @@
-"""A model trained on text at the best rate of a sweep, and what held-out text says of it."""
+"""Train a model on text at the best rate of a sweep, then score held-out text."""
 
 from dataclasses import dataclass, replace
 
@@ -49,7 +49,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         sweeping = _Sweep(point, site, options, spec, tokens)
         rate, rows = sweeping.best_rate(watch, trained)
         if plan.sweep_steps == plan.steps and point.seed == plan.seeds[0]:
-            # The sweep has made this very run: it is taken up where it ended.
+            # The sweep has begun this very run: training goes on where it ended.
             folder = sweeping.folder / f"lr_{rate:g}"
     result = train(
         model, data, plan.recipe(plan.scale, rate, point.seed), folder,

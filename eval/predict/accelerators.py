@@ -1,6 +1,6 @@
-"""What a prediction needs to know of a part: a datasheet's, or this machine's, measured now.
+"""Hardware rates that predictions rest on: a datasheet's, or this machine's, measured now.
 
-No datasheet says what a launch costs: that is what was measured of one H100, for every part.
+No datasheet gives the cost of a launch: every part takes the one measured on an H100.
 """
 
 from collections.abc import Iterable
@@ -29,9 +29,9 @@ THIS_MACHINE = "this-machine"
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What a prediction needs to know of a part.
+    """The rates of one part, by dtype.
 
-    launches_from: where their cost was taken. link: None where nothing is known of one.
+    launches_from: where the launch cost was measured. link: None if unknown.
     """
 
     key: str
@@ -49,8 +49,8 @@ def hardware_of(
 ) -> Hardware:
     """A part of the table, or this machine, measured now (a CPU always in float32).
 
-    batches: the rows of products that are measured. launch_us: what every operation costs beside
-    its work, instead of what was measured. Raises UserError on an unknown part or dtype.
+    batches: the rows of products that are measured. launch_us: fixed overhead of every operation,
+    instead of the measured one. Raises UserError on an unknown part or dtype.
     """
     part = _hardware_of(key, dtype, batches)
     if launch_us is None:

@@ -1,4 +1,4 @@
-"""Torch operations that a piece of work dispatches, and what one of them costs without any work."""
+"""Count the torch operations that a call dispatches, and time one that has no work."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs.layers import RMSNorm, SwiGLU
 
-#: Width at which a norm and an MLP have nothing to do but to be called.
+#: Width at which a norm and an MLP cost nothing but their calls.
 NO_WORK = 16
 
 
 class CountCalls(TorchDispatchMode):
-    """Within it, `calls` counts what is dispatched to torch."""
+    """A context in which `calls` counts the operations dispatched to torch."""
 
     calls = 0
 
@@ -24,7 +24,7 @@ class CountCalls(TorchDispatchMode):
 
 
 class IdleLayer:
-    """Norm, residual and MLP of one token, too narrow to read or compute anything worth a time.
+    """Norm, residual and MLP of one token, too narrow for bytes or FLOPs to matter.
 
     calls: the operations that running it dispatches.
     """

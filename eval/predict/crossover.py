@@ -33,7 +33,7 @@ def either(
 ) -> list[Crossover]:  # fmt: skip
     """Measured crossovers of `results` where there are any, else predicted ones.
 
-    What is None is all that was timed, or what `crossovers` takes by itself. Raises UserError on
+    None: all that was timed, or the defaults of `crossovers`. Raises UserError on
     options of a prediction beside results.
     """
     if results is None:
@@ -144,7 +144,7 @@ def measured_crossovers(
 ) -> list[Crossover]:  # fmt: skip
     """The same from timed steps, by scale, batch, hardware, dtype, backend and differing run.
 
-    scale, batches: only these; None: all that were timed.
+    scale, batches: only these; None: all timed ones.
     `context` is interpolated between the contexts that were timed, from `timed_from` to `timed_to`;
     None where the two do not cross there. Raises UserError where nothing of the two was timed
     alike.
@@ -183,7 +183,7 @@ def measured_crossovers(
 
 
 def told(row: Crossover) -> Crossover:
-    """A row for people: its verdict in words, with the contexts that it is about."""
+    """A row as people read it: the verdict in words with its contexts."""
     timed = "timed_from" in row
     first, last = (row[f"{'timed' if timed else 'looked'}_{end}"] for end in ("from", "to"))
     place = f"{'timed' if timed else 'looked at'} from {first:,} to {last:,} tokens"

@@ -33,7 +33,7 @@ MOST_GPUS = 8
 RESERVE = 0.1
 #: Larger batches are not looked at.
 MOST_SEQUENCES = 1 << 20
-#: Rows of products that are measured where this machine is asked about.
+#: Rows of GEMMs that are measured when this machine is one of the parts.
 MEASURED_ROWS = (1, 8, 64)
 
 
@@ -218,7 +218,7 @@ def _gpus(count: int) -> str:
 
 
 def _ranked(rows: Sequence[Prediction], context: int, by_price: bool) -> list[Prediction]:
-    """The rows of a context, best first; those that do not keep the limit last, nearest first."""
+    """The rows of a context, best first; then those over the limit, nearest first."""
 
     def worth(row: Prediction) -> tuple[bool, float]:
         if not row["meets"]:

@@ -1,4 +1,4 @@
-"""At equal loss, what does a million tokens cost: a ladder's ratios carried to a deployment shape.
+"""The cost of a million tokens at equal loss: a ladder's ratios applied to a deployment shape.
 
 `eval.results.ladder` says how many times the reference's parameters an architecture needs for the
 reference's loss. A deployment shape is then made deeper or shallower by that ratio: its layers'
@@ -75,7 +75,7 @@ def iso_quality_cost(
 
 
 def far(reach: float, scale: str) -> str:
-    """What a ratio is worth at a shape of `reach` times the ladder's largest model."""
+    """A caution if a shape has `reach` times the parameters of the ladder's largest model."""
     about = float(f"{reach:.2g}")
     return (
         f"{scale} has about {about:,.0f} times the parameters of the ladder's largest model; a fit "

@@ -1,14 +1,14 @@
-"""This machine, measured: bandwidth, matrix rate, and what a step's operations cost beside.
+"""This machine, measured: bandwidth, matrix rate, and the fixed overhead of an operation.
 
 Model-bandwidth and model-FLOP utilisation are against the first two, never against a datasheet.
 These are ceilings: of several repeats the fastest counts, of copying and reading the faster (a
 CPU reads a line before it writes it, so a copy moves more than it is credited with), and they are
 measured again beside what is timed, since another program may have had the machine before.
-Predictions know two things more. A product of a few rows with a matrix, which is what decode is
-made of, reads well below a copy's bandwidth on CPUs, the less the more rows; and each operation
-costs a launch: what is left of its time when there is nothing to read. Products are timed with a
-small and a large matrix that no cache holds, other calls on a layer too narrow to have work;
-these are medians over repeats after a warm-up.
+Predictions use two figures more. A GEMM of a few rows, which decode consists of, reads well below
+a copy's bandwidth on CPUs, the more rows the slower; and each operation costs a launch, the time
+that remains when there is nothing to read. GEMMs are timed with a small and a large matrix that no
+cache holds, other calls on a layer too narrow to have work; these are medians over repeats after
+a warm-up.
 """
 
 import statistics
@@ -28,21 +28,21 @@ from eval.predict.calls import IdleLayer
 from eval.predict.cold import time_cold
 from eval.predict.neighbours import BUSY, Neighbours
 
-#: Sides of the square matrices of products, of which so many that no cache holds them.
+#: Sides of the square matrices of GEMMs; enough of each that no cache holds them.
 SIDES = {"cpu": (512, 4096), "cuda": (2048, 16384)}
 SMALL_MATRICES = 64
 REPEATS = 7
 #: Repeats of a ceiling that is measured again.
 FEW_REPEATS = 3
-#: How often a busy machine is measured before its word is taken.
+#: Attempts on a busy machine before its quietest one is taken.
 ATTEMPTS = 3
-#: Products of more rows take the rate of these; beyond, the matrix rate tells more than bytes.
+#: GEMMs of more rows take the rate of this many: beyond it the matrix rate decides.
 MOST_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ProductRate:
-    """A product of `rows` rows with a matrix: its launch, and the bandwidth beyond it."""
+    """A GEMM of `rows` rows: its launch, and the bandwidth beyond it."""
 
     rows: int
     bytes_per_s: float
@@ -54,8 +54,8 @@ class Roofline:
     """Ceilings of one device for one dtype.
 
     read_bytes_per_s: reading alone; 0 where it was not measured. products: rates of products by
-    rows; none where only a datasheet is. call_us: what any other operation costs beside its work.
-    other_load: share of the cores that other programs took meanwhile; None where nobody tells.
+    rows; none from a datasheet alone. call_us: fixed overhead of any other operation.
+    other_load: share of the cores that other programs took meanwhile; None if unknown.
     """
 
     copy_bytes_per_s: float
@@ -77,7 +77,7 @@ class Roofline:
         return self.matrix_flops_per_s / self.peak_bytes_per_s
 
     def raised(self, other: "Roofline") -> "Roofline":
-        """Each ceiling the higher of both; all else, and the load, as here."""
+        """The higher of both for each ceiling; all else, and the load, as here."""
         return replace(
             self,
             copy_bytes_per_s=max(self.copy_bytes_per_s, other.copy_bytes_per_s),
@@ -86,22 +86,22 @@ class Roofline:
         )
 
     def time_ms(self, flops: float, moved_bytes: float, rows: int = 0) -> float:
-        """Time of work that moves and computes at these rates; rows: of a product, else 0."""
+        """Time of moving and computing at these rates; rows: M of a GEMM, else 0."""
         work_s = max(flops / self.matrix_flops_per_s, moved_bytes / self.bytes_per_s(rows))
         return work_s * 1e3 + self.launch_us(rows) / 1e3
 
     def launch_us(self, rows: int = 0) -> float:
-        """What an operation costs beside its work; rows: of a product, else 0."""
+        """Fixed overhead of an operation; rows: M of a GEMM, else 0."""
         product = self.product(rows)
         return self.call_us if product is None else product.launch_us
 
     def bytes_per_s(self, rows: int = 0) -> float:
-        """The bandwidth that an operation can reach: without rows, that of one-row products."""
+        """The bandwidth that an operation can reach; without rows, that of a GEMM of one row."""
         product = self.product(rows or 1)
         return self.copy_bytes_per_s if product is None else product.bytes_per_s
 
     def product(self, rows: int) -> ProductRate | None:
-        """The rate of products of nearest as many rows; None without rates, or rows."""
+        """The rate of the GEMM with the nearest number of rows; None without rates, or rows."""
         if not rows:
             return None
         return min(self.products, key=lambda p: abs(log(p.rows / rows)), default=None)
@@ -112,7 +112,7 @@ def measure_roofline(
     dtype: torch.dtype = torch.float32,
     rows: Sequence[int] = (1,),
 ) -> Roofline:
-    """Measure copies, reads, a square product, and products of as many rows as told.
+    """Measure copies, reads, a square GEMM, and GEMMs of each of `rows` rows.
 
     On a busy machine up to `ATTEMPTS` times, and what was measured at the quietest counts.
     """
@@ -128,14 +128,14 @@ def measure_roofline(
 
 
 def measured_again(known: Roofline, device: torch.device) -> Roofline:
-    """What is known of a CPU, with ceilings raised to what it reaches now; a GPU's as they are."""
+    """A CPU's rates with ceilings raised to what it reaches now; a GPU's unchanged."""
     if device.type == "cuda":
         return known
     return known.raised(_ceilings(device, known.dtype, FEW_REPEATS))
 
 
 def with_products(known: Roofline, device: torch.device, rows: Sequence[int]) -> Roofline:
-    """What is known, with the rates of products of as many rows; measured where they lack."""
+    """These rates with those of GEMMs of each of `rows` rows, measured where missing."""
     lacking = set(_timed_rows(rows)) - {p.rows for p in known.products}
     if not lacking:
         return known
@@ -181,7 +181,7 @@ def _ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> Rooflin
 
 
 def _call_us(device: torch.device, dtype: torch.dtype) -> float:
-    """What a call costs where there is no work: of a captured sum on a GPU, else of our glue."""
+    """Cost of a call without work: a captured sum on a GPU, an idle layer's operations on a CPU."""
     if device.type == "cuda":
         x = torch.ones(1024, dtype=dtype, device=device)
         return 1e6 * _each_s([lambda: x + x] * SMALL_MATRICES, device)

@@ -1,6 +1,6 @@
-"""What other programs take of this process's cores while something is timed.
+"""The share of this process's cores that other programs take while something is timed.
 
-A time that was shared is no time of this machine: what is measured says how much of it was.
+A time on shared cores is no time of this machine, so every timing records the share.
 """
 
 import os
@@ -17,7 +17,7 @@ WORK = (1, 2, 3, 6, 7, 8)
 
 
 class Neighbours:
-    """A context; afterwards `share` is what others took, 0 to 1; None where nobody tells.
+    """A context; afterwards `share` is what others took, 0 to 1; None if unknown.
 
     Processes that this one started count as others until they have ended and been waited for.
     """
@@ -48,7 +48,7 @@ class Neighbours:
 
 
 def word(share: float | None) -> str:
-    """What a person should know of what was timed; "" where the machine was quiet."""
+    """A warning about what was timed; "" if the machine was quiet."""
     if share is None or share < BUSY:
         return ""
     return f"busy: other programs took {100 * share:.0f} % of the cores"

@@ -1,4 +1,4 @@
-"""What any architecture would cost to decode on any hardware, from declarations alone.
+"""Predicted cost of decoding any architecture on any hardware, from declarations alone.
 
 Each operation takes the longer of its bytes at the bandwidth and its FLOPs at the rate, and a
 launch; their sum is the step. No weights are made, so any scale, batch and context is answered at
@@ -19,7 +19,7 @@ from eval.predict.machine import Roofline
 
 Prediction = dict[str, object]
 
-#: What commands and the API predict where nothing else is said.
+#: The default hardware, batches and contexts of predictions.
 SCALE = "8b"
 CONTEXTS = (1024, 16384)
 
@@ -31,7 +31,7 @@ def predict(
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, hardware, batch and context, with the Measures' names.
 
-    launch_us: what every operation costs beside its work; None: what was measured
+    launch_us: fixed overhead of every operation; None: the measured one
     (`launches_from`). price_per_hour: by hardware key.
     `fits` says whether weights and states of the batch fit in the part's memory,
     `max_sequences` how many would; a batch that does not fit has no times and no price, and `note`
@@ -65,9 +65,9 @@ def predict(
 def served(
     batch: int, tpot_ms: float, sequences: int | None, price_per_hour: float | None
 ) -> Prediction:
-    """Times, and a price where one is given, of a batch of which `sequences` fit (None: any).
+    """Times, and the cost at a price, of a batch; `sequences` fit in memory (None: any).
 
-    Of a batch that does not fit they are None, and `note` says why.
+    They are None for a batch that does not fit, and `note` says why.
     """
     fits = sequences is None or sequences >= batch
     times: Prediction = {
@@ -87,7 +87,7 @@ def predict_ops(
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
     launch_us: float | None = None,
 ) -> list[Prediction]:  # fmt: skip
-    """One row per operation of a step, equal ones of different layers together.
+    """One row per operation of a step; equal ones of different layers are added up.
 
     `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
     a bare product with weights, none where every sequence brings bytes of its own.

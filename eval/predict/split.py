@@ -1,8 +1,8 @@
-"""One model on several GPUs of a machine (tensor parallel): what each holds, does and tells others.
+"""One model on several GPUs of a machine (tensor parallel): memory, work and traffic of each.
 
 Matrices are divided evenly, vectors are held whole, and state is divided into the shards that its
-declaration names (`archs.spec.TensorSpec`): KV heads, heads, channels; what has none, like MLA's
-latent, every GPU holds and reads whole. Each block's mixer and MLP end in an all-reduce of the new
+declaration names (`archs.spec.TensorSpec`): KV heads, heads, channels; every GPU holds and reads
+whole what has none, like MLA's latent. Each block's mixer and MLP end in an all-reduce of the new
 tokens' activations, as does the embedding, and the logits are gathered. Collectives run in a ring,
 after the work that they wait for: nothing overlaps.
 """

@@ -76,7 +76,7 @@ def _without_cache(found: Evidence) -> Found:
     model = outline("mha", "1b")
 
     def total(n: int, cached: bool) -> float:
-        # A polynomial of the context: Simpson's rule over generation is exact enough.
+        # Step time is a polynomial of the context, for which Simpson's rule is exact enough.
         at = (1, n // 2, n)
         steps = [model.cost(Step(1, 1, c) if cached else Step(1, c, 0)).flops for c in at]
         return (steps[0] + 4 * steps[1] + steps[2]) * n / 6
@@ -97,7 +97,7 @@ def _without_cache(found: Evidence) -> Found:
 
 
 def _measured_exponents(figures: Figures) -> str:
-    """What full attention's clock says: exponents without and with the state, and their ratio."""
+    """Measured exponents of full attention without and with the state, and their ratio."""
     for setting in figures.settings:
         rows = figures.at(setting, "cached_tpot_ms", "nocache_tpot_ms")
         rows = rows[(rows["arch"] == "mha") & (rows["batch"] == rows["batch"].min())]

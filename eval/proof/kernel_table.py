@@ -1,4 +1,4 @@
-"""What the compiler makes of our Triton kernels, for GPUs that need not be here.
+"""Compile our Triton kernels ahead of time, for GPUs that need not be here.
 
 Rows of a table are known by the content of what was compiled: those of an earlier table are taken
 over where nothing changed. `leaderboards/ahead-of-time/cells.csv` holds every configuration.
@@ -78,12 +78,12 @@ class Cell:
 
     @property
     def variant(self) -> Variant:
-        """What is compiled."""
+        """The variant that is compiled."""
         return _variants(self.op, self.every)[self.index]
 
     @property
     def key(self) -> str:
-        """By what is compiled, whatever it is called."""
+        """The content of what is compiled, names aside."""
         return content_key(self.variant, self.target)
 
 
@@ -94,7 +94,7 @@ def _variants(op: str, every: bool) -> list[Variant]:
 
 
 def cells(targets: Sequence[str], *, every: bool, ops: Sequence[str] = ()) -> list[Cell]:
-    """What is to be compiled: of all ops or these, every configuration or the default ones.
+    """The cells to compile: of all ops or these, every configuration or the default ones.
 
     Raises UserError on an unknown target or op.
     """
@@ -121,7 +121,7 @@ def kernel_table(
     """One row per cell: registers, spills, loads, matrix instructions, faults.
 
     known: rows of an earlier table by their key; a cell whose key is among them is not compiled.
-    keep: told all rows there are where compiling ends early, whatever ended it.
+    keep: called with all rows so far if compiling ends early, whatever ended it.
     """
     rows = dict(known or {})
     missing = [cell for cell in wanted if cell.key not in rows]
@@ -176,7 +176,7 @@ def _named(row: Row, cell: Cell) -> Row:
 
 
 def _loads(by_width: Mapping[int, int]) -> str:
-    """How many of each width in bytes, the widest first."""
+    """The number of loads of each width in bytes, the widest first."""
     return " ".join(f"{n}x{width}B" for width, n in sorted(by_width.items(), reverse=True))
 
 

@@ -1,4 +1,4 @@
-"""A table as claims about decode are held to it, and what came of one."""
+"""A results table as the claims query it, and the outcome of one claim."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The long table as the charts ask for it: means over seeds, one column a measure."""
+"""The long table as the charts query it: means over seeds, one column per measure."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,7 +19,7 @@ EQUAL = 0.05
 
 
 class Setting(NamedTuple):
-    """Under what a latency was taken."""
+    """The conditions of a latency."""
 
     hardware: str
     scale: str
@@ -52,7 +52,7 @@ class Figures:
 
     @cached_property
     def declared_settings(self) -> list[Setting]:
-        """Settings for what needs no timing: those of decode, then those of declarations alone."""
+        """Settings of untimed figures: those of decode, then those of declarations alone."""
         return [*self.settings, *self._settings("cost", "state_bytes")]
 
     def _settings(self, stage: str, measure: str) -> list[Setting]:
@@ -81,11 +81,11 @@ class Figures:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """The synthetic tasks that were asked, in order."""
+        """The synthetic tasks of the table, in order."""
         return list(dict.fromkeys(self._good.loc[self._good["measure"] == "accuracy", "scale"]))
 
     def asked(self, task: str) -> str:
-        """The options of what `quality` gives of a task."""
+        """The options of the task behind `quality`."""
         rows = self._rows_of("accuracy", task)
         return "" if rows.empty else str(rows["options"].iloc[0])
 

@@ -12,7 +12,7 @@ OURS = "triton"
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One case: our time, what it is of the device, and the fastest of the baselines.
+    """One case: our time, its share of the device's ceiling, and the fastest baseline.
 
     ratio: their time over ours, above 1 where ours is faster; None where nothing was compared.
     """

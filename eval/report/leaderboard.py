@@ -161,7 +161,7 @@ def _documents_of(rows: pd.DataFrame, long: pd.DataFrame) -> pd.DataFrame:
 
 
 def _unpredicted(rows: pd.DataFrame) -> pd.DataFrame:
-    """Without the predictions (stage cost) of what another stage recorded for the same step."""
+    """The table without predictions (stage cost) of steps that another stage recorded."""
     same = keys_of(rows, ("arch", "measure", "scale", "batch", "context"))
     predicted = rows["stage"] == "cost"
     return rows[~(predicted & same.isin(set(same[~predicted])))]
@@ -228,7 +228,7 @@ def fullest(table: pd.DataFrame, measure: str) -> str | None:
 
 
 def by_task(table: pd.DataFrame) -> dict[str, str]:
-    """The fullest column of what each synthetic task was answered, by its name."""
+    """The fullest accuracy column of each synthetic task, by the task's name."""
     columns = [c for c in figure_columns(table) if c.measure == "accuracy"]
     fullest_of: dict[str, str] = {}
     for column in columns:
@@ -244,7 +244,7 @@ def figure_columns(table: pd.DataFrame) -> list[Column]:
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """A column of the short leaderboard: what to print of which figure, scaled how."""
+    """A column of the short leaderboard: which figure, its title, its scale."""
 
     title: str
     column: str

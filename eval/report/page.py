@@ -32,7 +32,7 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
 
 
 class Told(NamedTuple):
-    """What a page says beyond its table: what predictions made of it.
+    """What a page adds to its table: predictions.
 
     costs: rows of `iso_quality_cost`; no_costs: why there are none.
     """
@@ -218,7 +218,7 @@ def _claims(claims: Sequence[Claim]) -> str:
 
 
 def _isoquality(told: Told) -> str:
-    """The ladder's answer at one deployment."""
+    """The section on cost at equal loss, at one deployment shape."""
     if told.no_costs:
         return f'<p class="soft">No answer: {escape(told.no_costs)}.</p>'
     if not told.costs:

@@ -1,4 +1,4 @@
-"""A table for a terminal of any width: what does not fit is folded, and no figure is ever cut.
+"""A table for a terminal of any width: long cells are folded, and no figure is ever cut.
 
 Columns that hold one value in every row move above the table; what is still too wide is told in
 blocks of columns, each with the columns that tell the rows apart; and where even these leave no
@@ -37,12 +37,12 @@ class Field:
 
     @property
     def full_width(self) -> int:
-        """Where no cell wraps."""
+        """The width at which no cell wraps."""
         return max(map(cell_len, self.cells), default=0)
 
     @property
     def least_width(self) -> int:
-        """Where only text wraps, and titles between their words."""
+        """The width at which only text wraps, and titles between their words."""
         whole = self.full_width if self.number else min(self.full_width, TEXT_WIDTH)
         words = f"{self.title} {self.below}".split()
         return max(whole, *(min(len(word), TEXT_WIDTH) for word in words), 1)
@@ -66,7 +66,7 @@ class Sheet:
 
     @property
     def row_count(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.fields[0].cells) if self.fields else 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -99,7 +99,7 @@ def _least(fields: Sequence[Field]) -> int:
 
 
 def _split_constants(fields: Sequence[Field]) -> tuple[list[Field], list[Field]]:
-    """Columns with one short value in all rows, and the others; the first field is no such."""
+    """Columns with one short value in all rows, and the others, the first field among these."""
     told = [
         field
         for field in fields[1:]
@@ -110,7 +110,7 @@ def _split_constants(fields: Sequence[Field]) -> tuple[list[Field], list[Field]]
 
 
 def _widths(fields: Sequence[Field], width: int) -> list[int]:
-    """What is left beside the least widths goes to text that wraps, then to titles."""
+    """The columns' widths: room beyond the least widths goes to text that wraps, then to titles."""
     widths = [field.least_width for field in fields]
     for wanted in ([f.full_width for f in fields], [cell_len(f.title) for f in fields]):
         left = width - sum(widths) - GAP * (len(fields) - 1)
@@ -136,7 +136,7 @@ def _table(fields: Sequence[Field], width: int) -> Table:
 
 
 def _records(fields: Sequence[Field], width: int) -> Iterator[Text]:
-    """Each row as a list of what it holds."""
+    """Each row as a list of its cells."""
     longest = min(max(len(field.name) for field in fields), width // 2)
     for cells in zip(*(field.cells for field in fields), strict=True):
         for field, cell in zip(fields, cells, strict=True):

@@ -1,6 +1,6 @@
-"""What a table says in a few sentences: who leads in quality, who decodes fastest, whose state.
+"""A table in a few sentences: who leads in quality, who decodes fastest, whose state is smallest.
 
-Only figures of the table are told. Who leads in quality is what the paired test says
+Only figures of the table are told. The paired test decides who leads in quality
 (`eval.results.paired`); times within `EQUAL` of the fastest are said to be equal; what was not
 measured is named.
 """

@@ -1,5 +1,4 @@
-"""The text that a run folder's figures came from, which may change meanwhile; and failures that may
-not be failures any more.
+"""The text behind a run folder's figures, which may change, and failures worth another try.
 
 A corpus that now holds other text ends the run: figures of two texts must not stand in one column,
 and only the user knows which of them is meant.

@@ -23,7 +23,7 @@ from eval.results.statistics import LEVEL, Array, student_t_quantile
 LEAST_SIZES = 3
 #: A ladder tells sizes apart where its loss falls by this many times the fit's residual.
 TOLD_APART = 2.0
-#: What all points of a fit have in common.
+#: Columns in which all points of a fit agree.
 ALIKE = ("corpus", "tokens", "config_hash")
 #: Exponents that are searched; published ones lie between 0.05 and 0.7.
 EXPONENTS = np.geomspace(1e-3, 10, 200)
@@ -89,7 +89,7 @@ def ladder_points(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def mixed(points: pd.DataFrame) -> str | None:
-    """What the points differ in that a fit needs to be the same, the first such thing."""
+    """The first of `ALIKE` in which the points differ."""
     return next((n for n in ALIKE if n in points and points[n].nunique() > 1), None)
 
 

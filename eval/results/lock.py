@@ -17,7 +17,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises UserError where another process holds it, or it cannot be made.
     """
     with refusing(folder, "written"):
-        # Of a file in its place the opening tells.
+        # If a file stands in its place, opening it says so.
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 
 class Measure(NamedTuple):
-    """unit as printed; better: which direction wins, None where neither does.
+    """unit as printed; better: which direction wins, None if neither does.
 
     share: a part of a whole, from 0 to 1.
     """

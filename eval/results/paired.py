@@ -34,7 +34,7 @@ class Shared:
 
 
 def shared_documents(documents: pd.DataFrame) -> Shared | None:
-    """What rows of `document_bits_per_byte` (arch, seed, position, value, n) allow to compare.
+    """The models that rows of `document_bits_per_byte` (arch, seed, position, value, n) compare.
 
     None unless there are several documents and several architectures of one seed each, all
     scored on the same documents.

@@ -1,6 +1,4 @@
-"""What is measured, as a value: it is hashed by itself, and its figures depend on nothing else but
-the machine and the code.
-"""
+"""A measurement as a value that hashes itself: what is measured, of which model and where."""
 
 import hashlib
 import json
@@ -41,13 +39,13 @@ class Point:
 
     @property
     def key(self) -> str:
-        """By which its rows are known."""
+        """The name of its rows' file."""
         where = f"{self.scale}/seed{self.seed}/batch{self.batch}"
         return f"{self.stage}/{self.arch}/{where}/{self.digest}"
 
     @property
     def label(self) -> str:
-        """What a person reads of it."""
+        """A short name for people."""
         words = [self.stage, self.arch, self.scale and f"@{self.scale}"]
         words += [
             f"batch {self.batch}" if self.batch else "",

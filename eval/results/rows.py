@@ -79,7 +79,7 @@ class Steps:
 class Found:
     """What measuring a point gave; stopped: a time budget ended it before it gave anything.
 
-    steps, withheld: for whoever asked, and in no table: single steps, and figures of a point that
+    steps, withheld: for the caller, and in no table: single steps, and figures of a point that
     failed, which has none.
     """
 

@@ -1,4 +1,4 @@
-"""How much of what a task asks a model gets right."""
+"""Accuracy of a model on a task."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What every synthetic task has: models trained from scratch, on sequences seen once.
+"""The base of synthetic tasks: models trained from scratch, on sequences seen once.
 
 Models are few layers without an MLP and with one short convolution for all, so that the mixer alone
 decides. Batches are a pure function of (task, seed, step, split).
@@ -77,7 +77,7 @@ class Task(ABC):
 
     @property
     def asked(self) -> str:
-        """What is asked, the length apart, as words of the form name=value."""
+        """Its options without the length, as words of the form name=value."""
         recipe = {f.name for f in fields(Task)} - {"vocab"}
         own = (f.name for f in fields(self) if f.name not in recipe)
         return " ".join(f"{name}={getattr(self, name)}" for name in own)

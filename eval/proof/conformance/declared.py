@@ -1,4 +1,4 @@
-"""What a mixer declares, held to what it does: shapes, state, bytes, FLOPs, memory.
+"""Compare what a mixer declares with what it does: shapes, state, bytes, FLOPs, memory.
 
 No count here is made from the declaration that it is compared with: bytes are those of tensors
 that exist and that an operation reads, FLOPs those of operations that run.
@@ -28,9 +28,9 @@ from infer.store import StateStore
 STEPS = ((2, 33, 1), (1, 20, 4), (2, 9, 40), (1, 0, 33))
 #: Vector FLOPs are declared to first order: at most this factor from what is counted.
 VECTOR_SLACK = 2.0
-#: Single-token steps that must not leave more behind than the step before.
+#: Single-token steps, none of which may leave more memory behind than the one before.
 QUIET_STEPS = 6
-#: What torch itself keeps on a module.
+#: Attributes that torch itself keeps on a module.
 MODULE_TABLES = frozenset(vars(torch.nn.Module()))
 
 
@@ -157,7 +157,7 @@ def _lies(cost: Cost, tally: Tally, new: int) -> str:
 
 
 def check_memory(subject: Subject) -> Check:
-    """A step leaves nothing behind but its state: what grows with the context is declared."""
+    """A step leaves only its state behind: memory that grows with the context is declared."""
     name = "undeclared memory"
     engine = subject.engine(1, 9 + QUIET_STEPS)
     slots = [engine.store.add()]
@@ -220,7 +220,7 @@ def _holder(mixer: Mixer) -> str | None:
 def _layers(
     subject: Subject, batch: int, context: int, new: int
 ) -> Iterator[tuple[int, Tally, Recorded]]:
-    """Each layer's mixer run alone for one step: what it did, and with which state."""
+    """Run each layer's mixer alone for one step: its tally and its state."""
     dtype = subject.model.embedding.weight.dtype
     x = subject.inputs(batch, new, dtype)
     with subject.step(batch, context, new) as step:

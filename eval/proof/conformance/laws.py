@@ -1,4 +1,4 @@
-"""What every mixer must obey, as comparisons of what it computes in two ways.
+"""The laws that compare what a mixer computes in two ways.
 
 The split law: any split of a sequence into `extend` calls gives the outputs and the state of one
 `forward`. Then causality, batches, padding, fork, rollback, gradients and 16-bit weights. A law
@@ -28,7 +28,7 @@ from eval.proof.conformance.verdict import (
 )
 from infer.engine import Engine
 
-#: Where the token is changed that nothing before it may notice.
+#: The position of the changed token.
 CHANGED = 23
 
 
@@ -98,7 +98,7 @@ def check_split_law(subject: Subject) -> Check:
 def _state_fault(
     subject: Subject, held: Comparison, got: Engine, expected: Engine, slots: list[int], case: str
 ) -> str:
-    """Where what two engines remember of sequences differs; empty where it does not."""
+    """The first difference between two engines' states of the same sequences; empty if none."""
     for slot in slots:
         pairs = zip(got.store.snapshot(slot), expected.store.snapshot(slot), strict=True)
         for layer, (mine, theirs) in enumerate(pairs):

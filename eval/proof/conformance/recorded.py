@@ -1,4 +1,4 @@
-"""A layer's state as the kit hands it out: every use is held to what the layer declares.
+"""A layer's state that checks every use against the layer's declaration.
 
 `Recorded` passes everything on to the store's own state. Rows and fixed tensors come as copies,
 so that a `Tally` sees which of their bytes a mixer reads.
@@ -21,7 +21,7 @@ Declared = TypeVar("Declared", bound=TensorSpec)
 
 @dataclass(slots=True)
 class Use:
-    """What one declared tensor was used for: its rows or value read, and stored."""
+    """How one declared tensor was used: its rows or value read, and stored."""
 
     stored: bool = False
     reads: list[Watched] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a step really does, counted where torch dispatches it: no declaration is looked at.
+"""Count what a step does where torch dispatches it, without looking at any declaration.
 
 A `Tally` marks every byte of the watched tensors that an operation reads, and counts FLOPs by
 kind. Views read nothing; a gather reads what it returns.
@@ -26,7 +26,7 @@ READ_NOTHING = frozenset(
     {"_unsafe_view", "_reshape_alias", "empty_like", "zeros_like", "ones_like", "full_like",
      "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}
 )  # fmt: skip
-#: Pointwise by torch's tags, but without arithmetic.
+#: Operations that torch tags as pointwise, but that compute nothing.
 MOVES = frozenset({"clone", "where", "masked_fill", "masked_fill_", "_to_copy", "copy_"})
 #: FLOPs of one element of the result, where that is not one.
 PER_OUTPUT = {"silu": 5, "silu_": 5, "addcmul": 2, "addcmul_": 2, "softplus": 3, "gelu": 8,

@@ -1,4 +1,4 @@
-"""What a law says about a mixer: a verdict, the first wrong place, and a failure explained."""
+"""A law's verdict on a mixer: the figure, the first wrong place, and the likely cause."""
 
 import os
 import traceback
@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 class Check:
     """One verdict: the law's name, whether it held, and the figure that says so.
 
-    passed: None where it cannot be told, with the reason as `detail`.
+    passed: None if it cannot be judged, with the reason as `detail`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead for a machine that has no time, compiler or network for it.
+"""Kernels compiled ahead for a machine without time, compiler or network.
 
 `prepare` runs the proof on the stand-in and keeps the machine code of all that it launched; `use`
 puts it, on the other machine, where its Triton looks. Triton's key for a kernel holds no GPU and no
@@ -23,15 +23,15 @@ from archs.errors import UserError
 from eval.measure import child
 
 INDEX, KERNELS = "index.json", "kernels"
-#: What the stand-in compiles for.
+#: The target that the stand-in compiles for.
 TARGET = "sm_90"
 
 
 def prepare(folder: Path, ops: Sequence[str] = (), *, more: Sequence[str] = ()) -> dict[str, Any]:
-    """Fill `folder` with what the proof of these operations (all, and whole steps) launches.
+    """Fill `folder` with every kernel that the proof of these operations (all, and steps) launches.
 
     more: further words for `eval.proof.gpu.standin.run`. Returns the stand-in's report.
-    Raises UserError where the stand-in cannot run, and where it found what would fail.
+    Raises UserError where the stand-in cannot run, and where it finds a fault.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"'{folder}' is not empty; name a new folder")
@@ -123,7 +123,7 @@ def _place(files: Path, cache: Path, entry: dict[str, str]) -> None:
 
 
 def _key(entry: dict[str, str]) -> str:
-    """What this Triton calls a kernel."""
+    """This Triton's name for a kernel."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend

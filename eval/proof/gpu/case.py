@@ -1,4 +1,4 @@
-"""What is checked and timed on a device: an operation at one shape, ours beside the baselines."""
+"""One operation at one shape, checked and timed on a device, ours beside the baselines."""
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,7 @@ class Case:
       call without arguments. All return the same values in the same shape, so that they can be
       compared; a gradient that a baseline does not have in common has another shape, or is
       missing. Called once per copy, so that no copy finds its data in the cache.
-    late: baselines that take long to compile or to launch, timed when all else is.
+    late: baselines that take long to compile or to launch, timed after all else.
     """
 
     name: str

@@ -32,7 +32,7 @@ KEY = ("arch", "scale", "batch", "context", "kernel_backend")
 
 #: Steps of a cell.
 STEPS = 24
-#: Columns of a row that have another name here than their measures.
+#: Columns whose names differ here from their measures'.
 NAMES = {"held_bytes": "state_bytes"}
 
 
@@ -47,11 +47,11 @@ class Place(NamedTuple):
 
     @property
     def key(self) -> dict[str, object]:
-        """By which its row is known."""
+        """The columns that identify its row."""
         return dict(zip(KEY, self, strict=True))
 
     def point(self, device: str, steps: int = STEPS) -> Point:
-        """What is measured there."""
+        """The point to measure."""
         plan = DecodePlan(
             scale=self.scale, batches=(self.batch,), contexts=(self.context,), steps=steps,
             backend=self.backend,

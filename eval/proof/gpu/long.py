@@ -1,4 +1,4 @@
-"""What a proof measured of whole steps as the long table that reports and leaderboards read.
+"""Whole steps of a proof as the long table that reports and leaderboards read.
 
 The proof's own files have a row per cell and grow while it runs; this is made from them anew.
 """
@@ -16,13 +16,13 @@ from eval.results.folder import write_table
 from eval.results.point import Point
 from eval.results.rows import CELL_FAILED, About, Found, Provenance, Row, Status, records
 
-#: Columns of a decode row that are measures by the same name, of the whole step.
+#: Columns of a decode row that are measures of the whole step by the same name.
 MEASURED = (
     "tpot_ms", "tpot_p50_ms", "tpot_p99_ms", "output_tok_per_s", "mbu", "mfu", "tpot_pred_ms",
     "step_bytes", "step_flops", "state_bytes", "agreement_error",
 )  # fmt: skip
 FROM = ("hardware", "driver", "torch", "triton", "commit", "started_at")
-#: The configuration of a proof is its code.
+#: A proof has no configuration but its code.
 CONFIG = "proof"
 
 

@@ -3,7 +3,8 @@
 Correctness of every operation first; the times of one that fails are marked as incorrect, and a
 baseline that computes something else is not timed. Then, by value, the decode steps and the cases
 of all operations, ours and every installed baseline, against this device's measured copy bandwidth
-and matrix rate. What is in the files of `out` is not run again, but for errors and lack of memory.
+and matrix rate. Rows that the files of `out` hold are not measured again, except errors and lack of
+memory.
 """
 
 import gc
@@ -47,9 +48,9 @@ PRODUCT_ROWS = tuple(sorted({1, 2, *(min(batch, MOST_ROWS) for _, batch, _ in PO
 RATES = ("copy_bytes_per_s", "matrix_flops_per_s", "call_us", "read_bytes_per_s")
 PRODUCTS = ("product_bytes_per_s", "product_launch_us")
 OURS = "triton"
-#: In the note of a cell that no later call may try: it would end there, too.
+#: In the note of a cell that no later call may try, since it would end there, too.
 FATAL = "the device was lost; remove this row to try it again"
-#: Statuses that may have been the process's own trouble, or an earlier version's.
+#: Statuses that a new process or version may not repeat.
 TRANSIENT = (Status.ERROR.value, Status.OOM.value, Status.INCORRECT.value)
 #: How far a baseline in bf16 may be from ours, relative, for their times to be comparable.
 AGREES = 3e-2
@@ -85,7 +86,7 @@ class Proof:
         self._roofline: Roofline | None = None
 
     def _require_one_machine(self) -> None:
-        """Rates of one machine say nothing about the times of another."""
+        """Raise UserError where the folder holds another machine's rates."""
         mine = self._from["hardware"]
         for table in (self.checks, self.timings, self.decode, self.machine):
             for other in {r["hardware"] for r in table.rows} - {mine}:
@@ -166,7 +167,7 @@ class Proof:
                 yield op, check, row
 
     def _failed(self, op: Op) -> str | None:
-        """Why an operation's times are not to be trusted; None where nothing is against it."""
+        """Why an operation's times cannot be trusted; None if they can."""
         for check in op.checks:
             row = self.checks.find(op=op.name, check=check.name)
             if row is not None and row["status"] != Status.OK:
@@ -219,7 +220,7 @@ class Proof:
                     watch.say(self._time(op, case, late))
 
     def _time(self, op: Op, case: Case, late: str | None) -> str:
-        """One late baseline, or all else that is not recorded, ours last; what to tell."""
+        """Time one late baseline, or all else not yet recorded, ours last; a line for the log."""
         rates = self.roofline
         said: list[str] = []
         made: dict[str, Any] = {}
@@ -313,7 +314,7 @@ class Proof:
                     return
                 label = "decode {} @{} batch {} context {} {}".format(*place)
                 with self.progress.cell(label, 1.0) as watch:
-                    # What an earlier cell left in circles must not count as this one's.
+                    # Memory in reference cycles of an earlier cell must not count as this one's.
                     _collect(self.device)
                     row = guarded(partial(row_of, place, site))
                     fatal = lost(self.device)
@@ -324,7 +325,7 @@ class Proof:
 
 
 def again(row: Mapping[str, str]) -> bool:
-    """Whether a cell of an earlier call is tried again."""
+    """Whether a cell of an earlier call is to be measured again."""
     return row["status"] in TRANSIENT and FATAL not in row["note"]
 
 
@@ -347,7 +348,7 @@ def told(row: Mapping[str, object]) -> str:
 
 @contextmanager
 def quick_collection() -> Iterator[None]:
-    """In the body what is held now, modules above all, is not searched for garbage again."""
+    """In the body, garbage collection skips what is alive now, modules above all."""
     gc.collect()
     gc.freeze()
     try:

@@ -22,7 +22,7 @@ from eval.results.rows import Status
 BATCH = 12
 #: A check that takes longer than this hangs.
 PATIENCE_S = 240.0
-#: How a worker ends whose device is lost.
+#: Exit code of a worker whose device is lost.
 LOST = 3
 
 Name = tuple[str, str]
@@ -30,7 +30,7 @@ Row = dict[str, object]
 
 
 def count() -> int:
-    """How many workers this machine bears: each compiles on a core and has an oracle on another."""
+    """Workers for this machine: each compiles on one core and runs an oracle on another."""
     return max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
@@ -60,7 +60,7 @@ def spread(
 
 
 def command(device: torch.device, names: Sequence[Name]) -> list[str]:
-    """What starts a worker."""
+    """The command that starts a worker."""
     words = (word for name in names for word in name)
     return child.command("eval.proof.gpu.workers", str(device), *words)
 
