@@ -14,8 +14,9 @@ from typing import Self
 from archs.errors import UserError
 from archs.formats import Format
 
-#: Up to this many new tokens the recurrent form is used, above it the chunked one.
-RECURRENT_LIMIT = 8
+#: Up to this many new tokens the recurrent form is used, above it the chunked one: eight drafts and
+#: the token before them.
+RECURRENT_LIMIT = 9
 
 
 def kept_states(new_tokens: int, lookback: int) -> int:

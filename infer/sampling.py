@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature and top-p, on the device."""
+"""From logits to the next token: greedy, temperature, top-k and top-p, on the device."""
 
 import hashlib
 import math
@@ -17,18 +17,26 @@ from kernels.sampling.nucleus import NO_TOKEN
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the smallest set of tokens with that mass."""
+    """temperature 0 is greedy; top_k keeps that many of the likeliest tokens (0: all), and of their
+    mass top_p keeps the smallest set with that share.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError(
-                f"temperature={self.temperature} must be finite and >= 0, "
-                f"and top_p={self.top_p} in (0, 1]"
+                f"temperature={self.temperature} must be finite and >= 0, top_p={self.top_p} in "
+                f"(0, 1] and top_k={self.top_k} at least 0"
             )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, and nothing drawn."""
+        return self.temperature == 0
 
 
 class NoTokenError(ArithmeticError):
@@ -54,8 +62,10 @@ class Sampler:
         return self._draw(self.sampling, logits, uniform)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """The distribution that is drawn from. [B, V] -> [B, V] float64, rows sum to 1."""
+        """The distribution that is drawn from. [..., V] -> [..., V] float64, rows sum to 1."""
         s = self.sampling
+        if s.top_k:
+            logits = nucleus.top_k(logits, s.top_k)
         return nucleus.nucleus(logits, temperature=s.temperature, top_p=s.top_p)
 
     def uniforms(self, prompts: Sequence[Sequence[int]], tokens: int) -> Tensor | None:
@@ -64,17 +74,22 @@ class Sampler:
         They follow from the seed, the prompt and how many equal prompts precede it: neither other
         sequences of a batch nor the place in it change what is drawn.
         """
-        if self.sampling.temperature == 0:
+        if self.sampling.greedy:
             return None
+        rows = [torch.rand(tokens, generator=stream) for stream in self.streams(prompts)]
+        return torch.stack(rows, 1).to(self.device)
+
+    def streams(self, prompts: Sequence[Sequence[int]]) -> list[torch.Generator]:
+        """The random numbers of each sequence: they follow from what `uniforms` says."""
         copies: Counter[tuple[int, ...]] = Counter()
-        rows = []
+        streams = []
         for prompt in prompts:
             key = tuple(prompt)
             text = repr((self.sampling.seed, copies[key], key))
             copies[key] += 1
-            stream = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-            rows.append(torch.rand(tokens, generator=torch.Generator().manual_seed(stream)))
-        return torch.stack(rows, 1).to(self.device)
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+            streams.append(torch.Generator().manual_seed(seed))
+        return streams
 
 
 def fed(tokens: Tensor) -> Tensor:
@@ -99,6 +114,8 @@ def _torch(sampling: Sampling, logits: Tensor, uniform: Tensor | None) -> Tensor
     if uniform is None:
         return nucleus.greedy(logits)
     s = sampling
+    if s.top_k:
+        logits = nucleus.top_k(logits, s.top_k)
     kept = nucleus.nucleus(logits, temperature=s.temperature, top_p=s.top_p)
     return nucleus.draw(kept, uniform)
 
@@ -108,6 +125,8 @@ def _triton(sampling: Sampling, logits: Tensor, uniform: Tensor | None) -> Tenso
 
     if uniform is None:
         return sample.greedy(logits)
+    if sampling.top_k:
+        logits = nucleus.top_k(logits, sampling.top_k)
     return sample.top_p(logits, uniform, temperature=sampling.temperature, top_p=sampling.top_p)
 
 

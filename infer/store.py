@@ -152,6 +152,12 @@ class StateStore:
         self.lengths[child], self.oldest[child] = self.lengths[sequence], self.oldest[sequence]
         return child
 
+    def reach(self, new_tokens: int) -> int:
+        """How many tokens `rollback` can take back after a step of `new_tokens`, at least."""
+        if not self._bounded:
+            return self.max_context
+        return self.lookback if new_tokens <= RECURRENT_LIMIT else 0
+
     def rollback(self, sequence: int, tokens: int) -> None:
         """Forget the newest `tokens` tokens of a sequence, as if they had never been.
 
@@ -238,7 +244,7 @@ class StateStore:
         if step is not self._step:
             raise UserError("this step is not the open one; commit a step once, after its `begin`")
         step.committed = True
-        reach = self.lookback if step.new_tokens <= RECURRENT_LIMIT else 0
+        reach = self.reach(step.new_tokens)
         for sequence, length, count in zip(step.sequences, step.lengths, step.counts, strict=True):
             end = self.lengths[sequence] = length + count
             for table in self.tables.values():

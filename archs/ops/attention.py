@@ -17,7 +17,7 @@ from archs.state import Rows, pages_of
 from kernels.attention.torch import attention, latent_attention
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
-DECODE_LIMIT = 8
+DECODE_LIMIT = 9
 MLA_DECODE_LIMIT = 4
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention of 1 to 8 new tokens per sequence over a paged cache, split along its rows.
+"""Softmax attention of 1 to 9 new tokens per sequence over a paged cache, split along its rows.
 
 Legend: B batch, K new tokens, H query heads, G kv heads, d head dim, M rows of one matrix product.
 The H/G query heads of a kv head times K tokens are packed into the M rows, so that keys and values
@@ -199,7 +199,7 @@ def attention_decode(
 ) -> Tensor:  # fmt: skip
     """softmax(scale · q kᵀ) v over the rows that each new token may see.
 
-    q: [B, K, H, d], K <= 8, bf16 or fp16; strides multiples of 16, so views of a packed
+    q: [B, K, H, d], K <= 9, bf16 or fp16; strides multiples of 16, so views of a packed
       projection will do.
     k_pool, v_pool: [G, pages * page_size, d]; q's dtype, or int8 or float8_e4m3fn with scales.
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.checks import form, require
 from kernels.device import gpu, interpreted, require_gpu
 
-MAX_TOKENS = 8
+MAX_TOKENS = 9
 HEAD_DIMS = (32, 64, 128, 256)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 

@@ -1,4 +1,4 @@
-"""Causal convolution of 1 to 8 new tokens with its tail in slots: y_t = Σ_i w_i · x_{t-W+1+i}
+"""Causal convolution of 1 to 9 new tokens with its tail in slots: y_t = Σ_i w_i · x_{t-W+1+i}
 (+ bias), then SiLU; depthwise, as before every recurrent mixer (arXiv 2312.00752, § 3.4).
 
 B sequences, K new tokens, C channels, W taps; the tail is the last W - 1 inputs of a sequence.

@@ -1,4 +1,4 @@
-"""Linear attention for 1 to 8 new tokens on states in slots: S_t = γ S_{t-1} + k_t v_tᵀ,
+"""Linear attention for 1 to 9 new tokens on states in slots: S_t = γ S_{t-1} + k_t v_tᵀ,
 y_t = scale · S_tᵀ q_t, with one fixed decay γ per head (retention, arXiv 2307.08621); optionally
 q and k are turned by their tokens' positions first, and y is normed and gated after.
 

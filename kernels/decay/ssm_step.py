@@ -1,4 +1,4 @@
-"""Mamba-2's recurrent update for 1 to 8 new tokens on states in slots (arXiv 2405.21060):
+"""Mamba-2's recurrent update for 1 to 9 new tokens on states in slots (arXiv 2405.21060):
 S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t, with Δ = softplus(dt + dt_bias)
 and A = -e^{A_log} computed here.
 

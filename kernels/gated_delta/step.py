@@ -1,4 +1,4 @@
-"""The gated delta rule for 1 to 8 new tokens on states in slots (arXiv 2412.06464, eq. 10):
+"""The gated delta rule for 1 to 9 new tokens on states in slots (arXiv 2412.06464, eq. 10):
 S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t / √N, with
 g = -e^{A_log} softplus(a + dt_bias), β = sigmoid(b) and normalised q and k computed here.
 

@@ -40,6 +40,19 @@ def nucleus(logits: Tensor, *, temperature: float, top_p: float) -> Tensor:
     return kept / kept.sum(-1, keepdim=True)
 
 
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """The logits of the k likeliest tokens [..., V], -inf for all others; of equal logits at the
+    edge the first ones stay, as in a stable sort. NaN stays, too.
+    """
+    if k >= logits.shape[-1]:
+        return logits
+    edge = logits.topk(k, -1).values[..., -1:]
+    above, tied = logits > edge, logits == edge
+    room = k - above.sum(-1, keepdim=True)
+    kept = above | (tied & (tied.cumsum(-1) <= room)) | logits.isnan()
+    return logits.masked_fill(~kept, -torch.inf)
+
+
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """One token per row: [B, V] and numbers in [0, 1) [B] -> int64 [B]; NO_TOKEN for NaN."""
     bounds = probabilities.cumsum(-1)

@@ -1,4 +1,4 @@
-"""Mamba's recurrent update for 1 to 8 new tokens on states in slots (S6, arXiv 2312.00752, eq. 2):
+"""Mamba's recurrent update for 1 to 9 new tokens on states in slots (S6, arXiv 2312.00752, eq. 2):
 h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t, y_t = C_t · h_t + D x_t, times silu(z_t) when z is given,
 with Δ = softplus(dt + dt_bias) and A = -e^{A_log} computed here.
 

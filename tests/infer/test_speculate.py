@@ -1,0 +1,394 @@
+"""Speculation gives the target's tokens (greedy) and its distribution (drawn), whatever drafts."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from archs.backbone import Model
+from archs.errors import UserError
+from archs.registry import HYBRIDS, REGISTRY, ModelSpec
+from archs.sizes import get_scale
+from infer import acceptance, speculate
+from infer.acceptance import accepted
+from infer.draft_length import Adaptive, DraftLength, Fixed, expected_tokens
+from infer.drafts import Drafter, ModelDrafter, PromptLookup
+from infer.engine import Engine
+from infer.sampling import NoTokenError, Sampler, Sampling
+from infer.speculate import Speculation, Stream, generate
+from tests.infer.test_machine import KINDS, SCALE, model_of
+
+MOST = 8
+CPU = torch.device("cpu")
+
+
+def engine_of(model: Model, *, sequences: int = 3, context: int = 96, **more: int) -> Engine:
+    return Engine(model, max_sequences=sequences, max_context=context, **{"lookback": MOST, **more})
+
+
+def lively(model: Model) -> Model:
+    """The same in float64 with larger matrices: as built, greedy choice soon repeats one token."""
+    model = deepcopy(model).double()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and not ("embedding" in name or "conv" in name):
+                weight *= 2
+    return model
+
+
+def near(model: Model, noise: float = 0.1) -> Model:
+    """A draft that is right often, not always: the same model with noise on its matrices."""
+    draft = deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            if weight.dim() > 1:
+                scale = noise * weight.std()
+                weight += scale * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+    return draft
+
+
+def random_prompts(count: int, vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(vocab, (1 + 5 * i,), generator=generator).tolist() for i in range(count)]
+
+
+@cache
+def double(kind: str) -> Model:
+    return lively(model_of(kind))
+
+
+DRAFTERS: dict[str, Callable[[Model, int], Drafter]] = {
+    "a model": lambda model, n: ModelDrafter(engine_of(near(model), sequences=n)),
+    "the context": lambda model, n: PromptLookup(device=CPU),
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_gives_the_targets_tokens(kind: str, drafter: str) -> None:
+    model, prompts = double(kind), random_prompts(3, 31)
+    plain = engine_of(model, lookback=0).generate(prompts, 40).tokens
+    found = generate(engine_of(model), DRAFTERS[drafter](model, 3), prompts, 40, drafts=4)
+    assert found.tokens == plain
+    assert sum(sum(r.kept) for r in found.rounds) > 0
+    # With a window of one row the next token depends on the last alone, and is soon known.
+    assert found.acceptance < 1 or kind == "window 1"
+
+
+class Cycling:
+    """Each length in turn, so that sequences of a batch draft unlike numbers."""
+
+    def __init__(self, first: int) -> None:
+        self.length = first
+
+    def next(self) -> int:
+        self.length = self.length % (MOST + 1) + 1
+        return self.length - 1
+
+    def saw(self, drafted: int, kept: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["state and window", "state and rows", "shared rows"])
+def test_lengths_may_differ_within_a_batch(kind: str) -> None:
+    model, prompts = double(kind), random_prompts(3, 31)
+    plain = engine_of(model).generate(prompts, 50).tokens
+    firsts = iter((0, 3, 7))
+    drafter = ModelDrafter(engine_of(near(model)))
+    found = generate(
+        engine_of(model), drafter, prompts, 50, drafts=MOST, length=lambda: Cycling(next(firsts))
+    )
+    assert found.tokens == plain
+    assert {d for r in found.rounds for d in r.drafted} == set(range(MOST + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*REGISTRY, *HYBRIDS])
+def test_a_thousand_tokens_alone_and_in_ragged_batches(arch: str) -> None:
+    scale = SCALE.with_options({"n_layers": 4})
+    model = ModelSpec(arch=arch, scale=scale, hidden=16).build(seed=7).eval()
+    model = lively(model)
+    prompts = random_prompts(3, 31)
+    context = 1000 + max(map(len, prompts))
+    plain = engine_of(model, context=context).generate(prompts, 1000).tokens
+    lengths: dict[int, list[DraftLength]] = {1: [Cycling(0)], 3: [Cycling(0), Fixed(3), Fixed(8)]}
+    drafters: dict[int, Drafter] = {
+        1: PromptLookup(device=CPU), 3: ModelDrafter(engine_of(near(model, 0.03), context=context))
+    }  # fmt: skip
+    for count, drafter in drafters.items():
+        turns = iter(lengths[count])
+        found = generate(
+            engine_of(model, sequences=count, context=context), drafter, prompts[:count], 1000,
+            drafts=MOST, length=lambda turns=turns: next(turns),
+        )  # fmt: skip
+        assert found.tokens == plain[:count]
+
+
+def test_the_batch_ends_sequence_by_sequence_and_at_the_stop_token() -> None:
+    model, prompts = double("delta rule"), random_prompts(3, 31)
+    plain = engine_of(model).generate(prompts, 40).tokens
+    stop = plain[1][7]
+    wanted = engine_of(model).generate(prompts, 40, stop=stop).tokens
+    found = generate(engine_of(model), PromptLookup(device=CPU), prompts, 40, drafts=4, stop=stop)
+    assert found.tokens == wanted
+    target = engine_of(model)
+    assert generate(target, PromptLookup(device=CPU), prompts, 1, drafts=4).tokens == [
+        row[:1] for row in plain
+    ]
+    assert target.store.allocated_bytes == 0
+
+
+def test_a_full_context_is_filled_to_its_last_token() -> None:
+    model, prompts = double("state and window"), random_prompts(3, 31)
+    most = 24 + max(map(len, prompts)) - 1
+    plain = engine_of(model, context=most).generate(prompts, 24).tokens
+    drafter = ModelDrafter(engine_of(near(model), context=most))
+    assert generate(engine_of(model, context=most), drafter, prompts, 24, drafts=8).tokens == plain
+    assert drafter.engine.store.allocated_bytes == 0
+
+
+def test_forks_speculate_apart() -> None:
+    model, prompt = double("state and rows"), random_prompts(2, 31)[1]
+    for make in DRAFTERS.values():
+        target, drafter = engine_of(model), make(model, 3)
+        plain = engine_of(model).generate([prompt], 30).tokens[0]
+        sampler, clock = Sampler(Sampling(), CPU), speculate.StepClock(CPU)
+        sequence = target.store.add()
+        drafter.begin([sequence], [prompt])
+        first = int(sampler(target.prefill([sequence], [prompt])))
+        drafter.settle([sequence], [0], [first])
+        streams = [Stream(sequence, first, 29, Fixed(3), None)]
+        made = [[first]]
+        while any(s.room for s in streams):
+            if len(made[0]) > 9 and len(streams) == 1:
+                streams.append(speculate.fork(target, drafter, streams[0], None))
+                made.append(list(made[0]))
+            _, new = speculate.advance(target, drafter, streams, sampler, drafts=3, clock=clock)
+            for tokens, more in zip(made, new, strict=True):
+                tokens += more
+        assert made == [plain, plain]
+
+
+# -- drawn tokens ----------------------------------------------------------------------------------
+
+VOCAB = 6
+
+
+def chains() -> tuple[Tensor, Tensor]:
+    """Logits of the next token by the last one, of a target and of a draft: [V, V] each."""
+    generator = torch.Generator().manual_seed(3)
+    target = 1.5 * torch.randn(VOCAB, VOCAB, generator=generator)
+    return target, target + torch.randn(VOCAB, VOCAB, generator=generator)
+
+
+def chance(tokens: Tensor, expected: Tensor) -> float:
+    """The p-value of counts under a distribution (χ²); 0 where it excludes one of them."""
+    counts = torch.bincount(tokens, minlength=len(expected)).double()
+    wanted = expected * len(tokens)
+    possible = wanted > 0
+    if (counts[~possible] > 0).any():
+        return 0.0
+    freedom = int(possible.sum()) - 1
+    if freedom == 0:
+        return 1.0
+    statistic = ((counts - wanted)[possible] ** 2 / wanted[possible]).sum()
+    half = torch.tensor(freedom / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(half, statistic / 2))
+
+
+SAMPLINGS = [
+    Sampling(temperature=0.5), Sampling(temperature=1.0), Sampling(temperature=1.7),
+    Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=1.3, top_k=3),
+    Sampling(temperature=1.3, top_k=4, top_p=0.9),
+]  # fmt: skip
+NAMES = [f"t{s.temperature} p{s.top_p} k{s.top_k}" for s in SAMPLINGS]
+
+
+def least_chance(sampling: Sampling, rule: Callable[..., object], certain: bool) -> float:
+    """The smallest `chance` of the first two tokens over 120,000 rounds, by the token before."""
+    target, draft = chains()
+    sampler, count, drafts = Sampler(sampling, CPU), 120_000, 3
+    generator = torch.Generator().manual_seed(11)
+    last = torch.randint(VOCAB, (count,), generator=generator)
+    tokens, from_rows = [last], []
+    for _ in range(drafts):
+        q = sampler.probabilities(draft[tokens[-1]])
+        if certain:
+            q = torch.zeros_like(q).scatter_(1, q.argmax(1, keepdim=True), 1.0)
+        from_rows.append(q)
+        tokens.append(torch.multinomial(q, 1, generator=generator).squeeze(1))
+    logits, drafted = target[torch.stack(tokens, 1)], torch.stack(tokens[1:], 1)
+    numbers = torch.rand(count, drafts + 1, generator=generator)
+    found = rule(
+        sampler, logits, drafted, [drafts] * count,
+        None if certain else torch.stack(from_rows, 1), numbers[:, 1:], numbers[:, 0].contiguous(),
+    )  # fmt: skip
+    kept, end = (torch.tensor(part) for part in found)  # type: ignore[attr-defined]
+    first = torch.where(kept > 0, drafted[:, 0], end)
+    second = torch.where(kept > 1, drafted[:, 1], end)
+    exact = sampler.probabilities(target)
+    chances = [chance(first[last == v], exact[v]) for v in range(VOCAB)]
+    chances += [
+        chance(second[(kept > 0) & (first == v)], exact[v])
+        for v in range(VOCAB) if int(((kept > 0) & (first == v)).sum()) > 200
+    ]  # fmt: skip
+    return min(chances)
+
+
+@pytest.mark.parametrize("certain", [False, True], ids=["drawn drafts", "certain drafts"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=NAMES)
+def test_drawn_tokens_have_the_targets_distribution(sampling: Sampling, certain: bool) -> None:
+    assert least_chance(sampling, accepted, certain) > 1e-5
+
+
+def keeps_all(sampler: Sampler, logits: Tensor, drafts: Tensor, counts: list[int], *more: Tensor):  # type: ignore[no-untyped-def]
+    last = sampler(logits[:, -1], more[-1])
+    return counts, last.tolist()
+
+
+def draws_from_p(*given: object):  # type: ignore[no-untyped-def]
+    """The rule with p in place of max(p - q, 0)."""
+    sampler, logits, *_, uniform = given
+    kept, _ = accepted(*given)  # type: ignore[arg-type]
+    rows = torch.arange(len(kept))
+    last = sampler(logits[rows, torch.tensor(kept)], uniform)  # type: ignore[operator, index]
+    return kept, last.tolist()
+
+
+@pytest.mark.parametrize("rule", [keeps_all, draws_from_p])
+def test_wrong_rules_are_seen(rule: Callable[..., object]) -> None:
+    for certain in (False, True):
+        assert least_chance(Sampling(temperature=1.0), rule, certain) < 1e-20
+
+
+def markov() -> Model:
+    """A model whose next token depends on the last one alone: windows of one row."""
+    scale = SCALE.with_options({"vocab_size": VOCAB})
+    spec = ModelSpec(arch="swa", scale=scale, overrides={"swa": {"window": 1}}, hidden=16)
+    return spec.build(seed=2).eval()
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.0])
+def test_whole_generations_have_the_targets_distribution(temperature: float) -> None:
+    model = markov()
+    sampling = Sampling(temperature=temperature, top_p=0.95, seed=3)
+    batch, tokens = 500, 201
+    drafter = ModelDrafter(
+        engine_of(near(model, 0.3), sequences=batch, context=tokens + 8, page_size=8), sampling
+    )
+    target = engine_of(model, sequences=batch, context=tokens + 8, page_size=8)
+    found = generate(target, drafter, [[0]] * batch, tokens, drafts=4, sampling=sampling)
+    assert 0.2 < found.acceptance < 0.99
+    made = torch.tensor(found.tokens)
+    before, after = made[:, :-1].flatten(), made[:, 1:].flatten()
+    assert len(after) >= 100_000
+    with torch.no_grad():
+        logits = model(torch.arange(VOCAB)[:, None])[:, 0]
+    exact = Sampler(sampling, CPU).probabilities(logits)
+    for v in before.unique().tolist():
+        assert chance(after[before == v], exact[v]) > 1e-5
+
+
+def test_what_is_drawn_does_not_depend_on_company() -> None:
+    model, prompts = double("delta rule"), random_prompts(3, 31)
+    sampling = Sampling(temperature=1.0, seed=4)
+
+    def drawn(own: list[list[int]]) -> Speculation:
+        drafter = ModelDrafter(engine_of(near(model)), sampling)
+        return generate(engine_of(model), drafter, own, 20, drafts=3, sampling=sampling)
+
+    together = drawn(prompts).tokens
+    assert together == [drawn([prompt]).tokens[0] for prompt in prompts]
+    assert together == drawn(prompts).tokens
+
+
+# -- figures, lengths, bad input -------------------------------------------------------------------
+
+
+def test_figures_of_a_speculation() -> None:
+    rounds = [speculate.Round((3, 2), (3, 0)), speculate.Round((3,), (1,))]
+    found = Speculation([[0] * 7, [0] * 2], rounds, 5.0, draft_ms=[1.0, 2.0], verify_ms=[3.0, 4.0])
+    assert found.tokens_per_verification == pytest.approx(7 / 3)
+    assert found.acceptance == pytest.approx(4 / 6)
+    assert [found.acceptance_at(i) for i in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 1 / 2])
+    assert found.tpot_ms == pytest.approx(10 * 2 / 7)
+
+
+def test_the_last_draft_that_is_right_makes_one_more_token() -> None:
+    model = double("rows")
+    found = generate(
+        engine_of(model), ModelDrafter(engine_of(model)), random_prompts(1, 31), 41, drafts=4
+    )
+    assert found.acceptance == 1
+    assert found.tokens_per_verification == 5 == expected_tokens(1.0, 4)
+    assert len(found.rounds) == 8
+
+
+def test_an_adaptive_length_follows_what_is_accepted() -> None:
+    length = Adaptive(8, draft_cost=0.1)
+    for _ in range(20):
+        length.saw(4, 4)
+    assert length.next() == 8
+    for _ in range(40):
+        length.saw(4, 0)
+    assert length.next() == 0
+    for _ in range(16):
+        length.saw(0, 0)
+    assert length.next() == 1
+    assert expected_tokens(0.5, 3) == pytest.approx((1 - 0.5**4) / (1 - 0.5))
+
+
+def test_lookup_copies_what_followed_the_longest_match() -> None:
+    lookup = PromptLookup(longest=3, shortest=2, device=CPU)
+    lookup.begin([4, 9], [[1, 2, 3, 4, 5, 9, 2, 3], [7, 7, 7]])
+    drafts = lookup.propose([4, 9], [3, 5], torch.empty(2, 5))
+    assert drafts.counts == [3, 5]
+    assert drafts.tokens.tolist() == [[4, 5, 9, 0, 0], [7, 7, 7, 7, 7]]
+    lookup.settle([4, 9], [1, 0], [8, 1])
+    assert lookup.propose([4, 9], [3, 3], torch.empty(2, 3)).counts == [0, 0]
+    lookup.fork(4, 5)
+    lookup.settle([5], [0], [2])
+    lookup.settle([5], [0], [3])
+    assert lookup.propose([5], [2], torch.empty(1, 2)).tokens.tolist() == [[4, 8]]
+
+
+def test_bad_input_is_one_line() -> None:
+    model, prompts = model_of("delta rule"), [[1, 2]]
+    lookup = PromptLookup(device=CPU)
+    with pytest.raises(UserError, match="drafts=9 need a target that takes 9 tokens back"):
+        generate(engine_of(model, lookback=9), lookup, prompts, 4, drafts=9)
+    with pytest.raises(UserError, match="takes back 2; open it with lookback=3"):
+        generate(engine_of(model, lookback=2), lookup, prompts, 4, drafts=3)
+    with pytest.raises(UserError, match="drafts=0 must be at least 1"):
+        generate(engine_of(model), lookup, prompts, 4, drafts=0)
+    other = ModelSpec(arch="gqa", scale=get_scale("nano")).build()
+    with pytest.raises(UserError, match="vocabulary of 4096 tokens is not the target's of 31"):
+        generate(engine_of(model), ModelDrafter(engine_of(other)), prompts, 4, drafts=3)
+    short = ModelDrafter(engine_of(model, context=8))
+    with pytest.raises(UserError, match="draft holds 8 tokens and the target's context reaches 11"):
+        generate(engine_of(model), short, prompts, 10, drafts=3)
+    with pytest.raises(UserError, match="cannot take a draft back"):
+        ModelDrafter(engine_of(model, lookback=0))
+    few = ModelDrafter(engine_of(model, lookback=2))
+    with pytest.raises(UserError, match="more than the draft's engine takes back"):
+        generate(engine_of(model), few, prompts, 4, drafts=3)
+    with pytest.raises(UserError, match="top_k=-1"):
+        Sampling(temperature=1.0, top_k=-1)
+
+
+def test_weights_that_are_not_finite_make_no_token() -> None:
+    model = deepcopy(model_of("rows"))
+    with torch.no_grad():
+        model.embedding.weight[0] = float("nan")
+    target = engine_of(model)
+    with pytest.raises(NoTokenError):
+        generate(target, PromptLookup(device=CPU), [[1, 2, 1]], 4, drafts=2)
+    assert target.store.allocated_bytes == 0
+
+
+def test_acceptance_is_where_the_rules_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert speculate.accepted is acceptance.accepted
