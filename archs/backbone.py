@@ -7,6 +7,7 @@ alone, so modules that two architectures share start equal.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from archs.backends import BACKENDS
 from archs.cost import Cost, OpCost, Step
-from archs.errors import unknown_name
+from archs.errors import UserError, unknown_name
 from archs.layers import NORM_EPS, Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
 from archs.ops.dense import product
@@ -202,6 +203,24 @@ class Model(nn.Module):
             s.state_bytes(context, page_size=page_size, lookback=lookback)
             for s in self.state_specs()
         )
+
+
+def first_layers(model: Model, count: int) -> Model:
+    """The model of the first `count` layers, with the same embedding, final norm and head.
+
+    Weights are shared, so it takes no memory: a draft of the model itself (early exit,
+    arXiv 2404.16710). Raises UserError unless some layers are left out.
+    """
+    if not 1 <= count < len(model.blocks):
+        raise UserError(
+            f"the first {count} layers of a model of {len(model.blocks)} are no draft of it; take "
+            f"1 to {len(model.blocks) - 1}"
+        )
+    early = copy(model)
+    vars(early)["_modules"] = dict(vars(model)["_modules"])
+    early.blocks = nn.ModuleList(model.layers[:count])
+    early._widths = model._widths[:count]
+    return early
 
 
 def initialise(model: Model, seed: int) -> None:

@@ -42,7 +42,7 @@ def accepted(
     p = sampler.probabilities(logits)
     q = torch.zeros_like(p)
     if drafted_from is not None:
-        q[:, :width] = drafted_from[:, :width]
+        q[:, : drafted_from.shape[1]] = drafted_from
     else:
         q[:, :width].scatter_(2, drafts[..., None], 1.0)
     # Nothing was drafted past a sequence's count: there the whole of p is left.

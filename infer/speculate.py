@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from archs.checks import require_at_least
 from archs.errors import UserError
+from archs.spec import RECURRENT_LIMIT
 from infer.acceptance import accepted, agreed
 from infer.clock import StepClock
 from infer.draft_length import DraftLength, Fixed
@@ -169,8 +171,8 @@ def require_fit(target: Engine, drafter: Drafter, drafts: int, context: int) -> 
     if drafts > reach:
         raise UserError(
             f"drafts={drafts} need a target that takes {drafts} tokens back after a step of "
-            f"{drafts + 1}, and this one takes back {reach}; open it with lookback={drafts} (8 at "
-            "most where it has windows or recurrent state)"
+            f"{drafts + 1}, and this one takes back {reach}; open it with lookback={drafts} "
+            f"({RECURRENT_LIMIT - 1} at most where it has windows or recurrent state)"
         )
     if drafts > drafter.most_drafts:
         raise UserError(
@@ -202,7 +204,10 @@ def advance(
         proposed = Drafts(torch.empty(len(streams), 0, dtype=torch.int64), counts)
     clock.mark()
     counts, width = proposed.counts, max(proposed.counts)
-    given = proposed.tokens[:, :width].to(target.device)
+    if width and (target.compiled is not None or target.graphed is not None):
+        # One code and one graph for all rounds, instead of one for each length.
+        width = drafts
+    given = F.pad(proposed.tokens, (0, width - proposed.tokens.shape[1])).to(target.device)
     pending = torch.tensor([[s.pending] for s in streams], device=target.device)
     # A whole step can be replayed, so what is drafted less is padded, and forgotten afterwards.
     longest = max(target.store.lengths[s] for s in sequences) + width + 1

@@ -31,13 +31,14 @@ from eval.predict import roofline
 from eval.predict.crossover import either
 from eval.predict.fit import fit as largest_batches
 from eval.predict.isoquality import iso_quality_cost
+from eval.predict.speculation import speculate as predict_speculation
 from eval.proof.claims import claims as check_claims
 from eval.report.leaderboard import merge, rank, wide
 from eval.results.schema import load_long
 
 __all__ = [
     "bench", "claims", "compare", "crossover", "fit", "isoquality", "leaderboard", "load_results",
-    "predict", "predict_ops",
+    "predict", "predict_ops", "speculate",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -105,6 +106,7 @@ predict_ops = _table("predict_ops", roofline.predict_ops)
 fit = _table("fit", largest_batches)
 crossover = _table("crossover", either)
 isoquality = _table("isoquality", iso_quality_cost)
+speculate = _table("speculate", predict_speculation)
 
 
 def claims(results: pd.DataFrame) -> pd.DataFrame:

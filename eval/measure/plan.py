@@ -10,7 +10,15 @@ from typing import Any
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure.cost import CONTEXTS
-from eval.measure.suite import CorpusPlan, DecodePlan, QualityPlan, Suite, TrainPlan
+from eval.measure.suite import (
+    CorpusPlan,
+    DecodePlan,
+    QualityPlan,
+    SpeculatePlan,
+    Suite,
+    TrainPlan,
+)
+from eval.measure.trained import Source
 from eval.results.point import Point
 from train.checkpoint import read_metadata
 
@@ -30,12 +38,8 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
     train = suite.train
     if train is not None:
         for seed, scale, arch in product(train.seeds, train.scales, suite.archs):
-            plan = replace(
-                train, scale=scale, learning_rates=train.rates_at(scale),
-                seeds=train.seeds[:1], ladder=(),
-            )  # fmt: skip
-            spec = suite.trained_model(arch, scale, suite.corpus.vocab_size)
-            yield train_point(spec, suite.corpus, plan, suite.quality, seed, device)
+            yield _trained(suite, arch, scale, seed, device)
+        yield from _speculations(suite, device)
     for task in suite.asked:
         for seed, arch in product(task.seeds, suite.archs):
             spec = task.model(arch, suite.overrides)
@@ -45,6 +49,46 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
             no_cache = decode.no_cache if batch == min(decode.batches) else 0
             spec = suite.model(arch, get_scale(decode.scale))
             yield decode_point(spec, replace(decode, no_cache=no_cache), batch, device)
+
+
+def _trained(suite: Suite, arch: str, scale: str, seed: int, device: str) -> Point:
+    """Training of one of a suite's models."""
+    train = suite.train
+    assert train is not None
+    plan = replace(
+        train, scale=scale, learning_rates=train.rates_at(scale), seeds=train.seeds[:1], ladder=()
+    )
+    spec = suite.trained_model(arch, scale, suite.corpus.vocab_size)
+    return train_point(spec, suite.corpus, plan, suite.quality, seed, device)
+
+
+def _speculations(suite: Suite, device: str) -> Iterator[Point]:
+    """Speculation of the first seed's models, once they are trained."""
+    assert suite.train is not None
+    seed = suite.train.seeds[0]
+
+    def source(arch: str, scale: str) -> Source:
+        return Source(point=asdict(_trained(suite, arch, scale, seed, device)))
+
+    for plan in suite.speculate:
+        draft = None if plan.drafting is None else source(*plan.drafting)
+        for arch in plan.targets or suite.archs:
+            spec = suite.trained_model(arch, suite.train.scale, suite.corpus.vocab_size)
+            target = source(arch, suite.train.scale)
+            yield from speculate_points(spec, target, draft, suite.corpus, plan, seed, device)
+
+
+def speculate_points(
+    spec: ModelSpec, target: Source, draft: Source | None, corpus: CorpusPlan, plan: SpeculatePlan,
+    seed: int, device: str,
+) -> Iterator[Point]:  # fmt: skip
+    """Speculation on one target: a point for each batch and K."""
+    for batch, drafts in product(plan.batches, plan.drafts):
+        own = replace(plan, batches=(batch,), drafts=(drafts,), targets=())
+        options = {"target": target, "draft": draft, "corpus": corpus, "plan": own}
+        yield _of(
+            spec, "speculate", device, spec.scale.name, _plain(options), batch=batch, seed=seed
+        )
 
 
 def train_point(
@@ -117,5 +161,7 @@ def weight(point: Point, trained_scales: list[str]) -> float:
             return 0.14 * steps
         case "task":
             return 0.02 * options["steps"]
+        case "speculate":
+            return 0.1 * options["plan"]["new_tokens"] * len(options["plan"]["contexts"])
         case _:
             return 0.5 if point.scale in trained_scales else 5.0

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from archs.errors import UserError
 from archs.files import REFUSALS, refused
-from eval.measure import cost, hardware, score, serve, task, text
+from eval.measure import cost, hardware, score, serve, speculation, task, text
 from eval.measure.decode import out_of_memory
 from eval.measure.progress import Silent, Watch
 from eval.measure.site import Failure, Site
@@ -26,6 +26,7 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "quality": score.measure,
     "task": task.measure,
     "decode": serve.measure,
+    "speculate": speculation.measure,
 }
 
 

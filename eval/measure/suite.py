@@ -20,11 +20,17 @@ from archs.errors import UserError, unknown_name
 from archs.files import read_text
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
+from archs.spec import RECURRENT_LIMIT
 from eval.tasks import Task, task_named
+from infer.sampling import Sampling
 from train.corpus import check_spec
 from train.recipe import Recipe
 from train.tokenizer import SMALLEST_VOCAB
 
+#: The draft that is the context itself.
+CONTEXT = "context"
+#: Before a number: the draft that is the target's own first layers.
+LAYERS = "layers:"
 SUITES_DIR = Path(__file__).parent / "suites"
 
 
@@ -149,6 +155,62 @@ class DecodePlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculatePlan:
+    """Speculative decoding of the trained models, on held-out text.
+
+    draft: "context" (prompt lookup), "layers:N" (the target's own first N), or ARCH@SCALE, a model
+      that the suite trains, too.
+    targets: architectures of the suite (none: all). drafts: K, one after the other.
+    contexts: tokens of the prompts; new_tokens: after each. temperature 0 is greedy.
+    adaptive: draft as many as the running acceptance pays for, at most K.
+    compiled, backend: as `DecodePlan`'s.
+    """
+
+    draft: str = CONTEXT
+    targets: tuple[str, ...] = ()
+    drafts: tuple[int, ...] = (1, 2, 4, 8)
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (64,)
+    new_tokens: int = 64
+    temperature: float = 0.0
+    adaptive: bool = False
+    compiled: bool = False
+    backend: str = AUTO
+
+    def __post_init__(self) -> None:
+        _require_backend(self.backend)
+        some(self, "drafts", "batches", "contexts")
+        at_least(self, 1, "drafts", "batches", "contexts")
+        at_least(self, 2, "new_tokens")
+        Sampling(temperature=self.temperature)
+        _ = self.drafting
+        if max(self.drafts) >= RECURRENT_LIMIT:
+            raise UserError(
+                f"drafts={max(self.drafts)} are more than a step can take back; take at most "
+                f"{RECURRENT_LIMIT - 1}"
+            )
+
+    @property
+    def layers(self) -> int:
+        """How many of the target's own layers draft; 0 where something else does."""
+        count = self.draft.removeprefix(LAYERS)
+        return int(count) if count != self.draft and count.isdecimal() else 0
+
+    @property
+    def drafting(self) -> tuple[str, str] | None:
+        """Architecture and scale of the draft; None where the context or the target drafts."""
+        if self.draft == CONTEXT or self.layers:
+            return None
+        arch, _, scale = self.draft.rpartition("@")
+        if not arch:
+            raise UserError(
+                f"draft='{self.draft}' is none of {CONTEXT}, {LAYERS}N and ARCH@SCALE (gqa@tiny)"
+            )
+        get_scale(scale)
+        return arch, scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Suite:
     """One whole comparison.
 
@@ -162,6 +224,7 @@ class Suite:
     quality: QualityPlan | None = None
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     decode: tuple[DecodePlan, ...] = ()
+    speculate: tuple[SpeculatePlan, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -176,6 +239,8 @@ class Suite:
                     f"overrides of '{name}', which no architecture of the suite has (they have "
                     f"{', '.join(sorted(self.mixers))}); add it to archs or leave the overrides out"
                 )
+        for plan in self.speculate:
+            self._require_trained(plan)
         for spec in self._models():
             try:
                 spec.outline()
@@ -184,6 +249,22 @@ class Suite:
             except Exception:
                 # A user's mixer may fail in any way: its cells will record how.
                 continue
+
+    def _require_trained(self, plan: SpeculatePlan) -> None:
+        """Raise UserError where a plan speculates with models that the suite does not train."""
+        if self.train is None:
+            raise UserError("speculate needs trained models; add a [train] section")
+        drafting = plan.drafting
+        for arch in (*plan.targets, *([drafting[0]] if drafting else [])):
+            if arch not in self.archs:
+                raise UserError(
+                    f"speculate names '{arch}', which the suite does not train; add it to archs"
+                )
+        if drafting and drafting[1] not in self.trained_scales:
+            raise UserError(
+                f"speculate drafts by '{plan.draft}', and the suite trains at "
+                f'{", ".join(self.trained_scales)}; add ladder = ["{drafting[1]}"] to [train]'
+            )
 
     @property
     def mixers(self) -> set[str]:
@@ -198,7 +279,15 @@ class Suite:
             for name, options in self.tasks.items()
         }
         overrides = _of(kept, self.overrides)
-        return replace(self, archs=tuple(archs), tasks=tasks, overrides=overrides)
+        speculate = tuple(
+            replace(plan, targets=tuple(a for a in plan.targets if a in archs))
+            for plan in self.speculate
+            if plan.drafting is None or plan.drafting[0] in archs
+            if not plan.targets or set(plan.targets) & set(archs)
+        )
+        return replace(
+            self, archs=tuple(archs), tasks=tasks, overrides=overrides, speculate=speculate
+        )
 
     @property
     def asked(self) -> list[Task]:
@@ -243,8 +332,12 @@ class Suite:
 
     @property
     def config_hash(self) -> str:
-        """Twelve hex digits of everything but the suite's name and its architectures."""
+        """Twelve hex digits of everything but the suite's name and its architectures.
+
+        A section that came later is left out where it is empty, so that hashes of before hold.
+        """
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
+        plan = {k: v for k, v in plan.items() if v or k != "speculate"}
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -27,10 +27,37 @@ class TextOptions:
     quality: QualityPlan | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A model at the end of its training, with the rows that say how it went."""
+
+    spec: ModelSpec
+    model: Model
+    tokens: TokenSet
+    about: About
+    rows: list[Row]
+
+
 def measure(point: Point, site: Site, watch: Watch) -> Found:
     """Sweep, train, then score held-out text."""
-    options = parse(TextOptions, point.options, f"the options of {point.key}")
-    plan, quality = options.plan, options.quality
+    fitted = fit(point, site, watch)
+    options, rows = _options(point), fitted.rows
+    if options.quality is not None:
+        watch.at(1.0, "score")
+        rows = rows + quality_rows(
+            fitted.model.eval(), fitted.tokens, options.plan.seq_len, options.quality
+        )
+    return Found(about=fitted.about, rows=tuple(rows))
+
+
+def _options(point: Point) -> TextOptions:
+    return parse(TextOptions, point.options, f"the options of {point.key}")
+
+
+def fit(point: Point, site: Site, watch: Watch) -> Fitted:
+    """Sweep and train, or take up what was trained. Raises Failure where training fails."""
+    options = _options(point)
+    plan = options.plan
     spec, rates = spec_of(point), plan.learning_rates
     recipe = plan.recipe(plan.scale, rates[0], point.seed)
     site.require_room(spec, recipe)
@@ -68,11 +95,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
             Status.NAN, trained, f"training {result.status} at step {result.steps}",
             stopped=result.status == "stopped", withheld=made,
         )  # fmt: skip
-    rows += made
-    if quality is not None:
-        watch.at(1.0, "score")
-        rows += quality_rows(model.eval(), tokens, plan.seq_len, quality)
-    return Found(about=trained, rows=tuple(rows))
+    return Fitted(spec, model.eval(), tokens, trained, rows + made)
 
 
 class _Sweep:

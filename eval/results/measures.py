@@ -53,7 +53,35 @@ MEASURES: dict[str, Measure] = {
     "prefill_compile_s": Measure("s", "lower", "the same of a prefill, kept out of ttft_ms"),
     "agreement_error": Measure("", "lower", "extend against float32 forward, gates latencies"),
     "agreement_limit": Measure("", None, "agreement_error from which on latencies are withheld"),
+    # speculation
+    "speedup": Measure("", "higher", "median of plain over speculative time per token"),
+    "speedup_pred": Measure("", "higher", "the same by the cost model, at the tokens measured"),
+    "acceptance": Measure(
+        "", "higher", "share of drafts that were right, of those behind no wrong one", share=True
+    ),
+    "acceptance_at_position": Measure(
+        "", "higher", "share of drafts at a position that were right, with all before", share=True
+    ),
+    "tokens_per_verification": Measure("token", "higher", "new tokens of a sequence in a round"),
+    "tokens_per_verification_pred": Measure(
+        "token", "higher", "(1 - α^(K+1)) / (1 - α) at the acceptance α"
+    ),
+    "drafts_per_verification": Measure("token", None, "drafted tokens of a sequence in a round"),
+    "plain_tpot_ms": Measure("ms", "lower", "time per token without drafts, in the same process"),
+    "speculative_tpot_ms": Measure("ms", "lower", "time per token, drafts and verification"),
+    "draft_ms": Measure("ms", "lower", "median time to draft in a round"),
+    "verify_ms": Measure("ms", "lower", "median time to verify, choose and roll back in a round"),
+    "lossless": Measure(
+        "",
+        "higher",
+        "share of sequences with plain decode's tokens; others part at a tie",
+        share=True,
+    ),
     # memory
+    "rollback_bytes": Measure(
+        "byte", "lower", "state that a sequence holds so that K tokens can be taken back"
+    ),
+    "draft_state_bytes": Measure("byte", "lower", "state of a sequence that its draft holds"),
     "state_bytes_per_token": Measure("byte", "lower", "slope of the state in the context"),
     "state_bytes_fixed": Measure("byte", "lower", "fixed tensors of one sequence"),
     "state_bytes": Measure("byte", "lower", "allocated state of one sequence at the context"),

@@ -94,7 +94,7 @@ def value(**options: Any) -> FixedSpec:
 
 
 @pytest.mark.parametrize(
-    ("new", "lookback", "values"), [(1, 0, 1), (4, 0, 1), (4, 4, 4), (8, 4, 5), (9, 4, 1)]
+    ("new", "lookback", "values"), [(1, 0, 1), (4, 0, 1), (4, 4, 4), (9, 4, 5), (10, 4, 1)]
 )
 def test_values_that_a_rollback_can_reach_are_written_one_by_one(
     new: int, lookback: int, values: int

@@ -22,6 +22,8 @@ from archs.spec import RowSpec, StateSpec
 from archs.state import LayerState
 from eval.proof.conformance import CHECK_SCALE, Subject, error_of
 from eval.proof.conformance.laws import check_fork, check_padding, check_rollback
+from infer import speculate
+from infer.drafts import ModelDrafter, PromptLookup
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from infer.sampling import Sampling
@@ -167,8 +169,8 @@ def test_training_form_and_its_gradients(arch: str) -> None:
         assert error_of(got, expected) <= 1e-3, name
 
 
-def graphed(subject: Subject, sequences: int, context: int) -> Engine:
-    engine = subject.engine(sequences, context)
+def graphed(subject: Subject, sequences: int, context: int, lookback: int = 0) -> Engine:
+    engine = subject.engine(sequences, context, lookback=lookback)
     engine.graphed = GraphedStep(engine.model, engine.store, recorder=Again)
     return engine
 
@@ -189,6 +191,18 @@ def test_replayed_steps_serve_ragged_lengths_and_changing_batches(arch: str) -> 
         for row, b in zip(logits, order, strict=True):
             assert error_of(row, expected[b, at[b]]) <= TOLERANCE
             at[b] += 1
+
+
+@pytest.mark.parametrize("arch", quick("gdn:gqa=1:1", "swa"))
+def test_speculation_on_kernels_and_replayed_steps(arch: str) -> None:
+    """Float32, so a tie may part the two; these seeds have none."""
+    subject, prompts = subject_of(arch), [[5, 6, 7, 5, 6], [8, 9]]
+    plain = subject.engine(2, 32).generate(prompts, 10).tokens
+    target, draft = (graphed(subject, 2, 32, lookback=3) for _ in range(2))
+    for drafter in (PromptLookup(device=target.device), ModelDrafter(draft)):
+        found = speculate.generate(target, drafter, prompts, 10, drafts=3)
+        assert found.tokens == plain
+        assert found.tokens_per_verification > 1
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9)], ids=str)

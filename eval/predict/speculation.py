@@ -1,0 +1,90 @@
+"""Where speculation pays: predicted speed-up over batch, context and draft length.
+
+A round drafts K tokens one by one and verifies K + 1 at once; at an acceptance α it yields
+(1 - α^(K+1)) / (1 - α) tokens. Each step takes the roofline's time (`eval.predict.roofline`). At a
+small batch verification reads the weights that a plain step reads and costs little more; at a large
+one it is bound by compute, or each sequence's own state is, and drafts cost what they save.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import product
+
+from archs.cost import Step
+from archs.errors import UserError
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from eval.predict.accelerators import hardware_of
+from eval.predict.roofline import Prediction, require_grid, resident_bytes, room, step_ms
+from infer.draft_length import expected_tokens
+
+
+def speculate(
+    target: str, draft: str | None, *, scale: str, draft_scale: str | None = None,
+    acceptance: float, hardware: Iterable[str] = ("h100",), batches: Iterable[int] = (1,),
+    contexts: Iterable[int] = (4096,), drafts: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8),
+    dtype: str = "bfloat16", launch_us: float | None = None,
+) -> list[Prediction]:  # fmt: skip
+    """One row per part, batch and context: the K of the largest speed-up, or 0 where none pays.
+
+    draft: an architecture at `draft_scale`; None: drafts that cost nothing (the context).
+    acceptance: the probability that a draft is right, behind right ones.
+    `max_drafts` is the largest K that is at least as fast as plain decode. Weights and states of
+    both must fit, states with what K tokens of rollback take. Raises UserError on unknown names and
+    values that cannot be.
+    """
+    if not 0 <= acceptance <= 1:
+        raise UserError(f"acceptance={acceptance} must lie between 0 and 1")
+    parts, batches, contexts = list(hardware), list(batches), list(contexts)
+    require_grid(hardware=parts, batches=batches, contexts=contexts)
+    if not drafts or min(drafts) < 1:
+        raise UserError(f"drafts={list(drafts)} must name at least one K, each at least 1")
+    rows: list[Prediction] = []
+    widths = {b * (k + 1) for b in batches for k in (0, *drafts)}
+    for part in (hardware_of(key, dtype, sorted(widths), launch_us) for key in parts):
+        rates = part.roofline
+        model = ModelSpec(arch=target, scale=get_scale(scale)).outline(rates.dtype)
+        helper = None
+        if draft is not None:
+            helper = ModelSpec(arch=draft, scale=get_scale(draft_scale or scale))
+            helper_model = helper.outline(rates.dtype)
+            if helper_model.vocab_size != model.vocab_size:
+                raise UserError(
+                    f"the draft's vocabulary of {helper_model.vocab_size} tokens at scale "
+                    f"{draft_scale} is not the target's of {model.vocab_size} at {scale}; take "
+                    "scales of one vocabulary"
+                )
+        for batch, context in product(batches, contexts):
+            plain_ms = step_ms(model.cost(Step(batch, 1, context)), rates)
+            speedups: dict[int, float] = {}
+            for k in sorted(drafts):
+                cost = model.cost(Step(batch, k + 1, context, k), all_logits=True)
+                spent = step_ms(cost, rates)
+                if helper is not None:
+                    spent += k * step_ms(helper_model.cost(Step(batch, 1, context, k)), rates)
+                speedups[k] = expected_tokens(acceptance, k) * plain_ms / spent
+            best = max(speedups, key=lambda k: speedups[k])
+            weights = resident_bytes(model)
+            state = model.state_bytes(context, lookback=best)
+            if helper is not None:
+                weights += resident_bytes(helper_model)
+                state += helper_model.state_bytes(context, lookback=best)
+            sequences = room(part, weights, state)
+            fits = sequences is None or sequences >= batch
+            pays = speedups[best] > 1
+            rows.append(
+                {
+                    "arch": target, "scale": scale, "hardware": part.key, "batch": batch,
+                    "context": context,
+                    "draft": "context" if draft is None else f"{draft}@{draft_scale or scale}",
+                    "acceptance": acceptance, "drafts": best if pays else 0,
+                    "tokens_per_verification": expected_tokens(acceptance, best),
+                    "speedup_pred": speedups[best] if fits else None,
+                    "max_drafts": max((k for k, s in speedups.items() if s >= 1), default=0),
+                    "rollback_bytes": model.state_bytes(context, lookback=best)
+                    - model.state_bytes(context),
+                    "plain_tpot_ms": plain_ms if fits else None,
+                    "launches_from": part.launches_from, "fits": fits,
+                    "note": "" if fits else "does not fit",
+                }
+            )  # fmt: skip
+    return rows
