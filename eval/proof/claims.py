@@ -192,6 +192,34 @@ def _sparse(_: Evidence) -> Found:
     return "not measured", "no sparse mixer is registered yet"
 
 
+def _speculation(found: Evidence) -> Found:
+    rows = found.speculated
+    if rows.empty:
+        return "not measured", "no model speculated"
+    told, gains, lengths, wasted = [], [], [], True
+    for arch, own in rows.groupby("arch", sort=False):
+        best = own.sort_values("speedup").iloc[-1]
+        same = own[(own["draft"] == best["draft"]) & (own["batch"] == best["batch"])]
+        same = same[same["context"] == best["context"]]
+        longer = same[same["drafts"] > best["drafts"]]
+        gains.append(float(best["speedup"]))
+        lengths.append(int(best["drafts"]))
+        wasted &= not longer.empty
+        told.append(f"{arch} {best['speedup']:.2f} times by {best['draft']}, K {best['drafts']}")
+    exact = found.lossless
+    slower = int((rows["speedup"] < 1).sum())
+    expected = min(gains) >= 2 and all(3 <= k <= 4 for k in lengths) and wasted
+    verdict: Verdict = "supported" if expected and exact else "conditional"
+    if max(gains) <= 1 or exact is False:
+        verdict = "refuted"
+    tokens = {True: "all tokens are plain decode's", False: "some tokens differ", None: "drawn"}
+    return (
+        verdict,
+        f"{'; '.join(told)}; {slower} of {len(rows)} cells are slower than plain decode, down to "
+        f"{rows['speedup'].min():.2f} times; {tokens[exact]}, ties apart",
+    )
+
+
 def _batch_trade(found: Evidence) -> Found:
     pairs = []
     for key, rows in found.timed.groupby("arch"):
@@ -253,6 +281,11 @@ CHECKS: tuple[tuple[int, str, Callable[[Evidence], Found]], ...] = (
     (7, "cross-layer attention halves the cache, not the reads", _cross_layer),
     (8, "a sliding window bounds the cache and loses distant information", _window),
     (9, "sparse attention keeps only selected tokens", _sparse),
+    (
+        12,
+        "speculative decoding is lossless and gives 2 to 4 times, best at 3 to 4 drafts",
+        _speculation,
+    ),
     (13, "small batches give latency, large ones throughput", _batch_trade),
     (15, "recurrent mixers can give order-of-magnitude gains in decode", _recurrent_gains),
     (16, "8.6T tokens a day for 4 days exceed 32T", _arithmetic),

@@ -1,6 +1,7 @@
 """A results table as the claims query it, and the outcome of one claim."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import pandas as pd
@@ -30,6 +31,33 @@ class Evidence:
         self.timed = pd.DataFrame(columns=["arch", "batch", "context", "tpot_ms"])
         if settings:
             self.timed = self.figures.at(settings[0], "tpot_ms")
+
+    @cached_property
+    def speculated(self) -> pd.DataFrame:
+        """Speed-ups by speculation: arch, draft, drafts, batch, context, speedup."""
+        rows = self._speculation("speedup")
+        words = [dict(w.partition("=")[::2] for w in str(o).split()) for o in rows["options"]]
+        return pd.DataFrame(
+            {
+                "arch": list(rows["arch"]), "draft": [w["draft"] for w in words],
+                "drafts": [int(w["drafts"]) for w in words], "batch": list(rows["batch"]),
+                "context": list(rows["context"]), "speedup": list(rows["value"]),
+            }
+        )  # fmt: skip
+
+    @property
+    def lossless(self) -> bool | None:
+        """Whether no speculation gave other tokens than plain decode; None where all were drawn."""
+        long = self.figures.long
+        wrong = (long["stage"] == "speculate") & (long["status"] == "incorrect")
+        if wrong.any():
+            return False
+        return None if self._speculation("lossless").empty else True
+
+    def _speculation(self, measure: str) -> pd.DataFrame:
+        long = self.figures.long
+        rows = long[(long["stage"] == "speculate") & (long["measure"] == measure)]
+        return rows[rows["status"] == "ok"]
 
     def tpot_ms(self, arch: str, batch: int, context: int) -> float | None:
         """The time per token of a cell."""

@@ -69,7 +69,40 @@ def test_latency_ratio_decides_the_recurrent_claim(long: pd.DataFrame) -> None:
     assert "mamba2" in verdicts(faster)[15].evidence
 
 
+def speculated(long: pd.DataFrame, gains: dict[tuple[str, int], float]) -> pd.DataFrame:
+    """The table with speed-ups of gqa by the context, by architecture and K."""
+    base = long[(long["measure"] == "bits_per_byte") & (long["arch"] == "gqa")].iloc[:1]
+    made = []
+    for (arch, drafts), gain in gains.items():
+        for measure, value in (("speedup", gain), ("lossless", 1.0)):
+            made.append(
+                base.assign(
+                    arch=arch, stage="speculate", measure=measure, value=value, batch=1, context=64,
+                    options=f"draft=context drafts={drafts}", cell=f"speculate/{arch}/{drafts}",
+                )
+            )  # fmt: skip
+    return pd.concat([long, *made], ignore_index=True)
+
+
+def test_speed_ups_decide_the_claim_on_speculation(long: pd.DataFrame) -> None:
+    assert verdicts(long)[12].verdict == "not measured"
+    good = {("gqa", 2): 1.8, ("gqa", 4): 2.4, ("gqa", 8): 1.9, ("gdn", 3): 2.1, ("gdn", 8): 0.9}
+    claim = verdicts(speculated(long, good))[12]
+    assert claim.verdict == "supported"
+    assert "gqa 2.40 times by context, K 4; gdn 2.10 times by context, K 3" in claim.evidence
+    assert "1 of 5 cells are slower than plain decode, down to 0.90 times" in claim.evidence
+    for change, verdict in (
+        ({("gdn", 8): 2.2}, "conditional"), ({("gqa", 4): 1.9}, "conditional"),
+        ({key: 0.8 for key in good}, "refuted"),
+    ):  # fmt: skip
+        assert verdicts(speculated(long, {**good, **change}))[12].verdict == verdict
+    wrong = speculated(long, good)
+    at = (wrong["stage"] == "speculate") & (wrong["arch"] == "gdn")
+    wrong.loc[at & (wrong["measure"] == "lossless"), ["measure", "status"]] = ("cell", "incorrect")
+    assert verdicts(wrong)[12].verdict == "refuted"
+
+
 def test_without_figures_claims_on_figures_are_not_measured(long: pd.DataFrame) -> None:
     bare = long[long["stage"] == "cost"]
     found = verdicts(bare)
-    assert {n for n, c in found.items() if c.verdict == "not measured"} == {5, 6, 8, 9, 13, 15}
+    assert {n for n, c in found.items() if c.verdict == "not measured"} == {5, 6, 8, 9, 12, 13, 15}
