@@ -93,14 +93,20 @@ class ModelDrafter:
         self._drafted: dict[int, list[int]] = {}
 
     def begin(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
-        """As `Drafter.begin`. Raises as `Engine.prefill`."""
-        store = self.engine.store
-        for sequence, prompt in zip(sequences, prompts, strict=True):
-            self._own[sequence] = store.add()
-            self._unread[sequence] = [prompt[-1]]
-        long = [(s, p[:-1]) for s, p in zip(sequences, prompts, strict=True) if len(p) > 1]
-        if long:
-            self.engine.prefill([self._own[s] for s, _ in long], [p for _, p in long])
+        """As `Drafter.begin`, all or none. Raises as `Engine.prefill`, and StoreFullError."""
+        begun: list[int] = []
+        try:
+            for sequence, prompt in zip(sequences, prompts, strict=True):
+                self._own[sequence] = self.engine.store.add()
+                self._unread[sequence] = [prompt[-1]]
+                begun.append(sequence)
+            long = [(s, p[:-1]) for s, p in zip(sequences, prompts, strict=True) if len(p) > 1]
+            if long:
+                self.engine.prefill([self._own[s] for s, _ in long], [p for _, p in long])
+        except BaseException:
+            for sequence in begun:
+                self.release(sequence)
+            raise
 
     def propose(self, sequences: Sequence[int], counts: Sequence[int], uniforms: Tensor) -> Drafts:
         """As `Drafter.propose`, by the draft's own distribution. Raises NoTokenError."""

@@ -124,9 +124,9 @@ def generate(
     clock = StepClock(target.device)
     with target.store.sequences(len(prompts)) as sequences:
         begun = list(sequences)
+        clock.mark()
+        drafter.begin(begun, prompts)
         try:
-            clock.mark()
-            drafter.begin(begun, prompts)
             first = _first(target, sampler, begun, prompts, randoms)
             clock.mark()
             streams: list[Stream] = []

@@ -17,6 +17,7 @@ from infer.acceptance import accepted
 from infer.draft_length import Adaptive, DraftLength, Fixed, expected_tokens
 from infer.drafts import Drafter, ModelDrafter, PromptLookup
 from infer.engine import Engine
+from infer.pages import StoreFullError
 from infer.sampling import NoTokenError, Sampler, Sampling
 from infer.speculate import Speculation, Stream, generate
 from tests.infer.test_machine import KINDS, SCALE, model_of
@@ -392,6 +393,15 @@ def test_compiled_engines_speculate(fast_algorithms: None) -> None:
     drafter = ModelDrafter(engine_of(near(model), sequences=2, compiled=True))
     assert generate(target, drafter, prompts, 24, drafts=3).tokens == plain
     assert drafter.stays
+
+
+def test_a_draft_without_room_for_the_batch_leaves_nothing_behind() -> None:
+    model, prompts = model_of("rows"), random_prompts(3, 31)
+    target, drafter = engine_of(model), ModelDrafter(engine_of(model, sequences=2))
+    with pytest.raises(StoreFullError, match="all 2 sequences are in use"):
+        generate(target, drafter, prompts, 4, drafts=2)
+    assert drafter.engine.store.allocated_bytes == target.store.allocated_bytes == 0
+    assert generate(target, drafter, prompts[:2], 4, drafts=2).tokens
 
 
 def test_weights_that_are_not_finite_make_no_token() -> None:
