@@ -141,7 +141,7 @@ def test_rollback_refuses_what_the_state_no_longer_reaches() -> None:
     store.rollback(slot, 2)
     assert store.snapshot(slot)[0]["cell"].tolist() == [4.0] * 4
     # A long step has no values between its tokens.
-    feed(store, [slot], list(range(9)))
+    feed(store, [slot], list(range(10)))
     with pytest.raises(UserError, match="larger lookback"):
         store.rollback(slot, 1)
 

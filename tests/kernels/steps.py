@@ -29,7 +29,7 @@ from tests.kernels.slots import in_place
 SLOTS = (4, 1, 3)
 B, POOL = len(SLOTS), 6
 #: Tokens before a linear step that is turned; the longest sequence ends with the table.
-PAST, POSITIONS = (7, 0, 12), 20
+PAST, POSITIONS = (7, 0, 12), 21
 F32, BF16 = torch.float32, torch.bfloat16
 
 Args = dict[str, Any]
@@ -296,7 +296,7 @@ MATRIX_CASES = (
     case(2, p=20, g=2, h=4, state=BF16),
     case(4, n=64, p=12, new=(4, 0, 3)),
     case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3)),
-    case(8, p=12, h=1, new=(8, 5, 1)),
+    case(9, p=12, h=1, new=(9, 5, 1)),
 )
 
 STEPS = {
@@ -307,8 +307,8 @@ STEPS = {
             *MATRIX_CASES,
             case(1, p=100, norm="heads"),
             case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="heads"),
-            case(8, p=256, h=1, new=(8, 5, 1), norm="heads"),
-            case(8, p=12, g=2, h=4, inputs=BF16, norm="heads"),
+            case(9, p=256, h=1, new=(9, 5, 1), norm="heads"),
+            case(9, p=12, g=2, h=4, inputs=BF16, norm="heads"),
         ),
         tokens=("q", "k", "v", "a", "b"), fixed=("a_log", "dt_bias"), leads=("q", "v"),
         norms=("heads",),
@@ -322,8 +322,8 @@ STEPS = {
             case(1, p=100, h=3, norm=1),
             case(1, p=600, h=4, n=2, g=2, norm=2),
             case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm=1),
-            case(8, p=12, g=2, h=4, new=(8, 5, 1), norm=2),
-            case(8, p=72, inputs=BF16, norm=1),
+            case(9, p=12, g=2, h=4, new=(9, 5, 1), norm=2),
+            case(9, p=72, inputs=BF16, norm=1),
             case(2, p=20, h=4, state=BF16, norm=4),
         ),
         tokens=("x", "dt", "b", "c"), fixed=("a_log", "d", "dt_bias"), leads=("x", "b"),
@@ -337,8 +337,8 @@ STEPS = {
             *MATRIX_CASES,
             case(1, p=100, turn=True, norm="heads"),
             case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="heads"),
-            case(8, n=20, p=256, h=1, new=(8, 5, 1), turn=True, norm="heads"),
-            case(8, p=12, g=2, h=4, inputs=BF16, turn=True, norm="heads", rounded=True),
+            case(9, n=20, p=256, h=1, new=(9, 5, 1), turn=True, norm="heads"),
+            case(9, p=12, g=2, h=4, inputs=BF16, turn=True, norm="heads", rounded=True),
             case(3, n=24, p=17, new=(3, 0, 2), turn=True),
         ),
         tokens=("q", "k", "v"), fixed=("log_decay",), leads=("q", "v"),
@@ -355,7 +355,7 @@ STEPS = {
             case(2, n=10, gate=False, state=BF16),
             case(4, e=200, new=(4, 0, 3)),
             case(3, e=17, n=64, gate=False, inputs=BF16, state=BF16, new=(0, 1, 3)),
-            case(8, e=65, new=(8, 5, 1)),
+            case(9, e=65, new=(9, 5, 1)),
         ),
         tokens=("x", "dt", "b", "c", "z"), fixed=("a_log", "d", "dt_bias"), leads=("x", "b"),
         wrong={
@@ -373,8 +373,8 @@ STEPS = {
             case(2, bias=False, inputs=BF16, state=BF16),
             case(3, w=3, new=(0, 3, 1)),
             case(4, w=5, silu=False, new=(4, 2, 0)),
-            case(8, c=64, bias=False, inputs=BF16, state=BF16, new=(8, 1, 5)),
-            case(8),
+            case(9, c=64, bias=False, inputs=BF16, state=BF16, new=(9, 1, 5)),
+            case(9),
         ),
         tokens=("x",), fixed=("weight", "bias"), leads=("x", "weight"),
         state="tail",

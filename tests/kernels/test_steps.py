@@ -242,9 +242,9 @@ def test_counters_that_do_not_fit_are_refused(
     step.refuses(step.fitting(norm=norm) | {"arrivals": arrivals}, message)
 
 
-@pytest.mark.parametrize("tokens", [0, 9])
+@pytest.mark.parametrize("tokens", [0, 10])
 @every_step
-def test_token_counts_outside_1_to_8_are_refused(
+def test_token_counts_outside_1_to_9_are_refused(
     step: Step, tokens: int, interpreter: None
 ) -> None:
     step.refuses(step.fitting(tokens), f"K={tokens} new tokens")

@@ -34,7 +34,7 @@ from kernels.selective import torch as selective_scan
 from tests.kernels.interpreter import interpreted
 from tests.kernels.slots import in_place
 
-MAX_TOKENS = 8
+MAX_TOKENS = 9
 #: Tokens that step kernels are given at most: each launch interprets every program anew.
 FEW = 11
 BOTH = (torch.float32, torch.float64)
