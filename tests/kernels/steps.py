@@ -338,7 +338,7 @@ STEPS = {
             case(1, p=100, turn=True, norm="heads"),
             case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="heads"),
             case(9, n=20, p=256, h=1, new=(9, 5, 1), turn=True, norm="heads"),
-            case(9, p=12, g=2, h=4, inputs=BF16, turn=True, norm="heads", rounded=True),
+            case(8, p=12, g=2, h=4, inputs=BF16, turn=True, norm="heads", rounded=True),
             case(3, n=24, p=17, new=(3, 0, 2), turn=True),
         ),
         tokens=("q", "k", "v"), fixed=("log_decay",), leads=("q", "v"),
