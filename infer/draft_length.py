@@ -1,7 +1,12 @@
 """How many tokens to draft: always as many, or what the acceptance of the last rounds pays for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from archs.checks import require_at_least
+from archs.errors import UserError
+from archs.spec import RECURRENT_LIMIT
 
 
 class DraftLength(Protocol):
@@ -71,6 +76,16 @@ class Adaptive:
     def _gain(self, k: int) -> float:
         each = self.draft_cost + self.token_cost
         return expected_tokens(self.right / self.tried, k) / (1 + k * each)
+
+
+def require_drafts(drafts: Sequence[int]) -> None:
+    """Raise UserError unless each K is a number of drafts that any target's step can take back."""
+    for k in drafts:
+        require_at_least("drafts", k, 1)
+        if k >= RECURRENT_LIMIT:
+            raise UserError(
+                f"drafts={k} are more than a step can take back; take at most {RECURRENT_LIMIT - 1}"
+            )
 
 
 def expected_tokens(acceptance: float, drafts: int) -> float:

@@ -1,6 +1,5 @@
 """`decodebench speculate`: trained models measured, or any architectures predicted."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -75,19 +74,17 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def _drafting(draft: str) -> tuple[str | None, str | None]:
-    from eval.measure.suite import CONTEXT
+    from eval.measure.suite import SpeculatePlan
 
     if _is_checkpoint(draft):
         raise UserError(
             f"draft '{draft}' is a checkpoint and the target an architecture; give the target's "
             "checkpoint, too, to measure both"
         )
-    if draft == CONTEXT:
-        return None, None
-    arch, _, scale = draft.rpartition("@")
-    if not arch:
-        raise UserError(f"draft='{draft}' is neither context nor ARCH@SCALE, such as gqa@1b")
-    return arch, scale
+    plan = SpeculatePlan(draft=draft)
+    if plan.layers:
+        raise UserError(f"draft '{draft}' is measured alone; give the target's checkpoint")
+    return plan.drafting or (None, None)
 
 
 def measured(
@@ -96,11 +93,11 @@ def measured(
     arch: str | None, device: torch.device, quiet: bool,
 ) -> list[dict[str, object]]:  # fmt: skip
     """A row per batch, K and context, by our measures' names. Raises UserError."""
-    from eval.measure.plan import speculate_points
+    from eval.measure.plan import corpus_of, speculate_points
     from eval.measure.progress import Progress
     from eval.measure.site import Site
     from eval.measure.stages import measure
-    from eval.measure.suite import CONTEXT, LAYERS, CorpusPlan, SpeculatePlan
+    from eval.measure.suite import CONTEXT, LAYERS, SpeculatePlan
     from eval.measure.trained import source_of
     from eval.results.rows import Status
     from train.checkpoint import read_metadata, read_spec
@@ -117,8 +114,7 @@ def measured(
     spec = read_spec(Path(given.checkpoint), arch)
     helper = None if known else source_of(Path(draft))
     identity = read_metadata(Path(given.checkpoint)).identity
-    asked = re.match(r"bpe(\d+)-", identity.data)
-    text = CorpusPlan(spec=corpus, vocab_size=int(asked[1]) if asked else spec.scale.vocab_size)
+    text = corpus_of(identity, corpus)
     points = list(
         speculate_points(spec, given, helper, text, plan, identity.recipe.seed, device.type)
     )

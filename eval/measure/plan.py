@@ -20,7 +20,7 @@ from eval.measure.suite import (
 )
 from eval.measure.trained import Source
 from eval.results.point import Point
-from train.checkpoint import read_metadata
+from train.checkpoint import Identity, read_metadata
 
 
 def points(suite: Suite, device: str) -> Iterator[Point]:
@@ -110,12 +110,9 @@ def quality_point(
     """
     metadata = read_metadata(checkpoint)
     identity = metadata.identity
-    # A small corpus fills less of the vocabulary than was asked for; the tokens' name keeps that.
-    asked = re.match(r"bpe(\d+)-", identity.data)
-    vocab_size = int(asked[1]) if asked else identity.spec.scale.vocab_size
     options = {
         "checkpoint": str(checkpoint), "step": metadata.progress.step, "arch": arch,
-        "corpus": asdict(CorpusPlan(spec=corpus, vocab_size=vocab_size)),
+        "corpus": asdict(corpus_of(identity, corpus)),
         "quality": asdict(quality),
     }  # fmt: skip
     return Point(
@@ -123,6 +120,14 @@ def quality_point(
         seed=identity.recipe.seed, device=device, model=asdict(identity.spec),
         source=identity.source, options=options,
     )  # fmt: skip
+
+
+def corpus_of(identity: Identity, corpus: str) -> CorpusPlan:
+    """A corpus with the size of vocabulary that a checkpoint's tokenizer was asked for."""
+    # A small corpus fills less of the vocabulary than was asked for; the tokens' name keeps that.
+    asked = re.match(r"bpe(\d+)-", identity.data)
+    vocab_size = int(asked[1]) if asked else identity.spec.scale.vocab_size
+    return CorpusPlan(spec=corpus, vocab_size=vocab_size)
 
 
 def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> Point:

@@ -20,8 +20,8 @@ from archs.errors import UserError, unknown_name
 from archs.files import read_text
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
-from archs.spec import RECURRENT_LIMIT
 from eval.tasks import Task, task_named
+from infer.draft_length import require_drafts
 from infer.sampling import Sampling
 from train.corpus import check_spec
 from train.recipe import Recipe
@@ -112,8 +112,8 @@ class TrainPlan:
 class QualityPlan:
     """Held-out text: bits per byte at the trained length, loss by position.
 
-    max_tokens: at most this much of the text; 0: all of it. reach: positions go up to this many
-      loss by position.
+    max_tokens: at most this much of the text; 0: all of it. reach: trained lengths that positions
+      go up to; 0: no loss by position.
     """
 
     max_tokens: int = 50_000
@@ -184,11 +184,7 @@ class SpeculatePlan:
         at_least(self, 2, "new_tokens")
         Sampling(temperature=self.temperature)
         _ = self.drafting
-        if max(self.drafts) >= RECURRENT_LIMIT:
-            raise UserError(
-                f"drafts={max(self.drafts)} are more than a step can take back; take at most "
-                f"{RECURRENT_LIMIT - 1}"
-            )
+        require_drafts(self.drafts)
 
     @property
     def layers(self) -> int:

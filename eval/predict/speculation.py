@@ -9,13 +9,15 @@ one it is bound by compute, or each sequence's own state is, and drafts cost wha
 from collections.abc import Iterable, Sequence
 from itertools import product
 
+from archs.backbone import Model
+from archs.checks import require_some
 from archs.cost import Step
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.predict.accelerators import hardware_of
 from eval.predict.roofline import Prediction, require_grid, resident_bytes, room, step_ms
-from infer.draft_length import expected_tokens
+from infer.draft_length import expected_tokens, require_drafts
 
 
 def speculate(
@@ -36,22 +38,22 @@ def speculate(
         raise UserError(f"acceptance={acceptance} must lie between 0 and 1")
     parts, batches, contexts = list(hardware), list(batches), list(contexts)
     require_grid(hardware=parts, batches=batches, contexts=contexts)
-    if not drafts or min(drafts) < 1:
-        raise UserError(f"drafts={list(drafts)} must name at least one K, each at least 1")
+    require_some("drafts", drafts)
+    require_drafts(drafts)
     rows: list[Prediction] = []
     widths = {b * (k + 1) for b in batches for k in (0, *drafts)}
     for part in (hardware_of(key, dtype, sorted(widths), launch_us) for key in parts):
         rates = part.roofline
         model = ModelSpec(arch=target, scale=get_scale(scale)).outline(rates.dtype)
-        helper = None
+        helper: Model | None = None
         if draft is not None:
-            helper = ModelSpec(arch=draft, scale=get_scale(draft_scale or scale))
-            helper_model = helper.outline(rates.dtype)
-            if helper_model.vocab_size != model.vocab_size:
+            helper_scale = get_scale(draft_scale or scale)
+            helper = ModelSpec(arch=draft, scale=helper_scale).outline(rates.dtype)
+            if helper.vocab_size != model.vocab_size:
                 raise UserError(
-                    f"the draft's vocabulary of {helper_model.vocab_size} tokens at scale "
-                    f"{draft_scale} is not the target's of {model.vocab_size} at {scale}; take "
-                    "scales of one vocabulary"
+                    f"the draft's vocabulary of {helper.vocab_size} tokens at scale "
+                    f"{helper_scale.name} is not the target's of {model.vocab_size} at {scale}; "
+                    "take scales of one vocabulary"
                 )
         for batch, context in product(batches, contexts):
             plain_ms = step_ms(model.cost(Step(batch, 1, context)), rates)
@@ -60,14 +62,14 @@ def speculate(
                 cost = model.cost(Step(batch, k + 1, context, k), all_logits=True)
                 spent = step_ms(cost, rates)
                 if helper is not None:
-                    spent += k * step_ms(helper_model.cost(Step(batch, 1, context, k)), rates)
+                    spent += k * step_ms(helper.cost(Step(batch, 1, context, k)), rates)
                 speedups[k] = expected_tokens(acceptance, k) * plain_ms / spent
             best = max(speedups, key=lambda k: speedups[k])
             weights = resident_bytes(model)
             state = model.state_bytes(context, lookback=best)
             if helper is not None:
-                weights += resident_bytes(helper_model)
-                state += helper_model.state_bytes(context, lookback=best)
+                weights += resident_bytes(helper)
+                state += helper.state_bytes(context, lookback=best)
             sequences = room(part, weights, state)
             fits = sequences is None or sequences >= batch
             pays = speedups[best] > 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels.sampling.sample as module
+from infer.sampling import Sampler, Sampling
 from kernels.sampling import nucleus
 from kernels.sampling.nucleus import NO_TOKEN
 from kernels.sampling.sample import greedy_ref, nucleus_ref, top_p_ref
@@ -236,3 +237,32 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
         module.greedy(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="is on cpu, needs cuda"):
         module.top_p(torch.zeros(1, 4), torch.zeros(1), temperature=1.0, top_p=0.5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6, 9])
+def test_top_k_keeps_what_a_stable_sort_puts_first(k: int) -> None:
+    logits = torch.tensor(
+        [[1.0, 3.0, 3.0, -2.0, 3.0, 0.0], [0.0] * 6, [5.0, -1.0, 2.0, 2.0, -math.inf, 2.0]]
+    )
+    kept = nucleus.top_k(logits, k)
+    for row, own in zip(logits.tolist(), kept.tolist(), strict=True):
+        first = sorted(range(6), key=lambda v: -row[v])[:k]
+        assert own == [x if v in first else -math.inf for v, x in enumerate(row)]
+
+
+def test_top_k_leaves_nan_to_be_seen() -> None:
+    logits = torch.tensor([[1.0, math.nan, 2.0, 0.0], [math.nan, math.nan, 2.0, 0.0]])
+    sampler = Sampler(Sampling(temperature=1.0, top_k=1), torch.device("cpu"))
+    assert sampler(logits, torch.tensor([0.5, 0.5])).tolist() == [NO_TOKEN, NO_TOKEN]
+
+
+def test_kernels_draw_among_the_top_k() -> None:
+    logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(2))
+    uniform = torch.rand(40, generator=torch.Generator().manual_seed(3))
+    sampling = Sampling(temperature=1.5, top_p=0.9, top_k=3)
+    with interpreted():
+        drawn = Sampler(sampling, torch.device("cpu"), backend="triton")(logits, uniform)
+    assert torch.equal(drawn, Sampler(sampling, torch.device("cpu"))(logits, uniform))
+    best = logits.topk(3).indices
+    assert (best == drawn[:, None]).any(1).all()
+    assert (drawn != best[:, 0]).any()
