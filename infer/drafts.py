@@ -47,7 +47,10 @@ class Drafter(Protocol):
         ...
 
     def propose(self, sequences: Sequence[int], counts: Sequence[int], uniforms: Tensor) -> Drafts:
-        """At most `counts` drafts for each sequence; uniforms: float32 [B, max(counts)]."""
+        """At most `counts` drafts for each sequence; uniforms: float32 [B, max(counts)].
+
+        All of them are settled before the next proposal.
+        """
         ...
 
     def settle(self, sequences: Sequence[int], kept: Sequence[int], tokens: Sequence[int]) -> None:
@@ -110,10 +113,19 @@ class ModelDrafter:
 
     def propose(self, sequences: Sequence[int], counts: Sequence[int], uniforms: Tensor) -> Drafts:
         """As `Drafter.propose`, by the draft's own distribution. Raises NoTokenError."""
+        self._catch_up(sequences)
+        width = max(counts)
+        own = [self._own[s] for s in sequences]
+        ends = [
+            self.engine.store.lengths[o] + len(self._unread[s]) + width - 1
+            for o, s in zip(own, sequences, strict=True)
+        ]
+        # A whole step can be replayed: who needs fewer drafts gets as many, and forgets them.
+        read = [width] * len(own) if max(ends) <= self.max_context else list(counts)
         drawn: list[Tensor] = []
         tokens: list[Tensor] = []
-        for i in range(max(counts)):
-            logits = self._logits(sequences, counts, i, tokens[-1] if tokens else None)
+        for i in range(width):
+            logits = self._logits(sequences, read, i, tokens[-1] if tokens else None)
             if self._sampler.sampling.greedy:
                 tokens.append(self._sampler(logits))
             else:
@@ -121,10 +133,18 @@ class ModelDrafter:
                 tokens.append(self._sampler(logits, uniforms[:, i].contiguous()))
         found = torch.stack(tokens, 1)
         rows = found.tolist()
-        for sequence, count, row in zip(sequences, counts, rows, strict=True):
+        for sequence, count, fed, row in zip(sequences, counts, read, rows, strict=True):
             require_tokens(row[:count])
-            self._drafted[sequence] = row[:count]
+            self._drafted[sequence] = row[:fed]
         return Drafts(found.clamp(min=0), list(counts), torch.stack(drawn, 1) if drawn else None)
+
+    def _catch_up(self, sequences: Sequence[int]) -> None:
+        """Read what rounds without drafts left unread, but for the last two tokens."""
+        late = [s for s in sequences if len(self._unread[s]) > 2]
+        if late:
+            self.engine.prefill([self._own[s] for s in late], [self._unread[s][:-2] for s in late])
+        for sequence in late:
+            self._unread[sequence] = self._unread[sequence][-2:]
 
     def _logits(
         self, sequences: Sequence[int], counts: Sequence[int], index: int, last: Tensor | None

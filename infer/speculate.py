@@ -234,8 +234,8 @@ def advance(
         stream.pending = last[i]
         stream.room -= kept[i] + 1
         made[i] = [*rows[i][: kept[i]], last[i]]
-    own = [(sequences[i], kept[i], last[i]) for i in live]
-    drafter.settle(*([part[n] for part in own] for n in range(3)))
+    # A sequence that has ended and stays takes back what was drafted beside the others'.
+    drafter.settle(sequences, [len(m[:-1]) for m in made], [s.pending for s in streams])
     clock.mark()
     return Round(tuple(counts[i] for i in live), tuple(kept[i] for i in live)), made
 

@@ -41,6 +41,8 @@ from train.tokens import TokenSet
 TIE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 #: Plain decode and speculation after a warm-up, in turn.
 REPEATS = 3
+#: A warm-up is repeated, at most so often, while steps of new shapes are captured in it.
+WARM_UPS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,19 +97,27 @@ class _Subject:
         )  # fmt: skip
         drafter = self.drafter(context)
         require_fit(target, drafter, self.drafts, context + self.new_tokens - 1)
-        found: list[tuple[Generation, Speculation]] = []
-        for repeat in range(REPEATS + 1):
-            watch.at(repeat / (REPEATS + 1), f"context {context}")
-            both = (
-                plain.generate(prompts, self.new_tokens, self.sampling),
-                generate(
-                    target, drafter, prompts, self.new_tokens, drafts=self.drafts,
-                    sampling=self.sampling,
-                    length=(lambda: Adaptive(self.drafts)) if self.adaptive else None,
-                ),
+        engines = [plain, target, *([drafter.engine] if isinstance(drafter, ModelDrafter) else [])]
+        graphs = [e.graphed for e in engines if e.graphed is not None]
+
+        def both() -> tuple[Generation, Speculation]:
+            return plain.generate(prompts, self.new_tokens, self.sampling), generate(
+                target, drafter, prompts, self.new_tokens, drafts=self.drafts,
+                sampling=self.sampling,
+                length=(lambda: Adaptive(self.drafts)) if self.adaptive else None,
             )  # fmt: skip
-            found.append(both)
-        return _Runs(target, drafter, [p for p, _ in found[1:]], [s for _, s in found[1:]])
+
+        watch.at(0.0, f"context {context}")
+        for _ in range(WARM_UPS):
+            prepared_s = sum(g.prepare_s for g in graphs)
+            both()
+            if sum(g.prepare_s for g in graphs) == prepared_s:
+                break
+        found = []
+        for repeat in range(REPEATS):
+            watch.at((repeat + 1) / (REPEATS + 1), f"context {context}")
+            found.append(both())
+        return _Runs(target, drafter, [p for p, _ in found], [s for _, s in found])
 
 
 @dataclass(frozen=True, slots=True)

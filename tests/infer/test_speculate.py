@@ -1,16 +1,19 @@
 """Speculation gives the target's tokens (greedy) and its distribution (drawn), whatever drafts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from archs.backbone import Model, first_layers
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
+from archs.spec import RECURRENT_LIMIT
 from infer import speculate
 from infer.draft_length import Adaptive, DraftLength, Fixed, expected_tokens
 from infer.drafts import Drafter, ModelDrafter, PromptLookup
@@ -107,6 +110,58 @@ def test_lengths_may_differ_within_a_batch(kind: str) -> None:
     )
     assert found.tokens == plain
     assert {d for r in found.rounds for d in r.drafted} == set(range(MOST + 1))
+
+
+def test_drafts_of_unlike_numbers_are_made_in_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged steps are never replayed."""
+    model, prompts = double("state and rows"), random_prompts(3, 31)
+    plain = engine_of(model).generate(prompts, 50).tokens
+    draft = engine_of(near(model))
+    ragged: list[object] = []
+    for name in ("verify", "extend_last"):
+        step = getattr(draft, name)
+
+        def watched(
+            sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None, *, step: Any = step
+        ) -> Tensor:
+            ragged.append(new)
+            return step(sequences, tokens, new)
+
+        monkeypatch.setattr(draft, name, watched)
+    firsts, drafter = iter((0, 3, 7)), ModelDrafter(draft)
+    # Prompts differ in length, and are read as they are.
+    begin, begun = drafter.begin, []
+    monkeypatch.setattr(drafter, "begin", lambda *a: (begin(*a), begun.append(len(ragged))))
+    found = generate(
+        engine_of(model), drafter, prompts, 50, drafts=MOST, length=lambda: Cycling(next(firsts))
+    )
+    assert found.tokens == plain
+    assert len(ragged) > begun[0] and ragged[begun[0] :] == [None] * (len(ragged) - begun[0])
+
+
+class Waking:
+    """Nothing for longer than a recurrent step is, then drafts."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+
+    def next(self) -> int:
+        self.rounds += 1
+        return 3 if self.rounds > 2 * RECURRENT_LIMIT else 0
+
+    def saw(self, drafted: int, kept: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_catches_up_after_rounds_without_drafts(kind: str) -> None:
+    model, prompts = double(kind), random_prompts(2, 31)
+    plain = engine_of(model).generate(prompts, 50).tokens
+    found = generate(
+        engine_of(model), ModelDrafter(engine_of(near(model))), prompts, 50, drafts=4, length=Waking
+    )
+    assert found.tokens == plain
+    assert any(map(any, (r.drafted for r in found.rounds)))
 
 
 @pytest.mark.slow
