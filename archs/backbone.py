@@ -197,10 +197,12 @@ class Model(nn.Module):
         apart = {id(self.embedding.weight), id(self.head_weight)}
         return sum(p.numel() for p in self.parameters() if id(p) not in apart)
 
-    def state_bytes(self, context: int, *, page_size: int = 1, lookback: int = 0) -> int:
-        """Bytes of state of one sequence after `context` tokens."""
+    def state_bytes(
+        self, context: int, *, page_size: int = 1, lookback: int = 0, replay: int = 0
+    ) -> int:
+        """Bytes of state of one sequence after `context` tokens; see `StateSpec.state_bytes`."""
         return sum(
-            s.state_bytes(context, page_size=page_size, lookback=lookback)
+            s.state_bytes(context, page_size=page_size, lookback=lookback, replay=replay)
             for s in self.state_specs()
         )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from archs.errors import UserError
 from archs.formats import Format
-from archs.spec import RowSpec, StateSpec
+from archs.spec import Replay, RowSpec, StateSpec, require_replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +22,33 @@ class Step:
     """One `extend`: `batch` sequences, `new_tokens` each, after `context` held tokens.
 
     lookback: tokens that can be rolled back afterwards, for which values of fixed tensors are kept.
+    replay: inputs in a ring from which they are computed anew instead; 0: none.
     """
 
     batch: int
     new_tokens: int
     context: int
     lookback: int = 0
+    replay: int = 0
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new_tokens < 1 or self.context < 0 or self.lookback < 0:
             raise UserError(
                 f"{self} needs batch >= 1, new_tokens >= 1, context >= 0 and lookback >= 0"
             )
+        require_replay(self.replay, self.lookback)
 
     @property
     def tokens(self) -> int:
         """New tokens over the whole batch."""
         return self.batch * self.new_tokens
+
+    @property
+    def replayed(self) -> int:
+        """Tokens of each sequence whose inputs a recurrent step takes in once more, on average."""
+        if not self.replay:
+            return 0
+        return round(Replay(self.replay, self.lookback).mean(self.new_tokens)[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,11 +166,12 @@ class Traffic(TypedDict):
 
 def state_traffic(spec: StateSpec, step: Step) -> Traffic:
     """What a step reads and writes of the state that `spec` declares, values for rollback too."""
-    written = spec.write_bytes(step.new_tokens, context=step.context, lookback=step.lookback)
+    rollback = {"lookback": step.lookback, "replay": step.replay}
+    read = spec.read_bytes(step.context, step.new_tokens, **rollback)
+    written = spec.write_bytes(step.new_tokens, context=step.context, **rollback)
     return {
-        "state_read_bytes": step.batch * spec.read_bytes(step.context, step.new_tokens),
-        "state_write_bytes": step.batch * written,
-    }
+        "state_read_bytes": step.batch * read, "state_write_bytes": step.batch * written,
+    }  # fmt: skip
 
 
 def attention_cost(rows: RowSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int) -> OpCost:

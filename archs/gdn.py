@@ -34,7 +34,7 @@ from archs.recurrent import (
     fill_ones,
     memory_format,
 )
-from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec, TensorSpec
 from archs.state import LayerState
 from kernels.gated_delta.torch import CHUNK, gdn_chunk_matrix_flops, gdn_step_matrix_flops
 from kernels.norm.torch import OutputNorm
@@ -139,6 +139,12 @@ class GatedDeltaNet(Mixer):
             shape=(c.value_heads, c.key_dim, c.value_dim),
             format=memory_format(self.out.weight),
             shards=c.value_heads,
+            inputs=TensorSpec(
+                name="memory inputs",
+                shape=(c.key_heads * c.key_dim + c.value_heads * (c.value_dim + 2),),
+                format=Format.of(self.out.weight.dtype),
+                shards=c.key_heads,
+            ),
         )
         return StateSpec(fixed=(tail, memory))
 
@@ -148,8 +154,9 @@ class GatedDeltaNet(Mixer):
         heads, n, p = c.value_heads, c.key_dim, c.value_dim
         values = step.tokens * heads * p
         if step.new_tokens <= RECURRENT_LIMIT:
-            matrix = gdn_step_matrix_flops(step.batch, step.new_tokens, heads, n, p)
-            vector = 3 * values * n
+            tokens = step.new_tokens + step.replayed
+            matrix = gdn_step_matrix_flops(step.batch, tokens, heads, n, p)
+            vector = 3 * step.batch * tokens * heads * p * n
         else:
             matrix = gdn_chunk_matrix_flops(step.batch, step.new_tokens, heads, c.key_heads, n, p)
             vector = chunk_vector_flops(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import (
     Initialiser,
@@ -27,7 +28,7 @@ from archs.mixer import (
 from archs.ops.decay import retention
 from archs.ops.dense import Input
 from archs.recurrent import chunk_vector_flops, fill_ones, memory_format
-from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec, TensorSpec
 from archs.state import LayerState
 from kernels.decay.torch import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm.torch import OutputNorm
@@ -123,7 +124,15 @@ class LinearAttention(Mixer):
         c = self.config
         shape = (c.n_heads, c.key_dim, c.value_dim)
         stored = memory_format(self.out.weight)
-        memory = FixedSpec(name="memory", shape=shape, format=stored, shards=c.n_heads)
+        inputs = TensorSpec(
+            name="memory inputs",
+            shape=(c.n_heads * (c.key_dim + c.value_dim),),
+            format=Format.of(self.out.weight.dtype),
+            shards=c.n_heads,
+        )
+        memory = FixedSpec(
+            name="memory", shape=shape, format=stored, shards=c.n_heads, inputs=inputs
+        )
         return StateSpec(fixed=(memory,))
 
     def cost(self, step: Step) -> Cost:
@@ -132,8 +141,9 @@ class LinearAttention(Mixer):
         size = (c.n_heads, c.key_dim, c.value_dim)
         values = step.tokens * c.n_heads * c.value_dim
         if step.new_tokens <= RECURRENT_LIMIT:
-            matrix = decay_step_matrix_flops(step.batch, step.new_tokens, *size)
-            vector = 3 * values * c.key_dim
+            tokens = step.new_tokens + step.replayed
+            matrix = decay_step_matrix_flops(step.batch, tokens, *size)
+            vector = 3 * step.batch * tokens * c.n_heads * c.value_dim * c.key_dim
         else:
             matrix = decay_chunk_matrix_flops(
                 step.batch, step.new_tokens, c.n_heads, c.n_heads, c.key_dim, c.value_dim

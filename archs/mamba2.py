@@ -34,7 +34,7 @@ from archs.recurrent import (
     fill_ones,
     memory_format,
 )
-from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, StateSpec, TensorSpec
 from archs.state import LayerState
 from kernels.decay.torch import CHUNK, decay_chunk_matrix_flops, decay_step_matrix_flops
 from kernels.norm.torch import OutputNorm
@@ -142,6 +142,12 @@ class Mamba2(Mixer):
             shape=(c.n_heads, c.state_dim, c.head_dim),
             format=memory_format(self.out.weight),
             shards=c.n_heads,
+            inputs=TensorSpec(
+                name="ssm inputs",
+                shape=(self.inner + c.groups * c.state_dim + c.n_heads,),
+                format=Format.of(self.out.weight.dtype),
+                shards=c.groups,
+            ),
         )
         return StateSpec(fixed=(tail, ssm))
 
@@ -150,8 +156,9 @@ class Mamba2(Mixer):
         c, spec = self.config, self.state_spec()
         n, p = c.state_dim, c.head_dim
         if step.new_tokens <= RECURRENT_LIMIT:
-            matrix = decay_step_matrix_flops(step.batch, step.new_tokens, c.n_heads, n, p)
-            vector = step.tokens * self.inner * (3 * n + 4)
+            tokens = step.new_tokens + step.replayed
+            matrix = decay_step_matrix_flops(step.batch, tokens, c.n_heads, n, p)
+            vector = step.batch * tokens * self.inner * (3 * n + 4)
         else:
             matrix = decay_chunk_matrix_flops(
                 step.batch, step.new_tokens, c.n_heads, c.groups, n, p

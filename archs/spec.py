@@ -27,6 +27,56 @@ def kept_states(new_tokens: int, lookback: int) -> int:
     return min(new_tokens, lookback + 1) if new_tokens <= RECURRENT_LIMIT else 1
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Steps of `new_tokens` tokens on values that are replayed from rings of `rows` inputs.
+
+    A step reads the value, and the inputs of the `held` tokens since; it takes some of them into
+    the value where the next step would not find room. Those that `lookback` tokens can still take
+    back stay inputs, so that nothing is ever taken out of a value.
+    """
+
+    rows: int
+    lookback: int
+
+    def folds(self, held: int, new_tokens: int) -> int:
+        """How many of the held inputs a step takes into the value; it is not written for 0."""
+        if new_tokens == 0 or held + new_tokens + self.lookback + 1 <= self.rows:
+            return 0
+        return max(0, held - max(0, self.lookback - new_tokens))
+
+    def overflows(self, held: int, new_tokens: int) -> bool:
+        """Whether a step finds no room, and all that is held goes into the value before it."""
+        return new_tokens > RECURRENT_LIMIT or held + new_tokens > self.rows
+
+    def mean(self, new_tokens: int) -> tuple[Fraction, Fraction]:
+        """Inputs held before a step, and writes of the value in it, over many steps that keep
+        all their tokens.
+        """
+        if self.overflows(0, new_tokens):
+            return Fraction(0), Fraction(1)
+        held, seen, writes = 0, list[int](), list[bool]()
+        while held not in seen:
+            seen.append(held)
+            full = self.overflows(held, new_tokens)
+            taken = held if full else self.folds(held, new_tokens)
+            writes.append(full or taken > 0)
+            held = new_tokens if full else held + new_tokens - taken
+        first = seen.index(held)
+        steps = len(seen) - first
+        return Fraction(sum(seen[first:]), steps), Fraction(sum(writes[first:]), steps)
+
+
+def require_replay(rows: int, lookback: int) -> None:
+    """Raise UserError unless rings of so many inputs serve; 0: copies are kept instead."""
+    if rows < 0 or (rows and rows < 2 * (lookback + 1)):
+        raise UserError(
+            f"replay={rows} with lookback={lookback}: a ring holds the inputs of two steps of "
+            f"{lookback + 1} tokens at least; take replay={2 * (lookback + 1)} or more, or 0 for "
+            "copies"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """What both kinds declare.
@@ -132,15 +182,25 @@ class RowSpec(TensorSpec):
 class FixedSpec(TensorSpec):
     """One value per sequence, whatever the context.
 
-    replay: the windowed row tensor from whose rows earlier values are computed anew; None: values
-    that a rollback can reach are kept as copies.
+    inputs: of one token, from which the mixer computes the value after it: a store may keep a ring
+    of them instead of a copy of the value for each token (None: copies alone serve).
     """
 
-    replay: str | None = None
+    inputs: TensorSpec | None = None
 
-    def copies(self, context: int, lookback: int = 0) -> int:
-        """Values that one sequence holds after `context` tokens, taken one by one."""
-        return min(context, 1 if self.replay is not None else lookback + 1)
+    def held_bytes(self, context: int, lookback: int = 0, replay: int = 0) -> int:
+        """Bytes that one sequence holds after `context` tokens, taken one by one.
+
+        replay: inputs in a ring; 0: copies for as many tokens as can be taken back.
+        """
+        if replay and self.inputs is not None:
+            return min(context, 1) * (self.nbytes + replay * self.inputs.nbytes)
+        return min(context, lookback + 1) * self.nbytes
+
+    def part(self, gpus: int) -> Self:
+        """As `TensorSpec.part`, of the inputs, too."""
+        inputs = None if self.inputs is None else self.inputs.part(gpus)
+        return replace(TensorSpec.part(self, gpus), inputs=inputs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,13 +224,6 @@ class StateSpec:
         names = [t.name for t in (*self.rows, *self.fixed)]
         if len(set(names)) != len(names):
             raise UserError(f"state tensors {names} repeat a name; each needs its own")
-        windowed = {t.name for t in self.rows if t.window is not None and t.owner is None}
-        for tensor in self.fixed:
-            if tensor.replay is not None and tensor.replay not in windowed:
-                raise UserError(
-                    f"'{tensor.name}' replays '{tensor.replay}', which is no windowed row tensor "
-                    "of this layer; declare one of that name"
-                )
 
     @property
     def owned(self) -> tuple[RowSpec, ...]:
@@ -197,16 +250,18 @@ class StateSpec:
         slope = sum((Fraction(t.nbytes, t.every) for t in growing), Fraction(0))
         return slope.numerator if slope.denominator == 1 else float(slope)
 
-    def state_bytes(self, context: int, *, page_size: int = 1, lookback: int = 0) -> int:
+    def state_bytes(
+        self, context: int, *, page_size: int = 1, lookback: int = 0, replay: int = 0
+    ) -> int:
         """Bytes one sequence holds after `context` tokens; equals what the store allocates.
 
         `lookback` tokens can be taken back: windows keep rows for it beyond their own, and fixed
-        tensors a value for each length in reach.
+        tensors a value for each length in reach, or one and a ring of `replay` inputs.
         """
         rows = sum(
             t.held_pages(context, page_size, lookback) * page_size * t.nbytes for t in self.rows
         )
-        return rows + sum(t.copies(context, lookback) * t.nbytes for t in self.fixed)
+        return rows + sum(t.held_bytes(context, lookback, replay) for t in self.fixed)
 
     def scanned_bytes(self, context: int, new_tokens: int = 1) -> int:
         """Bytes of rows that one sequence reads from first to last when it is extended."""
@@ -216,15 +271,38 @@ class StateSpec:
         """Bytes of rows that one sequence reads because its mixer picked them."""
         return _read((t for t in self.rows if t.picks is not None), context, new_tokens)
 
-    def read_bytes(self, context: int, new_tokens: int = 1) -> int:
-        """Bytes of state one sequence reads when it is extended by `new_tokens`."""
-        return _read(self.rows, context, new_tokens) + self.fixed_bytes
+    def replayed(self, replay: int) -> tuple[FixedSpec, ...]:
+        """Fixed tensors that a store with rings of so many inputs replays."""
+        return tuple(t for t in self.fixed if replay and t.inputs is not None)
 
-    def write_bytes(self, new_tokens: int = 1, *, context: int = 0, lookback: int = 0) -> int:
-        """Bytes of state one sequence writes when it is extended by `new_tokens`."""
-        rows = sum(t.new_rows(context, new_tokens) * t.nbytes for t in self.owned)
-        states = kept_states(new_tokens, lookback)
-        return rows + sum((1 if t.replay is not None else states) * t.nbytes for t in self.fixed)
+    def read_bytes(
+        self, context: int, new_tokens: int = 1, *, lookback: int = 0, replay: int = 0
+    ) -> int:
+        """Bytes of state one sequence reads when it is extended by `new_tokens`; of inputs the
+        mean over many such steps.
+        """
+        held, _ = Replay(replay, lookback).mean(new_tokens)
+        inputs = sum(t.inputs.nbytes for t in self.replayed(replay) if t.inputs is not None)
+        return _read(self.rows, context, new_tokens) + self.fixed_bytes + round(held * inputs)
+
+    def write_bytes(
+        self, new_tokens: int = 1, *, context: int = 0, lookback: int = 0, replay: int = 0
+    ) -> int:
+        """Bytes of state one sequence writes when it is extended by `new_tokens`; of values that
+        are replayed the mean over many such steps.
+        """
+        written = sum(t.new_rows(context, new_tokens) * t.nbytes for t in self.owned)
+        states, (_, share) = (
+            kept_states(new_tokens, lookback), Replay(replay, lookback).mean(new_tokens)
+        )  # fmt: skip
+        for tensor in self.fixed:
+            if not replay or tensor.inputs is None:
+                written += states * tensor.nbytes
+                continue
+            written += round(share * tensor.nbytes)
+            if new_tokens <= RECURRENT_LIMIT:
+                written += new_tokens * tensor.inputs.nbytes
+        return written
 
 
 def _read(rows: Iterable[RowSpec], context: int, new_tokens: int) -> int:

@@ -184,6 +184,69 @@ class Slots:
     arrivals: Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """A fixed tensor of which a sequence has one value, some tokens old, and their inputs.
+
+    values:  pool [slots, *shape].
+    inputs:  pool [slots, R, row]; those of the token at position i lie in row i % R.
+    slot:    int32 [B], where the value and the inputs of a sequence lie.
+    past:    int32 [B], tokens before this step.
+    held:    int32 [B], those of them that the value has not taken in: at most `most`.
+    fold:    int32 [B], how many of the held ones the value takes in in this step, the oldest first.
+    same:    whether every sequence holds `most`.
+    folds:   whether `fold` may be more than 0 somewhere.
+    whole:   whether the step is as any other but for its begin: it takes all that is held into the
+      value, and puts the one after its own tokens. Their inputs are not kept.
+    new:     int32 [B] valid new tokens of a right-padded batch (None: all K).
+    padding: the slot that takes what is not kept. arrivals: as `Slots`'.
+    """
+
+    values: Tensor
+    inputs: Tensor
+    slot: Tensor
+    past: Tensor
+    held: Tensor
+    fold: Tensor
+    most: int
+    same: bool
+    folds: bool
+    whole: bool
+    new: Tensor | None
+    padding: int
+    arrivals: Tensor
+
+    def rows(self) -> Tensor:
+        """The held inputs, oldest first, [B, most, row]; a sequence's own are the last `held`."""
+        at = self.past.long()[:, None] + self._back
+        flat = self.slot.long()[:, None] * self.inputs.shape[1] + at % self.inputs.shape[1]
+        return self.inputs.flatten(0, 1)[flat]
+
+    def is_held(self) -> Tensor | None:
+        """Which of `rows` are a sequence's own, bool [B, most]; None: all."""
+        return None if self.same else self._back >= -self.held[:, None]
+
+    def is_folded(self) -> Tensor:
+        """Which of `rows` the value takes in, bool [B, most]."""
+        since = self._back + self.held[:, None]
+        return (since >= 0) & (since < self.fold[:, None])
+
+    def append(self, rows: Tensor) -> None:
+        """Keep the inputs [B, K, row] of the valid new tokens."""
+        size = self.inputs.shape[1]
+        new = torch.arange(rows.shape[1], device=rows.device)
+        slot = self.slot.long()[:, None].expand(-1, rows.shape[1])
+        if self.new is not None:
+            # What lies past a sequence's count would fall upon what it holds.
+            slot = torch.where(new < self.new[:, None], slot, self.padding)
+        at = slot * size + (self.past.long()[:, None] + new) % size
+        self.inputs.flatten(0, 1)[at.flatten()] = rows.flatten(0, 1)
+
+    @property
+    def _back(self) -> Tensor:
+        return torch.arange(-self.most, 0, device=self.past.device)
+
+
 class LayerState(Protocol):
     """One layer's state during one `extend` of K new tokens per sequence.
 
@@ -259,4 +322,11 @@ class LayerState(Protocol):
 
     def slots(self, name: str) -> Slots:
         """Where a kernel reads and writes a fixed tensor."""
+        ...
+
+    def replayed(self, name: str) -> Replayed | None:
+        """A fixed tensor as it is replayed; None where copies of it are kept.
+
+        `get` and `put` then are of its one value, before the held inputs and after what is folded.
+        """
         ...

@@ -7,6 +7,7 @@ depend on the batch alone, so a step can be captured in a CUDA graph and replaye
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,24 @@ from torch.nn import functional as F
 
 from archs.state import Pages
 from infer.pages import PageTable, TableKey
+from infer.rings import RingChange
 from infer.slots import SlotChange
 from kernels.rope.torch import rope_table
 
 #: Counters per sequence for steps whose programs count arrivals: one for each norm.
 ARRIVALS_PER_SEQUENCE = 1024
+
+
+#: Numbers of a step, one for each sequence; what each token writes follows them.
+SECTIONS = 8
+
+
+class Padding(NamedTuple):
+    """What a batch is padded with: a sequence of nobody, and the slots that nobody reads."""
+
+    sequence: int
+    slot: int
+    ring: int
 
 
 def staged(
@@ -71,27 +85,38 @@ class OnDevice:
 
 def book(
     sequences: Sequence[int], lengths: Sequence[int], counts: Sequence[int], new_tokens: int,
-    slots: SlotChange | None, *, padded: int, padding: tuple[int, int],
+    slots: SlotChange | None, rings: RingChange | None, *, padded: int, padding: Padding,
 ) -> Tensor:  # fmt: skip
     """The books of a step as one int32 tensor on the host; `Books` takes it apart.
 
-    padded: sequences of the batch, those of padding included; padding: their number in the block
-    tables, and their slot.
+    padded: sequences of the batch, those of padding included.
     """
     size, more = _padded(padded), padded - len(sequences)
-    nobody, slot = padding
     rows = [
-        [*sequences, *[nobody] * more],
+        [*sequences, *[padding.sequence] * more],
         [*lengths, *[0] * more],
         [*counts, *[new_tokens] * more],
     ]
-    books = torch.zeros(5 * size + _padded(padded * new_tokens), dtype=torch.int32)
-    if slots is not None:
+    books = torch.zeros(SECTIONS * size + _padded(padded * new_tokens), dtype=torch.int32)
+    nothing = [0] * padded
+    if slots is None:
+        rows += [nothing, nothing]
+    else:
+        slot = padding.slot
         rows += [[*slots.read, *[slot] * more], [*slots.last, *[slot] * more]]
         last = [*[-1] * (new_tokens - 1), slot]
         written = [at for row in slots.write for at in row] + last * more
-        books[5 * size : 5 * size + len(written)] = torch.tensor(written, dtype=torch.int32)
-    books[: 5 * size].view(5, size)[: len(rows), :padded] = torch.tensor(rows, dtype=torch.int32)
+        end = SECTIONS * size + len(written)
+        books[SECTIONS * size : end] = torch.tensor(written, dtype=torch.int32)
+    if rings is not None:
+        rows += [
+            [*rings.slot, *[padding.ring] * more],
+            [*rings.held, *[0] * more],
+            [*rings.fold, *[0] * more],
+        ]
+    books[: SECTIONS * size].view(SECTIONS, size)[: len(rows), :padded] = torch.tensor(
+        rows, dtype=torch.int32
+    )
     return books
 
 
@@ -104,6 +129,7 @@ class Books:
     """A step's books on the device, and what follows from them.
 
     sequence, past, count, read, last: int32 [B]; write: int32 [B, K]. See `archs.state.Slots`.
+    ring, held, fold: int32 [B]. See `archs.state.Replayed`.
     ragged: whether `count` may be less than K.
     """
 
@@ -114,10 +140,11 @@ class Books:
         self.new_tokens = new_tokens
         self.ragged = ragged
         size = _padded(batch)
-        rows = tensor[: 5 * size].view(5, size)[:, :batch].unbind(0)
-        self.sequence, self.past, self.count, self.read, self.last = rows
-        end = 5 * size + batch * new_tokens
-        self.write = tensor[5 * size : end].view(batch, new_tokens)
+        rows = tensor[: SECTIONS * size].view(SECTIONS, size)[:, :batch].unbind(0)
+        self.sequence, self.past, self.count, self.read, self.last = rows[:5]
+        self.ring, self.held, self.fold = rows[5:]
+        end = SECTIONS * size + batch * new_tokens
+        self.write = tensor[SECTIONS * size : end].view(batch, new_tokens)
         self._rows: dict[TableKey, RowBooks] = {}
 
     @cached_property

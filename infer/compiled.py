@@ -21,7 +21,7 @@ from infer.pages import TableKey
 from infer.plan import StepPlan
 from infer.pools import LayerTensors
 from infer.rows import AtHome, Held, Plain
-from infer.state import InPlace, LayerState, RowTensor, Slotted, ValueForm
+from infer.state import Fixed, InPlace, LayerState, RowTensor, Slotted, ValueForm
 from kernels.rope.torch import rope_table
 
 Rotary = tuple[int, float]
@@ -122,7 +122,8 @@ def _step(
             for name, (key, home, row) in layer.rows.items()
         }
         owners = {name: states[owner] for name, owner in layer.lent.items()}
-        states.append(LayerState(step, index, rows, layer.fixed, values, owners))
+        fixed = Fixed(layer.fixed, layer.inputs, values, None)
+        states.append(LayerState(step, index, rows, fixed, owners))
     return model.extend(tokens, states) if every_token else model.extend_last(tokens, states)
 
 
@@ -219,6 +220,7 @@ class CompiledStep:
                     layer.lent,
                     layer.fixed if slot is None
                     else {name: v.narrow(0, slot, batch) for name, v in layer.fixed.items()},
+                    layer.inputs,
                 )
                 for index, layer in enumerate(store.pools.layers)
             ]  # fmt: skip

@@ -74,6 +74,7 @@ class Engine:
         max_context: int = 2048,
         page_size: int | None = None,
         lookback: int = 0,
+        replay: int = 0,
         prefill_chunk: int | None = 2048,
         backend: str | None = None,
         compiled: bool = False,
@@ -89,6 +90,10 @@ class Engine:
             raise UserError(
                 f"compiled=True compiles the torch forms, backend={backend} has its own kernels; "
                 "take one of them"
+            )
+        if compiled and replay:
+            raise UserError(
+                f"compiled=True with replay={replay}: compiled steps keep copies; take replay=0"
             )
         if graphs and plain:
             raise UserError("graphs=True needs states on the device; take backend=triton")
@@ -108,6 +113,7 @@ class Engine:
             max_context=max_context + compiled,
             page_size=page_size,
             lookback=lookback,
+            replay=replay,
             device=self.device,
             kernels=not plain,
         )

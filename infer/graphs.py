@@ -115,8 +115,12 @@ class GraphedStep:
         self._weights = self._weights_at()
 
     def serves(self, step: StepPlan) -> bool:
-        """Whether a step can be a replay: short, without padding, and no rows to join."""
+        """Whether a step can be a replay: short, without padding, no rows to join, and
+        room for its inputs where values are replayed.
+        """
         few = step.new_tokens <= RECURRENT_LIMIT and step.full
+        if step.rings is not None and step.rings.whole:
+            return False
         return few and not any(table.joins for table in step.tables.values())
 
     def __call__(self, tokens: Tensor, step: StepPlan, *, every_token: bool = False) -> Tensor:

@@ -14,12 +14,22 @@ import torch
 from torch import Tensor
 
 from archs.spec import kept_states
-from infer.books import Books, OnDevice, book, staged
+from infer.books import Books, OnDevice, Padding, book, staged
 from infer.pages import PageTable, TableKey
 from infer.pools import Pools
+from infer.rings import RingChange, RingTable
 from infer.rows import Held, InPages, RowForm, RowStep
 from infer.slots import SlotChange, SlotTable
-from infer.state import InPlace, LayerState, RowTensor, Slotted, StepContext, ValueForm
+from infer.state import (
+    Fixed,
+    InPlace,
+    LayerState,
+    Replays,
+    RowTensor,
+    Slotted,
+    StepContext,
+    ValueForm,
+)
 from kernels.rope.torch import rope_table
 
 
@@ -33,6 +43,7 @@ class Store(Protocol):
     lengths: list[int]
     tables: dict[TableKey, PageTable]
     slots: SlotTable | None
+    rings: RingTable | None
     pools: Pools
     on_device: OnDevice
 
@@ -64,6 +75,7 @@ class StepPlan:
         self.committed = False
         self.tables = {key: RowStep(self, table) for key, table in store.tables.items()}
         self.slots = SlotChange()
+        self.rings: RingChange | None = None
         self.batch = len(sequences)
         self._rope: dict[tuple[int, float], Tensor] = {}
 
@@ -72,6 +84,8 @@ class StepPlan:
         for step in self.tables.values():
             step.reserve()
         slots, change, new = self.store.slots, self.slots, self.new_tokens
+        if self.store.rings is not None:
+            self.rings = self.store.rings.reserve(self.sequences, self.lengths, self.counts, new)
         if slots is not None:
             for sequence, length, count in zip(
                 self.sequences, self.lengths, self.counts, strict=True
@@ -98,9 +112,8 @@ class StepPlan:
             key: step for key, step in self.tables.items()
             if step.change.copies and (joined or not step.joins)
         }  # fmt: skip
-        moved = staged(self.slots.copies, self.device) if self.slots.copies else None
-        if not due and moved is None:
-            return
+        rings = [] if self.rings is None else self.rings.copies
+        moved, ringed = (staged(c, self.device) if c else None for c in (self.slots.copies, rings))
         self.wrote_rows |= bool(due)
         # With lookback a copy may stand where an older value of its sequence did.
         self.wrote_fixed |= moved is not None and self.store.lookback > 0
@@ -108,20 +121,24 @@ class StepPlan:
             for key, pool, _ in layer.rows.values():
                 if key in due:
                     due[key].copy_shared(pool)
-            if moved is not None:
-                for value in layer.fixed.values():
-                    value.index_copy_(0, moved[:, 1], value.index_select(0, moved[:, 0]))
+            for name, value in layer.fixed.items():
+                _copy(value, ringed if name in layer.inputs else moved)
+            for inputs in layer.inputs.values():
+                _copy(inputs, ringed)
 
     def _sent(self, padded: int) -> Tensor:
         """The books on the device, of a batch padded to so many sequences.
 
         A small copy from pageable memory: the driver stages it and does not wait for the device.
         """
-        slots = self.store.slots
+        slots, rings = self.store.slots, self.store.rings
+        padding = Padding(
+            len(self.store.lengths), 0 if slots is None else slots.padding,
+            0 if rings is None else rings.padding,
+        )  # fmt: skip
         sent = book(
             self.sequences, self.lengths, self.counts, self.new_tokens,
-            None if slots is None else self.slots, padded=padded,
-            padding=(len(self.store.lengths), 0 if slots is None else slots.padding),
+            None if slots is None else self.slots, self.rings, padded=padded, padding=padding,
         )  # fmt: skip
         return sent.to(self.device, non_blocking=True)
 
@@ -207,17 +224,32 @@ class StepPlan:
         return slotted(slots, self.books, self.each)
 
     @cached_property
+    def replays(self) -> Replays | None:
+        """How values are replayed; None where none is."""
+        table, change = self.store.rings, self.rings
+        if table is None or change is None:
+            return None
+        slot, count = change.slot, len(self.sequences)
+        form: ValueForm | None = None
+        if slot == list(range(slot[0], slot[0] + count)) and not self.kernels:
+            form = InPlace(slot[0], count)
+        return Replays(
+            self.books, form, most=max(change.held), same=len(set(change.held)) == 1,
+            folds=any(change.fold), whole=change.whole, padding=table.padding,
+        )  # fmt: skip
+
+    @cached_property
     def layers(self) -> list[LayerState]:
         """One state per layer, to hand to `Mixer.extend`."""
         if self.kernels:
             self.prepare()
             step = DeviceStep(self.store, self.books, self.bound, self.each)
             forms: dict[TableKey, RowForm] = {key: s.form() for key, s in self.tables.items()}
-            return layers_of(self.store, step, forms, self.values)
+            return layers_of(self.store, step, forms, self.values, self.replays)
         self.start_copies()
         forms = {key: s.form() for key, s in self.tables.items()}
         homes = self.sequences[0] if self.adjacent else None
-        return layers_of(self.store, self, forms, self.values, homes)
+        return layers_of(self.store, self, forms, self.values, self.replays, homes)
 
     def close(self) -> None:
         """Part with all that points back here: what a finished step held is free at once, not
@@ -271,7 +303,8 @@ class DeviceStep:
             for key, table in store.tables.items()
         }
         values = None if store.slots is None else slotted(store.slots, self.books, self.each)
-        return layers_of(store, self, forms, values)
+        replays = None if store.rings is None else any_replays(store.rings, self.books)
+        return layers_of(store, self, forms, values, replays)
 
 
 def slotted(slots: SlotTable, books: Books, each: bool) -> Slotted:
@@ -279,9 +312,23 @@ def slotted(slots: SlotTable, books: Books, each: bool) -> Slotted:
     return Slotted(books, each=each, in_place=slots.lookback == 0, padding=slots.padding)
 
 
+def any_replays(table: RingTable, books: Books) -> Replays:
+    """Of a step whose books alone say what is held: one that finds room for its inputs."""
+    return Replays(
+        books, None, most=table.replay.rows - books.new_tokens, same=False, folds=True,
+        whole=False, padding=table.padding,
+    )  # fmt: skip
+
+
+def _copy(pool: Tensor, moved: Tensor | None) -> None:
+    """Copy slots of a pool [slots, …]; moved: int64 [N, 2], from and to."""
+    if moved is not None:
+        pool.index_copy_(0, moved[:, 1], pool.index_select(0, moved[:, 0]))
+
+
 def layers_of(
     store: Store, step: StepContext, forms: Mapping[TableKey, RowForm], values: ValueForm | None,
-    first: int | None = None,
+    replays: Replays | None, first: int | None = None,
 ) -> list[LayerState]:  # fmt: skip
     """One state per layer.
 
@@ -297,7 +344,8 @@ def layers_of(
             new = step.new_tokens if key.every == 1 else -(-step.new_tokens // key.every)
             rows[name] = RowTensor(Held(pool, home), forms[key], (new, *shape))
         owners = {name: states[owner] for name, owner in layer.lent.items()}
-        states.append(LayerState(step, index, rows, layer.fixed, values or NONE, owners))
+        fixed = Fixed(layer.fixed, layer.inputs, values or NONE, replays)
+        states.append(LayerState(step, index, rows, fixed, owners))
     return states
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from archs.errors import UserError
 from archs.spec import FixedSpec, RowSpec, StateSpec, TensorSpec
 from infer.pages import PageTable, TableKey
+from infer.rings import RingTable
 from infer.slots import SlotTable
 
 
@@ -16,33 +17,42 @@ class LayerTensors(NamedTuple):
     """The tensors of one layer in the store, by name.
 
     rows: of its own: their block table, their pool [*planes, rows, row] and a row's shape.
-    lent: the layers that own the others. fixed: pools [slots, *shape].
+    lent: the layers that own the others. fixed: pools [slots, *shape]. inputs: of those that are
+    replayed, pools [slots, R, row].
     """
 
     rows: dict[str, tuple[TableKey, Tensor, tuple[int, ...]]]
     lent: dict[str, int]
     fixed: dict[str, Tensor]
+    inputs: dict[str, Tensor]
 
 
 class Pools:
     """Rows of one plane (a head of K, say) lie together; values lie in slots.
 
     page_bytes: of a page of each block table, in the pools of all its tensors; slot_bytes: of a
-    slot in those of all fixed tensors. Both are counted from the tensors.
+    slot in those of all fixed tensors that are kept in copies; ring_bytes: of one in those of all
+    that are replayed. All are counted from the tensors.
     Raises UserError for a tensor that no store can hold yet.
     """
 
     def __init__(
         self, specs: Sequence[StateSpec], tables: Mapping[TableKey, PageTable],
-        slots: SlotTable | None, lookback: int, device: torch.device,
+        slots: SlotTable | None, rings: RingTable | None, device: torch.device,
     ) -> None:  # fmt: skip
         self._tables = tables
         self._slots = slots
-        self._lookback = lookback
+        self._rings = rings
         self._device = device
         self.layers = [self._layer(spec) for spec in specs]
         self.page_bytes = {key: self._bytes_of_a_page(key) for key in tables}
-        self.slot_bytes = sum(t[0].nbytes for layer in self.layers for t in layer.fixed.values())
+        self.slot_bytes = self.ring_bytes = 0
+        for layer in self.layers:
+            for name, pool in layer.fixed.items():
+                if name in layer.inputs:
+                    self.ring_bytes += pool[0].nbytes + layer.inputs[name][0].nbytes
+                else:
+                    self.slot_bytes += pool[0].nbytes
         self._homes: dict[tuple[int, str, int, int], Tensor] = {}
 
     def home(self, layer: int, name: str, first: int, count: int) -> Tensor:
@@ -65,6 +75,7 @@ class Pools:
             {t.name: (key_of(t), self._rows(t), t.shape) for t in spec.owned},
             {t.name: t.owner for t in spec.rows if t.owner is not None},
             {t.name: self._values(t) for t in spec.fixed},
+            {t.name: self._inputs(t.inputs) for t in spec.fixed if self._is_replayed(t)},
         )
 
     def _rows(self, tensor: RowSpec) -> Tensor:
@@ -73,14 +84,17 @@ class Pools:
         rows = (table.n_pages + 1) * table.page_size
         return self._zeros(tensor, (*tensor.shape[:-1], rows, tensor.shape[-1]))
 
+    def _is_replayed(self, tensor: FixedSpec) -> bool:
+        return self._rings is not None and tensor.inputs is not None
+
     def _values(self, tensor: FixedSpec) -> Tensor:
-        if tensor.replay is not None and self._lookback:
-            raise UserError(
-                f"'{tensor.name}' is to be rolled back by replaying '{tensor.replay}', which no "
-                "store does yet; open it with lookback=0, or declare copies (replay=None)"
-            )
-        assert self._slots is not None
-        return self._zeros(tensor, (self._slots.count, *tensor.shape))
+        table = self._rings if self._is_replayed(tensor) else self._slots
+        assert table is not None
+        return self._zeros(tensor, (table.count, *tensor.shape))
+
+    def _inputs(self, tensor: TensorSpec | None) -> Tensor:
+        assert self._rings is not None and tensor is not None
+        return self._zeros(tensor, (self._rings.count, self._rings.replay.rows, *tensor.shape))
 
     def _zeros(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Tensor:
         # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.

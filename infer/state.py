@@ -6,14 +6,14 @@ between a plain batch, any other, kernels and compiled code are the forms that i
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from archs.errors import UserError
-from archs.state import PagedSeen, Pages, Rows, Slots
+from archs.state import PagedSeen, Pages, Replayed, Rows, Slots
 from infer.books import Books
 from infer.rows import Held, InPages, Joined, RowForm
 
@@ -129,6 +129,76 @@ class Slotted:
         )  # fmt: skip
 
 
+class Replays:
+    """How the values of a step are replayed; all but the pools of `archs.state.Replayed`.
+
+    form: how the one value of a sequence is got and put (None: by the books).
+    """
+
+    def __init__(
+        self, books: Books, form: ValueForm | None, *, most: int, same: bool, folds: bool,
+        whole: bool, padding: int,
+    ) -> None:  # fmt: skip
+        self._books = books
+        self._form = form
+        self._made = partial(
+            Replayed, most=most, same=same, folds=folds, whole=whole, padding=padding
+        )
+
+    @cached_property
+    def values(self) -> ValueForm:
+        """The values that are kept."""
+        if self._form is not None:
+            return self._form
+        at = self._books.ring.long()
+        return Indexed(at, at, at)
+
+    def of(self, values: Tensor, inputs: Tensor) -> Replayed:
+        """A tensor's pools as the mixer sees them."""
+        books = self._books
+        return self._made(
+            values=values, inputs=inputs, slot=books.ring, past=books.past, held=books.held,
+            fold=books.fold, new=books.count if books.ragged else None,
+            arrivals=books.shared.arrivals,
+        )  # fmt: skip
+
+    def slots(self, pool: Tensor) -> Slots:
+        """The values as a step kernel updates them in place, once nothing is held."""
+        books = self._books
+        write = books.ring[:, None].expand(books.write.shape).contiguous()
+        return Slots(
+            pool=pool, read=books.ring, write=write, last=books.ring, each=False, in_place=True,
+            new=books.count if books.ragged else None, arrivals=books.shared.arrivals,
+        )  # fmt: skip
+
+
+class Fixed(NamedTuple):
+    """The fixed tensors of a layer in a step.
+
+    pools, inputs: as `infer.pools.LayerTensors.fixed` and `inputs`. values: of those that are kept
+    in copies; replays: of the others.
+    """
+
+    pools: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    values: ValueForm
+    replays: Replays | None
+
+    def form(self, name: str) -> ValueForm:
+        """How a tensor is got and put."""
+        if name in self.inputs:
+            assert self.replays is not None
+            return self.replays.values
+        return self.values
+
+    def replayed(self, name: str) -> Replayed | None:
+        """As `archs.state.LayerState.replayed`."""
+        inputs = self.inputs.get(name)
+        if inputs is None or self.replays is None:
+            return None
+        return self.replays.of(self.pools[name], inputs)
+
+
 class RowTensor(NamedTuple):
     """A row tensor of a layer in a step.
 
@@ -144,14 +214,13 @@ class LayerState:
     """As `archs.state.LayerState`."""
 
     def __init__(
-        self, step: StepContext, index: int, rows: Mapping[str, RowTensor],
-        fixed: Mapping[str, Tensor], values: ValueForm, owners: Mapping[str, "LayerState"],
+        self, step: StepContext, index: int, rows: Mapping[str, RowTensor], fixed: Fixed,
+        owners: Mapping[str, "LayerState"],
     ) -> None:  # fmt: skip
         self._step = step
         self._index = index
         self._rows = rows
         self._fixed = fixed
-        self._values = values
         self._owners = owners
         self._seen: dict[str, Rows] = {}
         self.each = step.each
@@ -233,25 +302,37 @@ class LayerState:
         """As `archs.state.LayerState.get`."""
         # What is returned may be written into.
         self._step.wrote_fixed = True
-        return self._values.get(self._fixed[name])
+        return self._fixed.form(name).get(self._fixed.pools[name])
 
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         """As `archs.state.LayerState.put`."""
-        step, pool = self._step, self._fixed[name]
+        step, pool = self._step, self._fixed.pools[name]
+        each_kept = self.each and name not in self._fixed.inputs
         _require_fit(self._index, name, value, (step.batch, *pool.shape[1:]), pool)
         if each is not None:
             shape = (step.batch, step.new_tokens, *pool.shape[1:])
             _require_fit(self._index, name, each, shape, pool)
-        elif self.each:
+        elif each_kept:
             raise ValueError(f"'{name}' needs its value after each token (state.each)")
         step.wrote_fixed = True
-        self._values.put(pool, value, each if self.each else None)
+        self._fixed.form(name).put(pool, value, each if each_kept else None)
 
     def slots(self, name: str) -> Slots:
         """As `archs.state.LayerState.slots`."""
-        if not isinstance(self._values, Slotted):
+        fixed = self._fixed
+        if name in fixed.inputs:
+            assert fixed.replays is not None
+            return fixed.replays.slots(fixed.pools[name])
+        if not isinstance(fixed.values, Slotted):
             raise ValueError(_NO_KERNELS)
-        return self._values.slots(self._fixed[name])
+        return fixed.values.slots(fixed.pools[name])
+
+    def replayed(self, name: str) -> Replayed | None:
+        """As `archs.state.LayerState.replayed`."""
+        found = self._fixed.replayed(name)
+        # What is handed out may be written into; inputs overwrite nothing that is held.
+        self._step.wrote_fixed |= found is not None and (found.folds or found.whole)
+        return found
 
 
 _NO_KERNELS = "kernels read and write the state of a store that is opened with kernels=True"

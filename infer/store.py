@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
-from archs.spec import RECURRENT_LIMIT, StateSpec
+from archs.spec import RECURRENT_LIMIT, Replay, StateSpec, require_replay
 from infer.books import OnDevice
 from infer.memory import require_memory
 from infer.pages import PageTable, StoreFullError, TableKey
 from infer.plan import StepPlan
 from infer.pools import Pools, key_of
+from infer.rings import RingTable
 from infer.slots import SlotTable
 from infer.synthetic import synthesise
 
@@ -35,6 +36,8 @@ class StateStore:
     specs:    one StateSpec per layer.
     pages:    pages per table; default: enough for all sequences at full length.
     lookback: tokens that `rollback` can take back from windowed and fixed state.
+    replay:   inputs in a ring from which values that declare them are computed anew; 0: every value
+              in reach is kept as a copy. Other values are kept as copies in any case.
     kernels:  whether kernels read and write the state where it lies.
     Raises UserError when the pools cannot fit in the memory that is free, and for a tensor that no
     store can hold yet.
@@ -48,6 +51,7 @@ class StateStore:
         max_context: int,
         page_size: int = 64,
         lookback: int = 0,
+        replay: int = 0,
         pages: int | None = None,
         device: torch.device | str = "cpu",
         kernels: bool = False,
@@ -57,10 +61,12 @@ class StateStore:
                 f"max_sequences={max_sequences}, max_context={max_context}, "
                 f"page_size={page_size} must be at least 1 and lookback={lookback} at least 0"
             )
+        require_replay(replay, lookback)
         self.specs = list(specs)
         self.max_context = max_context
         self.page_size = page_size
         self.lookback = lookback
+        self.replay = replay
         self.device = torch.device(device)
         self.kernels = kernels
         self.lengths = [0] * max_sequences
@@ -76,7 +82,8 @@ class StateStore:
         if pages is not None:
             wanted = min(wanted, pages * page_size * row_bytes)
         # Beside them a page for padding, and the slots of zeros and of padding.
-        wanted += page_size * row_bytes + 2 * sum(s.fixed_bytes for s in self.specs)
+        slot_bytes = sum(t.held_bytes(1, 0, replay) for s in self.specs for t in s.fixed)
+        wanted += page_size * row_bytes + 2 * slot_bytes
         require_memory(
             wanted, self.device, f"the state of {max_sequences} sequences of {max_context} tokens"
         )
@@ -89,10 +96,16 @@ class StateStore:
                     page_size=page_size, lookback=tensor.kept_back(lookback), pages=pages,
                 )  # fmt: skip
         self.slots: SlotTable | None = None
-        if any(spec.fixed for spec in self.specs):
+        self.rings: RingTable | None = None
+        replayed = [spec.replayed(replay) for spec in self.specs]
+        if any(replayed):
+            self.rings = RingTable(sequences=max_sequences, replay=Replay(replay, lookback))
+        if any(len(s.fixed) > len(r) for s, r in zip(self.specs, replayed, strict=True)):
             self.slots = SlotTable(sequences=max_sequences, lookback=lookback)
-        self._bounded = self.slots is not None or any(k.window is not None for k in self.tables)
-        self.pools = Pools(self.specs, self.tables, self.slots, lookback, self.device)
+        #: The tables of fixed tensors.
+        self._values = [table for table in (self.slots, self.rings) if table is not None]
+        self._bounded = bool(self._values) or any(k.window is not None for k in self.tables)
+        self.pools = Pools(self.specs, self.tables, self.slots, self.rings, self.device)
         self.on_device = OnDevice(self.tables, max_sequences, max_context, self.device)
         self.peak_bytes = 0
 
@@ -124,8 +137,8 @@ class StateStore:
         if not self._free:
             raise StoreFullError(f"all {len(self.lengths)} sequences are in use; release one")
         sequence = heappop(self._free)
-        if self.slots is not None:
-            self.slots.open(sequence)
+        for values in self._values:
+            values.open(sequence)
         self.lengths[sequence] = self.oldest[sequence] = 0
         self._open[sequence] = True
         return sequence
@@ -135,8 +148,8 @@ class StateStore:
         self._require_open(sequence, lost=True)
         for table in self.tables.values():
             table.release(sequence)
-        if self.slots is not None:
-            self.slots.release(sequence)
+        for values in self._values:
+            values.release(sequence)
         self._lost.discard(sequence)
         self._open[sequence] = False
         heappush(self._free, sequence)
@@ -147,8 +160,8 @@ class StateStore:
         child = self.add()
         for table in self.tables.values():
             table.fork(sequence, child)
-        if self.slots is not None:
-            self.slots.fork(sequence, child)
+        for values in self._values:
+            values.fork(sequence, child)
         self.lengths[child], self.oldest[child] = self.lengths[sequence], self.oldest[sequence]
         return child
 
@@ -156,6 +169,9 @@ class StateStore:
         """How many tokens `rollback` can take back after a step of `new_tokens`, at least."""
         if not self._bounded:
             return self.max_context
+        if self.rings is not None and new_tokens > self.lookback + 1:
+            # It may find no room for its inputs, and takes all that is held into the value.
+            return 0
         return self.lookback if new_tokens <= RECURRENT_LIMIT else 0
 
     def rollback(self, sequence: int, tokens: int) -> None:
@@ -244,7 +260,7 @@ class StateStore:
         if step is not self._step:
             raise UserError("this step is not the open one; commit a step once, after its `begin`")
         step.committed = True
-        reach = self.reach(step.new_tokens)
+        reach = 0 if step.rings is not None and step.rings.whole else self.reach(step.new_tokens)
         for sequence, length, count in zip(step.sequences, step.lengths, step.counts, strict=True):
             end = self.lengths[sequence] = length + count
             for table in self.tables.values():
@@ -253,6 +269,8 @@ class StateStore:
                 self.oldest[sequence] = max(self.oldest[sequence], end - reach)
         if self.slots is not None:
             self.slots.settle(step.slots)
+        if self.rings is not None and step.rings is not None:
+            self.rings.settle(step.rings)
         self._step = None
         step.close()
 
@@ -286,10 +304,11 @@ class StateStore:
             lost |= part.table.undo(part.change, lengths, written=step.wrote_rows)
         if self.slots is not None:
             lost |= self.slots.undo(step.slots, written=step.wrote_fixed)
+        if self.rings is not None and step.rings is not None:
+            lost |= self.rings.undo(step.rings, written=step.wrote_fixed)
         for sequence in step.sequences:
             reach = [t.every * t.reach(sequence) for t in self.tables.values()]
-            if self.slots is not None:
-                reach.append(self.slots.oldest(sequence))
+            reach += [values.oldest(sequence) for values in self._values]
             self.oldest[sequence] = max(self.oldest[sequence], *reach, 0)
         return lost
 
@@ -307,21 +326,23 @@ class StateStore:
     def snapshot(self, sequence: int) -> list[dict[str, Tensor]]:
         """What each layer remembers of a sequence: copies of its visible rows and its values.
 
-        Rows come as [*planes, rows, row], oldest first, sinks apart.
+        Rows come as [*planes, rows, row], oldest first, sinks apart; a value that is replayed as
+        the one that is kept.
         """
         self._require_open(sequence)
         held = []
         for layer in self.pools.layers:
             found: dict[str, Tensor] = {}
-            if self.slots is not None:
-                current = self.slots.current(sequence)
-                found = {name: value[current].clone() for name, value in layer.fixed.items()}
+            for name, value in layer.fixed.items():
+                table = self.rings if name in layer.inputs else self.slots
+                assert table is not None
+                found[name] = value[table.current(sequence)].clone()
             for name, (key, pool, _) in layer.rows.items():
-                table = self.tables[key]
-                length, first = table.rows(self.lengths[sequence]), 0
-                if table.window is not None:
-                    first = max(length - table.window, table.oldest_row(sequence))
-                at = torch.tensor(table.places(sequence, range(first, length)), dtype=torch.int64)
+                pages = self.tables[key]
+                length, first = pages.rows(self.lengths[sequence]), 0
+                if pages.window is not None:
+                    first = max(length - pages.window, pages.oldest_row(sequence))
+                at = torch.tensor(pages.places(sequence, range(first, length)), dtype=torch.int64)
                 found[name] = pool[..., at.to(self.device), :]
             held.append(found)
         return held
@@ -331,7 +352,9 @@ class StateStore:
     def declared_bytes(self, length: int) -> int:
         """What the specs declare for one sequence of `length` tokens, in whole pages."""
         return sum(
-            s.state_bytes(length, page_size=self.page_size, lookback=self.lookback)
+            s.state_bytes(
+                length, page_size=self.page_size, lookback=self.lookback, replay=self.replay
+            )
             for s in self.specs
         )
 
@@ -339,7 +362,10 @@ class StateStore:
     def allocated_bytes(self) -> int:
         """Bytes of pages and slots that open sequences hold."""
         paged = sum(table.used * self.pools.page_bytes[key] for key, table in self.tables.items())
-        return paged + (0 if self.slots is None else self.slots.used * self.pools.slot_bytes)
+        slots = 0 if self.slots is None else self.slots.used * self.pools.slot_bytes
+        return (
+            paged + slots + (0 if self.rings is None else self.rings.used * self.pools.ring_bytes)
+        )
 
     # -- inside ------------------------------------------------------------------------------
 

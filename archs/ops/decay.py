@@ -3,6 +3,8 @@
 Both hand their outputs out normed: the step kernels norm within their own launch.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 from archs.backends import Forms
 from archs.ops import libraries
 from archs.ops.dense import output_norm
+from archs.ops.replay import caught_up, replay, run_ring
 from archs.ops.rotary import rotate_new
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
@@ -84,10 +87,23 @@ def _ssd_torch(
     if state is None:
         y, _ = decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))
         return output_norm(_skip(y, x, d), norm, backend="torch")
+    heads, shared, at = x.shape[2:], b.shape[2:], state.replayed(name)
+
+    def run(
+        rows: Tensor, valid: Tensor | None, value: Tensor, q: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x, b, dt = rows.split((heads.numel(), shared.numel(), heads[0]), -1)
+        x, b = x.unflatten(-1, heads), b.unflatten(-1, shared)
+        inputs = _scan_inputs(x, dt, a_log, dt_bias, valid)
+        return decay_chunk(b if q is None else q, b, *inputs, value)
+
+    if at is not None and not at.whole:
+        y = replay(at, state, name, torch.cat((x.flatten(2), b.flatten(2), dt), -1), c, run)
+        return output_norm(_skip(y, x, d), norm, backend="torch")
+    ssm, each = caught_up(at, state, name, run), None
     scan = (c, b, *_scan_inputs(x, dt, a_log, dt_bias, state.valid))
-    ssm, each = state.get(name), None
     if x.shape[1] <= RECURRENT_LIMIT:
-        y, each = decay_step(*scan, ssm, each=state.each)
+        y, each = decay_step(*scan, ssm, each=state.each and at is None)
     else:
         y, ssm = decay_chunk(*scan, ssm)
     state.put(name, ssm, each)
@@ -104,7 +120,14 @@ def _ssd_triton(
     if state is None:
         y, _ = chunk.decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))
         return output_norm(_skip(y, x, d), norm, backend="triton")
-    at = state.slots(name)
+    at, replayed = state.slots(name), state.replayed(name)
+    if replayed is not None:
+        found = run_ring(
+            replayed, norm, partial(step.ssm_step, a_log=a_log, d=d, dt_bias=dt_bias),
+            x=x, dt=dt, b=b, c=c,
+        )  # fmt: skip
+        if found is not None:
+            return found
     if x.shape[1] <= RECURRENT_LIMIT:
         y = step.ssm_step(
             x, dt, b, c, a_log, d, dt_bias, at.pool, at.read, at.write, each=at.each, new=at.new,
@@ -149,12 +172,26 @@ def _retention_torch(
     q = q * scale
     if state is None:
         return output_norm(decay_chunk(q, k, v, log_decay)[0], norm, backend="torch")
+    keys, heads, at = k.shape[2:], v.shape[2:], state.replayed(name)
+
+    def scan(
+        rows: Tensor, valid: Tensor | None, value: Tensor, q: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        k, v = rows.split((keys.numel(), heads.numel()), -1)
+        k, v, decay = k.unflatten(-1, keys), v.unflatten(-1, heads), log_decay
+        if valid is not None:
+            k, decay = masked(k, valid), masked(decay.expand(*k.shape[:2], -1), valid)
+        return decay_chunk(k if q is None else q, k, v, decay, value)
+
+    if at is not None and not at.whole:
+        y = replay(at, state, name, torch.cat((k.flatten(2), v.flatten(2)), -1), q, scan)
+        return output_norm(y, norm, backend="torch")
+    memory, each = caught_up(at, state, name, scan), None
     if state.valid is not None:
         k = masked(k, state.valid)
         log_decay = masked(log_decay.expand(*k.shape[:2], -1), state.valid)
-    memory, each = state.get(name), None
     if v.shape[1] <= RECURRENT_LIMIT:
-        y, each = decay_step(q, k, v, log_decay, memory, each=state.each)
+        y, each = decay_step(q, k, v, log_decay, memory, each=state.each and at is None)
     else:
         y, memory = decay_chunk(q, k, v, log_decay, memory)
     state.put(name, memory, each)
@@ -172,13 +209,22 @@ def _retention_triton(
         q, k = _turned(qk, theta, state, "triton")
         y, _ = chunk.decay_chunk(q * scale, k, v, log_decay)
         return output_norm(y, norm, backend="triton")
-    at = state.slots(name)
+    at, replayed = state.slots(name), state.replayed(name)
+    q, k = qk.chunk(2, 2)
+    cos_sin = state.rotary(qk.shape[-1], theta)
+    if replayed is not None:
+        run = partial(
+            step.linear_step, log_decay=log_decay.flatten(), scale=scale, cos_sin=cos_sin,
+            past=state.past,
+        )  # fmt: skip
+        found = run_ring(replayed, norm, run, q=q, k=k, v=v)
+        if found is not None:
+            return found
     if v.shape[1] <= RECURRENT_LIMIT:
-        q, k = qk.chunk(2, 2)
         y = step.linear_step(
             q, k, v, log_decay.flatten(), at.pool, at.read, at.write, each=at.each,
-            new=at.new, scale=scale, cos_sin=state.rotary(qk.shape[-1], theta), past=state.past,
-            norm=norm, arrivals=at.arrivals,
+            new=at.new, scale=scale, cos_sin=cos_sin, past=state.past, norm=norm,
+            arrivals=at.arrivals,
         )  # fmt: skip
         return y.flatten(2)
     q, k = _turned(qk, theta, state, "triton")

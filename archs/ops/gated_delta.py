@@ -1,11 +1,15 @@
 """The gated delta rule from raw gates to normed outputs, by backend (arXiv 2412.06464, eq. 10)."""
 
+from functools import partial
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import Forms
 from archs.ops import libraries
 from archs.ops.dense import output_norm
+from archs.ops.replay import caught_up, replay, run_ring
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
@@ -52,18 +56,37 @@ def _torch(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
     norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
-    q, k, v, decay, beta = _prepared(q, k, v, a, b, a_log, dt_bias)
     if state is None:
-        return output_norm(gdn_chunk(q, k, v, decay, beta)[0], norm, backend="torch")
-    if state.valid is not None:
-        decay, beta = masked(decay, state.valid), masked(beta, state.valid)
-    memory, each = state.get(name), None
+        y, _ = gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
+        return output_norm(y, norm, backend="torch")
+    keys, heads, at = k.shape[2:], v.shape[2:], state.replayed(name)
+
+    def scan(
+        rows: Tensor, valid: Tensor | None, value: Tensor, q: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        sizes = (keys.numel(), heads.numel(), heads[0], heads[0])
+        k, v, a, b = rows.split(sizes, -1)
+        k, v = k.unflatten(-1, keys), v.unflatten(-1, heads)
+        q, k, v, decay, beta = _prepared(k if q is None else q, k, v, a, b, a_log, dt_bias)
+        return gdn_chunk(q, k, v, masked(decay, valid), masked(beta, valid), value)
+
+    if at is not None and not at.whole:
+        y = replay(at, state, name, _inputs(k, v, a, b), q, scan)
+        return output_norm(y, norm, backend="torch")
+    memory, each = caught_up(at, state, name, scan), None
+    q, k, v, decay, beta = _prepared(q, k, v, a, b, a_log, dt_bias)
+    decay, beta = masked(decay, state.valid), masked(beta, state.valid)
     if v.shape[1] <= RECURRENT_LIMIT:
-        y, each = gdn_step(q, k, v, decay, beta, memory, each=state.each)
+        y, each = gdn_step(q, k, v, decay, beta, memory, each=state.each and at is None)
     else:
         y, memory = gdn_chunk(q, k, v, decay, beta, memory)
     state.put(name, memory, each)
     return output_norm(y, norm, backend="torch")
+
+
+def _inputs(k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The raw inputs of each token as one row [B, K, row] (`kernels.recurrent.ring`)."""
+    return torch.cat((k.flatten(2), v.flatten(2), a, b), -1)
 
 
 def _triton(
@@ -75,7 +98,14 @@ def _triton(
     if state is None:
         y, _ = chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
         return output_norm(y, norm, backend="triton")
-    at = state.slots(name)
+    at, replayed = state.slots(name), state.replayed(name)
+    if replayed is not None:
+        found = run_ring(
+            replayed, norm, partial(step.gdn_step, a_log=a_log, dt_bias=dt_bias),
+            q=q, k=k, v=v, a=a, b=b,
+        )  # fmt: skip
+        if found is not None:
+            return found
     if v.shape[1] <= RECURRENT_LIMIT:
         y = step.gdn_step(
             q, k, v, a, b, a_log, dt_bias, at.pool, at.read, at.write, each=at.each, new=at.new,

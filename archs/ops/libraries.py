@@ -37,10 +37,10 @@ def single(x: Tensor, state: LayerState | None, name: str, library: str) -> Slot
     if state is None or x.shape[1] > 1:
         return None
     at = state.slots(name)
-    if at.new is not None or not at.in_place:
+    if at.new is not None or not at.in_place or state.replayed(name) is not None:
         raise UserError(
-            f"{library} serves neither ragged steps nor snapshots for rollback; "
-            "use --backend triton"
+            f"{library} serves neither ragged steps nor states for rollback, by copies or by "
+            "replay; use --backend triton"
         )
     return at
 

@@ -196,6 +196,9 @@ def bench(
     counters: Annotated[
         bool, typer.Option("--counters", help="Bytes and FLOPs by the GPU's counters, too.")
     ] = False,
+    replay: Annotated[
+        int, typer.Option(help="Compute recurrent states from so many inputs; 0: write them.")
+    ] = 0,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
@@ -206,7 +209,8 @@ def bench(
     rows = bench_archs(
         arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
         steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
-        compiled=compiled, counters=counters, progress=Progress(err, quiet=json_, lines=True),
+        compiled=compiled, counters=counters, replay=replay,
+        progress=Progress(err, quiet=json_, lines=True),
     )  # fmt: skip
     show_timings(rows, json_, counted=counters)
     leave(row["status"] for row in rows)

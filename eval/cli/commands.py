@@ -79,13 +79,14 @@ def train_one(
 def bench_archs(
     archs: Sequence[str], *, scale: str, batches: Sequence[int], contexts: Sequence[int],
     steps: int, prompt: int, device: torch.device, backend: str = "auto", compiled: bool = False,
-    counters: bool = False, progress: Progress | None = None,
+    counters: bool = False, replay: int = 0, progress: Progress | None = None,
 ) -> list[dict[str, object]]:  # fmt: skip
     """Decode timings, a row per architecture, batch and context (`eval.measure.steps`).
 
     An architecture whose extend is wrong gets no latency: its row says "incorrect".
     progress: where to tell which architecture is at work; None: nowhere.
     counters: also bytes and FLOPs of a step by the GPU's counters.
+    replay: inputs in a ring from which recurrent states are computed anew; 0: none.
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
     Contexts whose state does not fit in memory are rows of status "oom". Raises UserError on counts
     that time nothing, on a backend that this device cannot run, and where nothing fits.
@@ -95,7 +96,7 @@ def bench_archs(
         require_some(name, values)
     plan = DecodePlan(
         scale=scale, batches=tuple(batches), contexts=tuple(contexts), steps=steps, prompt=prompt,
-        compiled=compiled, backend=backend, counters=counters,
+        compiled=compiled, backend=backend, counters=counters, replay=replay,
     )  # fmt: skip
     site = Site(None, device)
     wanted = [

@@ -34,6 +34,9 @@ def speculate(
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     adaptive: Annotated[bool, typer.Option(help="Draft what acceptance pays for.")] = False,
     compiled: Annotated[bool, typer.Option(help="Compile the steps first.")] = False,
+    replay: Annotated[
+        int, typer.Option(help="Compute recurrent states from so many inputs; 0: copy them.")
+    ] = 0,
     corpus: Annotated[str, typer.Option(help="The text of the prompts.")] = "sotu",
     arch: Annotated[str | None, typer.Option(help="The file the target was trained from.")] = None,
     scale: Annotated[str, typer.Option(help="Predicted: the target's.")] = "8b",
@@ -50,7 +53,7 @@ def speculate(
         rows = measured(
             Path(target), draft, ks, batches, parse_counts(context or "64"),
             new_tokens=new_tokens, temperature=temperature, adaptive=adaptive, compiled=compiled,
-            corpus=corpus, arch=arch, device=resolve_device(device), quiet=json_,
+            replay=replay, corpus=corpus, arch=arch, device=resolve_device(device), quiet=json_,
         )  # fmt: skip
         shown = [{name: row[name] for name in MEASURED if name in row} for row in rows]
         show(rows if json_ else shown, json_)
@@ -64,7 +67,7 @@ def speculate(
     rows = predict(
         target, helper, scale=scale, draft_scale=draft_scale, acceptance=acceptance,
         hardware=hardware.split(","), batches=batches, contexts=parse_counts(context or "4k"),
-        drafts=ks,
+        drafts=ks, replay=replay,
     )  # fmt: skip
     show_prediction(rows, json_, PREDICTED)
 
@@ -89,7 +92,7 @@ def _drafting(draft: str) -> tuple[str | None, str | None]:
 
 def measured(
     target: Path, draft: str, drafts: list[int], batches: list[int], contexts: list[int], *,
-    new_tokens: int, temperature: float, adaptive: bool, compiled: bool, corpus: str,
+    new_tokens: int, temperature: float, adaptive: bool, compiled: bool, replay: int, corpus: str,
     arch: str | None, device: torch.device, quiet: bool,
 ) -> list[dict[str, object]]:  # fmt: skip
     """A row per batch, K and context, by our measures' names. Raises UserError."""
@@ -108,7 +111,7 @@ def measured(
     plan = SpeculatePlan(
         draft=draft if known else CONTEXT, drafts=tuple(drafts), batches=tuple(batches),
         contexts=tuple(contexts), new_tokens=new_tokens, temperature=temperature,
-        adaptive=adaptive, compiled=compiled,
+        adaptive=adaptive, compiled=compiled, replay=replay,
     )  # fmt: skip
     given = source_of(target, arch)
     spec = read_spec(Path(given.checkpoint), arch)

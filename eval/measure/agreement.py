@@ -64,7 +64,7 @@ class Agreement:
 
 def agreement(
     model: Model, *, context: int | None = None, batches: Sequence[int] = (2,), seed: int = 0,
-    backend: str = "torch", compiled: bool = False,
+    backend: str = "torch", compiled: bool = False, replay: int = 0,
 ) -> Agreement:  # fmt: skip
     """How well extend (prefill, decode, a short piece) agrees with forward.
 
@@ -72,11 +72,12 @@ def agreement(
     for every path that is timed: windows that have wrapped, several pages, splits on a GPU.
     batches: the sizes that will be timed; each goes through an engine laid out for it, with up to
     `COMPANY` sequences. Where the step serves such batches, lengths that differ are held too.
-    backend, compiled: single tokens go through the step that will be timed, graphs included.
+    backend, compiled, replay: of the step that will be timed; single tokens go through it, graphs
+    included.
     Raises NoFormError where the backend has no form for the model, or its kernels refuse the shape.
     """
     try:
-        return _agreement(model, context, batches, seed, backend, compiled)
+        return _agreement(model, context, batches, seed, backend, compiled, replay)
     except ValueError as why:
         # Kernels refuse a shape before any launch, naming it and the rule; torch forms do not.
         if backend == "torch":
@@ -87,7 +88,7 @@ def agreement(
 @torch.inference_mode()
 def _agreement(
     model: Model, context: int | None, batches: Sequence[int], seed: int, backend: str,
-    compiled: bool,
+    compiled: bool, replay: int,
 ) -> Agreement:  # fmt: skip
     device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
     companies = sorted({min(batch, COMPANY) for batch in batches})
@@ -107,8 +108,9 @@ def _agreement(
     errors = []
     for company in companies:
         engine = Engine(
-            model, max_sequences=company, max_context=tokens, backend=backend, compiled=compiled
-        )
+            model, max_sequences=company, max_context=tokens, backend=backend, compiled=compiled,
+            replay=replay,
+        )  # fmt: skip
         errors.append(_error(*_pairs(engine, ids[:company], truth[:company], first, alone, ragged)))
         del engine
     return Agreement(math.nan if any(map(math.isnan, errors)) else max(errors), limit)

@@ -71,17 +71,18 @@ def build_to_serve(spec: ModelSpec, device: torch.device, dtype: torch.dtype) ->
 class Decoding:
     """Greedy decode of `batch` sequences on synthetic state, each step fed by the one before.
 
-    graphs: as the engine's; whoever counts kernels wants them launched one by one.
+    graphs: as the engine's; whoever counts kernels wants them launched one by one. replay: as the
+    engine's.
     Raises UserError where the state does not fit in memory.
     """
 
     def __init__(
         self, model: Model, *, batch: int, max_context: int, backend: str, compiled: bool,
-        graphs: bool | None = None,
+        graphs: bool | None = None, replay: int = 0,
     ) -> None:  # fmt: skip
         self.engine = Engine(
             model, max_sequences=batch, max_context=max_context, backend=backend,
-            compiled=compiled, graphs=graphs,
+            compiled=compiled, graphs=graphs, replay=replay,
         )  # fmt: skip
         self._sampler = Sampler(Sampling(), self.engine.device, backend=backend)
         self._slots = [self.engine.store.add() for _ in range(batch)]
@@ -100,7 +101,7 @@ class Decoding:
 
 def measure_decode(
     model: Model, *, batch: int, contexts: Sequence[int], steps: int, warmup: int = WARM_UP,
-    backend: str = "torch", compiled: bool = False,
+    backend: str = "torch", compiled: bool = False, replay: int = 0,
 ) -> list[DecodeTiming]:  # fmt: skip
     """Time decode steps of `batch` sequences at each context, in ascending order.
 
@@ -110,7 +111,9 @@ def measure_decode(
     """
     contexts = sorted(contexts)
     most = contexts[-1] + len(contexts) * (steps + warmup)
-    decode = Decoding(model, batch=batch, max_context=most, backend=backend, compiled=compiled)
+    decode = Decoding(
+        model, batch=batch, max_context=most, backend=backend, compiled=compiled, replay=replay
+    )
     store = decode.engine.store
     as_written = decode.engine.device.type == "cpu" and not compiled
     timings = []
@@ -144,8 +147,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def measure_what_fits(
-    model: Model, *, batch: int, contexts: Sequence[int], steps: int, backend: str, compiled: bool
-) -> tuple[list[DecodeTiming], dict[int, str]]:
+    model: Model, *, batch: int, contexts: Sequence[int], steps: int, backend: str, compiled: bool,
+    replay: int = 0,
+) -> tuple[list[DecodeTiming], dict[int, str]]:  # fmt: skip
     """`measure_decode` of the contexts that fit in memory, and why the others do not.
 
     Raises what the shortest one raised where none fits.
@@ -154,8 +158,9 @@ def measure_what_fits(
     while True:
         try:
             timings = measure_decode(
-                model, batch=batch, contexts=left, steps=steps, backend=backend, compiled=compiled
-            )
+                model, batch=batch, contexts=left, steps=steps, backend=backend,
+                compiled=compiled, replay=replay,
+            )  # fmt: skip
             return timings, too_long
         except Exception as error:
             if len(left) == 1 or not out_of_memory(error):
@@ -180,6 +185,6 @@ def measure_ttft_ms(
     return times[0], times[1:]
 
 
-def decode_cost(model: Model, batch: int, context: int) -> Cost:
-    """The cost of one decode step."""
-    return model.cost(Step(batch, 1, context))
+def decode_cost(model: Model, batch: int, context: int, replay: int = 0) -> Cost:
+    """The cost of one decode step; where states are replayed, its mean over many."""
+    return model.cost(Step(batch, 1, context, replay=replay))

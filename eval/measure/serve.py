@@ -27,11 +27,12 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     model = site.to_serve(spec)
     backend = resolve_backend(plan.backend, site.device)
     label = "torch-compile" if plan.compiled else backend
-    served = about(spec, model, kernel_backend=label)
+    options = f"replay={plan.replay}" if plan.replay else ""
+    served = about(spec, model, kernel_backend=label, options=options)
     try:
         agreed = site.agreement(
             spec, model, context=max(plan.contexts), batch=batch, backend=backend,
-            compiled=plan.compiled,
+            compiled=plan.compiled, replay=plan.replay,
         )  # fmt: skip
     except NoFormError as why:
         raise Failure(Status.UNSUPPORTED, served, str(why)) from None
@@ -46,7 +47,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     with Neighbours() as others:
         timings, too_long = measure_what_fits(
             model, batch=batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
-            compiled=plan.compiled,
+            compiled=plan.compiled, replay=plan.replay,
         )  # fmt: skip
         rates = site.roofline((batch,), again=True)
     rows += load_rows(others.share, batch=batch)
@@ -58,7 +59,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         rows.append(Row(measure="compile_s", value=timings[0].warmup_ms / 1e3,
                         batch=batch, context=timings[0].context))  # fmt: skip
     for timing in timings:
-        cost = decode_cost(model, timing.batch, timing.context)
+        cost = decode_cost(model, timing.batch, timing.context, plan.replay)
         rows += timing_rows(timing, cost, rates)
     rate = f"{1e3 * batch / timings[0].tpot_ms:.0f} tok/s"
     watch.at(0.7, ", ".join(filter(None, (rate, others.word))))

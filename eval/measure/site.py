@@ -142,15 +142,16 @@ class Site:
 
     def agreement(
         self, spec: ModelSpec, model: Model, *, context: int, batch: int, backend: str,
-        compiled: bool,
+        compiled: bool, replay: int,
     ) -> Agreement:  # fmt: skip
         """As `eval.measure.agreement`, found once for all that it holds for. Raises NoFormError."""
         length, company = telling_length(model, context), min(batch, COMPANY)
-        known = _identity(spec), length, company, backend, compiled
+        known = _identity(spec), length, company, backend, compiled, replay
         if known not in self._agreed:
             self._agreed[known] = agreement(
-                model, context=context, batches=(batch,), backend=backend, compiled=compiled
-            )
+                model, context=context, batches=(batch,), backend=backend, compiled=compiled,
+                replay=replay,
+            )  # fmt: skip
         return self._agreed[known]
 
     def require_room(self, spec: ModelSpec, recipe: Recipe) -> None:

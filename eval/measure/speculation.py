@@ -71,7 +71,7 @@ class _Subject:
         self.batch, self.drafts, self.new_tokens = batch, plan.drafts[0], plan.new_tokens
         self.adaptive = plan.adaptive
         self.sampling = Sampling(temperature=plan.temperature)
-        self.compiled = plan.compiled
+        self.compiled, self.replay = plan.compiled, plan.replay
         self.backend = resolve_backend(plan.backend, site.device)
 
     def engine(self, model: Model, context: int, lookback: int) -> Engine:
@@ -80,7 +80,8 @@ class _Subject:
             model, max_sequences=self.batch,
             # Room for drafts beyond the last token, so that no last step is of another form.
             max_context=context + self.new_tokens + self.drafts,
-            lookback=lookback, backend=self.backend, compiled=self.compiled,
+            lookback=lookback, replay=self.replay if lookback else 0, backend=self.backend,
+            compiled=self.compiled,
         )  # fmt: skip
 
     def drafter(self, context: int) -> Drafter:
@@ -169,6 +170,7 @@ def _words(plan: SpeculatePlan, draft: Trained | None) -> str:
     by = plan.draft if draft is None else f"{draft.spec.arch}@{draft.spec.scale.name}"
     words = [f"draft={by}", f"drafts={plan.drafts[0]}"]
     words += ["adaptive"] * plan.adaptive
+    words += [f"replay={plan.replay}"] if plan.replay else []
     words += [f"temperature={plan.temperature:g}"] if plan.temperature else []
     return " ".join(words)
 
@@ -233,7 +235,7 @@ def tie_gap(model: Model, tokens: Sequence[int], one: int, other: int) -> float:
 def _figures(subject: _Subject, runs: _Runs, rates: Roofline, at: dict[str, Any]) -> list[Row]:
     last, ratios, drafts = runs.speculated[-1], sorted(runs.ratios), subject.drafts
     rounds = [d for r in last.rounds for d in r.drafted]
-    held = subject.model.state_bytes(at["context"], lookback=drafts)
+    held = subject.model.state_bytes(at["context"], lookback=drafts, replay=subject.replay)
     spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
     times = _predicted(subject, runs, rates, at["context"])
     made, mean_drafts = last.tokens_per_verification, statistics.fmean(rounds)
@@ -279,11 +281,12 @@ class _Times:
 def _predicted(subject: _Subject, runs: _Runs, rates: Roofline, context: int) -> _Times:
     batch, drafts = subject.batch, subject.drafts
     after = context + subject.new_tokens // 2
-    plain, verified = Step(batch, 1, after), Step(batch, drafts + 1, after, drafts)
+    plain = Step(batch, 1, after)
+    verified = Step(batch, drafts + 1, after, drafts, subject.replay)
     draft_ms = 0.0
     if subject.draft is not None:
         assert isinstance(runs.drafter, ModelDrafter)
-        cost = subject.draft.cost(Step(batch, 1, after, drafts))
+        cost = subject.draft.cost(Step(batch, 1, after, drafts, subject.replay))
         draft_ms = step_ms(cost, rates, calls=_calls(runs.drafter.engine, batch, 1))
     return _Times(
         step_ms(subject.model.cost(plain), rates, calls=_calls(runs.target, batch, 1)),

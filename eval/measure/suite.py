@@ -20,6 +20,7 @@ from archs.errors import UserError, unknown_name
 from archs.files import read_text
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
+from archs.spec import require_replay
 from eval.tasks import Task, task_named
 from infer.draft_length import require_drafts
 from infer.sampling import Sampling
@@ -132,6 +133,8 @@ class DecodePlan:
     compiled: compile the decode step; takes a while per architecture, and pays at small sizes.
     backend: one of `archs.backends`, or auto.
     counters: also measure bytes and FLOPs of a step by the GPU's counters (`counters`).
+    replay: inputs in a ring from which recurrent states are computed anew; 0: they are written at
+      every step.
     """
 
     scale: str
@@ -143,9 +146,13 @@ class DecodePlan:
     compiled: bool = False
     backend: str = AUTO
     counters: bool = False
+    replay: int = 0
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
+        _require_replay(self, 0)
+        if self.counters and self.replay:
+            raise UserError("counters=true counts steps that are alike, without replay; take one")
         _require_backend(self.backend)
         some(self, "batches", "contexts")
         at_least(self, 1, "batches", "contexts", "steps")
@@ -163,7 +170,7 @@ class SpeculatePlan:
     targets: architectures of the suite (none: all). drafts: K, one after the other.
     contexts: tokens of the prompts; new_tokens: after each. temperature 0 is greedy.
     adaptive: draft as many as the running acceptance pays for, at most K.
-    compiled, backend: as `DecodePlan`'s.
+    compiled, backend, replay: as `DecodePlan`'s; 0: a copy of each state in reach is kept.
     """
 
     draft: str = CONTEXT
@@ -176,10 +183,12 @@ class SpeculatePlan:
     adaptive: bool = False
     compiled: bool = False
     backend: str = AUTO
+    replay: int = 0
 
     def __post_init__(self) -> None:
         _require_backend(self.backend)
         some(self, "drafts", "batches", "contexts")
+        _require_replay(self, max(self.drafts))
         at_least(self, 1, "drafts", "batches", "contexts")
         at_least(self, 2, "new_tokens")
         Sampling(temperature=self.temperature)
@@ -330,12 +339,24 @@ class Suite:
     def config_hash(self) -> str:
         """Twelve hex digits of everything but the suite's name and its architectures.
 
-        A section that came later is left out where it is empty, so that hashes of before hold.
+        What came later is left out where it is empty, so that hashes of before hold.
         """
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
         plan = {k: v for k, v in plan.items() if v or k != "speculate"}
+        for steps in (*plan["decode"], *plan.get("speculate", ())):
+            if not steps["replay"]:
+                del steps["replay"]
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _require_replay(plan: "DecodePlan | SpeculatePlan", lookback: int) -> None:
+    """Raise UserError for rings too short for so many tokens, or beside compiled steps."""
+    require_replay(plan.replay, lookback)
+    if plan.replay and plan.compiled:
+        raise UserError(
+            f"replay={plan.replay} with compiled=true: compiled steps keep copies; take one"
+        )
 
 
 def _require_backend(name: str) -> None:

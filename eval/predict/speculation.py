@@ -15,6 +15,7 @@ from archs.cost import Step
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.spec import require_replay
 from eval.predict.accelerators import hardware_of
 from eval.predict.roofline import Prediction, require_grid, resident_bytes, room, step_ms
 from infer.draft_length import expected_tokens, require_drafts
@@ -24,12 +25,13 @@ def speculate(
     target: str, draft: str | None, *, scale: str, draft_scale: str | None = None,
     acceptance: float, hardware: Iterable[str] = ("h100",), batches: Iterable[int] = (1,),
     contexts: Iterable[int] = (4096,), drafts: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8),
-    dtype: str = "bfloat16", launch_us: float | None = None,
+    dtype: str = "bfloat16", launch_us: float | None = None, replay: int = 0,
 ) -> list[Prediction]:  # fmt: skip
     """One row per part, batch and context: the K of the largest speed-up, or 0 where none pays.
 
     draft: an architecture at `draft_scale`; None: drafts that cost nothing (the context).
-    acceptance: the probability that a draft is right, behind right ones.
+    acceptance: the probability that a draft is right, behind right ones. replay: inputs in a ring
+    from which recurrent states are computed anew; 0: a copy of each in reach is kept.
     `max_drafts` is the largest K that is at least as fast as plain decode. Weights and states of
     both must fit, states with what K tokens of rollback take. Raises UserError on unknown names and
     values that cannot be.
@@ -40,6 +42,7 @@ def speculate(
     require_grid(hardware=parts, batches=batches, contexts=contexts)
     require_some("drafts", drafts)
     require_drafts(drafts)
+    require_replay(replay, max(drafts))
     rows: list[Prediction] = []
     widths = {b * (k + 1) for b in batches for k in (0, *drafts)}
     for part in (hardware_of(key, dtype, sorted(widths), launch_us) for key in parts):
@@ -59,17 +62,18 @@ def speculate(
             plain_ms = step_ms(model.cost(Step(batch, 1, context)), rates)
             speedups: dict[int, float] = {}
             for k in sorted(drafts):
-                cost = model.cost(Step(batch, k + 1, context, k), all_logits=True)
+                cost = model.cost(Step(batch, k + 1, context, k, replay), all_logits=True)
                 spent = step_ms(cost, rates)
                 if helper is not None:
-                    spent += k * step_ms(helper.cost(Step(batch, 1, context, k)), rates)
+                    spent += k * step_ms(helper.cost(Step(batch, 1, context, k, replay)), rates)
                 speedups[k] = expected_tokens(acceptance, k) * plain_ms / spent
             best = max(speedups, key=lambda k: speedups[k])
             weights = resident_bytes(model)
-            state = model.state_bytes(context, lookback=best)
+            state = model.state_bytes(context, lookback=best, replay=replay)
+            rollback = state - model.state_bytes(context)
             if helper is not None:
                 weights += resident_bytes(helper)
-                state += helper.state_bytes(context, lookback=best)
+                state += helper.state_bytes(context, lookback=best, replay=replay)
             sequences = room(part, weights, state)
             fits = sequences is None or sequences >= batch
             pays = speedups[best] > 1
@@ -82,8 +86,7 @@ def speculate(
                     "tokens_per_verification": expected_tokens(acceptance, best),
                     "speedup_pred": speedups[best] if fits else None,
                     "max_drafts": max((k for k, s in speedups.items() if s >= 1), default=0),
-                    "rollback_bytes": model.state_bytes(context, lookback=best)
-                    - model.state_bytes(context),
+                    "replay": replay, "rollback_bytes": rollback,
                     "plain_tpot_ms": plain_ms if fits else None,
                     "launches_from": part.launches_from, "fits": fits,
                     "note": "" if fits else "does not fit",

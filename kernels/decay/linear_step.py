@@ -3,8 +3,9 @@ y_t = scale · S_tᵀ q_t, with one fixed decay γ per head (retention, arXiv 23
 q and k are turned by their tokens' positions first, and y is normed and gated after.
 
 B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
-One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The output
-norm spans a head's P channels, several tiles: the last of their programs does it.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once, or with
+a ring seldom. The output norm spans a head's P channels, several tiles: the last of their programs
+does it.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ from kernels.checks import form, require
 from kernels.norm.torch import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.recurrent.calls import MATRIX_STEP, floats, output_norm, step_call
+from kernels.recurrent.ring import Ring, ring_arguments, ring_row, store_as
 from kernels.recurrent.step import (
     keep_state,
     last_slot,
@@ -50,16 +52,25 @@ def turned(x, cos, sin, BLOCK_N):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def advanced(s, kt, vt, decay):  # type: ignore[no-untyped-def]
+    """The tile s after one token: its turned key and its values."""
+    # Fused here: around other code the compiler might fuse the other product, and round otherwise.
+    return tl.fma(decay, s, kt[:, None] * vt[None, :])
+
+
+@triton.jit
 def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     q, k, v, log_decay, state, read, write, new, y, q_row, k_row, v_row, slot_stride,
     cos_sin, past, positions, gate, weight, arrivals, gate_row,
+    ring, ring_past, held, fold, ring_slot,
     SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
-    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of P, H, B). Rows of q, k, v, y, gate are tokens; new may be None, and so
-    may all that serves the rotation or the output norm.
+    may all that serves the rotation, the output norm or the ring.
     """
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
@@ -70,7 +81,8 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     if new is not None:
         count = tl.load(new + batch)
     source = tl.load(read + batch).to(tl.int64)
-    last = last_slot(write + batch * K, count, K)
+    if write is not None:
+        last = last_slot(write + batch * K, count, K)
     n = tl.arange(0, BLOCK_N)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_n, in_p = n < N, p < P
@@ -79,6 +91,18 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     own = state + head * N * P + tile
     s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(log_decay + head).to(tl.float32))
+    if ring is not None:
+        rows = ring + source * ring_slot
+        begun, behind = tl.load(ring_past + batch), tl.load(held + batch)
+        folded = tl.load(fold + batch)
+        first_head = (tl.program_id(0) == 0) & (head % (H // G) == 0)
+        for i in range(behind):
+            held_row = ring_row(rows, begun - behind + i, R, ROW)
+            kt = tl.load(held_row + group * N + n, mask=in_n, other=0.0).to(tl.float32)
+            vt = tl.load(held_row + G * N + head * P + p, mask=in_p, other=0.0).to(tl.float32)
+            s = advanced(s, kt, vt, decay)
+            if i + 1 == folded:
+                store_as(own + source * slot_stride, s, inside)
     for t in range(K):
         row = batch * K + t
         valid = t < count
@@ -93,13 +117,19 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
             qt, kt = turned(qt, cos, sin, BLOCK_N), turned(kt, cos, sin, BLOCK_N)
         qt, kt = qt.to(tl.float32), kt.to(tl.float32)
         vt = tl.load(v + row * v_row + head * P + p, mask=in_p & valid, other=0.0).to(tl.float32)
-        s = s * tl.where(valid, decay, 1.0) + kt[:, None] * vt[None, :]
+        if ring is not None:
+            to = ring_row(rows, begun + t, R, ROW)
+            store_as(to + group * N + n, kt, in_n & valid & first_head)
+            values = to + G * N + head * P + p
+            store_as(values, vt, in_p & valid)
+        s = advanced(s, kt, vt, tl.where(valid, decay, 1.0))
         yt = tl.sum(qt[:, None] * s, 0) * SCALE
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
         if EACH:
             keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
-    to = own + last.to(tl.int64) * slot_stride
-    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
+    if write is not None:
+        to = own + last.to(tl.int64) * slot_stride
+        tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
@@ -107,11 +137,16 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
+def linear_ring_row(groups: int, heads: int, n: int, p: int) -> int:
+    """Elements of a ring's row: a token's k, turned if it is, and v."""
+    return groups * n + heads * p
+
+
 def linear_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, read: Tensor, write: Tensor,
-    *, each: bool = False, scale: float = 1.0, new: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, read: Tensor,
+    write: Tensor | None, *, each: bool = False, scale: float = 1.0, new: Tensor | None = None,
     cos_sin: Tensor | None = None, past: Tensor | None = None, norm: OutputNorm | None = None,
-    arrivals: Tensor | None = None,
+    arrivals: Tensor | None = None, ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
@@ -121,7 +156,8 @@ def linear_step(
     position, as `rope.rotate` by its `cos_sin` and `lengths` and with its rounding (sums
     may differ in float32's last bit); norm: of y, head by head (None: y as it is); arrivals: int32
     zeros, at least B * H, left at zero, for a norm: pass the same one on each call of a stream to
-    save the launch that clears a fresh one.
+    save the launch that clears a fresh one; ring: k, turned if it is, and v of tokens that the
+    states lack, in place of write, as `recurrent.ring` says.
     Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -138,6 +174,9 @@ def linear_step(
     positions = None
     if cos_sin is not None or past is not None:
         positions = _require_angles(cos_sin, past, batch, n, state.device)
+    ringed = ring_arguments(
+        ring, state, write, each, tokens, linear_ring_row(groups, heads, n, p), k=k, v=v
+    )
     y = torch.empty(batch, tokens, heads, p, dtype=v.dtype, device=v.device)
     block_p, warps = CONFIGS[state.dtype]
     normed = norm_arguments(norm, arrivals, y, state, warps)
@@ -147,7 +186,7 @@ def linear_step(
         cos_sin, past, positions,
         SCALE=scale, K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n, P=p,
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
-        **overlapped(q.device),
+        **ringed, **overlapped(q.device),
     )  # fmt: skip
     return y
 
@@ -199,13 +238,17 @@ def variants() -> list[Variant]:
         if "turn" in options:
             more |= {"cos_sin": floats(4096, n // 2, 2), "past": meta(1, dtype=torch.int32)}
         inputs = [rows(n), rows(n), rows(p), floats(8)]
-        return step_call(linear_step, inputs, (8, n, p), dtype, tokens, options, norm, **more)
+        return step_call(
+            linear_step, inputs, (8, n, p), dtype, tokens, options, norm,
+            row=linear_ring_row(8, 8, n, p), **more,
+        )  # fmt: skip
 
     calls = (
         call(wide, 128, 256, 1, "turn norm"), call(wide, 128, 256, 1),
         call(wide, 128, 256, 8, "ragged each"), call(wide, 128, 256, 8, "ragged each turn norm"),
         call(wide, 64, 100, 4, "ragged"), call(wide, 64, 100, 3, "ragged turn norm"),
         call(narrow, 128, 256, 1), call(narrow, 128, 256, 1, "turn norm"),
-        call(narrow, 128, 256, 8, "ragged each"),
+        call(narrow, 128, 256, 8, "ragged each"), call(wide, 128, 256, 1, "turn norm ring"),
+        call(wide, 128, 256, 5, "ragged turn norm ring"),
     )  # fmt: skip
     return variants_of(calls, {linear_step_fwd_kernel: MATRIX_STEP})

@@ -3,8 +3,8 @@ S_t = e^{Δ_t A} S_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = S_tᵀ C_t + D x_t, with Δ 
 and A = -e^{A_log} computed here.
 
 B sequences, K new tokens, H heads, G groups of b and c, N states, P channels per head.
-One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The gated
-norm spans the heads of a group: the last of their programs does it.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once, or with
+a ring seldom. The gated norm spans the heads of a group: the last of their programs does it.
 """
 
 from functools import partial
@@ -20,6 +20,7 @@ from kernels.aot.recorded import NamedCall, meta, variants_of
 from kernels.norm.torch import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.recurrent.calls import MATRIX_STEP, floats, output_norm, step_call
+from kernels.recurrent.ring import Ring, ring_arguments, ring_row, store_as
 from kernels.recurrent.step import (
     keep_state,
     last_slot,
@@ -42,16 +43,25 @@ CONFIGS: dict[torch.dtype, tuple[int, int]] = {
 
 
 @triton.jit
+def advanced(s, bt, xt, step, rate):  # type: ignore[no-untyped-def]
+    """The tile s after one token: its b, x and step size."""
+    # Fused here: around other code the compiler might fuse the other product, and round otherwise.
+    return tl.fma(tl.exp(step * rate), s, bt[:, None] * (step * xt)[None, :])
+
+
+@triton.jit
 def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
     x, dt, b, c, a_log, d, dt_bias, state, read, write, new, y,
     x_row, dt_row, b_row, c_row, slot_stride, gate, weight, arrivals, gate_row,
+    ring, ring_past, held, fold, ring_slot,
     K: tl.constexpr, EACH: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
-    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of P, H, B). Rows of x, dt, b, c, y, gate are tokens; new may be None,
-    and so may all that serves the output norm.
+    and so may all that serves the output norm or the ring.
     """
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
@@ -62,7 +72,8 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
     if new is not None:
         count = tl.load(new + batch)
     source = tl.load(read + batch).to(tl.int64)
-    last = last_slot(write + batch * K, count, K)
+    if write is not None:
+        last = last_slot(write + batch * K, count, K)
     n = tl.arange(0, BLOCK_N)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     in_n, in_p = n < N, p < P
@@ -73,6 +84,20 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
     skip = tl.load(d + head).to(tl.float32)
+    if ring is not None:
+        rows = ring + source * ring_slot
+        begun, behind = tl.load(ring_past + batch), tl.load(held + batch)
+        folded = tl.load(fold + batch)
+        first_tile = tl.program_id(0) == 0
+        first_head = first_tile & (head % (H // G) == 0)
+        for i in range(behind):
+            held_row = ring_row(rows, begun - behind + i, R, ROW)
+            xt = tl.load(held_row + head * P + p, mask=in_p, other=0.0).to(tl.float32)
+            bt = tl.load(held_row + H * P + group * N + n, mask=in_n, other=0.0).to(tl.float32)
+            raw = tl.load(held_row + H * P + G * N + head).to(tl.float32)
+            s = advanced(s, bt, xt, softplus(raw + bias), rate)
+            if i + 1 == folded:
+                store_as(own + source * slot_stride, s, inside)
     for t in range(K):
         row = batch * K + t
         valid = t < count
@@ -80,14 +105,21 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
         bt = tl.load(b + row * b_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
         ct = tl.load(c + row * c_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
         raw = tl.load(dt + row * dt_row + head, mask=valid, other=0.0).to(tl.float32)
-        step = tl.where(valid, softplus(raw + bias), 0.0)
-        s = s * tl.exp(step * rate) + bt[:, None] * (step * xt)[None, :]
+        if ring is not None:
+            to = ring_row(rows, begun + t, R, ROW)
+            store_as(to + head * P + p, xt, in_p & valid)
+            states = to + H * P + group * N + n
+            store_as(states, bt, in_n & valid & first_head)
+            steps = to + H * P + G * N + head
+            store_as(steps, raw, valid & first_tile)
+        s = advanced(s, bt, xt, tl.where(valid, softplus(raw + bias), 0.0), rate)
         yt = tl.sum(ct[:, None] * s, 0) + skip * xt
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
         if EACH:
             keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
-    to = own + last.to(tl.int64) * slot_stride
-    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
+    if write is not None:
+        to = own + last.to(tl.int64) * slot_stride
+        tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
@@ -95,10 +127,16 @@ def ssm_step_fwd_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
+def ssm_ring_row(groups: int, heads: int, n: int, p: int) -> int:
+    """Elements of a ring's row: a token's x, b and dt."""
+    return heads * (p + 1) + groups * n
+
+
 def ssm_step(
     x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
-    state: Tensor, read: Tensor, write: Tensor, *, each: bool = False, new: Tensor | None = None,
-    norm: OutputNorm | None = None, arrivals: Tensor | None = None,
+    state: Tensor, read: Tensor, write: Tensor | None, *, each: bool = False,
+    new: Tensor | None = None, norm: OutputNorm | None = None, arrivals: Tensor | None = None,
+    ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
@@ -107,7 +145,8 @@ def ssm_step(
     the slots of the states, as `recurrent.step` says; new: int32 [B] valid tokens of right-padded
     rows (None: K); norm: of y, its groups whole heads (None: y as it is); arrivals: int32 zeros, at
     least B * groups of the norm, left at zero, for a norm: pass the same one on each call of a
-    stream to save the launch that clears a fresh one.
+    stream to save the launch that clears a fresh one; ring: x, b and dt of tokens that the states
+    lack, in place of write, as `recurrent.ring` says.
     Returns y [B, K, H, P] in x's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -124,6 +163,9 @@ def ssm_step(
         require_shape(name, inputs[name], (heads,))
     require_state(ssm_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
     require_like(state, **inputs)
+    ringed = ring_arguments(
+        ring, state, write, each, tokens, ssm_ring_row(groups, heads, n, p), x=x, b=b, dt=dt
+    )
     y = torch.empty(batch, tokens, heads, p, dtype=x.dtype, device=x.device)
     block_p, warps = CONFIGS[state.dtype]
     normed = norm_arguments(norm, arrivals, y, state, warps)
@@ -133,7 +175,7 @@ def ssm_step(
         state.stride(0),
         K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n, P=p,
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
-        **overlapped(x.device),
+        **ringed, **overlapped(x.device),
     )  # fmt: skip
     return y
 
@@ -172,7 +214,10 @@ def variants() -> list[Variant]:
         norm = output_norm(rows(inner), inner // groups) if groups else None
         options += f" norm{groups}" * bool(groups)
         inputs = [rows(heads, p), rows(heads), rows(1, n), rows(1, n), *[floats(heads)] * 3]
-        return step_call(ssm_step, inputs, (heads, n, p), dtype, tokens, options, norm)
+        return step_call(
+            ssm_step, inputs, (heads, n, p), dtype, tokens, options, norm,
+            row=ssm_ring_row(1, heads, n, p),
+        )  # fmt: skip
 
     calls = (
         call(wide, 128, 64, 1, groups=1), call(wide, 128, 64, 1),
@@ -180,5 +225,6 @@ def variants() -> list[Variant]:
         call(wide, 128, 100, 3, "ragged", groups=8), call(wide, 64, 64, 4),
         call(narrow, 128, 64, 1), call(narrow, 128, 64, 1, groups=1),
         call(narrow, 128, 64, 8, "ragged each", groups=8),
+        call(wide, 128, 64, 1, "ring", groups=1), call(wide, 128, 64, 5, "ragged ring", groups=1),
     )  # fmt: skip
     return variants_of(calls, {ssm_step_fwd_kernel: MATRIX_STEP})

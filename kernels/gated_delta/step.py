@@ -3,8 +3,9 @@ S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t 
 g = -e^{A_log} softplus(a + dt_bias), β = sigmoid(b) and normalised q and k computed here.
 
 B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
-One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once. The output
-norm spans a head's P channels, several tiles: the last of their programs does it.
+One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once, or with
+a ring seldom. The output norm spans a head's P channels, several tiles: the last of their programs
+does it.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ from kernels.aot.recorded import NamedCall, meta, variants_of
 from kernels.norm.torch import OutputNorm
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.recurrent.calls import MATRIX_STEP, floats, output_norm, step_call
+from kernels.recurrent.ring import Ring, ring_arguments, ring_row, store_as
 from kernels.recurrent.step import (
     keep_state,
     last_slot,
@@ -45,17 +47,29 @@ NORM_EPS = 1e-6
 
 
 @triton.jit
+def advanced(s, kt, vt, at, beta, valid, rate, bias, EPS):  # type: ignore[no-untyped-def]
+    """The tile s after one token: its key, values and decay as they came, and β."""
+    kt *= tl.rsqrt(tl.sum(kt * kt, 0) + EPS)
+    # A padded token has k = 0; without decay the state passes through it unchanged.
+    s *= tl.exp(rate * tl.where(valid, softplus(at + bias), 0.0))
+    delta = (vt - tl.sum(kt[:, None] * s, 0)) * beta
+    return tl.fma(kt[:, None], delta[None, :], s)
+
+
+@triton.jit
 def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
     q_row, k_row, v_row, a_row, b_row, slot_stride, gate, weight, arrivals, gate_row,
+    ring, ring_past, held, fold, ring_slot,
     EPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr,
     G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
-    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    R: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of P, H, B). Rows of q, k, v, a, b, y, gate are tokens; new may be None,
-    and so may all that serves the output norm.
+    and so may all that serves the output norm or the ring.
     """
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
@@ -75,7 +89,23 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     bias = tl.load(dt_bias + head).to(tl.float32)
-    last = last_slot(write + batch * K, count, K)
+    if write is not None:
+        last = last_slot(write + batch * K, count, K)
+    if ring is not None:
+        rows = ring + source * ring_slot
+        begun, behind = tl.load(ring_past + batch), tl.load(held + batch)
+        folded = tl.load(fold + batch)
+        first_tile = tl.program_id(0) == 0
+        first_head = first_tile & (head % (H // G) == 0)
+        for i in range(behind):
+            held_row = ring_row(rows, begun - behind + i, R, ROW)
+            kt = tl.load(held_row + group * N + n, mask=in_n, other=0.0).to(tl.float32)
+            vt = tl.load(held_row + G * N + head * P + p, mask=in_p, other=0.0).to(tl.float32)
+            at = tl.load(held_row + G * N + H * P + head).to(tl.float32)
+            bt = tl.load(held_row + G * N + H * P + H + head).to(tl.float32)
+            s = advanced(s, kt, vt, at, tl.sigmoid(bt), True, rate, bias, EPS)
+            if i + 1 == folded:
+                store_as(own + source * slot_stride, s, inside)
     for t in range(K):
         row = batch * K + t
         valid = t < count
@@ -83,19 +113,25 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
         kt = tl.load(k + row * k_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
         vt = tl.load(v + row * v_row + head * P + p, mask=in_p & valid, other=0.0).to(tl.float32)
         at = tl.load(a + row * a_row + head, mask=valid, other=0.0).to(tl.float32)
-        beta = tl.sigmoid(tl.load(b + row * b_row + head, mask=valid, other=0.0).to(tl.float32))
+        bt = tl.load(b + row * b_row + head, mask=valid, other=0.0).to(tl.float32)
+        if ring is not None:
+            to = ring_row(rows, begun + t, R, ROW)
+            store_as(to + group * N + n, kt, in_n & valid & first_head)
+            values = to + G * N + head * P + p
+            store_as(values, vt, in_p & valid)
+            gates = to + G * N + H * P + head
+            store_as(gates, at, valid & first_tile)
+            store_as(gates + H, bt, valid & first_tile)
+        beta = tl.sigmoid(bt)
         qt *= tl.rsqrt(tl.sum(qt * qt, 0) + EPS) * SCALE
-        kt *= tl.rsqrt(tl.sum(kt * kt, 0) + EPS)
-        # A padded token has k = 0; without decay the state passes through it unchanged.
-        s *= tl.exp(rate * tl.where(valid, softplus(at + bias), 0.0))
-        delta = (vt - tl.sum(kt[:, None] * s, 0)) * beta
-        s += kt[:, None] * delta[None, :]
+        s = advanced(s, kt, vt, at, beta, valid, rate, bias, EPS)
         yt = tl.sum(qt[:, None] * s, 0)
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
         if EACH:
             keep_state(own, write + batch * K, slot_stride, s, inside, t, count)
-    to = own + last.to(tl.int64) * slot_stride
-    tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
+    if write is not None:
+        to = own + last.to(tl.int64) * slot_stride
+        tl.store(to, s.to(state.dtype.element_ty), mask=inside & (last >= 0))
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
@@ -103,10 +139,16 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
+def gdn_ring_row(groups: int, heads: int, n: int, p: int) -> int:
+    """Elements of a ring's row: a token's k, v, a and b."""
+    return groups * n + heads * (p + 2)
+
+
 def gdn_step(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    state: Tensor, read: Tensor, write: Tensor, *, each: bool = False, new: Tensor | None = None,
-    norm: OutputNorm | None = None, arrivals: Tensor | None = None,
+    state: Tensor, read: Tensor, write: Tensor | None, *, each: bool = False,
+    new: Tensor | None = None, norm: OutputNorm | None = None, arrivals: Tensor | None = None,
+    ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
@@ -115,7 +157,8 @@ def gdn_step(
     write: int32 [B, K], each: the slots of states, as `recurrent.step` says; new: int32 [B] valid
     tokens of right-padded rows (None: K); norm: of y, head by head (None: y as it is); arrivals:
     int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each call of a
-    stream to save the launch that clears a fresh one.
+    stream to save the launch that clears a fresh one; ring: k, v, a and b of tokens that the states
+    lack, in place of write, as `recurrent.ring` says.
     Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -133,6 +176,9 @@ def gdn_step(
         require_shape(name, inputs[name], (heads,))
     require_state(gdn_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
     require_like(state, **inputs)
+    ringed = ring_arguments(
+        ring, state, write, each, tokens, gdn_ring_row(groups, heads, n, p), k=k, v=v, a=a, b=b
+    )
     y = torch.empty(batch, tokens, heads, p, dtype=v.dtype, device=v.device)
     block_p, warps = CONFIGS[state.dtype]
     normed = norm_arguments(norm, arrivals, y, state, warps)
@@ -141,7 +187,7 @@ def gdn_step(
         *(row_stride(name, inputs[name]) for name in "qkvab"), state.stride(0),
         EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n,
         P=p, BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
-        **overlapped(q.device),
+        **ringed, **overlapped(q.device),
     )  # fmt: skip
     return y
 
@@ -177,7 +223,10 @@ def variants() -> list[Variant]:
         rows = partial(meta, 1, tokens, 16)
         norm = output_norm(rows(p)) if "norm" in options else None
         inputs = [rows(n), rows(n), rows(p), rows(), rows(), floats(16), floats(16)]
-        return step_call(gdn_step, inputs, (16, n, p), dtype, tokens, options, norm)
+        return step_call(
+            gdn_step, inputs, (16, n, p), dtype, tokens, options, norm,
+            row=gdn_ring_row(16, 16, n, p),
+        )  # fmt: skip
 
     calls = (
         call(wide, 128, 128, 1, "norm"), call(wide, 128, 128, 1),
@@ -185,5 +234,6 @@ def variants() -> list[Variant]:
         call(wide, 64, 100, 4, "ragged"), call(wide, 64, 100, 3, "ragged norm"),
         call(narrow, 128, 128, 1), call(narrow, 128, 128, 1, "norm"),
         call(narrow, 128, 128, 8, "ragged each"),
+        call(wide, 128, 128, 1, "norm ring"), call(wide, 128, 128, 5, "ragged norm ring"),
     )  # fmt: skip
     return variants_of(calls, {gdn_step_fwd_kernel: MATRIX_STEP})

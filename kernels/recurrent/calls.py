@@ -10,15 +10,21 @@ from torch import Tensor
 from kernels.aot.ahead import TOKEN_LOADS, Variant
 from kernels.aot.recorded import Expected, NamedCall, both_ways, meta, tile_loads
 from kernels.norm.torch import OutputNorm
+from kernels.recurrent.ring import Ring
+
+#: Rows of a ring that is compiled ahead.
+RING = 16
 
 
 def step_call(
     step: Callable[..., object], inputs: list[Any], state: tuple[int, ...], dtype: torch.dtype,
-    tokens: int, options: str = "", norm: OutputNorm | None = None, **more: Any,
+    tokens: int, options: str = "", norm: OutputNorm | None = None, *, row: int = 0,
+    **more: Any,
 ) -> NamedCall:  # fmt: skip
     """One sequence's step on a pool of `state`, and its name.
 
-    inputs: what comes before the state. options: "ragged", "each", and words for the name alone.
+    inputs: what comes before the state. options: "ragged", "each", "ring", with rows of so many
+    elements, and words for the name alone.
     """
     chosen = options.split()
     slots = partial(meta, dtype=torch.int32)
@@ -28,7 +34,10 @@ def step_call(
     shape = "x".join(map(str, state[-2:]))
     name = f"{step.__name__}_{str(dtype)[6:]}_{shape}_k{tokens}"
     pool = meta(1, *state, dtype=dtype)
-    call = partial(step, *inputs, pool, slots(1), slots(1, tokens), **given)
+    write: Tensor | None = slots(1, tokens)
+    if "ring" in chosen:
+        write, given["ring"] = None, Ring(meta(1, RING, row), slots(1), slots(1), slots(1))
+    call = partial(step, *inputs, pool, slots(1), write, **given)
     return "_".join((name, *chosen)), call
 
 

@@ -83,8 +83,8 @@ def require_like(state: Tensor, **tensors: Tensor) -> None:
 
 
 def require_state(
-    kernel: Any, state: Tensor, read: Tensor, write: Tensor, new: Tensor | None, sizes: tuple[int,
-    ...], name: str = "state",
+    kernel: Any, state: Tensor, read: Tensor, write: Tensor | None, new: Tensor | None,
+    sizes: tuple[int, ...], name: str = "state",
 ) -> None:  # fmt: skip
     """Check the state, its slots and what may be None; sizes: (B, K, one sequence's shape)."""
     batch, tokens, *inner = sizes

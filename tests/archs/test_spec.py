@@ -1,5 +1,6 @@
 """What is declared: formats, rows, values; and the bytes that follow from it."""
 
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from archs.formats import Format
 from archs.layers import Projection
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from archs.spec import FixedSpec, RowSpec, StateSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, RowSpec, StateSpec, TensorSpec, kept_states
 from infer.store import StateStore
 from tests.eval.test_conformance import DATA
 
@@ -106,14 +107,72 @@ def test_values_that_a_rollback_can_reach_are_written_one_by_one(
     }  # fmt: skip
 
 
-def test_a_replayed_value_is_held_once_and_names_its_rows() -> None:
-    inputs = row(name="inputs", window=4)
-    spec = StateSpec(rows=(inputs,), fixed=(value(replay="inputs"),))
-    assert spec.state_bytes(100, lookback=4) == (4 + 3) * 64 + 40
-    with pytest.raises(UserError, match="replays 'rows', which is no windowed row tensor"):
-        StateSpec(rows=(inputs,), fixed=(value(replay="rows"),))
-    with pytest.raises(UserError, match="rolled back by replaying 'inputs', which no store does"):
-        StateStore([spec], max_sequences=1, max_context=8, lookback=4)
+def replayed() -> StateSpec:
+    """A value of 40 bytes with inputs of 8, and one that copies alone serve."""
+    inputs = TensorSpec(name="inputs", shape=(4,), format=HALF)
+    return StateSpec(fixed=(value(inputs=inputs), value(name="tail")))
+
+
+def test_a_replayed_value_is_held_once_beside_its_inputs() -> None:
+    spec = replayed()
+    assert spec.state_bytes(100, lookback=4) == 5 * 80
+    assert spec.state_bytes(100, lookback=4, replay=16) == 40 + 16 * 8 + 5 * 40
+    assert spec.state_bytes(0, lookback=4, replay=16) == 0
+    for rows in (-1, 9):
+        with pytest.raises(UserError, match=rf"replay={rows} with lookback=4: .* take replay=10"):
+            StateStore([spec], max_sequences=1, max_context=8, lookback=4, replay=rows)
+
+
+@pytest.mark.parametrize(
+    ("new", "lookback", "rows"),
+    [
+        (1, 0, 16),
+        (1, 4, 16),
+        (5, 4, 16),
+        (5, 4, 10),
+        (9, 8, 18),
+        (2, 0, 16),
+        (1, 0, 2),
+        (12, 0, 16),
+    ],
+)
+def test_mean_traffic_of_replay_is_that_of_its_steps(new: int, lookback: int, rows: int) -> None:
+    spec, steps = replayed(), 720
+    store = StateStore(
+        [spec], max_sequences=1, max_context=steps * new, lookback=lookback, replay=rows
+    )
+    sequence, read, written = store.add(), [], []
+    for _ in range(steps):
+        with store.step([sequence], new) as step:
+            assert step.rings is not None
+            [held], [fold] = step.rings.held, step.rings.fold
+            assert step.rings.whole or held + new <= rows
+            kept = kept_states(new, lookback)
+            values = 40 * (step.rings.whole or fold > 0) + 40 * kept
+            read.append(80 + held * 8)
+            written.append(values + (0 if new > RECURRENT_LIMIT else new * 8))
+    # The first steps find the ring empty.
+    period = slice(steps // 2, None)
+    rollback = {"lookback": lookback, "replay": rows}
+    assert spec.read_bytes(99, new, **rollback) == pytest.approx(mean(read[period]), abs=1)
+    assert spec.write_bytes(new, context=99, **rollback) == pytest.approx(
+        mean(written[period]), abs=1
+    )
+
+
+@pytest.mark.parametrize("arch", ["gdn", "mamba2", "linear"])
+def test_four_tokens_back_by_replay_take_little_more_than_the_state_at_1b(arch: str) -> None:
+    specs = ModelSpec(arch=arch, scale=get_scale("1b")).outline(torch.bfloat16).state_specs()
+    store = StateStore(
+        specs, max_sequences=2, max_context=64, lookback=4, replay=16, device="meta"
+    )  # fmt: skip
+    sequence = store.add()
+    for new in (9, 1, 1, 4, 1, 3):
+        store.commit(store.begin([sequence], new))
+    declared = sum(s.state_bytes(19, lookback=4, replay=16) for s in specs)
+    assert store.allocated_bytes == declared
+    plain, copies = (sum(s.state_bytes(19, lookback=n) for s in specs) for n in (0, 4))
+    assert declared - plain < (copies - plain) / 4
 
 
 @pytest.mark.parametrize("name", ["every", "window", "picks"])

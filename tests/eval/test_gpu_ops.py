@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eval.proof.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
-from eval.proof.gpu.ops import OPS, attention, chunk, glue, product, recurrent
+from eval.proof.gpu.ops import OPS, attention, chunk, glue, product, recurrent, recurrent_rings
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, paged
 from kernels.decay import torch as decay_scan
 from kernels.gated_delta import torch as gdn
@@ -90,6 +90,27 @@ STEPS = {
     "selective": (recurrent.SELECTIVE, (96, 16), 7),
 }
 
+#: Form, FLOPs of an element of the state, of (2, 32, 16) each.
+RINGS = {
+    "ssm normed": (recurrent.SSM.normed(flat=True), 5),
+    "gdn normed": (recurrent.GDN.normed(), 7),
+    "linear turned normed": (recurrent.TURNED.normed(), 5),
+}
+
+
+def ring_of(name: str) -> tuple[recurrent.Form, int]:
+    """A form and the width of its ring's rows."""
+    form = RINGS[name][0]
+    assert form.row is not None
+    return form, form.row(2, 32, 16)
+
+
+def ring_case(name: str) -> Case:
+    form, row = ring_of(name)
+    return recurrent_rings.ring_case(
+        0, form.step, form.make, (2, 32, 16), row, 9, RINGS[name][1], form.others
+    )
+
 
 #: Ours, inputs, sizes, FLOPs of a token, the plain form, and which input is as large as y.
 SCANS = {
@@ -131,6 +152,7 @@ CASES: dict[str, Case] = {
         for name, (form, sizes, flops) in STEPS.items()
         for dtype in (FP32, BF16)
     },
+    **{f"{name} ring": ring_case(name) for name in RINGS},
     **{
         f"{name} scan{' and back' * backward}": scan_case(name, backward=backward)
         for name in SCANS
@@ -207,6 +229,25 @@ def test_bytes_of_steps_are_their_state_twice_inputs_and_outputs(
     case = CASES[f"{name} {str(dtype)[6:]}"]
     assert case.moved_bytes == nbytes(state, state, y, *inputs.values())
     assert case.flops == flops * state.numel()
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_steps_with_a_ring_pass_their_check(name: str) -> None:
+    form, row = ring_of(name)
+    check = recurrent_rings.check_ring(form.step, form.reference, form.make, (2, 32, 16), row, 2)
+    for got, expected in check(CPU):
+        assert relative_error(got, expected) <= recurrent.BF16_LIMIT
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_bytes_of_a_ring_are_its_held_rows_and_a_new_one(name: str) -> None:
+    """Of nine sequences, two store their states."""
+    form, row = ring_of(name)
+    inputs, state = form.make(9, 1, (2, 32, 16), CPU), torch.empty(9 + 2, 2, 32, 16)
+    y, rows = inputs["x" if "x" in inputs else "v"], torch.empty(9, 8 + 1, row, dtype=BF16)
+    case = CASES[f"{name} ring"]
+    assert case.moved_bytes == nbytes(state, y, rows, *inputs.values())
+    assert case.flops == (RINGS[name][1] + 8 * (RINGS[name][1] - 2)) * 9 * 2 * 32 * 16
 
 
 @pytest.mark.parametrize("name", SCANS)

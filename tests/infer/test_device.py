@@ -169,8 +169,8 @@ def test_training_form_and_its_gradients(arch: str) -> None:
         assert error_of(got, expected) <= 1e-3, name
 
 
-def graphed(subject: Subject, sequences: int, context: int, lookback: int = 0) -> Engine:
-    engine = subject.engine(sequences, context, lookback=lookback)
+def graphed(subject: Subject, sequences: int, context: int, **options: int) -> Engine:
+    engine = subject.engine(sequences, context, **options)
     engine.graphed = GraphedStep(engine.model, engine.store, recorder=Again)
     return engine
 
@@ -206,6 +206,20 @@ def test_speculation_on_kernels_and_replayed_steps(arch: str) -> None:
     assert found.tokens == plain
     found = speculate.generate(target, ModelDrafter(draft), prompts, 10, drafts=3)
     assert found.tokens == plain
+    assert found.tokens_per_verification > 2
+
+
+@pytest.mark.parametrize(
+    "arch", ["gdn", *(pytest.param(a, marks=pytest.mark.slow) for a in ("mamba2", "linear"))]
+)
+def test_speculation_by_replay_on_kernels_and_replayed_steps(arch: str) -> None:
+    """As above; the prompt leaves room in the ring, so steps with inputs held are captured, too."""
+    subject, prompts = subject_of(arch), [[5, 6, 7, 5, 6], [8, 9]]
+    plain = subject.engine(2, 40).generate(prompts, 16).tokens
+    target, draft = (graphed(subject, 2, 40, lookback=3, replay=10) for _ in range(2))
+    for _ in range(2):
+        found = speculate.generate(target, ModelDrafter(draft), prompts, 16, drafts=3)
+        assert found.tokens == plain
     assert found.tokens_per_verification > 2
 
 

@@ -93,15 +93,16 @@ class Machine(RuleBasedStateMachine):
     def engine_of(self, data: st.DataObject) -> Engine:
         page_size = data.draw(self.page_sizes, "page_size")
         lookback = data.draw(st.sampled_from([0, 1, 2, 4, 4]), "lookback")
+        replay = data.draw(st.sampled_from([0, 2 * (lookback + 1), 16]), "replay")
         engine = Engine(
             self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=page_size,
-            lookback=lookback, backend=self.backend,
+            lookback=lookback, replay=replay, backend=self.backend,
         )  # fmt: skip
         if self.backend == "torch" and data.draw(st.booleans(), "small pool"):
             most = 2 * -(-CONTEXT // page_size)
             engine.store = StateStore(
                 self.model.state_specs(), max_sequences=SLOTS, max_context=CONTEXT,
-                page_size=page_size, lookback=lookback,
+                page_size=page_size, lookback=lookback, replay=replay,
                 pages=data.draw(st.integers(1, most), "pages"),
             )  # fmt: skip
         return engine
@@ -191,7 +192,8 @@ class Machine(RuleBasedStateMachine):
 
     def tell(self, slots: list[int], tokens: Tensor, counts: list[int]) -> None:
         lookback, width = self.store.lookback, tokens.shape[1]
-        kept = lookback if width <= RECURRENT_LIMIT else 0
+        most = RECURRENT_LIMIT if self.store.rings is None else lookback + 1
+        kept = lookback if width <= most else 0
         for slot, row, count in zip(slots, tokens.tolist(), counts, strict=True):
             self.told[slot] = self.told[slot] + row[:count]
             if count:
@@ -252,8 +254,12 @@ class Machine(RuleBasedStateMachine):
         return False
 
     def may_be_lost(self, width: int) -> bool:
-        """Where no copy is kept: recurrent states beyond lookback, windows beyond their ring."""
+        """Where no copy is kept: recurrent states beyond lookback, or those that are replayed;
+        windows beyond their ring.
+        """
         specs, lookback = self.store.specs, self.store.lookback
+        if self.store.rings is not None:
+            return True
         fixed = any(s.fixed for s in specs) and width > lookback
         return fixed or (any(t.window for s in specs for t in s.rows) and width > lookback + 1)
 

@@ -6,6 +6,7 @@ that exist and that an operation reads, FLOPs those of operations that run.
 
 import gc
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -84,9 +85,11 @@ def _unused(uses: list[Use], owned: bool) -> str | None:
 def check_bytes(subject: Subject) -> Check:
     """Declared bytes equal those of the store's tensors at every length and lookback."""
     name = "declared = allocated bytes"
-    for lookback in (0, 3):
+    for lookback, replay in product((0, 3), subject.replays):
         for page_size in (1, 5, 16):
-            engine = subject.engine(2, 64, page_size=page_size, lookback=lookback)
+            engine = subject.engine(
+                2, 64, page_size=page_size, lookback=lookback, replay=replay
+            )  # fmt: skip
             slots = [engine.store.add(), engine.store.add()]
             tokens = subject.tokens(2, 48)
             start = 0
@@ -100,7 +103,7 @@ def check_bytes(subject: Subject) -> Check:
                 if held != engine.store.allocated_bytes or not (held == declared or fewer):
                     detail = f"declared {declared}, tensors hold {held}, allocated_bytes "
                     detail += f"{engine.store.allocated_bytes} at {start} tokens, "
-                    detail += f"page_size {page_size}, lookback {lookback}"
+                    detail += f"page_size {page_size}, lookback {lookback}, replay {replay}"
                     return Check(name, False, detail)
     return Check(name, True, f"{subject.model.state_bytes(48)} bytes at 48 tokens")
 
@@ -112,9 +115,13 @@ def held_bytes(store: StateStore) -> int:
         for key, pool, _ in layer.rows.values():
             table = store.tables[key]
             total += pool.nbytes // (table.n_pages + 1) * sum(n > 0 for n in table.refs)
-        for value in layer.fixed.values():
-            assert store.slots is not None
-            total += value[0].nbytes * sum(n > 0 for n in store.slots.refs)
+        for name, value in layer.fixed.items():
+            held = store.rings if name in layer.inputs else store.slots
+            assert held is not None
+            total += value[0].nbytes * sum(n > 0 for n in held.refs)
+        for inputs in layer.inputs.values():
+            assert store.rings is not None
+            total += inputs[0].nbytes * sum(n > 0 for n in store.rings.refs)
     return total
 
 

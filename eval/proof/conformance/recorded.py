@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from archs.spec import StateSpec, TensorSpec
-from archs.state import LayerState, Pages, Rows, Seen, Slots
+from archs.state import LayerState, Pages, Replayed, Rows, Seen, Slots
 from eval.proof.conformance.tally import Tally, Watched
 from eval.proof.conformance.verdict import StateFault, short
 
@@ -121,6 +121,10 @@ class Recorded:
     def slots(self, name: str) -> Slots:
         """As `LayerState.slots`."""
         return self.inner.slots(name)
+
+    def replayed(self, name: str) -> Replayed | None:
+        """As `LayerState.replayed`; the kit counts steps of a store that keeps copies."""
+        return self.inner.replayed(name)
 
     def _declared(self, name: str, tensors: Sequence[Declared], verb: str) -> Declared:
         for tensor in tensors:

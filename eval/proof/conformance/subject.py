@@ -20,6 +20,9 @@ CHECK_SCALE = replace(
     get_scale("tiny"), name="check", vocab_size=257, window=12, seq_len=48, mlp_multiple=8
 )
 
+#: Inputs in a ring where values are replayed: of two steps of five tokens, and some more.
+RING = 16
+
 
 class Subject:
     """A model under test.
@@ -73,15 +76,21 @@ class Subject:
         return torch.randn(shape, generator=self._generator(seed)).to(self.device, dtype)
 
     def engine(
-        self, sequences: int, context: int, *, page_size: int = 5, lookback: int = 0
-    ) -> Engine:
+        self, sequences: int, context: int, *, page_size: int = 5, lookback: int = 0,
+        replay: int = 0,
+    ) -> Engine:  # fmt: skip
         """An engine with awkward page sizes, to meet every boundary."""
         if self.backend != "torch":
             page_size = -(-page_size // PAGE_MULTIPLE) * PAGE_MULTIPLE
         return Engine(
             self.model, max_sequences=sequences, max_context=context, page_size=page_size,
-            lookback=lookback, backend=self.backend,
+            lookback=lookback, replay=replay, backend=self.backend,
         )  # fmt: skip
+
+    @property
+    def replays(self) -> tuple[int, ...]:
+        """Without rings of inputs, and with, where some value can be replayed."""
+        return (0, RING) if any(s.replayed(RING) for s in self.model.state_specs()) else (0,)
 
     def run(self, engine: Engine, slots: list[int], tokens: Tensor, sizes: list[int]) -> Tensor:
         """Logits of `tokens` [B, T], extended piece by piece."""

@@ -16,6 +16,7 @@ from eval.proof.gpu.case import Case, Check, Op, Run, installed
 from eval.proof.gpu.ops import recurrent_baselines as baselines
 from eval.proof.gpu.ops.operands import bytes_of, on_cpu, random, slots
 from eval.proof.gpu.ops.recurrent_baselines import Baselines
+from eval.proof.gpu.ops.recurrent_rings import check_ring, ring_case
 from kernels.conv import step as conv_step
 from kernels.decay import linear_step, ssm_step
 from kernels.gated_delta import step as gdn_step
@@ -183,20 +184,23 @@ def step_case(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """A step, its oracle, its inputs and what others make of them; more: what it does beside."""
+    """A step, its oracle, its inputs and what others make of them; more: what it does beside; row:
+    from sizes to the width of a ring's row, where the step takes one.
+    """
 
     step: Callable[..., Tensor]
     reference: Callable[..., tuple[Tensor, Tensor]]
     make: Make
     others: Baselines
     more: str = ""
+    row: Callable[..., int] | None = None
 
     def normed(self, *, flat: bool = False) -> "Form":
         """With the output norm."""
         return Form(
             step=normed(self.step), reference=normed(self.reference),
             make=normed_inputs(self.make, flat=flat), others=baselines.normed(self.others),
-            more=f"{self.more} normed",
+            more=f"{self.more} normed", row=self.row,
         )  # fmt: skip
 
 
@@ -224,6 +228,18 @@ def _op(
         for batch in (64, 1, 512)
         for dtype in kinds
     ]  # fmt: skip
+    if forms[0].row is not None:
+        first, row = forms[0], forms[0].row
+        checks += [
+            Check(
+                name=f"{'x'.join(map(str, checked))} new {k} ring{first.more}",
+                limit=BF16_LIMIT,
+                run=check_ring(first.step, first.reference, first.make, checked, row(*checked), k),
+            )
+            for k in (1, 5)
+        ]
+        cases.append(ring_case(1, first.step, first.make, timed[0], row(*timed[0]), 64, flops,
+                               first.others, first.more))  # fmt: skip
     return Op(name=name, checks=checks, cases=cases)
 
 
@@ -264,11 +280,12 @@ def conv_case(batch: int, channels: int) -> Case:
 
 
 SSM = Form(step=ssm_step.ssm_step, reference=ssm_step.ssm_step_ref, make=ssm_inputs,
-           others=baselines.ssm)  # fmt: skip
+           others=baselines.ssm, row=lambda h, n, p: ssm_step.ssm_ring_row(1, h, n, p))  # fmt: skip
 GDN = Form(step=gdn_step.gdn_step, reference=gdn_step.gdn_step_ref, make=gdn_inputs,
-           others=baselines.gdn)  # fmt: skip
+           others=baselines.gdn, row=lambda h, n, p: gdn_step.gdn_ring_row(h, h, n, p))  # fmt: skip
 LINEAR = Form(step=linear_step.linear_step, reference=linear_step.linear_step_ref,
-              make=linear_inputs, others=baselines.linear)  # fmt: skip
+              make=linear_inputs, others=baselines.linear,
+              row=lambda h, n, p: linear_step.linear_ring_row(h, h, n, p))  # fmt: skip
 TURNED = replace(LINEAR, make=turned_inputs, others=baselines.turned(baselines.linear),
                  more=" turned")  # fmt: skip
 SELECTIVE = Form(step=selective_step.selective_step, reference=selective_step.selective_step_ref,
