@@ -4,6 +4,7 @@ Both hand their outputs out normed: the step kernels norm within their own launc
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from archs.ops.rotary import rotate_new
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
-from kernels.decay.torch import decay_chunk, decay_step
+from kernels.decay.torch import decay_answers, decay_chunk, decay_step
 from kernels.norm.torch import OutputNorm
 from kernels.rope.torch import rope_table, rotate
 
@@ -87,20 +88,13 @@ def _ssd_torch(
     if state is None:
         y, _ = decay_chunk(c, b, *_scan_inputs(x, dt, a_log, dt_bias, None))
         return output_norm(_skip(y, x, d), norm, backend="torch")
-    heads, shared, at = x.shape[2:], b.shape[2:], state.replayed(name)
-
-    def run(
-        rows: Tensor, valid: Tensor | None, value: Tensor, q: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x, b, dt = rows.split((heads.numel(), shared.numel(), heads[0]), -1)
-        x, b = x.unflatten(-1, heads), b.unflatten(-1, shared)
-        inputs = _scan_inputs(x, dt, a_log, dt_bias, valid)
-        return decay_chunk(b if q is None else q, b, *inputs, value)
-
+    at = state.replayed(name)
+    duality = _Duality(x.shape[2:], b.shape[2:], a_log, dt_bias)
     if at is not None and not at.whole:
-        y = replay(at, state, name, torch.cat((x.flatten(2), b.flatten(2), dt), -1), c, run)
+        inputs = torch.cat((x.flatten(2), b.flatten(2), dt), -1)
+        y = replay(at, state, name, inputs, c, duality)
         return output_norm(_skip(y, x, d), norm, backend="torch")
-    ssm, each = caught_up(at, state, name, run), None
+    ssm, each = caught_up(at, state, name, duality), None
     scan = (c, b, *_scan_inputs(x, dt, a_log, dt_bias, state.valid))
     if x.shape[1] <= RECURRENT_LIMIT:
         y, each = decay_step(*scan, ssm, each=state.each and at is None)
@@ -108,6 +102,27 @@ def _ssd_torch(
         y, ssm = decay_chunk(*scan, ssm)
     state.put(name, ssm, each)
     return output_norm(_skip(y, x, d), norm, backend="torch")
+
+
+class _Duality(NamedTuple):
+    """As `archs.ops.replay.Recurrence`, on rows of x, B and Δ. heads, shared: (H, P), (G, N)."""
+
+    heads: torch.Size
+    shared: torch.Size
+    a_log: Tensor
+    dt_bias: Tensor
+
+    def answers(self, q: Tensor, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        return decay_answers(q, *self._inputs(rows, valid), value)
+
+    def after(self, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        b, fed, decay = self._inputs(rows, valid)
+        return decay_chunk(b, b, fed, decay, value)[1]
+
+    def _inputs(self, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        x, b, dt = rows.split((self.heads.numel(), self.shared.numel(), self.heads[0]), -1)
+        x, b = x.unflatten(-1, self.heads), b.unflatten(-1, self.shared)
+        return b, *_scan_inputs(x, dt, self.a_log, self.dt_bias, valid)
 
 
 def _ssd_triton(
@@ -172,21 +187,12 @@ def _retention_torch(
     q = q * scale
     if state is None:
         return output_norm(decay_chunk(q, k, v, log_decay)[0], norm, backend="torch")
-    keys, heads, at = k.shape[2:], v.shape[2:], state.replayed(name)
-
-    def scan(
-        rows: Tensor, valid: Tensor | None, value: Tensor, q: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        k, v = rows.split((keys.numel(), heads.numel()), -1)
-        k, v, decay = k.unflatten(-1, keys), v.unflatten(-1, heads), log_decay
-        if valid is not None:
-            k, decay = masked(k, valid), masked(decay.expand(*k.shape[:2], -1), valid)
-        return decay_chunk(k if q is None else q, k, v, decay, value)
-
+    at = state.replayed(name)
+    retained = _Retention(k.shape[2:], v.shape[2:], log_decay)
     if at is not None and not at.whole:
-        y = replay(at, state, name, torch.cat((k.flatten(2), v.flatten(2)), -1), q, scan)
-        return output_norm(y, norm, backend="torch")
-    memory, each = caught_up(at, state, name, scan), None
+        inputs = torch.cat((k.flatten(2), v.flatten(2)), -1)
+        return output_norm(replay(at, state, name, inputs, q, retained), norm, backend="torch")
+    memory, each = caught_up(at, state, name, retained), None
     if state.valid is not None:
         k = masked(k, state.valid)
         log_decay = masked(log_decay.expand(*k.shape[:2], -1), state.valid)
@@ -196,6 +202,27 @@ def _retention_torch(
         y, memory = decay_chunk(q, k, v, log_decay, memory)
     state.put(name, memory, each)
     return output_norm(y, norm, backend="torch")
+
+
+class _Retention(NamedTuple):
+    """As `archs.ops.replay.Recurrence`, on rows of turned k and v. keys, heads: (H, N), (H, P)."""
+
+    keys: torch.Size
+    heads: torch.Size
+    log_decay: Tensor
+
+    def answers(self, q: Tensor, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        return decay_answers(q, *self._inputs(rows, valid), value)
+
+    def after(self, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        k, v, decay = self._inputs(rows, valid)
+        return decay_chunk(k, k, v, decay, value)[1]
+
+    def _inputs(self, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = rows.split((self.keys.numel(), self.heads.numel()), -1)
+        k, v = k.unflatten(-1, self.keys), v.unflatten(-1, self.heads)
+        decay = self.log_decay.expand(*k.shape[:2], -1)
+        return masked(k, valid), v, masked(decay, valid)
 
 
 def _retention_triton(

@@ -1,6 +1,7 @@
 """The gated delta rule from raw gates to normed outputs, by backend (arXiv 2412.06464, eq. 10)."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from archs.ops.replay import caught_up, replay, run_ring
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
-from kernels.gated_delta.torch import gdn_chunk, gdn_step
+from kernels.gated_delta.torch import gdn_answers, gdn_chunk, gdn_step
 from kernels.norm.torch import OutputNorm, l2_norm
 
 
@@ -59,21 +60,12 @@ def _torch(
     if state is None:
         y, _ = gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
         return output_norm(y, norm, backend="torch")
-    keys, heads, at = k.shape[2:], v.shape[2:], state.replayed(name)
-
-    def scan(
-        rows: Tensor, valid: Tensor | None, value: Tensor, q: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        sizes = (keys.numel(), heads.numel(), heads[0], heads[0])
-        k, v, a, b = rows.split(sizes, -1)
-        k, v = k.unflatten(-1, keys), v.unflatten(-1, heads)
-        q, k, v, decay, beta = _prepared(k if q is None else q, k, v, a, b, a_log, dt_bias)
-        return gdn_chunk(q, k, v, masked(decay, valid), masked(beta, valid), value)
-
+    at = state.replayed(name)
+    rule = _DeltaRule(k.shape[2:], v.shape[2:], a_log, dt_bias)
     if at is not None and not at.whole:
-        y = replay(at, state, name, _inputs(k, v, a, b), q, scan)
-        return output_norm(y, norm, backend="torch")
-    memory, each = caught_up(at, state, name, scan), None
+        inputs = torch.cat((k.flatten(2), v.flatten(2), a, b), -1)
+        return output_norm(replay(at, state, name, inputs, q, rule), norm, backend="torch")
+    memory, each = caught_up(at, state, name, rule), None
     q, k, v, decay, beta = _prepared(q, k, v, a, b, a_log, dt_bias)
     decay, beta = masked(decay, state.valid), masked(beta, state.valid)
     if v.shape[1] <= RECURRENT_LIMIT:
@@ -84,9 +76,27 @@ def _torch(
     return output_norm(y, norm, backend="torch")
 
 
-def _inputs(k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The raw inputs of each token as one row [B, K, row] (`kernels.recurrent.ring`)."""
-    return torch.cat((k.flatten(2), v.flatten(2), a, b), -1)
+class _DeltaRule(NamedTuple):
+    """As `archs.ops.replay.Recurrence`, on rows of k, v, a and b. keys, heads: (G, N), (H, P)."""
+
+    keys: torch.Size
+    heads: torch.Size
+    a_log: Tensor
+    dt_bias: Tensor
+
+    def answers(self, q: Tensor, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        return gdn_answers(*self._inputs(q, rows, valid), value)
+
+    def after(self, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        inputs = self._inputs(rows.new_zeros(*rows.shape[:2], *self.keys), rows, valid)
+        return gdn_chunk(*inputs, value)[1]
+
+    def _inputs(self, q: Tensor, rows: Tensor, valid: Tensor | None) -> Inputs:
+        heads = self.heads[0]
+        k, v, a, b = rows.split((self.keys.numel(), self.heads.numel(), heads, heads), -1)
+        k, v = k.unflatten(-1, self.keys), v.unflatten(-1, self.heads)
+        q, k, v, decay, beta = _prepared(q, k, v, a, b, self.a_log, self.dt_bias)
+        return q, k, v, masked(decay, valid), masked(beta, valid)
 
 
 def _triton(

@@ -1,8 +1,4 @@
-"""Values that are replayed: inputs since the value run through a mixer's scan once more.
-
-A mixer's `Scan` takes the value on by the inputs [B, S, row] of S tokens, of which `valid` [B, S]
-are a sequence's own (None: all), and answers queries: q [B, S, ...] (None: none are asked).
-"""
+"""Values that are replayed: inputs since the value run through a mixer's recurrence once more."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,47 +6,46 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from archs.state import LayerState, Replayed
 from kernels.norm.torch import OutputNorm
 
 
-class Scan(Protocol):
-    """A mixer's recurrence on raw inputs."""
+class Recurrence(Protocol):
+    """A mixer's recurrence on raw inputs [B, T, row], of which `valid` [B, T] are a sequence's own
+    (None: all), from the value before them.
+    """
 
-    def __call__(
-        self, rows: Tensor, valid: Tensor | None, value: Tensor, q: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The answers [B, S, H, P], and the value after the last input."""
+    def answers(self, q: Tensor, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        """What the queries [B, K, ...] of the last K tokens get, [B, K, H, P]."""
+        ...
+
+    def after(self, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
+        """The value after them."""
         ...
 
 
 def replay(
-    at: Replayed, state: LayerState, name: str, new: Tensor, q: Tensor, scan: Scan
+    at: Replayed, state: LayerState, name: str, new: Tensor, q: Tensor, recurrence: Recurrence
 ) -> Tensor:
     """Answers [B, K, H, P] to the queries [B, K, ...] of K new tokens with inputs [B, K, row]."""
     value, held, own = state.get(name), at.rows(), at.is_held()
     at.append(new)
-    rows, valid = torch.cat((held, new), 1), state.valid
+    valid = state.valid
     if own is not None or valid is not None:
         own = held.new_ones(held.shape[:2], dtype=torch.bool) if own is None else own
         valid = new.new_ones(new.shape[:2], dtype=torch.bool) if valid is None else valid
         valid = torch.cat((own, valid), 1)
-    asked = F.pad(q, (0, 0) * (q.dim() - 2) + (held.shape[1], 0))
-    y, _ = scan(rows, valid, value, asked)
+    y = recurrence.answers(q, torch.cat((held, new), 1), valid, value)
     if at.folds:
-        _, value = scan(held, at.is_folded(), value)
-        state.put(name, value)
-    return y[:, held.shape[1] :]
+        state.put(name, recurrence.after(held, at.is_folded(), value))
+    return y
 
 
-def caught_up(at: Replayed | None, state: LayerState, name: str, scan: Scan) -> Tensor:
+def caught_up(at: Replayed | None, state: LayerState, name: str, recurrence: Recurrence) -> Tensor:
     """The value [B, ...] before a step's tokens, whatever is held taken in."""
     value = state.get(name)
-    if at is not None and at.most:
-        _, value = scan(at.rows(), at.is_held(), value)
-    return value
+    return value if at is None or not at.most else recurrence.after(at.rows(), at.is_held(), value)
 
 
 def run_ring(

@@ -51,6 +51,11 @@ class Figures:
         return self._settings("decode", "tpot_ms")
 
     @cached_property
+    def speculated_settings(self) -> list[Setting]:
+        """Settings of speculation, in the same order."""
+        return self._settings("speculate", "speedup")
+
+    @cached_property
     def declared_settings(self) -> list[Setting]:
         """Settings of untimed figures: those of decode, then those of declarations alone."""
         return [*self.settings, *self._settings("cost", "state_bytes")]
@@ -67,6 +72,27 @@ class Figures:
         for name, value in setting._asdict().items():
             rows = rows[rows[name] == value]
         return self._pivot(rows, ["arch", "batch", "context"], measures)
+
+    def speculated(self, setting: Setting) -> pd.DataFrame:
+        """Greedy speculation: rows of arch, batch, context, how (what drafts, and what rolls back),
+        drafts, and the speed-up, measured and predicted.
+        """
+        measures = ["speedup", "speedup_pred"]
+        rows = self._good[self._good["stage"] == "speculate"]
+        for name, value in setting._asdict().items():
+            rows = rows[rows[name] == value]
+        rows = rows[rows["measure"].isin(measures)].dropna(subset=["batch", "context"])
+        words = [dict(w.partition("=")[::2] for w in str(o).split()) for o in rows["options"]]
+        rows = rows.assign(
+            drafts=[int(w.get("drafts", 0)) for w in words],
+            how=[" ".join(filter(None, (w.pop("draft", ""), *_further(w)))) for w in words],
+        )
+        rows = rows[[float(w.get("temperature", 0)) == 0 for w in words]]
+        keys = ["arch", "batch", "context", "how", "drafts"]
+        table = over_seeds(rows, [*keys, "measure"])
+        table = table.pivot(index=keys, columns="measure", values="value")
+        table = table.reindex(columns=measures).dropna(subset=["speedup"]).reset_index()
+        return table.astype({"batch": int, "context": int, "drafts": int})
 
     def declared(self, scale: str, *measures: str) -> pd.DataFrame:
         """What the declarations say of one sequence at a scale: rows of arch, context (where the
@@ -129,6 +155,12 @@ class Figures:
         table = table.pivot(index=keys, columns="measure", values="value")
         table = table.reindex(columns=list(measures)).dropna().reset_index()
         return table.astype({key: int for key in keys if key != "arch"})
+
+
+def _further(words: dict[str, str]) -> list[str]:
+    """What else tells one way to speculate from another, in a curve's name."""
+    return [f"{name} {value}".strip() for name, value in words.items()
+            if name in ("adaptive", "replay")]  # fmt: skip
 
 
 def exponent(contexts: Sequence[float], per_token_ms: Sequence[float]) -> float:

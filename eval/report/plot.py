@@ -16,8 +16,8 @@ from eval.report.pictures.plans import PLANS, pictures
 __all__ = [
     "crossings", "intensity_against_context", "latency_against_context", "loss_against_size",
     "loss_by_position", "predicted_against_measured", "quality_against_state", "roofline",
-    "sequences_against_context", "slope_against_state", "task", "throughput_against_latency",
-    "without_state",
+    "sequences_against_context", "slope_against_state", "speedup_against_drafts", "task",
+    "throughput_against_latency", "without_state",
 ]  # fmt: skip
 
 
@@ -42,6 +42,7 @@ without_state = _plot("no-cache")
 intensity_against_context = _plot("intensity")
 loss_against_size = _plot("ladder")
 predicted_against_measured = _plot("predicted-measured")
+speedup_against_drafts = _plot("speculation")
 
 
 def loss_by_position(results: pd.DataFrame, *, from_mean: bool = False) -> alt.LayerChart:

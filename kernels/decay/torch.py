@@ -67,6 +67,27 @@ def decay_chunk(
     return (y[:, :tokens] if short else y).to(v.dtype), current
 
 
+def decay_answers(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
+) -> Tensor:  # fmt: skip
+    """What the last K of T tokens read of them all, one chunk of `decay_chunk`; the state after
+    them is not computed.
+
+    q: [B, K, G, N]; others as `decay_chunk`'s. Returns y [B, K, H, P] in v's dtype.
+    """
+    asked, groups = q.shape[1:3]
+    tokens, heads = v.shape[1:3]
+    share, wide = heads // groups, _wide(v.dtype)
+    qc, kc = (rearrange(t.to(wide), "b c g n -> b g c n") for t in (q, k))
+    vc = rearrange(v.to(wide), "b c (g s) p -> b g s c p", s=share)
+    decay = log_decay.to(wide).expand(len(v), tokens, -1)
+    between, since, _ = chunk_decays(rearrange(decay, "b c (g s) -> b g s c", s=share))
+    scores = (qc @ kc.mT).unsqueeze(2) * between[..., -asked:, :]
+    carried = qc.unsqueeze(2) @ rearrange(state.to(wide), "b (g s) n p -> b g s n p", s=share)
+    y = torch.addcmul(scores @ vc, carried, since[..., -asked:, None])
+    return rearrange(y, "b g s c p -> b c (g s) p").to(v.dtype)
+
+
 def decay_chunk_matrix_flops(
     batch: int, tokens: int, heads: int, groups: int, n: int, p: int, chunk: int = CHUNK
 ) -> int:

@@ -65,6 +65,31 @@ def gdn_chunk(
     return (y[:, :tokens] if short else y).to(v.dtype), current
 
 
+def gdn_answers(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
+) -> Tensor:  # fmt: skip
+    """What the last K of T tokens read of them all, one chunk of `gdn_chunk`; the state after them
+    is not computed.
+
+    q: [B, K, G, N]; others as `gdn_chunk`'s. Returns y [B, K, H, P] in v's dtype.
+    """
+    asked, p = q.shape[1], v.shape[-1]
+    share, n = v.shape[2] // q.shape[2], q.shape[3]
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    qh, kh = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in (q, k))
+    vh, strength = v.to(wide).transpose(1, 2), beta.to(wide).transpose(1, 2)[..., None]
+    between, since, _ = chunk_decays(log_decay.to(wide).transpose(1, 2))
+    grown, current = since[..., None], state.to(wide)
+    overlap = (kh @ kh.mT) * between * strength
+    right = torch.cat((vh, kh * grown), -1) * strength
+    solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
+    u, w = solved.split((p, n), -1)
+    value = u - w @ current
+    scores = (qh @ kh.mT) * between[..., -asked:, :]
+    y = (qh * grown[..., -asked:, :]) @ current + scores @ value
+    return y.transpose(1, 2).to(v.dtype)
+
+
 def gdn_chunk_matrix_flops(
     batch: int, tokens: int, heads: int, groups: int, n: int, p: int, chunk: int = CHUNK
 ) -> int:

@@ -6,6 +6,7 @@ fixed seed.
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from math import exp, log
 from pathlib import Path
 
@@ -103,8 +104,24 @@ def write_run(
                 results.append(cell, About(), [failure])
             else:
                 results.append(cell, *_decode(arch, batch, noise))
+        for batch, drafts in product((1, 8), (1, 4)):
+            cell = Point(arch=arch, stage="speculate", scale="tiny", batch=batch)
+            results.append(cell, *_speculate(arch, batch, drafts))
     results.write(folder)
     return folder
+
+
+def _speculate(arch: str, batch: int, drafts: int) -> tuple[About, list[Row]]:
+    """The better the model, the more is accepted; a batch has less time to give away."""
+    gain = (1 + drafts * (2.2 - QUALITY[arch])) / batch**0.2
+    at = {"batch": batch, "context": 64}
+    rows = [
+        Row(measure="speedup", value=gain, n=3, **at),
+        Row(measure="speedup_pred", value=1.2 * gain, **at),
+        Row(measure="tokens_per_verification", value=1.3 * gain, **at),
+        Row(measure="lossless", value=1.0, n=batch, **at),
+    ]
+    return replace(_about(arch, "tiny"), options=f"draft=context drafts={drafts}"), rows
 
 
 def _about(arch: str, scale: str) -> About:

@@ -101,7 +101,7 @@ def _axis(
 
 def tips(*names: str) -> list[alt.Tooltip]:
     """Fields shown when the pointer rests on a mark."""
-    texts = {"arch", "phase"}
+    texts = {"arch", "how", "phase"}
     return [
         alt.Tooltip(f"{n}:N") if n in texts else alt.Tooltip(f"{n}:Q", format=",.4~g")
         for n in names

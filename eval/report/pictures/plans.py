@@ -15,7 +15,7 @@ import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
-from eval.report.pictures import charts, tradeoffs
+from eval.report.pictures import charts, speculation, tradeoffs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,15 +33,15 @@ class Plan(NamedTuple):
     """How a picture is made: its builder, what it needs, and how to read it.
 
     build: a chart, None where something was not measured, or why there is nothing to draw.
-    of: timings have a picture for each machine, tasks one for each, declarations one for a
-      setting, models one.
+    of: timings and speculation have a picture for each machine, tasks one for each, declarations
+      one for a setting, models one.
     """
 
     title: str
     build: Callable[..., alt.LayerChart | str | None]
     needs: str
     how_to_read: str
-    of: Literal["timings", "declarations", "models", "tasks"] = "timings"
+    of: Literal["timings", "speculation", "declarations", "models", "tasks"] = "timings"
 
 
 PLANS: dict[str, Plan] = {
@@ -99,6 +99,14 @@ PLANS: dict[str, Plan] = {
         "The line is the most that this machine attains: bandwidth on the slope, matrix "
         "rate on the flat. Decode sits far left, bound by memory. The gap up to the line is "
         "overhead. Click an entry of the legend to single it out.",
+    ),
+    "speculation": Plan(
+        "What speculation gains", speculation.speedup_against_drafts,
+        "speedup at two numbers of drafts",
+        "Above the line drafting pays, below it plain decode is faster. A curve that turns down "
+        "drafts more than is accepted; a dashed one that lies lower says that a batch has less "
+        "time to give away. The pointer shows what was predicted.",
+        of="speculation",
     ),
     "loss-position": Plan(
         "Loss by position", charts.loss_against_mean, "loss_at_position",
@@ -168,5 +176,6 @@ def _settings(f: Figures, plan: Plan) -> Iterable[tuple[str, Sequence[tuple[obje
         return [(task, [(task,)]) for task in f.tasks]
     if plan.of == "declarations":
         return [("", [(s,) for s in f.declared_settings])]
-    machines = dict.fromkeys(s.hardware for s in f.settings)
-    return [(m, [(s,) for s in f.settings if s.hardware == m]) for m in machines]
+    timed = f.speculated_settings if plan.of == "speculation" else f.settings
+    machines = dict.fromkeys(s.hardware for s in timed)
+    return [(m, [(s,) for s in timed if s.hardware == m]) for m in machines]
