@@ -98,8 +98,8 @@ class RingTable:
         for sequence, length, count, since in zip(sequences, lengths, counts, held, strict=True):
             value = self.values[sequence]
             if count == 0:
-                # It keeps all that it holds, whatever the others do.
-                change.slot.append(value.slot)
+                # It keeps all that it holds, whatever the others do: nobody reads what it gets.
+                change.slot.append(self.padding)
                 change.held.append(0)
                 change.fold.append(0)
                 continue

@@ -16,12 +16,13 @@ def synthesise(step: StepPlan) -> None:
     store = step.store
     runs = {key: new_rows(step, table) for key, table in step.tables.items()}
     slots = {s for row in step.slots.write for s in row if s >= 0}
+    rings = set() if step.rings is None else set(step.rings.slot)
     for layer in store.pools.layers:
         for key, pool, _ in layer.rows.values():
             for first, end in runs[key]:
                 _fill(pool[..., first:end, :])
-        for value in layer.fixed.values():
-            for slot in slots:
+        for name, value in layer.fixed.items():
+            for slot in rings if name in layer.inputs else slots:
                 _fill(value[slot])
 
 

@@ -105,7 +105,9 @@ def write_run(
             else:
                 results.append(cell, *_decode(arch, batch, noise))
         for batch, drafts in product((1, 8), (1, 4)):
-            cell = Point(arch=arch, stage="speculate", scale="tiny", batch=batch)
+            cell = Point(
+                arch=arch, stage="speculate", scale="tiny", batch=batch, options={"drafts": drafts}
+            )
             results.append(cell, *_speculate(arch, batch, drafts))
     results.write(folder)
     return folder

@@ -322,7 +322,7 @@ def test_a_library_that_updates_in_place_gets_no_other_slots(lookback: int) -> N
     x = torch.zeros(1, 1, 4)
     with store.step([store.add()], 1) as step:
         if lookback:
-            with pytest.raises(UserError, match="mamba-ssm serves neither ragged steps nor snap"):
+            with pytest.raises(UserError, match="mamba-ssm serves neither ragged steps nor states"):
                 libraries.single(x, step.layers[0], "ssm", "mamba-ssm")
         else:
             at = libraries.single(x, step.layers[0], "ssm", "mamba-ssm")

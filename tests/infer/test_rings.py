@@ -49,6 +49,36 @@ def test_decode_writes_a_value_once_in_many_steps(kind: str) -> None:
     assert written == 2
 
 
+@pytest.mark.parametrize("kind", REPLAYED)
+def test_synthetic_state_lies_where_the_next_step_reads_it(kind: str) -> None:
+    engine = engine_with(kind, lookback=4, replay=16)
+    sequences = [engine.store.add() for _ in range(4)]
+    engine.store.fill(sequences[1:], 20)
+    for sequence in sequences[1:]:
+        assert all((value == 0.01).all() for value in values_of(engine, sequence))
+    assert not any(value.any() for value in values_of(engine, sequences[0]))
+
+
+def test_a_sequence_without_tokens_is_neither_read_nor_written() -> None:
+    engine = engine_with("delta rule", replay=16)
+    store = engine.store
+    idle, busy = store.add(), store.add()
+    engine.extend([idle], tokens_of(12))
+    engine.extend_last([idle], tokens_of(1))
+    before = values_of(engine, idle)
+    child = store.fork(idle)
+    tokens = torch.cat([tokens_of(20)] * 3)
+    # A long step takes all that is held into the value of the others.
+    engine.extend([idle, busy, child], tokens, torch.tensor([0, 20, 20]))
+    for held, now in zip(before, values_of(engine, idle), strict=True):
+        assert torch.equal(held, now)
+    assert store.rings is not None and store.rings.values[idle].length == 12
+    logits = engine.extend_last([idle], tokens_of(1))
+    told = torch.cat((tokens_of(12), tokens_of(1), tokens_of(1)), 1)
+    expected = model_of("delta rule")(told)[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_folding_leaves_what_may_be_taken_back() -> None:
     replay = Replay(16, 4)
     assert [replay.folds(held, 1) for held in (0, 10, 11)] == [0, 0, 8]
