@@ -57,8 +57,13 @@ KINDS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-@cache
 def model_of(kind: str) -> Model:
+    """On torch, whatever the last engine of this process put it on."""
+    return built(kind).use("torch")
+
+
+@cache
+def built(kind: str) -> Model:
     arch, options = KINDS[kind]
     overrides = {"swa": options} if options else {}
     spec = ModelSpec(arch=arch, scale=SCALE, overrides=overrides, hidden=16)
