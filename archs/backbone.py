@@ -207,6 +207,11 @@ class Model(nn.Module):
         )
 
 
+def replays(model: Model, rows: int) -> bool:
+    """Whether rings of so many inputs make a difference to a model: some values declare inputs."""
+    return any(spec.replayed(rows) for spec in model.state_specs())
+
+
 def first_layers(model: Model, count: int) -> Model:
     """The model of the first `count` layers, with the same embedding, final norm and head.
 

@@ -292,9 +292,8 @@ class StateSpec:
         are replayed the mean over many such steps.
         """
         written = sum(t.new_rows(context, new_tokens) * t.nbytes for t in self.owned)
-        states, (_, share) = (
-            kept_states(new_tokens, lookback), Replay(replay, lookback).mean(new_tokens)
-        )  # fmt: skip
+        states = kept_states(new_tokens, lookback)
+        _, share = Replay(replay, lookback).mean(new_tokens)
         for tensor in self.fixed:
             if not replay or tensor.inputs is None:
                 written += states * tensor.nbytes

@@ -7,20 +7,10 @@ nothing else. A fork holds its source's slot once more; who writes first copies 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from archs.spec import Replay
 from infer.counted import Counted
-
-#: The slot of zeros, which every empty sequence reads; nobody writes to it.
-ZERO = 0
-
-
-class Value(NamedTuple):
-    """The value after `length` tokens, and its slot."""
-
-    length: int
-    slot: int
+from infer.slots import ZERO, State
 
 
 @dataclass(slots=True)
@@ -37,8 +27,8 @@ class RingChange:
     fold: list[int] = field(default_factory=list)
     whole: bool = False
     copies: list[tuple[int, int]] = field(default_factory=list)
-    before: dict[int, Value] = field(default_factory=dict)
-    after: dict[int, Value] = field(default_factory=dict)
+    before: dict[int, State] = field(default_factory=dict)
+    after: dict[int, State] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
 
 
@@ -53,7 +43,7 @@ class RingTable:
         self.count = sequences + 2
         self.padding = self.count - 1
         self._slots = Counted(sequences, first=ZERO + 1)
-        self.values = [Value(0, ZERO)] * sequences
+        self.values = [State(0, ZERO)] * sequences
 
     @property
     def used(self) -> int:
@@ -75,12 +65,12 @@ class RingTable:
 
     def open(self, sequence: int) -> None:
         """An empty sequence."""
-        self.values[sequence] = Value(0, ZERO)
+        self.values[sequence] = State(0, ZERO)
 
     def release(self, sequence: int) -> None:
         """Give a sequence's slot back."""
         self._drop(self.values[sequence].slot)
-        self.values[sequence] = Value(0, ZERO)
+        self.values[sequence] = State(0, ZERO)
 
     def fork(self, source: int, target: int) -> None:
         """Let `target` share the slot of `source`."""
@@ -109,8 +99,8 @@ class RingTable:
             end = length + count if change.whole else value.length + fold
             if change.whole or fold:
                 change.written.add(slot)
-            self.values[sequence] = Value(value.length, slot)
-            change.after[sequence] = Value(end, slot)
+            self.values[sequence] = State(value.length, slot)
+            change.after[sequence] = State(end, slot)
             change.slot.append(slot)
             change.held.append(since)
             change.fold.append(fold)

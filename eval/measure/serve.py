@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from archs.backbone import Model
+from archs.backbone import Model, replays
 from archs.backends import NoFormError, resolve_backend
 from archs.checks import parse
 from eval.measure.cell_rows import counted_rows, load_rows, median_row, timing_rows
@@ -27,7 +27,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     model = site.to_serve(spec)
     backend = resolve_backend(plan.backend, site.device)
     label = "torch-compile" if plan.compiled else backend
-    options = f"replay={plan.replay}" if plan.replay else ""
+    options = f"replay={plan.replay}" if replays(model, plan.replay) else ""
     served = about(spec, model, kernel_backend=label, options=options)
     try:
         agreed = site.agreement(

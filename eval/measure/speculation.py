@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from archs.backbone import Model, cast, first_layers
+from archs.backbone import Model, cast, first_layers, replays
 from archs.backends import resolve_backend
 from archs.checks import parse
 from archs.cost import Step
@@ -151,7 +151,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     told = about(
         target.spec, target.model, corpus=options.corpus.spec, tokens=target.seen,
         kernel_backend="torch-compile" if plan.compiled else subject.backend,
-        options=_words(plan, draft),
+        options=_words(plan, draft, target.model),
     )  # fmt: skip
     rows: list[Row] = []
     for context in plan.contexts:
@@ -166,11 +166,11 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     return Found(about=told, rows=tuple(rows))
 
 
-def _words(plan: SpeculatePlan, draft: Trained | None) -> str:
+def _words(plan: SpeculatePlan, draft: Trained | None, target: Model) -> str:
     by = plan.draft if draft is None else f"{draft.spec.arch}@{draft.spec.scale.name}"
     words = [f"draft={by}", f"drafts={plan.drafts[0]}"]
     words += ["adaptive"] * plan.adaptive
-    words += [f"replay={plan.replay}"] if plan.replay else []
+    words += [f"replay={plan.replay}"] if replays(target, plan.replay) else []
     words += [f"temperature={plan.temperature:g}"] if plan.temperature else []
     return " ".join(words)
 

@@ -56,7 +56,11 @@ LONG: dict[str, Column] = {
     "tokens": Column("integer", "trained on"),
     "dtype": Column("text", "of the weights"),
     "kernel_backend": Column("text", "what ran the operations"),
-    "options": Column("text", "what else sets the figure apart, as name=value: what a task asks"),
+    "options": Column(
+        "text",
+        "what else sets the figure apart, as name=value: what a task asks, what "
+        "drafts, what is replayed",
+    ),
     "hardware": Column("text", "GPU, or CPU with the threads in use"),
     "driver": Column("text", "CUDA version, on a GPU"),
     "torch": Column("text", "version"),

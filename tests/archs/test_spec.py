@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from archs.backbone import replays
 from archs.cost import Step, linear_cost, state_traffic
 from archs.errors import UserError
 from archs.formats import Format
@@ -158,6 +159,17 @@ def test_mean_traffic_of_replay_is_that_of_its_steps(new: int, lookback: int, ro
     assert spec.write_bytes(new, context=99, **rollback) == pytest.approx(
         mean(written[period]), abs=1
     )
+
+
+def test_a_ring_changes_nothing_where_no_value_declares_inputs() -> None:
+    found = {
+        arch: [replays(ModelSpec(arch=arch, scale=get_scale("tiny")).outline(), n) for n in (0, 16)]
+        for arch in ("gqa", "mamba1", "gdn", "gdn:gqa=3:1")
+    }
+    assert found == {
+        "gqa": [False, False], "mamba1": [False, False],
+        "gdn": [False, True], "gdn:gqa=3:1": [False, True],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ["gdn", "mamba2", "linear"])

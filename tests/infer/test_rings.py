@@ -7,7 +7,8 @@ from torch import Tensor
 from archs.errors import UserError
 from archs.spec import Replay
 from infer.engine import Engine
-from infer.rings import ZERO, RingTable
+from infer.rings import RingTable
+from infer.slots import ZERO
 from infer.speculate import generate
 from tests.infer.test_machine import CONTEXT, VOCAB, Failed, model_of
 from tests.infer.test_speculate import DRAFTERS, double, engine_of, random_prompts

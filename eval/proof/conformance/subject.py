@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from archs.backbone import replays
 from archs.mixer import Mixer
 from archs.registry import ModelSpec
 from archs.sizes import Scale, get_scale
@@ -90,7 +91,7 @@ class Subject:
     @property
     def replays(self) -> tuple[int, ...]:
         """Without rings of inputs, and with, where some value can be replayed."""
-        return (0, RING) if any(s.replayed(RING) for s in self.model.state_specs()) else (0,)
+        return (0, RING) if replays(self.model, RING) else (0,)
 
     def run(self, engine: Engine, slots: list[int], tokens: Tensor, sizes: list[int]) -> Tensor:
         """Logits of `tokens` [B, T], extended piece by piece."""
