@@ -77,6 +77,13 @@ class RingTable:
         self.values[target] = self.values[source]
         self._hold(self.values[target].slot)
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Cut a sequence to `length` tokens: what is held past them is forgotten, and of an empty
+        sequence nothing is held.
+        """
+        if length == 0:
+            self.release(sequence)
+
     def reserve(
         self, sequences: Sequence[int], lengths: Sequence[int], counts: Sequence[int],
         new_tokens: int,

@@ -190,8 +190,8 @@ class StateStore:
             )
         for table in self.tables.values():
             table.truncate(sequence, table.rows(length), table.rows(end))
-        if self.slots is not None:
-            self.slots.truncate(sequence, length)
+        for values in self._values:
+            values.truncate(sequence, length)
         self.lengths[sequence] = length
 
     # -- steps -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from infer.engine import Engine
 from infer.rings import RingTable
 from infer.slots import ZERO
 from infer.speculate import generate
-from tests.infer.test_machine import CONTEXT, VOCAB, Failed, model_of
+from tests.infer.test_machine import CONTEXT, KINDS, VOCAB, Failed, model_of
 from tests.infer.test_speculate import DRAFTERS, double, engine_of, random_prompts
 
 REPLAYED = ["retention", "delta rule", "state and rows", "state and window"]
@@ -110,6 +110,19 @@ def test_a_fork_shares_a_value_until_either_goes_on(kind: str) -> None:
     store.release(parent)
     store.release(child)
     assert store.rings.used == 0 and store.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("replay", [0, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_that_is_taken_back_to_nothing_holds_nothing(kind: str, replay: int) -> None:
+    engine = engine_with(kind, lookback=2, replay=replay, page_size=4)
+    store = engine.store
+    sequence = store.add()
+    first = engine.extend([sequence], tokens_of(2))
+    assert store.allocated_bytes == store.declared_bytes(2)
+    store.rollback(sequence, 2)
+    assert store.allocated_bytes == store.declared_bytes(0) == 0
+    assert torch.equal(engine.extend([sequence], tokens_of(2)), first)
 
 
 @pytest.mark.parametrize(("before", "lost"), [(3, False), (13, True)])
