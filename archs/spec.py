@@ -46,8 +46,11 @@ class Replay:
         return max(0, held - max(0, self.lookback - new_tokens))
 
     def overflows(self, held: int, new_tokens: int) -> bool:
-        """Whether a step finds no room, and all that is held goes into the value before it."""
-        return new_tokens > RECURRENT_LIMIT or held + new_tokens > self.rows
+        """Whether a step finds no room, or leaves none for the next one of `lookback` + 1 tokens:
+        all that is held, and its own tokens, go into the value.
+        """
+        most = min(self.rows - held, self.rows - self.lookback - 1, RECURRENT_LIMIT)
+        return new_tokens > most
 
     def mean(self, new_tokens: int) -> tuple[Fraction, Fraction]:
         """Inputs held before a step, and writes of the value in it, over many steps that keep
@@ -61,7 +64,7 @@ class Replay:
             full = self.overflows(held, new_tokens)
             taken = held if full else self.folds(held, new_tokens)
             writes.append(full or taken > 0)
-            held = new_tokens if full else held + new_tokens - taken
+            held = 0 if full else held + new_tokens - taken
         first = seen.index(held)
         steps = len(seen) - first
         return Fraction(sum(seen[first:]), steps), Fraction(sum(writes[first:]), steps)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
-from archs.spec import Replay
+from archs.spec import RECURRENT_LIMIT, Replay
 from infer.engine import Engine
 from infer.rings import RingTable
-from infer.slots import ZERO
+from infer.slots import ZERO, State
 from infer.speculate import generate
 from tests.infer.test_machine import CONTEXT, KINDS, VOCAB, Failed, model_of
 from tests.infer.test_speculate import DRAFTERS, double, engine_of, random_prompts
@@ -86,6 +86,32 @@ def test_folding_leaves_what_may_be_taken_back() -> None:
     assert [replay.folds(held, 5) for held in (6, 7)] == [0, 7]
     assert replay.folds(11, 0) == 0
     assert not replay.overflows(7, 9) and replay.overflows(8, 9) and replay.overflows(0, 10)
+    # A longer step than those that are taken back leaves room for one of them.
+    assert not Replay(14, 4).overflows(0, 9) and Replay(13, 4).overflows(0, 9)
+
+
+@pytest.mark.parametrize(("rows", "lookback"), [(2, 0), (4, 1), (5, 1), (10, 4), (16, 4), (18, 8)])
+def test_every_step_can_be_taken_back_as_far_as_is_said(rows: int, lookback: int) -> None:
+    tokens = range(1, RECURRENT_LIMIT + 2)
+    table = RingTable(sequences=1, replay=Replay(rows, lookback))
+    # What may be held before a step, from every history of steps.
+    seen, left = set[int](), [0]
+    while left:
+        held = left.pop()
+        if held in seen:
+            continue
+        seen.add(held)
+        for count in tokens:
+            table.values[0] = State(100 - held, ZERO)
+            change = table.reserve([0], [100], [count], count)
+            table.settle(change)
+            held_after = 100 + count - table.oldest(0)
+            if count <= lookback + 1:
+                assert not change.whole and min(held + count, lookback) <= held_after
+            assert held_after <= rows
+            # A rollback forgets any number of them.
+            left += range(held_after + 1)
+            table.release(0)
 
 
 @pytest.mark.parametrize("kind", REPLAYED)
