@@ -8,7 +8,7 @@ alone, so modules that two architectures share start equal.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,18 @@ from archs.ops.dense import product
 from archs.spec import StateSpec
 from archs.state import LayerState
 
+Built = TypeVar("Built", bound=nn.Module)
 #: A residual stream as two summands, or one and None: the norm that reads it adds them.
 Stream = tuple[Tensor, Tensor]
+
+
+class Output(NamedTuple):
+    """What a step gives: logits [B, K, V] of its tokens, or [B, V] of each sequence's last, and the
+    final normed hidden states [B, K, D].
+    """
+
+    logits: Tensor
+    hidden: Tensor
 
 
 class Block(nn.Module):
@@ -131,13 +141,32 @@ class Model(nn.Module):
         """The blocks, typed."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """What the first layer reads. tokens: int64 [B, K] -> [B, K, D].
+
+        hidden: [B, K, D], what heads read beside the tokens (`archs.heads`); a model of its own
+        takes none, and raises UserError.
+        """
+        if hidden is not None:
+            raise UserError("hidden states are read by heads alone; give this model tokens only")
+        return F.embedding(tokens, self.embedding.weight)
+
+    def hidden_states(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Final normed hidden states, parallel form. tokens: int64 [B, T] -> [B, T, D]."""
-        x, residual = self.embedding(tokens), None
+        return self.hidden_after((len(self.blocks),), tokens, hidden)[0]
+
+    def hidden_after(
+        self, depths: Sequence[int], tokens: Tensor, hidden: Tensor | None = None
+    ) -> list[Tensor]:
+        """As `hidden_states`, after each of these numbers of layers."""
+        x, residual = self.embed(tokens, hidden), None
         shared: Shared = {}
-        for block in self.layers:
+        found: dict[int, Tensor] = {}
+        for depth, block in enumerate(self.layers, 1):
             x, residual = block(x, residual, shared)
-        return self.norm.after(x, residual)[0]
+            if depth in depths:
+                found[depth] = self.norm.after(x, residual)[0]
+        return [found[depth] for depth in depths]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
@@ -147,25 +176,37 @@ class Model(nn.Module):
         """Logits of every position. tokens: int64 [B, T] -> [B, T, V]."""
         return self.logits(self.hidden_states(tokens))
 
-    def extend_hidden(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
+    def extend_hidden(
+        self, tokens: Tensor, states: Sequence[LayerState], hidden: Tensor | None = None
+    ) -> Tensor:
         """Final normed hidden states of K new tokens. tokens: int64 [B, K] -> [B, K, D]."""
-        x, residual = F.embedding(tokens, self.embedding.weight), None
+        x, residual = self.embed(tokens, hidden), None
         for block, state in zip(self.layers, states, strict=True):
             x, residual = block.extend(x, residual, state)
         return self.norm.after(x, residual)[0]
 
     def extend(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
         """Logits of K new tokens. tokens: int64 [B, K] -> [B, K, V]."""
-        return self.logits(self.extend_hidden(tokens, states))
+        return self.step(tokens, states, every_token=True).logits
 
     def extend_last(self, tokens: Tensor, states: Sequence[LayerState]) -> Tensor:
         """Logits of each sequence's last valid token only. tokens: int64 [B, K] -> [B, V]."""
-        hidden = self.extend_hidden(tokens, states)
+        return self.step(tokens, states, every_token=False).logits
+
+    def step(
+        self, tokens: Tensor, states: Sequence[LayerState], hidden: Tensor | None = None, *,
+        every_token: bool,
+    ) -> Output:  # fmt: skip
+        """K new tokens, int64 [B, K], with logits of all or of each sequence's last valid one."""
+        found = self.extend_hidden(tokens, states, hidden)
+        if every_token:
+            return Output(self.logits(found), found)
         new = states[0].new
         if new is None:
-            return self.logits(hidden[:, -1])
+            return Output(self.logits(found[:, -1]), found)
         last = (new - 1).clamp(min=0)
-        return self.logits(hidden[torch.arange(hidden.shape[0], device=hidden.device), last])
+        rows = torch.arange(found.shape[0], device=found.device)
+        return Output(self.logits(found[rows, last]), found)
 
     def state_specs(self) -> list[StateSpec]:
         """What each layer must remember."""
@@ -218,11 +259,7 @@ def first_layers(model: Model, count: int) -> Model:
     Weights are shared, so it takes no memory: a draft of the model itself (early exit,
     arXiv 2404.16710). Raises UserError unless some layers are left out.
     """
-    if not 1 <= count < len(model.blocks):
-        raise UserError(
-            f"the first {count} layers of a model of {len(model.blocks)} are no draft of it; take "
-            f"1 to {len(model.blocks) - 1}"
-        )
+    require_exit(count, len(model.blocks))
     early = copy(model)
     vars(early)["_modules"] = dict(vars(model)["_modules"])
     early.blocks = nn.ModuleList(model.layers[:count])
@@ -230,8 +267,17 @@ def first_layers(model: Model, count: int) -> Model:
     return early
 
 
-def initialise(model: Model, seed: int) -> None:
-    """Fill all parameters from `seed` and their names.
+def require_exit(count: int, layers: int) -> None:
+    """Raise UserError unless the first `count` of so many layers leave some out."""
+    if not 1 <= count < layers:
+        raise UserError(
+            f"the first {count} layers of a model of {layers} are no draft of it; take 1 to "
+            f"{layers - 1}"
+        )
+
+
+def initialise(model: nn.Module, seed: int, layers: int) -> None:
+    """Fill all parameters of a model of L `layers`, or of a part, from `seed` and their names.
 
     Matrices: normal with d_in^-0.5, outputs into the residual stream (2L)^-0.5 smaller; the
     embedding d^-0.5, so that tied logits start near unit scale; norms 1, other vectors 0;
@@ -248,7 +294,7 @@ def initialise(model: Model, seed: int) -> None:
             residual.add(f"{prefix}.weight")
         if isinstance(module, RMSNorm):
             ones.add(f"{prefix}.weight")
-    depth = (2 * len(model.blocks)) ** -0.5
+    depth = (2 * layers) ** -0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator(parameter.device).manual_seed(_seed_of(seed, name))
@@ -265,7 +311,7 @@ def initialise(model: Model, seed: int) -> None:
         raise ValueError(f"initialisers name parameters that do not exist: {sorted(special)}")
 
 
-def delicate_parameters(model: Model) -> set[str]:
+def delicate_parameters(model: nn.Module) -> set[str]:
     """Full names of parameters that stay in float32 and are never decayed."""
     return {
         f"{prefix}.{name}"
@@ -275,8 +321,8 @@ def delicate_parameters(model: Model) -> set[str]:
     }
 
 
-def cast(model: Model, dtype: torch.dtype) -> Model:
-    """The model in `dtype`, in place, delicate parameters apart."""
+def cast(model: Built, dtype: torch.dtype) -> Built:
+    """A model, or a part of one, in `dtype`, in place, delicate parameters apart."""
     delicate = delicate_parameters(model)
     for name, parameter in model.named_parameters():
         if name not in delicate:

@@ -21,6 +21,7 @@ from archs.errors import UserError, unknown_name
 from archs.files import read
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
+from archs.heads import MultiTokenHead
 from archs.layer import LayerSpec
 from archs.layers import NORM_EPS
 from archs.linear import LinearAttention, LinearConfig
@@ -177,12 +178,20 @@ class ModelSpec:
         """The model with initial weights. Raises UserError on impossible shapes and options."""
         model = self.outline(dtype)
         model.to_empty(device=device)
-        initialise(model, seed)
+        initialise(model, seed, len(model.blocks))
         return model
 
     def outline(self, dtype: torch.dtype = torch.float32) -> Model:
         """The model without storage (meta device): parameter counts, specs and costs."""
         return self._assemble(dtype, self.layer_specs())
+
+    def head(self, dtype: torch.dtype = torch.float32) -> MultiTokenHead:
+        """A head that predicts one token more, without storage: a layer as the model's first."""
+        layer = self.layer_specs()[0]
+        with torch.device("meta"):
+            mixer = self._mixer(layer, 0, 1, (0,))
+            head = MultiTokenHead(self.scale.d_model, mixer, layer.hidden, self.norm_eps)
+        return cast(head, dtype)
 
     def mlp_hidden(self) -> int:
         """The MLP width in use, where all layers have one."""
@@ -219,26 +228,26 @@ class ModelSpec:
     def _assemble(self, dtype: torch.dtype, layers: tuple[LayerSpec, ...]) -> Model:
         scale = self.scale
         with torch.device("meta"):
-            mixers: list[Mixer] = []
-            for index, layer in enumerate(layers):
-                entry = entry_of(layer.mixer)
-                place = Place(
-                    d_model=scale.d_model,
-                    n_layers=scale.n_layers,
-                    layer=index,
-                    siblings=tuple(
-                        i for i, other in enumerate(layers) if other.mixer == layer.mixer
-                    ),
+            mixers = [
+                self._mixer(
+                    layer, index, scale.n_layers,
+                    tuple(i for i, other in enumerate(layers) if other.mixer == layer.mixer),
                 )
-                mixer: Mixer = entry.mixer(entry.config.at(scale, layer.options), place)
-                if layer.short_conv:
-                    mixer = ShortConv(mixer, scale.d_model, layer.short_conv)
-                mixers.append(mixer)
+                for index, layer in enumerate(layers)
+            ]  # fmt: skip
             model = Model(
                 vocab_size=scale.vocab_size, d_model=scale.d_model, mixers=mixers,
                 hidden=[layer.hidden for layer in layers], tied=self.tied, norm_eps=self.norm_eps,
             )  # fmt: skip
             return cast(model, dtype)
+
+    def _mixer(
+        self, layer: LayerSpec, index: int, n_layers: int, siblings: tuple[int, ...]
+    ) -> Mixer:
+        scale, entry = self.scale, entry_of(layer.mixer)
+        place = Place(d_model=scale.d_model, n_layers=n_layers, layer=index, siblings=siblings)
+        mixer: Mixer = entry.mixer(entry.config.at(scale, layer.options), place)
+        return ShortConv(mixer, scale.d_model, layer.short_conv) if layer.short_conv else mixer
 
 
 def _digest(text: str) -> str:

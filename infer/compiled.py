@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from archs.backbone import Model
+from archs.backbone import Model, Output
 from archs.errors import UserError
 from infer.pages import TableKey
 from infer.plan import StepPlan
@@ -111,8 +111,9 @@ def _step(
     tables: Mapping[TableKey, Plain | AtHome],
     values: ValueForm,
     layers: Sequence[LayerTensors],
+    hidden: Tensor | None,
     every_token: bool,
-) -> Tensor:
+) -> Output:
     """layers: their tensors as the batch sees them: home rows, and values in place or in slots."""
     step = TracedStep(tokens, told, angles)
     states: list[LayerState] = []
@@ -124,11 +125,11 @@ def _step(
         owners = {name: states[owner] for name, owner in layer.lent.items()}
         fixed = Fixed(layer.fixed, layer.inputs, values, None)
         states.append(LayerState(step, index, rows, fixed, owners))
-    return model.extend(tokens, states) if every_token else model.extend_last(tokens, states)
+    return model.step(tokens, states, hidden, every_token=every_token)
 
 
 class CompiledStep:
-    """`Model.extend` or `extend_last` for a few tokens per sequence, compiled at its first calls.
+    """`Model.step` for a few tokens per sequence, compiled at its first calls.
 
     Raises UserError at the call for sequences whose rows lie apart, and for a model whose weights
     have been laid out anew since.
@@ -139,10 +140,12 @@ class CompiledStep:
         self._layout = model.head_weight.stride()
         self._tables: dict[Rotary, Tensor] | None = None
         self._layers: dict[tuple[int, int, int | None], list[LayerTensors]] = {}
-        self._code: dict[Shape, Callable[..., Tensor]] = {}
+        self._code: dict[Shape, Callable[..., Output]] = {}
 
-    def __call__(self, tokens: Tensor, step: StepPlan, *, every_token: bool = False) -> Tensor:
-        """Logits [B, V] of the last of tokens [B, K] in an open step, or [B, K, V] of all."""
+    def __call__(
+        self, tokens: Tensor, step: StepPlan, hidden: Tensor | None = None, *, every_token: bool
+    ) -> Output:
+        """What an open step gives for tokens [B, K]."""
         if self.model.head_weight.stride() != self._layout:
             raise UserError(
                 "another engine laid the model's weights out anew after this step was compiled; "
@@ -156,14 +159,13 @@ class CompiledStep:
             )
         if self._tables is None:
             # The first step runs as written and tells which rotary tables the layers ask for.
-            run = self.model.extend if every_token else self.model.extend_last
-            logits = run(tokens, step.layers)
+            found = self.model.step(tokens, step.layers, hidden, every_token=every_token)
             end = step.store.max_context
             self._tables = {
                 (dim, theta): torch.view_as_real(rope_table(end, dim, theta, step.device)[None])
                 for dim, theta in step.asked
             }
-            return logits
+            return found
         # Compiled code writes where it pleases.
         step.wrote_rows = step.wrote_fixed = True
         step.start_copies()
@@ -191,9 +193,11 @@ class CompiledStep:
             self._code[shape] = self._compiled(shape)
         run_compiled = self._code[shape]
         layers = self._layers_of(step)
-        return run_compiled(self.model, tokens, told, angles, tables, values, layers, every_token)
+        return run_compiled(
+            self.model, tokens, told, angles, tables, values, layers, hidden, every_token
+        )
 
-    def _compiled(self, shape: Shape) -> Callable[..., Tensor]:
+    def _compiled(self, shape: Shape) -> Callable[..., Output]:
         # torch 2.13 frees a tensor twice where its C++ wrapper writes by index under deterministic
         # algorithms.
         on_cpu = self.model.embedding.weight.device.type == "cpu"

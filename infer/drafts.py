@@ -13,7 +13,7 @@ from torch import Tensor
 
 from archs.checks import require_at_least
 from archs.errors import UserError
-from infer.engine import Engine
+from infer.engine import Engine, Reader
 from infer.sampling import Sampler, Sampling, require_tokens
 
 
@@ -41,6 +41,8 @@ class Drafter(Protocol):
     vocab_size: int | None
     #: Whether its batches must keep all sequences that they began with (compiled steps).
     stays: bool
+    #: Gets the target's hidden states, of prompts and of every verification; None: not needed.
+    read: Reader | None
 
     def begin(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """New sequences of the target, with their prompts."""
@@ -85,6 +87,7 @@ class ModelDrafter:
         self.max_context = engine.store.max_context
         self.vocab_size: int | None = engine.model.vocab_size
         self.stays = engine.compiled is not None
+        self.read: Reader | None = None
         if self.most_drafts < 1:
             raise UserError(
                 f"the draft's engine has lookback={engine.store.lookback} and cannot take a draft "
@@ -166,7 +169,7 @@ class ModelDrafter:
         valid = None if min(new) == width else torch.tensor(new)
         if width == 1:
             return self.engine.extend_last(own, given, valid)
-        logits = self.engine.verify(own, given, valid)
+        logits = self.engine.verify(own, given, valid).logits
         if valid is None:
             return logits[:, -1]
         ends = (valid - 1).clamp(min=0).to(logits.device)
@@ -223,6 +226,7 @@ class PromptLookup:
         self.most_drafts = self.max_context = 1 << 30
         self.vocab_size: int | None = None
         self.stays = False
+        self.read: Reader | None = None
         self._pasts: dict[int, _Past] = {}
         self._drafted: dict[int, list[int]] = {}
 

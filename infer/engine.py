@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from archs.backbone import Model, lay_out
+from archs.backbone import Model, Output, lay_out
 from archs.errors import UserError
 from infer.clock import StepClock
 from infer.compiled import CompiledStep
@@ -22,6 +22,9 @@ from infer.sampling import Sampler, Sampling, fed, require_tokens
 from infer.store import StateStore
 from kernels.sampling.nucleus import greedy
 
+#: Takes sequences, hidden states [B, K, D] of tokens they were extended by, and how many of each
+#: count; valid during the call.
+Reader = Callable[[Sequence[int], Tensor, Sequence[int]], None]
 #: Rows of a page where nobody says otherwise.
 PAGE_SIZE = 64
 #: Rows of a page that kernels can read come in multiples of this; some libraries want more.
@@ -155,30 +158,36 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def extend(self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
+    def extend(
+        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits [B, K, V] of K new tokens [B, K] per sequence (`new` [B] of them valid).
 
-        Where it fails the sequences are as before, or lost (`StateStore.abort`).
-        Raises UserError on shapes, counts and contexts that do not fit and on ids beyond the
-        vocabulary (ids on a GPU are not looked at), StoreFullError without pages.
+        hidden: [B, K, D], for a head (`archs.heads`). Where it fails the sequences are as before,
+        or lost (`StateStore.abort`). Raises UserError on shapes, counts and contexts that do not
+        fit and on ids beyond the vocabulary (ids on a GPU are not looked at), StoreFullError
+        without pages.
         """
         with self._step(sequences, tokens, new) as step:
-            return self.model.extend(tokens, step.layers)
+            return self.model.step(tokens, step.layers, hidden, every_token=True).logits
 
     @torch.inference_mode()
-    def verify(self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None) -> Tensor:
-        """Logits [B, K, V] of a few drafted tokens [B, K] per sequence; as `extend`.
+    def verify(
+        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Output:  # fmt: skip
+        """Logits [B, K, V] and hidden states of a few drafted tokens [B, K] each; as `extend`.
 
         Those of a replayed graph are valid until the next step.
         """
         with self._step(sequences, tokens, new) as step:
             if self.compiled is not None:
-                return self.compiled(tokens, step, every_token=True)
+                return self.compiled(tokens, step, hidden, every_token=True)
             if self.graphed is not None and self.graphed.serves(step):
-                return self.graphed(tokens, step, every_token=True)
-            return self.model.extend(tokens, step.layers)
+                return self.graphed(tokens, step, hidden, every_token=True)
+            return self.model.step(tokens, step.layers, hidden, every_token=True)
 
-    @torch.inference_mode()
     def extend_last(
         self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None
     ) -> Tensor:
@@ -186,19 +195,30 @@ class Engine:
 
         Those of a replayed graph are valid until the next step.
         """
+        return self._last(sequences, tokens, new).logits
+
+    @torch.inference_mode()
+    def _last(self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None) -> Output:
         single = tokens.shape[1:] == (1,)
         with self._step(sequences, tokens, new) as step:
             if self.compiled is not None and single:
-                return self.compiled(tokens, step)
+                return self.compiled(tokens, step, every_token=False)
             if self.graphed is not None and single and self.graphed.serves(step):
-                return self.graphed(tokens, step)
-            return self.model.extend_last(tokens, step.layers)
+                return self.graphed(tokens, step, every_token=False)
+            return self.model.step(tokens, step.layers, every_token=False)
 
-    def prefill(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+    def prefill(
+        self,
+        sequences: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        *,
+        read: Reader | None = None,
+    ) -> Tensor:
         """Extend empty or held sequences by their prompts; logits [B, V] of their last tokens.
 
         Prompts of different lengths are right-padded; long ones go in chunks, and where the store
-        has no page for a chunk, those before it stay. Raises as `extend`, ids on a GPU included.
+        has no page for a chunk, those before it stay. read: gets each chunk's hidden states.
+        Raises as `extend`, ids on a GPU included.
         """
         lengths = [len(p) for p in prompts]
         if not lengths or min(lengths) == 0:
@@ -213,7 +233,9 @@ class Engine:
             counts = torch.tensor([len(p) for p in pieces])
             tokens = torch.tensor([p + [0] * (width - len(p)) for p in pieces], device=self.device)
             new = None if all(len(p) == width for p in pieces) else counts
-            fresh = self.extend_last(sequences, tokens, new)
+            fresh, hidden = self._last(sequences, tokens, new)
+            if read is not None:
+                read(sequences, hidden, counts.tolist())
             ends = (counts > 0).to(self.device)
             logits = fresh if logits is None else torch.where(ends[:, None], fresh, logits)
         assert logits is not None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backbone import Model
+from archs.backbone import Model, Output
 from archs.spec import RECURRENT_LIMIT
 from infer.books import Books
 from infer.plan import DeviceStep, StepPlan, Store, keeps_each
@@ -31,7 +31,7 @@ BOUND_SLACK = 8
 class Recorded(Protocol):
     """Captured work: `replay` runs it again on the same memory; `output` is what it writes."""
 
-    output: Tensor
+    output: Output
 
     def replay(self) -> None:
         """Run the work again."""
@@ -39,7 +39,7 @@ class Recorded(Protocol):
 
 
 #: Captures a function's work without running it.
-Recorder = Callable[[Callable[[], Tensor]], Recorded]
+Recorder = Callable[[Callable[[], Output]], Recorded]
 
 
 class CudaGraphs:
@@ -48,7 +48,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, work: Callable[[], Tensor]) -> Recorded:
+    def __call__(self, work: Callable[[], Output]) -> Recorded:
         """The captured work."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -70,7 +70,7 @@ def capture(graph: Any, **options: Any) -> Iterator[None]:
 
 
 class _CudaGraph:
-    def __init__(self, work: Callable[[], Tensor], pool: Any) -> None:
+    def __init__(self, work: Callable[[], Output], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with capture(self._graph, pool=pool):
             self.output = work()
@@ -92,6 +92,18 @@ class Key(NamedTuple):
     every_token: bool
 
 
+class _Given(NamedTuple):
+    """What a graph reads: the step's books, tokens [B, K], and a head's hidden states [B, K, D]."""
+
+    books: Tensor
+    tokens: Tensor
+    hidden: Tensor | None
+
+
+def _rows(output: Output, batch: int) -> Output:
+    return Output(output.logits[:batch], output.hidden[:batch])
+
+
 def bucket(batch: int) -> int:
     """The batch that a graph is captured for: at most a quarter more than `batch`."""
     grain = max(1, (1 << (batch - 1).bit_length()) // 8)
@@ -111,7 +123,7 @@ class GraphedStep:
         self.prepare_s = 0.0
         self._gathers = False
         self._steps: dict[Key, int] = {}
-        self._graphs: dict[Key, tuple[Tensor, Tensor, Recorded]] = {}
+        self._graphs: dict[Key, tuple[_Given, Recorded]] = {}
         self._weights = self._weights_at()
 
     def serves(self, step: StepPlan) -> bool:
@@ -123,8 +135,10 @@ class GraphedStep:
             return False
         return few and not any(table.joins for table in step.tables.values())
 
-    def __call__(self, tokens: Tensor, step: StepPlan, *, every_token: bool = False) -> Tensor:
-        """Logits [B, V] of the last of tokens [B, K], or [B, K, V]; valid until the next step."""
+    def __call__(
+        self, tokens: Tensor, step: StepPlan, hidden: Tensor | None = None, *, every_token: bool
+    ) -> Output:
+        """What an open step gives for tokens [B, K]; valid until the next one."""
         if self._weights_at() != self._weights:
             # Weights that were cast or loaded anew lie elsewhere; graphs hold the old addresses.
             self._graphs.clear()
@@ -134,24 +148,23 @@ class GraphedStep:
         books = step.send(padded=key.batch)
         if batch < key.batch:
             tokens = F.pad(tokens, (0, 0, 0, key.batch - batch))
+            hidden = None if hidden is None else F.pad(hidden, (0, 0, 0, 0, 0, key.batch - batch))
+        given = _Given(books, tokens, hidden)
         if key in self._graphs:
-            held_books, held_tokens, graph = self._graphs[key]
-            held_books.copy_(books)
-            held_tokens.copy_(tokens)
+            held, graph = self._graphs[key]
+            for own, fresh in zip(held, given, strict=True):
+                if own is not None and fresh is not None:
+                    own.copy_(fresh)
             graph.replay()
-            return graph.output[:batch]
+            return _rows(graph.output, batch)
         began = time.perf_counter()
         done = self._steps.get(key, 0)
         self._steps[key] = done + 1
-        logits = (
-            self._run(tokens, books, key)
-            if done < CAPTURE_AFTER
-            else self._capture(tokens, books, key)
-        )
+        found = self._run(given, key) if done < CAPTURE_AFTER else self._capture(given, key)
         if tokens.is_cuda:
             torch.cuda.synchronize(tokens.device)
         self.prepare_s += time.perf_counter() - began
-        return logits[:batch]
+        return _rows(found, batch)
 
     def _bound(self, step: StepPlan) -> int:
         """Tokens that the step's graph must reach; all that fit, where nothing gathers."""
@@ -161,22 +174,22 @@ class GraphedStep:
         grain = max(64, (1 << step.bound.bit_length()) // (2 * BOUND_SLACK))
         return min(-(-step.bound // grain) * grain, most)
 
-    def _run(self, tokens: Tensor, books: Tensor, key: Key) -> Tensor:
-        store = self.store
+    def _run(self, given: "_Given", key: Key) -> Output:
+        store, (books, tokens, hidden) = self.store, given
         step = DeviceStep(
             store, Books(store.on_device, books, key.batch, key.new_tokens, ragged=False),
             key.bound, keeps_each(store.lookback, key.new_tokens),
         )  # fmt: skip
         layers = step.layers
-        run = self.model.extend if key.every_token else self.model.extend_last
-        logits = run(tokens, layers)
+        found = self.model.step(tokens, layers, hidden, every_token=key.every_token)
         self._gathers = self._gathers or any(layer.gathered for layer in layers)
-        return logits
+        return found
 
-    def _capture(self, tokens: Tensor, books: Tensor, key: Key) -> Tensor:
-        tokens, books = tokens.clone(), books.clone()
-        graph = self.recorder(lambda: self._run(tokens, books, key))
-        self._graphs[key] = books, tokens, graph
+    def _capture(self, given: "_Given", key: Key) -> Output:
+        books, tokens, hidden = given
+        held = _Given(books.clone(), tokens.clone(), None if hidden is None else hidden.clone())
+        graph = self.recorder(lambda: self._run(held, key))
+        self._graphs[key] = held, graph
         graph.replay()
         return graph.output
 

@@ -127,7 +127,7 @@ def generate(
         clock.mark()
         drafter.begin(begun, prompts)
         try:
-            first = _first(target, sampler, begun, prompts, randoms)
+            first = _first(target, drafter, sampler, begun, prompts, randoms)
             clock.mark()
             streams: list[Stream] = []
             for sequence, token, random in zip(begun, first, randoms, strict=True):
@@ -215,7 +215,9 @@ def advance(
     fed = [width + 1 if whole else n + 1 for n in counts]
     fed = [n if s.room else 0 for s, n in zip(streams, fed, strict=True)]
     new = None if whole else torch.tensor(fed)
-    logits = target.verify(sequences, torch.cat((pending, given), 1), new)
+    logits, hidden = target.verify(sequences, torch.cat((pending, given), 1), new)
+    if drafter.read is not None:
+        drafter.read(sequences, hidden, fed)
     if sampler.sampling.greedy:
         kept, last = agreed(sampler, logits, given, counts)
     else:
@@ -254,10 +256,10 @@ def fork(
 
 
 def _first(
-    target: Engine, sampler: Sampler, sequences: Sequence[int], prompts: Sequence[Sequence[int]],
-    randoms: Sequence[torch.Generator | None],
+    target: Engine, drafter: Drafter, sampler: Sampler, sequences: Sequence[int],
+    prompts: Sequence[Sequence[int]], randoms: Sequence[torch.Generator | None],
 ) -> list[int]:  # fmt: skip
-    logits = target.prefill(sequences, prompts)
+    logits = target.prefill(sequences, prompts, read=drafter.read)
     uniforms = None
     if not sampler.sampling.greedy:
         uniforms = torch.cat([torch.rand(1, generator=r) for r in randoms]).to(target.device)

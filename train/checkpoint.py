@@ -16,12 +16,13 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from archs.backbone import Model
 from archs.checks import parse
 from archs.errors import UserError
 from archs.files import make_folder, write
+from archs.heads import NAME, HeadModel
 from archs.layers import NORM_EPS
 from archs.registry import ModelSpec, names_in, source_digest
 from train.optim import Optimizer
@@ -144,8 +145,9 @@ def resume(path: Path, model: Model, optimizer: Optimizer, identity: Identity) -
     """
     metadata, tensors = _read(path, "all")
     _require_same(path, metadata, identity)
-    _require_fit(path, model, tensors)
-    _load_weights(model, tensors)
+    weights = _under("model.", tensors)
+    _require_fit(path, model, weights)
+    _load_weights(model, weights)
     device = model.embedding.weight.device
     try:
         optimizer.load(_under("optimizer.", tensors))
@@ -171,10 +173,31 @@ def load_model(
     """
     metadata, tensors = _read(path, "model.")
     spec = _spec(path, metadata, arch)
-    _require_fit(path, spec.outline(dtype), tensors)
+    weights = _under("model.", tensors)
+    weights = {k: v for k, v in weights.items() if not k.startswith(f"{NAME}.")}
+    _require_fit(path, spec.outline(dtype), weights)
     model = spec.build(device=device, dtype=dtype)
-    _load_weights(model, tensors)
+    _load_weights(model, weights)
     return model
+
+
+def load_head(path: Path, trunk: Model, *, arch: str | None = None) -> HeadModel:
+    """The head that was trained with a model from the same checkpoint, over it.
+
+    arch: as `load_model`'s. Raises UserError where there is none, and as `load_model`.
+    """
+    metadata, tensors = _read(path, f"model.{NAME}.")
+    if not tensors:
+        raise UserError(
+            f"{path} holds no head: it was trained with mtp_weight="
+            f"{metadata.identity.recipe.mtp_weight:g}; train one with mtp_weight = 0.3, say"
+        )
+    weight = trunk.embedding.weight
+    head = _spec(path, metadata, arch).head(weight.dtype).to_empty(device=weight.device)
+    weights = {k.removeprefix(f"{NAME}."): v for k, v in _under("model.", tensors).items()}
+    _require_fit(path, head, weights)
+    _load_weights(head, weights)
+    return HeadModel(trunk, head).eval()
 
 
 def read_spec(path: Path, arch: str | None = None) -> ModelSpec:
@@ -270,8 +293,7 @@ def _name(identity: Identity) -> str:
     return f"{identity.spec.arch} at {identity.spec.scale.name}"
 
 
-def _require_fit(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> None:
-    weights = _under("model.", tensors)
+def _require_fit(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     for name in sorted({*own, *weights}):
         there = tuple(weights[name].shape) if name in weights else "absent"
@@ -283,10 +305,10 @@ def _require_fit(path: Path, model: Model, tensors: Mapping[str, Tensor]) -> Non
             )
 
 
-def _load_weights(model: Model, tensors: Mapping[str, Tensor]) -> None:
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     with torch.no_grad():
-        for name, value in _under("model.", tensors).items():
+        for name, value in weights.items():
             own[name].copy_(value)
 
 

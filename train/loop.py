@@ -23,14 +23,14 @@ from archs.backbone import Model
 from archs.errors import UserError
 from archs.files import refusing
 from archs.registry import ModelSpec
-from kernels.loss.cross_entropy import IGNORED, linear_cross_entropy
+from kernels.loss.cross_entropy import IGNORED
 from train.checkpoint import Identity, Progress, resume, save_checkpoint
+from train.heads import LossFunction, attached, loss_of
 from train.metrics import MetricsLog
 from train.optim import Optimizer
 from train.recipe import Recipe
 
 Status = Literal["ok", "nan", "diverged", "stopped"]
-LossFunction = Callable[[Model, Tensor, Tensor], Tensor]
 EvalFunction = Callable[[Model], Mapping[str, float]]
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -72,19 +72,14 @@ class StepReport:
     tok_per_s: float
 
 
-def next_token_loss(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats over the targets that are not -100. Both int64 [B, T]."""
-    hidden = model.hidden_states(inputs)
-    return linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten())
-
-
-def training_bytes(model: Model, recipe: Recipe) -> int:
+def training_bytes(spec: ModelSpec, recipe: Recipe) -> int:
     """The least that training holds: weights, gradients and the optimizer's averages.
 
-    A model without storage (`ModelSpec.outline`) will do. Activations come on top.
+    Activations come on top.
     """
     averages = {"adamw": 2, "muon": 1}[recipe.optimizer]
-    return (2 + averages) * sum(p.nbytes for p in model.parameters())
+    parts = [spec.outline(), *([spec.head()] if recipe.mtp_weight else [])]
+    return (2 + averages) * sum(p.nbytes for part in parts for p in part.parameters())
 
 
 def train(
@@ -100,30 +95,34 @@ def train(
     deadline: float | None = None,
     eval_fn: EvalFunction | None = None,
     enough: Callable[[Mapping[str, float]], bool] | None = None,
-    loss_fn: LossFunction = next_token_loss,
+    loss_fn: LossFunction | None = None,
 ) -> TrainResult:
     """Train `model` in place, from the folder's checkpoint if there is one.
 
+    A head that the recipe trains with it lies in the checkpoint alone (`load_head`).
     spec, data_fingerprint: what model and data are, kept in the checkpoint.
     resume_run: False starts over and drops what the folder holds of an earlier run.
     deadline: in `time.monotonic()` seconds; past it the run saves and returns "stopped".
     eval_fn: called every `eval_every` steps and at the end.
     enough: told each evaluation; True ends the run early, well.
+    loss_fn: None: the recipe's (`train.heads.loss_of`).
     Raises UserError on batches that do not fit the recipe or the vocabulary, on a checkpoint of
     another run, and on a full disk.
     """
-    run = _Run(model, data, recipe, run_dir, loss_fn)
-    source = spec.source_digest()
-    run.load(Identity(spec=spec, recipe=recipe, data=data_fingerprint, source=source), resume_run)
-    status: Status = "ok"
-    solved = enough is not None and enough(run.progress.evaluation)
-    if run.progress.step < recipe.steps and not solved:
-        try:
-            run.open_log()
-            status = run.steps(progress, deadline, eval_fn, enough)
-            run.log.write("end", status=status, **run.figures())
-        finally:
-            run.log.close()
+    with attached(model, spec, recipe):
+        run = _Run(model, data, recipe, run_dir, loss_fn or loss_of(recipe))
+        source = spec.source_digest()
+        identity = Identity(spec=spec, recipe=recipe, data=data_fingerprint, source=source)
+        run.load(identity, resume_run)
+        status: Status = "ok"
+        solved = enough is not None and enough(run.progress.evaluation)
+        if run.progress.step < recipe.steps and not solved:
+            try:
+                run.open_log()
+                status = run.steps(progress, deadline, eval_fn, enough)
+                run.log.write("end", status=status, **run.figures())
+            finally:
+                run.log.close()
     p = run.progress
     return TrainResult(
         status=status,
@@ -153,7 +152,7 @@ class _Run:
         self.optimizer = Optimizer(model, recipe)
         self.progress = Progress()
         self.log = MetricsLog(run_dir)
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._clock = time.perf_counter()
 
     def load(self, identity: Identity, resume_run: bool) -> None:
@@ -255,11 +254,13 @@ class _Run:
         """Training tokens per second of training, evaluation and saving apart."""
         return self.progress.tokens / self.progress.seconds if self.progress.seconds else 0.0
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """One update; returns loss and gradient norm without waiting for them."""
+    def _step(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One update; returns the next token's loss, the gradient norm and the weighted sum of all
+        other losses, without waiting for them.
+        """
         r = self.recipe
         self.optimizer.take_back()
-        total = torch.zeros((), device=self.device)
+        total, others = torch.zeros(2, device=self.device).unbind()
         all_targets = int((targets != IGNORED).sum())
         for x, y in zip(inputs.chunk(r.grad_accum), targets.chunk(r.grad_accum), strict=True):
             # A part counts by its targets, so that accumulating changes nothing but memory.
@@ -267,14 +268,18 @@ class _Run:
             if not share:
                 continue
             with self._autocast():
-                loss = self.loss_fn(self.model, x.to(self.device), y.to(self.device)) * share
-            loss.backward()
-            total += loss.detach()
+                losses = self.loss_fn(self.model, x.to(self.device), y.to(self.device))
+                loss = losses.next_token
+                loss = loss if losses.others is None else loss + losses.others
+            (loss * share).backward()
+            total += losses.next_token.detach() * share
+            if losses.others is not None:
+                others += losses.others.detach() * share
         parameters = [p for p in self.optimizer.parameters if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, r.clip or float("inf"), foreach=True)
         self.optimizer.step(r.learning_rate_at(self.progress.step))
         self.optimizer.zero_grad()
-        return total, norm
+        return total, norm, others
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.recipe.autocast == "bf16":
@@ -286,14 +291,14 @@ class _Run:
         p = self.progress
         if not self._pending:
             return None
-        values = torch.stack([torch.stack(pair) for pair in self._pending]).tolist()
+        values = torch.stack([torch.stack(figures) for figures in self._pending]).tolist()
         self._pending.clear()
         now = time.perf_counter()
         p.seconds += now - self._clock
         self._clock = now
         status: Status | None = None
-        for loss, norm in values:
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+        for loss, norm, others in values:
+            if not all(map(math.isfinite, (loss, norm, others))):
                 status = "nan"
             elif self._diverges(loss):
                 status = "diverged"
@@ -302,6 +307,7 @@ class _Run:
         self.log.write(
             "step",
             train_loss_nats=loss,
+            **({"weighted_other_losses_nats": others} if others else {}),
             grad_norm=norm,
             learning_rate=self.recipe.learning_rate_at(p.step - 1),
             **self.figures(),

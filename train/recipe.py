@@ -18,6 +18,7 @@ OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["wsd", "cosine"]
 AutocastName = Literal["none", "bf16"]
 
+LATER = frozenset({"mtp_weight", "early_exit_layers", "early_exit_weight"})
 #: Fields that say what to watch or try, not what a given run computes.
 UNHASHED = frozenset({"learning_rates", "log_every", "eval_every", "checkpoint_every"})
 
@@ -31,6 +32,8 @@ class Recipe:
         warms up and decays over all the rest. Both end at `floor` times the peak.
     warmup: fraction of the steps, but at least 20 steps (a tenth of a shorter run); 0 for none.
     clip: largest gradient norm; 0 switches clipping off.
+    mtp_weight: of the loss of a head that predicts one token more (`archs.heads`); 0: no head.
+    early_exit_weight: of the next token's loss after the first `early_exit_layers`; 0: none.
     autocast: "bf16" (CUDA only) computes products in bfloat16; weights stay float32.
     log_every, eval_every, checkpoint_every: in steps; 0 means only at the end.
     """
@@ -51,6 +54,9 @@ class Recipe:
     clip: float = 1.0
     grad_accum: int = 1
     autocast: AutocastName = "none"
+    mtp_weight: float = 0.0
+    early_exit_layers: int = 0
+    early_exit_weight: float = 0.0
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -60,6 +66,7 @@ class Recipe:
         at_least(self, 1, "steps", "batch", "seq_len", "grad_accum")
         at_least(self, 0, "log_every", "eval_every", "checkpoint_every", "seed")
         at_least(self, 0, "weight_decay", "clip")
+        at_least(self, 0, "mtp_weight", "early_exit_layers", "early_exit_weight")
         positive(self, "learning_rate", "learning_rates", "eps")
         for name in ("warmup", "decay", "floor"):
             value = getattr(self, name)
@@ -77,6 +84,16 @@ class Recipe:
             raise UserError(
                 f"batch={self.batch} is not divisible by grad_accum={self.grad_accum}; choose a "
                 "grad_accum that divides it"
+            )
+        if bool(self.early_exit_layers) != bool(self.early_exit_weight):
+            raise UserError(
+                f"early_exit_layers={self.early_exit_layers} and early_exit_weight="
+                f"{self.early_exit_weight} belong together; give both, or neither"
+            )
+        if self.mtp_weight and self.seq_len < 2:
+            raise UserError(
+                f"mtp_weight={self.mtp_weight} with seq_len={self.seq_len}: there is no second "
+                "token to predict; take a seq_len of 2 or more"
             )
         if self.warmup_steps + self.decay_steps > self.steps:
             raise UserError(
@@ -118,8 +135,11 @@ class Recipe:
         return parse(cls, data, "the recipe")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain values; `from_dict` restores it."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        """The recipe as plain values; `from_dict` restores it. Fields that came later are left out
+        where they are 0, so that hashes of before hold.
+        """
+        values = {key: v for key, v in asdict(self).items() if v or key not in LATER}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
 def _require(name: str, value: object, rule: str, holds: bool) -> None:

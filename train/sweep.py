@@ -14,7 +14,8 @@ from typing import Literal
 from archs.backbone import Model
 from archs.errors import UserError
 from archs.registry import ModelSpec
-from train.loop import Batches, LossFunction, Status, StepReport, next_token_loss, train
+from train.heads import LossFunction
+from train.loop import Batches, Status, StepReport, train
 from train.recipe import Recipe
 
 
@@ -57,7 +58,7 @@ def sweep(
     resume_run: bool = True,
     progress: Callable[[StepReport], None] | None = None,
     deadline: float | None = None,
-    loss_fn: LossFunction = next_token_loss,
+    loss_fn: LossFunction | None = None,
 ) -> Sweep:
     """Train `steps` steps at each of `recipe.learning_rates` and compare by score, lower better.
 

@@ -161,6 +161,11 @@ def train(
     seq_len: Annotated[int | None, typer.Option(help="Default: the scale's.")] = None,
     learning_rate: float = 4e-3,
     optimizer: str = "adamw",
+    mtp_weight: Annotated[
+        float, typer.Option(help="Of a head's loss that drafts for the model; 0: no head.")
+    ] = 0.0,
+    early_exit_layers: Annotated[int, typer.Option(help="First layers that draft, too.")] = 0,
+    early_exit_weight: Annotated[float, typer.Option(help="Of their loss.")] = 0.0,
     seed: int = 0,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.")] = None,
     device: Device = "auto",
@@ -175,7 +180,9 @@ def train(
     row = train_one(
         arch, scale=scale, corpus=corpus, vocab_size=vocab_size,
         plan={"steps": steps, "batch": batch, "seq_len": seq_len, "optimizer": optimizer,
-              "learning_rates": (learning_rate,), "backend": backend, "checkpoint_every": 200},
+              "learning_rates": (learning_rate,), "backend": backend, "checkpoint_every": 200,
+              "mtp_weight": mtp_weight, "early_exit_layers": early_exit_layers,
+              "early_exit_weight": early_exit_weight},
         seed=seed, out=out_dir or Path("runs") / "train", device=resolve_device(device),
         resume=resume, time_budget_s=parse_duration_s(time_budget), console=err,
     )  # fmt: skip

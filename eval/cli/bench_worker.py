@@ -17,11 +17,11 @@ from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.cli.options import resolve_device
+from eval.measure.decode_plans import DecodePlan
 from eval.measure.plan import decode_point
 from eval.measure.site import Site
 from eval.measure.stages import measure
 from eval.measure.steps import by_context
-from eval.measure.suite import DecodePlan
 from eval.results.rows import Status
 
 Answer = dict[str, Any]

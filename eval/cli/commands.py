@@ -15,12 +15,13 @@ from archs.errors import UserError
 from archs.files import make_folder
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from eval.measure.decode_plans import DecodePlan
 from eval.measure.plan import decode_point, quality_point, train_point
 from eval.measure.progress import Progress, Watch
 from eval.measure.site import Site
 from eval.measure.stages import measure
 from eval.measure.steps import by_context
-from eval.measure.suite import CorpusPlan, DecodePlan, QualityPlan, TrainPlan
+from eval.measure.suite import CorpusPlan, QualityPlan, TrainPlan
 from eval.results.paired import DOCUMENTS
 from eval.results.rows import Status
 from train.corpus import check_spec

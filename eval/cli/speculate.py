@@ -25,7 +25,7 @@ MEASURED = (
 def speculate(
     target: Annotated[str, typer.Option(help="A checkpoint to measure, or an architecture.")],
     draft: Annotated[
-        str, typer.Option(help="context, layers:N, a checkpoint, or ARCH@SCALE to predict.")
+        str, typer.Option(help="context, layers:N, mtp, a checkpoint, or ARCH@SCALE to predict.")
     ] = "context",
     k: Annotated[str, typer.Option("--k", help="Drafts: 4, 1,2,4 or 1:8.")] = "1:8",
     batch: Annotated[str, typer.Option(help="1,8 or 1:64")] = "1",
@@ -77,7 +77,7 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def _drafting(draft: str) -> tuple[str | None, str | None]:
-    from eval.measure.suite import SpeculatePlan
+    from eval.measure.decode_plans import SpeculatePlan
 
     if _is_checkpoint(draft):
         raise UserError(
@@ -85,7 +85,7 @@ def _drafting(draft: str) -> tuple[str | None, str | None]:
             "checkpoint, too, to measure both"
         )
     plan = SpeculatePlan(draft=draft)
-    if plan.layers:
+    if plan.layers or plan.head:
         raise UserError(f"draft '{draft}' is measured alone; give the target's checkpoint")
     return plan.drafting or (None, None)
 
@@ -96,18 +96,18 @@ def measured(
     arch: str | None, device: torch.device, quiet: bool,
 ) -> list[dict[str, object]]:  # fmt: skip
     """A row per batch, K and context, by our measures' names. Raises UserError."""
+    from eval.measure.decode_plans import CONTEXT, HEAD, LAYERS, SpeculatePlan
     from eval.measure.plan import corpus_of, speculate_points
     from eval.measure.progress import Progress
     from eval.measure.site import Site
     from eval.measure.stages import measure
-    from eval.measure.suite import CONTEXT, LAYERS, SpeculatePlan
     from eval.measure.trained import source_of
     from eval.results.rows import Status
     from train.checkpoint import read_metadata, read_spec
     from train.corpus import check_spec
 
     check_spec(corpus)
-    known = draft == CONTEXT or draft.startswith(LAYERS)
+    known = draft in (CONTEXT, HEAD) or draft.startswith(LAYERS)
     plan = SpeculatePlan(
         draft=draft if known else CONTEXT, drafts=tuple(drafts), batches=tuple(batches),
         contexts=tuple(contexts), new_tokens=new_tokens, temperature=temperature,

@@ -10,14 +10,8 @@ from typing import Any
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure.cost import CONTEXTS
-from eval.measure.suite import (
-    CorpusPlan,
-    DecodePlan,
-    QualityPlan,
-    SpeculatePlan,
-    Suite,
-    TrainPlan,
-)
+from eval.measure.decode_plans import DecodePlan, SpeculatePlan
+from eval.measure.suite import CorpusPlan, QualityPlan, Suite, TrainPlan, without_later
 from eval.measure.trained import Source
 from eval.results.point import Point
 from train.checkpoint import Identity, read_metadata
@@ -146,7 +140,8 @@ def _of(
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if value is None else asdict(value) for name, value in options.items()}
+    plain = {name: None if value is None else asdict(value) for name, value in options.items()}
+    return {name: value and without_later(value) for name, value in plain.items()}
 
 
 def weight(point: Point, trained_scales: list[str]) -> float:

@@ -11,9 +11,9 @@ from archs.checks import parse
 from eval.measure.cell_rows import counted_rows, load_rows, median_row, timing_rows
 from eval.measure.counted import Work
 from eval.measure.decode import decode_cost, measure_ttft_ms, measure_what_fits
+from eval.measure.decode_plans import DecodePlan
 from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, serving_dtype, spec_of
-from eval.measure.suite import DecodePlan
 from eval.predict.neighbours import Neighbours
 from eval.results.point import Point
 from eval.results.rows import Found, Row, Status, Steps

@@ -156,7 +156,7 @@ class Site:
 
     def require_room(self, spec: ModelSpec, recipe: Recipe) -> None:
         """Raises DoesNotFitError where a model's training would not fit in memory."""
-        wanted = training_bytes(spec.outline(), recipe)
+        wanted = training_bytes(spec, recipe)
         require_memory(wanted, self.device, f"training {spec.arch} at scale {spec.scale.name}")
 
     def to_train(self, spec: ModelSpec, recipe: Recipe, backend: str = AUTO) -> Model:

@@ -18,11 +18,13 @@ from archs.backends import resolve_backend
 from archs.checks import parse
 from archs.cost import Step
 from archs.errors import UserError
+from archs.heads import HeadModel
 from eval.measure.agreement import exact_logits
 from eval.measure.cell_rows import load_rows, median_row
+from eval.measure.decode_plans import SpeculatePlan
 from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, serving_dtype
-from eval.measure.suite import CorpusPlan, SpeculatePlan
+from eval.measure.suite import CorpusPlan
 from eval.measure.trained import Source, Trained, trained
 from eval.predict.calls import CountCalls
 from eval.predict.machine import Roofline
@@ -33,6 +35,7 @@ from eval.results.rows import About, Found, Row, Status
 from infer.draft_length import Adaptive, expected_tokens
 from infer.drafts import Drafter, ModelDrafter, PromptLookup
 from infer.engine import Engine, Generation
+from infer.head_drafts import HeadDrafter
 from infer.sampling import Sampling
 from infer.speculate import Speculation, generate, require_fit
 from train.tokens import TokenSet
@@ -47,8 +50,8 @@ WARM_UPS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculateOptions:
-    """draft: None: what the plan names, the context or the target's layers. plan: of this point's
-    batch and drafts.
+    """draft: None: what the plan names: the context, the target's layers or its head. plan: of this
+    point's batch and drafts.
     """
 
     target: Source
@@ -66,8 +69,10 @@ class _Subject:
     ) -> None:  # fmt: skip
         plan = options.plan
         self.model, self.draft = target.model, None if draft is None else draft.model
-        if draft is None and plan.layers:
+        if plan.layers:
             self.draft = first_layers(target.model, plan.layers)
+        if plan.head:
+            self.draft = target.head()
         self.batch, self.drafts, self.new_tokens = batch, plan.drafts[0], plan.new_tokens
         self.adaptive = plan.adaptive
         self.sampling = Sampling(temperature=plan.temperature)
@@ -88,7 +93,8 @@ class _Subject:
         """The draft of these sequences."""
         if self.draft is None:
             return PromptLookup(device=self.model.embedding.weight.device)
-        return ModelDrafter(self.engine(self.draft, context, self.drafts), self.sampling)
+        kind = HeadDrafter if isinstance(self.draft, HeadModel) else ModelDrafter
+        return kind(self.engine(self.draft, context, self.drafts), self.sampling)
 
     def runs(self, prompts: Sequence[Sequence[int]], watch: Watch) -> "_Runs":
         """Both ways in turn; what they warm up with is not among the results."""
@@ -98,7 +104,8 @@ class _Subject:
         )  # fmt: skip
         drafter = self.drafter(context)
         require_fit(target, drafter, self.drafts, context + self.new_tokens - 1)
-        engines = [plain, target, *([drafter.engine] if isinstance(drafter, ModelDrafter) else [])]
+        own = [drafter.engine] if isinstance(drafter, ModelDrafter | HeadDrafter) else []
+        engines = [plain, target, *own]
         graphs = [e.graphed for e in engines if e.graphed is not None]
 
         def both() -> tuple[Generation, Speculation]:
@@ -268,14 +275,17 @@ def _figures(subject: _Subject, runs: _Runs, rates: Roofline, at: dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Times:
-    """Predicted milliseconds of a plain step, of drafting one token, and of a verification."""
+    """Predicted milliseconds of a plain step, of the first draft, which reads what the last round
+    settled, of each further one, and of a verification.
+    """
 
     plain_ms: float
+    first_ms: float
     draft_ms: float
     verify_ms: float
 
     def round_ms(self, drafts: float) -> float:
-        return drafts * self.draft_ms + self.verify_ms
+        return min(drafts, 1) * self.first_ms + max(drafts - 1, 0) * self.draft_ms + self.verify_ms
 
 
 def _predicted(subject: _Subject, runs: _Runs, rates: Roofline, context: int) -> _Times:
@@ -283,13 +293,20 @@ def _predicted(subject: _Subject, runs: _Runs, rates: Roofline, context: int) ->
     after = context + subject.new_tokens // 2
     plain = Step(batch, 1, after)
     verified = Step(batch, drafts + 1, after, drafts, subject.replay)
-    draft_ms = 0.0
+    first_ms = draft_ms = 0.0
     if subject.draft is not None:
-        assert isinstance(runs.drafter, ModelDrafter)
-        cost = subject.draft.cost(Step(batch, 1, after, drafts, subject.replay))
-        draft_ms = step_ms(cost, rates, calls=_calls(runs.drafter.engine, batch, 1))
+        assert isinstance(runs.drafter, ModelDrafter | HeadDrafter)
+        engine, model = runs.drafter.engine, subject.draft
+
+        def drafting_ms(tokens: int) -> float:
+            cost = model.cost(Step(batch, tokens, after, drafts, subject.replay), all_logits=True)
+            return step_ms(cost, rates, calls=_calls(engine, batch, tokens))
+
+        settled = drafts + 1 if isinstance(runs.drafter, HeadDrafter) else 2
+        first_ms, draft_ms = drafting_ms(settled), drafting_ms(1)
     return _Times(
         step_ms(subject.model.cost(plain), rates, calls=_calls(runs.target, batch, 1)),
+        first_ms,
         draft_ms,
         step_ms(
             subject.model.cost(verified, all_logits=True), rates,
@@ -303,9 +320,13 @@ def _calls(engine: Engine, batch: int, tokens: int) -> int | None:
     if engine.device.type != "cpu" or engine.compiled is not None:
         return None
     given = torch.zeros(batch, tokens, dtype=torch.int64)
+    hidden = None
+    if isinstance(engine.model, HeadModel):
+        weight = engine.model.embedding.weight
+        hidden = weight.new_zeros(batch, tokens, weight.shape[1])
     with engine.store.sequences(batch) as sequences:
         # The second step finds inputs held, where states are replayed.
-        engine.verify(sequences, given)
+        engine.verify(sequences, given, hidden=hidden)
         with CountCalls() as counter:
-            engine.verify(sequences, given)
+            engine.verify(sequences, given, hidden=hidden)
     return counter.calls

@@ -9,29 +9,24 @@ when it is read.
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from archs.backends import AUTO, BACKENDS
+from archs.backbone import require_exit
+from archs.backends import AUTO
 from archs.checks import at_least, parse, some
 from archs.errors import UserError, unknown_name
 from archs.files import read_text
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
-from archs.spec import require_replay
+from eval.measure.decode_plans import DecodePlan, SpeculatePlan, require_backend
 from eval.tasks import Task, task_named
-from infer.draft_length import require_drafts
-from infer.sampling import Sampling
 from train.corpus import check_spec
-from train.recipe import Recipe
+from train.recipe import LATER, Recipe
 from train.tokenizer import SMALLEST_VOCAB
 
-#: The draft that is the context itself.
-CONTEXT = "context"
-#: Before a number: the draft that is the target's own first layers.
-LAYERS = "layers:"
 SUITES_DIR = Path(__file__).parent / "suites"
 
 
@@ -53,6 +48,8 @@ class TrainPlan:
 
     learning_rates: more than one is a sweep of `sweep_steps` each; the best one trains.
     backend: one of `archs.backends`, or auto.
+    mtp_weight, early_exit_layers, early_exit_weight: drafts that are trained with the model, as
+      `Recipe`'s.
     ladder: further scales, trained on the same tokens with rates fitted to their width: what
       `decodebench isoquality` needs.
     """
@@ -70,16 +67,21 @@ class TrainPlan:
     autocast: str = "none"
     backend: str = AUTO
     checkpoint_every: int = 0
+    mtp_weight: float = 0.0
+    early_exit_layers: int = 0
+    early_exit_weight: float = 0.0
     ladder: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         some(self, "learning_rates", "seeds")
         at_least(self, 0, "sweep_steps")
-        _require_backend(self.backend)
+        require_backend(self.backend)
         swept = len(self.learning_rates) > 1
         if swept and not self.sweep_steps:
             raise UserError("several learning_rates need sweep_steps >= 1; set it")
         for scale in self.scales:
+            if self.early_exit_layers:
+                require_exit(self.early_exit_layers, get_scale(scale).n_layers)
             for rate in self.rates_at(scale):
                 for seed in self.seeds:
                     recipe = self.recipe(scale, rate, seed)
@@ -105,6 +107,8 @@ class TrainPlan:
                 "grad_accum": self.grad_accum, "autocast": self.autocast,
                 "checkpoint_every": self.checkpoint_every, "learning_rate": rate,
                 "learning_rates": self.rates_at(scale), "seed": seed,
+                "mtp_weight": self.mtp_weight, "early_exit_layers": self.early_exit_layers,
+                "early_exit_weight": self.early_exit_weight,
             }
         )  # fmt: skip
 
@@ -122,97 +126,6 @@ class QualityPlan:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "max_tokens", "reach")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodePlan:
-    """Decode over batch × context at one scale.
-
-    prompt: tokens of the prompts that time to first token is measured on (0: not measured).
-    no_cache: new tokens generated without any state as the baseline (0: none).
-    compiled: compile the decode step; takes a while per architecture, and pays at small sizes.
-    backend: one of `archs.backends`, or auto.
-    counters: also measure bytes and FLOPs of a step by the GPU's counters (`counters`).
-    replay: inputs in a ring from which recurrent states are computed anew; 0: they are written at
-      every step.
-    """
-
-    scale: str
-    batches: tuple[int, ...] = (1,)
-    contexts: tuple[int, ...] = (256,)
-    steps: int = 16
-    prompt: int = 0
-    no_cache: int = 0
-    compiled: bool = False
-    backend: str = AUTO
-    counters: bool = False
-    replay: int = 0
-
-    def __post_init__(self) -> None:
-        get_scale(self.scale)
-        _require_replay(self, 0)
-        if self.counters and self.replay:
-            raise UserError("counters=true counts steps that are alike, without replay; take one")
-        _require_backend(self.backend)
-        some(self, "batches", "contexts")
-        at_least(self, 1, "batches", "contexts", "steps")
-        at_least(self, 0, "prompt", "no_cache")
-        if self.no_cache == 1:
-            raise UserError("no_cache=1 times no step; set 0 for none, or 2 and more")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SpeculatePlan:
-    """Speculative decoding of the trained models, on held-out text.
-
-    draft: "context" (prompt lookup), "layers:N" (the target's own first N), or ARCH@SCALE, a model
-      that the suite trains, too.
-    targets: architectures of the suite (none: all). drafts: K, one after the other.
-    contexts: tokens of the prompts; new_tokens: after each. temperature 0 is greedy.
-    adaptive: draft as many as the running acceptance pays for, at most K.
-    compiled, backend, replay: as `DecodePlan`'s; 0: a copy of each state in reach is kept.
-    """
-
-    draft: str = CONTEXT
-    targets: tuple[str, ...] = ()
-    drafts: tuple[int, ...] = (1, 2, 4, 8)
-    batches: tuple[int, ...] = (1,)
-    contexts: tuple[int, ...] = (64,)
-    new_tokens: int = 64
-    temperature: float = 0.0
-    adaptive: bool = False
-    compiled: bool = False
-    backend: str = AUTO
-    replay: int = 0
-
-    def __post_init__(self) -> None:
-        _require_backend(self.backend)
-        some(self, "drafts", "batches", "contexts")
-        _require_replay(self, max(self.drafts))
-        at_least(self, 1, "drafts", "batches", "contexts")
-        at_least(self, 2, "new_tokens")
-        Sampling(temperature=self.temperature)
-        _ = self.drafting
-        require_drafts(self.drafts)
-
-    @property
-    def layers(self) -> int:
-        """How many of the target's own layers draft; 0 where something else does."""
-        count = self.draft.removeprefix(LAYERS)
-        return int(count) if count != self.draft and count.isdecimal() else 0
-
-    @property
-    def drafting(self) -> tuple[str, str] | None:
-        """Architecture and scale of the draft; None where the context or the target drafts."""
-        if self.draft == CONTEXT or self.layers:
-            return None
-        arch, _, scale = self.draft.rpartition("@")
-        if not arch:
-            raise UserError(
-                f"draft='{self.draft}' is none of {CONTEXT}, {LAYERS}N and ARCH@SCALE (gqa@tiny)"
-            )
-        get_scale(scale)
-        return arch, scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,6 +172,11 @@ class Suite:
         """Raise UserError where a plan speculates with models that the suite does not train."""
         if self.train is None:
             raise UserError("speculate needs trained models; add a [train] section")
+        if plan.head and not self.train.mtp_weight:
+            raise UserError(
+                f"speculate drafts by '{plan.draft}', a head that the suite does not train; set "
+                "mtp_weight in [train], 0.3 say"
+            )
         drafting = plan.drafting
         for arch in (*plan.targets, *([drafting[0]] if drafting else [])):
             if arch not in self.archs:
@@ -343,25 +261,16 @@ class Suite:
         """
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
         plan = {k: v for k, v in plan.items() if v or k != "speculate"}
-        for steps in (*plan["decode"], *plan.get("speculate", ())):
-            if not steps["replay"]:
-                del steps["replay"]
+        for name in ("decode", "speculate"):
+            plan |= {name: [without_later(steps) for steps in plan[name]]} if name in plan else {}
+        plan["train"] = plan["train"] and without_later(plan["train"])
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _require_replay(plan: "DecodePlan | SpeculatePlan", lookback: int) -> None:
-    """Raise UserError for rings too short for so many tokens, or beside compiled steps."""
-    require_replay(plan.replay, lookback)
-    if plan.replay and plan.compiled:
-        raise UserError(
-            f"replay={plan.replay} with compiled=true: compiled steps keep copies; take one"
-        )
-
-
-def _require_backend(name: str) -> None:
-    if name not in (AUTO, *BACKENDS):
-        raise unknown_name("backend", name, (AUTO, *BACKENDS))
+def without_later(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without the fields that came later, where they are empty."""
+    return {name: value for name, value in plan.items() if value or name not in LATER | {"replay"}}
 
 
 def _of(names: set[str], overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Train a model on text at the best rate of a sweep, then score held-out text."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from archs.backbone import Model
 from archs.checks import parse
@@ -13,7 +14,7 @@ from eval.measure.suite import CorpusPlan, QualityPlan, TrainPlan
 from eval.results.paired import DOCUMENTS
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
-from train.loop import train
+from train.loop import CHECKPOINT_NAME, train
 from train.sweep import sweep
 from train.tokens import Batches, TokenSet
 
@@ -29,13 +30,14 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A model at the end of its training, with the rows that say how it went."""
+    """A model at the end of its training, where it lies, and the rows that say how it went."""
 
     spec: ModelSpec
     model: Model
     tokens: TokenSet
     about: About
     rows: list[Row]
+    checkpoint: Path
 
 
 def measure(point: Point, site: Site, watch: Watch) -> Found:
@@ -95,7 +97,7 @@ def fit(point: Point, site: Site, watch: Watch) -> Fitted:
             Status.NAN, trained, f"training {result.status} at step {result.steps}",
             stopped=result.status == "stopped", withheld=made,
         )  # fmt: skip
-    return Fitted(spec, model.eval(), tokens, trained, rows + made)
+    return Fitted(spec, model.eval(), tokens, trained, rows + made, folder / CHECKPOINT_NAME)
 
 
 class _Sweep:

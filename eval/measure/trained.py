@@ -6,13 +6,14 @@ from typing import Any
 
 from archs.backbone import Model
 from archs.errors import UserError
+from archs.heads import HeadModel
 from archs.registry import ModelSpec
 from eval.measure import text
 from eval.measure.progress import Watch
 from eval.measure.site import Site
 from eval.measure.suite import CorpusPlan
 from eval.results.point import Point
-from train.checkpoint import load_model, read_metadata, read_spec
+from train.checkpoint import load_head, load_model, read_metadata, read_spec
 from train.tokens import TokenSet
 
 
@@ -30,12 +31,21 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A trained model, the tokens it was trained on, and how many of them."""
+    """A trained model, the tokens it was trained on, how many of them, and its checkpoint.
+
+    arch: the architecture file that it was trained from.
+    """
 
     spec: ModelSpec
     model: Model
     tokens: TokenSet
     seen: int
+    checkpoint: Path
+    arch: str | None = None
+
+    def head(self) -> HeadModel:
+        """The head that was trained with the model. Raises UserError where there is none."""
+        return load_head(self.checkpoint, self.model, arch=self.arch)
 
 
 def source_of(checkpoint: Path, arch: str | None = None) -> Source:
@@ -54,7 +64,9 @@ def trained(source: Source, corpus: CorpusPlan, site: Site, watch: Watch) -> Tra
     """
     if source.point is not None:
         fitted = text.fit(Point(**source.point), site, watch)
-        return Trained(fitted.spec, fitted.model, fitted.tokens, fitted.about.tokens)
+        return Trained(
+            fitted.spec, fitted.model, fitted.tokens, fitted.about.tokens, fitted.checkpoint
+        )
     checkpoint = Path(source.checkpoint)
     identity = read_metadata(checkpoint).identity
     # The file that a checkpoint names is not ours to run: the user named another in its place.
@@ -67,4 +79,5 @@ def trained(source: Source, corpus: CorpusPlan, site: Site, watch: Watch) -> Tra
             f"{tokens.name}; name the corpus it was trained on"
         )
     recipe = identity.recipe
-    return Trained(spec, model, tokens, source.step * recipe.batch * recipe.seq_len)
+    seen = source.step * recipe.batch * recipe.seq_len
+    return Trained(spec, model, tokens, seen, checkpoint, source.arch)

@@ -12,10 +12,11 @@ from rich.console import Console
 import decodebench
 from eval.cli.bench_worker import answer
 from eval.cli.commands import score_checkpoint, train_one
+from eval.measure.decode_plans import DecodePlan
 from eval.measure.progress import Watch
 from eval.measure.site import Site
 from eval.measure.stages import STAGES
-from eval.measure.suite import DecodePlan, QualityPlan, Suite
+from eval.measure.suite import QualityPlan, Suite
 from eval.predict.machine import ProductRate, Roofline
 from eval.proof.gpu.decode_grid import NAMES, Place, row_of
 from eval.results.point import Point

@@ -12,7 +12,8 @@ from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure import speculation
-from eval.measure.suite import SpeculatePlan, Suite, load_suite
+from eval.measure.decode_plans import SpeculatePlan
+from eval.measure.suite import Suite, load_suite
 from eval.predict.speculation import speculate
 from eval.results.rows import Status
 from eval.results.schema import load_long
@@ -24,6 +25,13 @@ SECTIONS = """
 [[speculate]]
 draft = "context"
 drafts = [2, 4]
+contexts = [16]
+new_tokens = 12
+
+[[speculate]]
+draft = "mtp"
+targets = ["gdn"]
+drafts = [3]
 contexts = [16]
 new_tokens = 12
 
@@ -44,7 +52,9 @@ pytestmark = pytest.mark.usefixtures("stub_roofline")
 def speculating(tmp_path: Path) -> Suite:
     path = write_suite(tmp_path, ("gqa", "gdn"), more=SECTIONS)
     path.write_text(
-        path.read_text().replace('scale = "tiny"', 'scale = "tiny"\nladder = ["nano"]', 1)
+        path.read_text().replace(
+            'scale = "tiny"', 'scale = "tiny"\nmtp_weight = 0.3\nladder = ["nano"]', 1
+        )
     )
     return replace(load_suite(str(path)), tasks={}, decode=())
 
@@ -60,6 +70,7 @@ def test_a_suite_speculates_with_the_models_that_it_trains(
         ("gdn", "draft=context drafts=2", 1),
         ("gdn", "draft=context drafts=4", 1),
         ("gdn", "draft=gqa@nano drafts=3", 2),
+        ("gdn", "draft=mtp drafts=3", 1),
         ("gqa", "draft=context drafts=2", 1),
         ("gqa", "draft=context drafts=4", 1),
     ]
@@ -88,7 +99,8 @@ def test_a_suite_names_the_models_that_it_lacks(tmp_path: Path) -> None:
         ({"draft": "gqa@nano"}, 'add ladder = \\["nano"\\]'),
         ({"draft": "mla@tiny"}, "'mla', which the suite does not train"),
         ({"targets": ["mla"]}, "'mla', which the suite does not train"),
-        ({"draft": "gqa"}, "none of context, layers:N and ARCH@SCALE"),
+        ({"draft": "gqa"}, "none of context, layers:N, mtp and ARCH@SCALE"),
+        ({"draft": "mtp"}, r"a head that the suite does not train; set mtp_weight in \[train\]"),
         ({"draft": "gqa@tny"}, "Did you mean 'tiny'"),
         ({"draft": "layers:0"}, "'layers:0' is none of context"),
         ({"drafts": [9]}, "drafts=9 are more than a step can take back"),
@@ -123,6 +135,7 @@ def test_the_command_measures_checkpoints(decodebench: Command, tmp_path: Path) 
     assert rows[1]["acceptance_at_3"] <= rows[1]["acceptance_at_1"]
     early = rows_of(decodebench(*asked, "--draft", "layers:1", "--k", "2", "--json").out)
     assert early[0]["draft"] == "layers:1" and early[0]["lossless"] == 1
+    decodebench(*asked, "--draft", "mtp").refuses("holds no head", "mtp_weight = 0.3")
     decodebench(*asked, "--draft", "layers:4").refuses("first 4 layers of a model of 4")
     drawn = decodebench(*asked, "--k", "2", "--temperature", "1", "--adaptive")
     assert drawn.code == 0
@@ -134,6 +147,28 @@ def test_the_command_measures_checkpoints(decodebench: Command, tmp_path: Path) 
     decodebench(*asked, "--draft", "other").refuses("was trained on tokens bpe400")
     decodebench("speculate", "--target", "gqa", "--draft", "draft").refuses("is a checkpoint")
     decodebench("speculate", "--target", "gqa", "--draft", "gqa").refuses("ARCH@SCALE")
+
+
+def test_the_command_trains_a_head_that_drafts(decodebench: Command, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    text = ("--corpus", "path:text.txt")
+    with_head = ("--mtp-weight", "0.3", "--early-exit-layers", "1", "--early-exit-weight", "0.2")
+    decodebench("train", "--arch", "gdn", *TRAIN, *text, *with_head, "--out", "target")
+    asked = ("speculate", "--target", "target", *text, "--context", "16", "--new-tokens", "12")
+    outcome = decodebench(*asked, "--draft", "mtp", "--k", "1,3", "--batch", "1,2", "--json")
+    rows = rows_of(outcome.out)
+    assert [(r["draft"], r["drafts"], r["batch"]) for r in rows] == [
+        ("mtp", "1", 1), ("mtp", "3", 1), ("mtp", "1", 2), ("mtp", "3", 2),
+    ]  # fmt: skip
+    assert all(r["lossless"] == 1 and r["draft_state_bytes"] > 0 for r in rows)
+    # The head is no part of the model that is served.
+    assert decodebench("quality", "target", *text).code == 0
+    refused = decodebench(
+        "train", "--arch", "gdn", *TRAIN, *text, "--early-exit-layers", "9",
+        "--early-exit-weight", "1", "--out", "deep",
+    )  # fmt: skip
+    refused.refuses("first 9 layers of a model of 4 are no draft")
+    decodebench("speculate", "--target", "gqa", "--draft", "mtp").refuses("is measured alone")
 
 
 def test_tokens_that_differ_by_more_than_a_tie_make_a_point_incorrect(

@@ -9,7 +9,8 @@ import tomli_w
 
 from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY
-from eval.measure.suite import DecodePlan, available_suites, load_suite
+from eval.measure.decode_plans import DecodePlan
+from eval.measure.suite import available_suites, load_suite
 from train.corpus import load_corpus
 
 GQA = 'archs = ["gqa"]\n'

@@ -69,7 +69,7 @@ def verified_alike(arch: str, cuts: tuple[int, int, int], *, more: int) -> None:
     def step(counts: list[int]) -> None:
         tokens = torch.randint(256, (3, 3), generator=generator)
         new = None if min(counts) == 3 else torch.tensor(counts)
-        expected, found = (e.verify([0, 1, 2], tokens, new) for e in (plain, compiled))
+        expected, found = (e.verify([0, 1, 2], tokens, new).logits for e in (plain, compiled))
         for ours, theirs, count in zip(found, expected, counts, strict=True):
             torch.testing.assert_close(ours[:count], theirs[:count], rtol=1e-4, atol=1e-4)
 
@@ -112,7 +112,7 @@ def test_padding_may_reach_beyond_the_context(monkeypatch: pytest.MonkeyPatch) -
     for engine in (plain, compiled):
         engine.prefill([engine.store.add(), engine.store.add()], [[1] * 253, [2] * 253])
         engine.extend_last([0, 1], tokens[:, :1])
-    expected, found = (e.verify([0, 1], tokens, new) for e in (plain, compiled))
+    expected, found = (e.verify([0, 1], tokens, new).logits for e in (plain, compiled))
     for b, count in enumerate(new.tolist()):
         torch.testing.assert_close(found[b, :count], expected[b, :count], rtol=1e-4, atol=1e-4)
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
+from archs.backbone import initialise
 from archs.errors import UserError
 from archs.formats import Format
+from archs.heads import HeadModel
 from archs.ops import libraries
 from archs.ops.attention import attend
 from archs.registry import HYBRIDS, REGISTRY
@@ -26,6 +28,7 @@ from infer import speculate
 from infer.drafts import ModelDrafter, PromptLookup
 from infer.engine import Engine
 from infer.graphs import GraphedStep
+from infer.head_drafts import HeadDrafter
 from infer.sampling import Sampling
 from infer.store import StateStore
 from tests.infer.recorded import Again
@@ -221,6 +224,33 @@ def test_speculation_by_replay_on_kernels_and_replayed_steps(arch: str) -> None:
         found = speculate.generate(target, ModelDrafter(draft), prompts, 16, drafts=3)
         assert found.tokens == plain
     assert found.tokens_per_verification > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gqa", "gdn"])
+def test_a_head_drafts_on_kernels_and_replayed_steps(arch: str) -> None:
+    """The very drafts of torch, so the hidden states that graphs hand out are the right ones."""
+    prompts, drafts = [[5, 6, 7, 5, 6], [8, 9]], 3
+    found = []
+    for backend in ("torch", "triton"):
+        subject = subject_of(arch, backend)
+        head = HeadModel(subject.model, subject.spec.head().to_empty(device="cpu"))
+        for name, module in head.named_children():
+            if name not in ("embedding", "head"):
+                initialise(module, 3, 1)
+        target, draft = (
+            Engine(
+                model, max_sequences=2, max_context=32, page_size=16, lookback=drafts,
+                backend=backend,
+            )
+            for model in (subject.model, head)
+        )  # fmt: skip
+        if backend == "triton":
+            for engine in (target, draft):
+                engine.graphed = GraphedStep(engine.model, engine.store, recorder=Again)
+        found.append(speculate.generate(target, HeadDrafter(draft), prompts, 12, drafts=drafts))
+    assert draft.graphed is not None and {key.new_tokens for key in draft.graphed._graphs} == {1, 4}
+    assert found[0].tokens == found[1].tokens and found[0].rounds == found[1].rounds
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9)], ids=str)

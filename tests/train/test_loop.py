@@ -19,7 +19,8 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from train import loop
 from train.checkpoint import read_metadata
-from train.loop import CHECKPOINT_NAME, TrainResult, next_token_loss, train
+from train.heads import Losses, loss_of
+from train.loop import CHECKPOINT_NAME, TrainResult, train
 from train.metrics import read_metrics
 from train.recipe import Recipe
 from train.sweep import sweep
@@ -60,6 +61,10 @@ def run(path: Path, recipe: Recipe = RECIPE, **options: object) -> tuple[Model, 
     return model, result
 
 
+def next_token_loss(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
+    return loss_of(RECIPE)(model, inputs, targets).next_token
+
+
 def same_weights(a: Model, b: Model, atol: float = 0.0) -> None:
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=atol, rtol=0, msg=name)
@@ -87,8 +92,8 @@ def test_accumulation_changes_memory_alone(data: Counting, tmp_path: Path) -> No
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
-    def steep(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
-        return 1000 * next_token_loss(model, inputs, targets)
+    def steep(model: Model, inputs: Tensor, targets: Tensor) -> Losses:
+        return Losses(1000 * next_token_loss(model, inputs, targets))
 
     model = SPEC.build()
     seen: list[float] = []
@@ -146,13 +151,13 @@ def test_log_has_a_header_and_units_and_every_event(tmp_path: Path) -> None:
     assert model.training
 
 
-def poisoned(at: int) -> Callable[[Model, Tensor, Tensor], Tensor]:
+def poisoned(at: int) -> Callable[[Model, Tensor, Tensor], Losses]:
     calls: list[int] = []
 
-    def loss_fn(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss_fn(model: Model, inputs: Tensor, targets: Tensor) -> Losses:
         calls.append(1)
         loss = next_token_loss(model, inputs, targets)
-        return loss * float("nan") if len(calls) == at else loss
+        return Losses(loss * float("nan") if len(calls) == at else loss)
 
     return loss_fn
 
@@ -173,11 +178,10 @@ def test_divergence_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loop, "DIVERGED_STEPS", 15)
     factor = [1.0]
 
-    def rising(model: Model, inputs: Tensor, targets: Tensor) -> Tensor:
+    def rising(model: Model, inputs: Tensor, targets: Tensor) -> Losses:
         factor[0] *= 1.05
-        return next_token_loss(model, inputs, targets).detach() * factor[0] + 0 * sum(
-            p.sum() for p in model.parameters()
-        )
+        nothing = 0 * sum(p.sum() for p in model.parameters())
+        return Losses(next_token_loss(model, inputs, targets).detach() * factor[0] + nothing)
 
     recipe = replace(RECIPE, steps=200)
     _, result = run(tmp_path, recipe, loss_fn=rising)

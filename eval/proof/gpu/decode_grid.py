@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
+from eval.measure.decode_plans import DecodePlan
 from eval.measure.plan import decode_point
 from eval.measure.site import Site
 from eval.measure.stages import measure
 from eval.measure.steps import by_context
-from eval.measure.suite import DecodePlan
 from eval.results.point import Point
 
 #: (scale, batch, context), most valuable first.

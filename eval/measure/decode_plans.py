@@ -1,0 +1,130 @@
+"""What a suite asks of its models in decode: timed steps, and speculation."""
+
+from dataclasses import dataclass
+
+from archs.backends import AUTO, BACKENDS
+from archs.checks import at_least, some
+from archs.errors import UserError, unknown_name
+from archs.sizes import get_scale
+from archs.spec import require_replay
+from infer.draft_length import require_drafts
+from infer.sampling import Sampling
+
+#: The draft that is the context itself.
+CONTEXT = "context"
+#: Before a number: the draft that is the target's own first layers.
+LAYERS = "layers:"
+#: The draft that is a head trained with the target.
+HEAD = "mtp"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodePlan:
+    """Decode over batch × context at one scale.
+
+    prompt: tokens of the prompts that time to first token is measured on (0: not measured).
+    no_cache: new tokens generated without any state as the baseline (0: none).
+    compiled: compile the decode step; takes a while per architecture, and pays at small sizes.
+    backend: one of `archs.backends`, or auto.
+    counters: also measure bytes and FLOPs of a step by the GPU's counters (`counters`).
+    replay: inputs in a ring from which recurrent states are computed anew; 0: they are written at
+      every step.
+    """
+
+    scale: str
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (256,)
+    steps: int = 16
+    prompt: int = 0
+    no_cache: int = 0
+    compiled: bool = False
+    backend: str = AUTO
+    counters: bool = False
+    replay: int = 0
+
+    def __post_init__(self) -> None:
+        get_scale(self.scale)
+        _require_replay(self, 0)
+        if self.counters and self.replay:
+            raise UserError("counters=true counts steps that are alike, without replay; take one")
+        require_backend(self.backend)
+        some(self, "batches", "contexts")
+        at_least(self, 1, "batches", "contexts", "steps")
+        at_least(self, 0, "prompt", "no_cache")
+        if self.no_cache == 1:
+            raise UserError("no_cache=1 times no step; set 0 for none, or 2 and more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculatePlan:
+    """Speculative decoding of the trained models, on held-out text.
+
+    draft: "context" (prompt lookup), "layers:N" (the target's own first N), "mtp" (the head that
+      was trained with it), or ARCH@SCALE, a model that the suite trains, too.
+    targets: architectures of the suite (none: all). drafts: K, one after the other.
+    contexts: tokens of the prompts; new_tokens: after each. temperature 0 is greedy.
+    adaptive: draft as many as the running acceptance pays for, at most K.
+    compiled, backend, replay: as `DecodePlan`'s; 0: a copy of each state in reach is kept.
+    """
+
+    draft: str = CONTEXT
+    targets: tuple[str, ...] = ()
+    drafts: tuple[int, ...] = (1, 2, 4, 8)
+    batches: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (64,)
+    new_tokens: int = 64
+    temperature: float = 0.0
+    adaptive: bool = False
+    compiled: bool = False
+    backend: str = AUTO
+    replay: int = 0
+
+    def __post_init__(self) -> None:
+        require_backend(self.backend)
+        some(self, "drafts", "batches", "contexts")
+        _require_replay(self, max(self.drafts))
+        at_least(self, 1, "drafts", "batches", "contexts")
+        at_least(self, 2, "new_tokens")
+        Sampling(temperature=self.temperature)
+        _ = self.drafting
+        require_drafts(self.drafts)
+
+    @property
+    def head(self) -> bool:
+        """Whether the target's own head drafts."""
+        return self.draft == HEAD
+
+    @property
+    def layers(self) -> int:
+        """How many of the target's own layers draft; 0 where something else does."""
+        count = self.draft.removeprefix(LAYERS)
+        return int(count) if count != self.draft and count.isdecimal() else 0
+
+    @property
+    def drafting(self) -> tuple[str, str] | None:
+        """Architecture and scale of the draft; None where the context or the target drafts."""
+        if self.draft in (CONTEXT, HEAD) or self.layers:
+            return None
+        arch, _, scale = self.draft.rpartition("@")
+        if not arch:
+            raise UserError(
+                f"draft='{self.draft}' is none of {CONTEXT}, {LAYERS}N, {HEAD} and ARCH@SCALE "
+                "(gqa@tiny)"
+            )
+        get_scale(scale)
+        return arch, scale
+
+
+def _require_replay(plan: "DecodePlan | SpeculatePlan", lookback: int) -> None:
+    """Raise UserError for rings too short for so many tokens, or beside compiled steps."""
+    require_replay(plan.replay, lookback)
+    if plan.replay and plan.compiled:
+        raise UserError(
+            f"replay={plan.replay} with compiled=true: compiled steps keep copies; take one"
+        )
+
+
+def require_backend(name: str) -> None:
+    """Raise UserError unless `name` is a backend, or auto."""
+    if name not in (AUTO, *BACKENDS):
+        raise unknown_name("backend", name, (AUTO, *BACKENDS))

@@ -1,0 +1,183 @@
+"""A trained head of the target drafts for it: one layer over the target's own hidden states.
+
+The head has rows or state of its own, one for each position whose next token is known
+(`archs.heads`). A proposal first reads what the last verification settled, with the target's hidden
+states, which gives the first draft; each further one reads the draft before it with the head's own
+hidden state, and is forgotten: the target's are read in their place in the next round.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from archs.errors import UserError
+from infer.drafts import Drafts
+from infer.engine import Engine, Reader
+from infer.sampling import Sampler, Sampling, require_tokens
+
+
+@dataclass(slots=True)
+class _Past:
+    """What the head knows of a target's sequence.
+
+    own: its number in the head's store. prompt: tokens whose predecessors' hidden states are still
+    to come. hidden: [n, D] of the target's newest tokens, whose next tokens are still to come.
+    unread: tokens, and hidden states [n, D] of their predecessors, that the state lacks.
+    drafted: tokens of the last proposal.
+    """
+
+    own: int
+    prompt: list[int]
+    hidden: Tensor
+    unread: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+
+
+class HeadDrafter:
+    """A head drafts, token by token after the first. engine: of a `HeadModel`.
+
+    Raises UserError where the engine cannot take drafts back.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling | None = None) -> None:
+        self.engine = engine
+        self.most_drafts = engine.store.reach(1)
+        self.max_context = engine.store.max_context
+        self.vocab_size: int | None = engine.model.vocab_size
+        self.stays = engine.compiled is not None
+        self.read: Reader | None = self._read
+        if self.most_drafts < 1:
+            raise UserError(
+                f"the head's engine has lookback={engine.store.lookback} and cannot take a draft "
+                "back; open it with lookback=K for K drafts"
+            )
+        self._sampler = Sampler(sampling or Sampling(), engine.device, backend=engine.backend)
+        self._pasts: dict[int, _Past] = {}
+
+    def begin(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """As `Drafter.begin`, all or none. Raises StoreFullError."""
+        begun: list[int] = []
+        weight = self.engine.model.embedding.weight
+        try:
+            for sequence, prompt in zip(sequences, prompts, strict=True):
+                nothing = weight.new_empty(0, weight.shape[1])
+                self._pasts[sequence] = _Past(self.engine.store.add(), list(prompt[1:]), nothing)
+                begun.append(sequence)
+        except BaseException:
+            for sequence in begun:
+                self.release(sequence)
+            raise
+
+    def _read(self, sequences: Sequence[int], hidden: Tensor, counts: Sequence[int]) -> None:
+        """Hidden states [B, K, D] of tokens that the target has just read, `counts` of them each.
+
+        Those of a prompt, whose next tokens are known, go into the state at once.
+        """
+        # They are a replayed graph's, which the next step overwrites.
+        kept = hidden.clone()
+        known: list[int] = []
+        for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            past = self._pasts[sequence]
+            known.append(min(count, len(past.prompt)))
+            if count:
+                past.hidden = kept[row, known[-1] : count]
+        if not any(known):
+            return
+        pasts = [self._pasts[s] for s in sequences]
+        width = max(known)
+        rows = [[*p.prompt[:n], *[0] * (width - n)] for p, n in zip(pasts, known, strict=True)]
+        tokens = torch.tensor(rows, device=self.engine.device)
+        new = None if min(known) == width else torch.tensor(known)
+        self.engine.extend([p.own for p in pasts], tokens, new, kept[:, :width])
+        for past, count in zip(pasts, known, strict=True):
+            del past.prompt[:count]
+
+    def propose(self, sequences: Sequence[int], counts: Sequence[int], uniforms: Tensor) -> Drafts:
+        """As `Drafter.propose`, by the head's own distribution. Raises NoTokenError."""
+        pasts = [self._pasts[s] for s in sequences]
+        own, width, store = [p.own for p in pasts], max(counts), self.engine.store
+        self._catch_up(pasts)
+        unread = [len(p.unread) for p in pasts]
+        # One form for all rounds: who lacks less reads as much, and forgets it.
+        most = store.lookback + 1
+        longest = max(store.lengths[o] for o in own) + most + width - 1
+        whole = min(unread) > 0 and longest <= self.max_context
+        first = most if whole else max(unread)
+        rows = [[*p.unread, *[0] * (first - n)] for p, n in zip(pasts, unread, strict=True)]
+        states = [torch.cat(p.states) if p.states else p.hidden[:0] for p in pasts]
+        hidden = pad_sequence(states, batch_first=True)
+        hidden = F.pad(hidden, (0, 0, 0, first - hidden.shape[1]))
+        logits, hidden = self.engine.verify(
+            own, torch.tensor(rows, device=self.engine.device),
+            None if whole else torch.tensor(unread), hidden,
+        )  # fmt: skip
+        at = torch.arange(len(own)), (torch.tensor(unread) - 1).clamp(min=0)
+        at = at[0].to(logits.device), at[1].to(logits.device)
+        logits, hidden = logits[at], hidden[at]
+        for past, count in zip(pasts, unread, strict=True):
+            store.rollback(past.own, first - count if whole else 0)
+            past.unread, past.states = [], []
+        tokens: list[Tensor] = []
+        drawn: list[Tensor] = []
+        for i in range(width):
+            if i:
+                new = [1 if whole else int(count > i) for count in counts]
+                logits, hidden = self.engine.verify(
+                    own, tokens[-1].clamp(min=0)[:, None],
+                    None if min(new) else torch.tensor(new), hidden[:, None],
+                )  # fmt: skip
+                logits, hidden = logits[:, 0], hidden[:, 0]
+            if self._sampler.sampling.greedy:
+                tokens.append(self._sampler(logits))
+            else:
+                drawn.append(self._sampler.probabilities(logits))
+                tokens.append(self._sampler(logits, uniforms[:, i].contiguous()))
+        found = torch.stack(tokens, 1)
+        for past, count, row in zip(pasts, counts, found.tolist(), strict=True):
+            require_tokens(row[:count])
+            past.drafted = row[:count]
+            store.rollback(past.own, max(0, (width if whole else count) - 1))
+        return Drafts(found.clamp(min=0), list(counts), torch.stack(drawn, 1) if drawn else None)
+
+    def _catch_up(self, pasts: Sequence[_Past]) -> None:
+        """Read what rounds without drafts left unread, but for what one step takes."""
+        most = self.engine.store.lookback + 1
+        for past in pasts:
+            late = len(past.unread) - most
+            if late > 0:
+                hidden, tokens = torch.cat(past.states), torch.tensor([past.unread[:late]])
+                tokens = tokens.to(self.engine.device)
+                self.engine.extend([past.own], tokens, None, hidden[None, :late])
+                past.unread, past.states = past.unread[late:], [hidden[late:]]
+
+    def settle(self, sequences: Sequence[int], kept: Sequence[int], tokens: Sequence[int]) -> None:
+        """As `Drafter.settle`."""
+        for sequence, right, token in zip(sequences, kept, tokens, strict=True):
+            past = self._pasts[sequence]
+            # One that has ended and stays was not read.
+            if len(past.hidden):
+                past.unread += [*past.drafted[:right], token]
+                past.states.append(past.hidden[: right + 1])
+            past.hidden, past.drafted = past.hidden[:0], []
+
+    def fork(self, sequence: int, child: int) -> None:
+        """As `Drafter.fork`."""
+        past = self._pasts[sequence]
+        own = self.engine.store.fork(past.own)
+        self._pasts[child] = _Past(
+            own, list(past.prompt), past.hidden, list(past.unread), list(past.states)
+        )
+
+    def release(self, sequence: int) -> None:
+        """As `Drafter.release`."""
+        self.engine.store.release(self._pasts.pop(sequence).own)
+
+    @property
+    def state_bytes(self) -> int:
+        """As `Drafter.state_bytes`."""
+        return self.engine.store.allocated_bytes
