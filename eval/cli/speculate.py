@@ -85,9 +85,9 @@ def _drafting(draft: str) -> tuple[str | None, str | None]:
             "checkpoint, too, to measure both"
         )
     plan = SpeculatePlan(draft=draft)
-    if plan.layers or plan.head:
+    if plan.layers:
         raise UserError(f"draft '{draft}' is measured alone; give the target's checkpoint")
-    return plan.drafting or (None, None)
+    return (draft, None) if plan.head else plan.drafting or (None, None)
 
 
 def measured(

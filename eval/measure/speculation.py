@@ -30,6 +30,7 @@ from eval.predict.calls import CountCalls
 from eval.predict.machine import Roofline
 from eval.predict.neighbours import Neighbours
 from eval.predict.roofline import step_ms
+from eval.predict.speculation import first_tokens
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
 from infer.draft_length import Adaptive, expected_tokens
@@ -302,8 +303,7 @@ def _predicted(subject: _Subject, runs: _Runs, rates: Roofline, context: int) ->
             cost = model.cost(Step(batch, tokens, after, drafts, subject.replay), all_logits=True)
             return step_ms(cost, rates, calls=_calls(engine, batch, tokens))
 
-        settled = drafts + 1 if isinstance(runs.drafter, HeadDrafter) else 2
-        first_ms, draft_ms = drafting_ms(settled), drafting_ms(1)
+        first_ms, draft_ms = drafting_ms(first_tokens(model, drafts)), drafting_ms(1)
     return _Times(
         step_ms(subject.model.cost(plain), rates, calls=_calls(runs.target, batch, 1)),
         first_ms,

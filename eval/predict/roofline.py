@@ -185,9 +185,12 @@ def compute_bound_batch(op: OpCost, batch: int, roofline: Roofline) -> float | N
     return ridge * op.weight_bytes / gain if gain > 0 and op.weight_bytes else None
 
 
-def resident_bytes(model: Model) -> int:
-    """Bytes of all weights in memory, whether a step reads them or not."""
-    return sum(p.nbytes for p in model.parameters())
+def resident_bytes(model: Model, *, beside: Model | None = None) -> int:
+    """Bytes of all weights in memory, whether a step reads them or not; beside another model, of
+    those that it does not share.
+    """
+    held = set() if beside is None else set(map(id, beside.parameters()))
+    return sum(p.nbytes for p in model.parameters() if id(p) not in held)
 
 
 def room(part: Hardware, weight_bytes: float, state_bytes: float) -> int | None:

@@ -13,6 +13,8 @@ from archs.backbone import Model
 from archs.checks import require_some
 from archs.cost import Step
 from archs.errors import UserError
+from archs.heads import NAME as HEAD
+from archs.heads import HeadModel
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import require_replay
@@ -29,7 +31,8 @@ def speculate(
 ) -> list[Prediction]:  # fmt: skip
     """One row per part, batch and context: the K of the largest speed-up, or 0 where none pays.
 
-    draft: an architecture at `draft_scale`; None: drafts that cost nothing (the context).
+    draft: an architecture at `draft_scale`; "mtp", a head of the target (`archs.heads`); None:
+    drafts that cost nothing (the context).
     acceptance: the probability that a draft is right, behind right ones. replay: inputs in a ring
     from which recurrent states are computed anew; 0: a copy of each in reach is kept.
     `max_drafts` is the largest K that is at least as fast as plain decode. Weights and states of
@@ -47,9 +50,12 @@ def speculate(
     widths = {b * (k + 1) for b in batches for k in (0, *drafts)}
     for part in (hardware_of(key, dtype, sorted(widths), launch_us) for key in parts):
         rates = part.roofline
-        model = ModelSpec(arch=target, scale=get_scale(scale)).outline(rates.dtype)
+        spec = ModelSpec(arch=target, scale=get_scale(scale))
+        model = spec.outline(rates.dtype)
         helper: Model | None = None
-        if draft is not None:
+        if draft == HEAD:
+            helper = HeadModel(model, spec.head(rates.dtype))
+        elif draft is not None:
             helper_scale = get_scale(draft_scale or scale)
             helper = ModelSpec(arch=draft, scale=helper_scale).outline(rates.dtype)
             if helper.vocab_size != model.vocab_size:
@@ -65,14 +71,21 @@ def speculate(
                 cost = model.cost(Step(batch, k + 1, context, k, replay), all_logits=True)
                 spent = step_ms(cost, rates)
                 if helper is not None:
-                    spent += k * step_ms(helper.cost(Step(batch, 1, context, k, replay)), rates)
+                    first, further = (
+                        step_ms(
+                            helper.cost(Step(batch, tokens, context, k, replay), all_logits=True),
+                            rates,
+                        )
+                        for tokens in (first_tokens(helper, k), 1)
+                    )
+                    spent += first + (k - 1) * further
                 speedups[k] = expected_tokens(acceptance, k) * plain_ms / spent
             best = max(speedups, key=lambda k: speedups[k])
             weights = resident_bytes(model)
             state = model.state_bytes(context, lookback=best, replay=replay)
             rollback = state - model.state_bytes(context)
             if helper is not None:
-                weights += resident_bytes(helper)
+                weights += resident_bytes(helper, beside=model)
                 state += helper.state_bytes(context, lookback=best, replay=replay)
             sequences = room(part, weights, state)
             fits = sequences is None or sequences >= batch
@@ -81,7 +94,7 @@ def speculate(
                 {
                     "arch": target, "scale": scale, "hardware": part.key, "batch": batch,
                     "context": context,
-                    "draft": "context" if draft is None else f"{draft}@{draft_scale or scale}",
+                    "draft": _name(draft, draft_scale or scale),
                     "acceptance": acceptance, "drafts": best if pays else 0,
                     "tokens_per_verification": expected_tokens(acceptance, best),
                     "speedup_pred": speedups[best] if fits else None,
@@ -93,3 +106,14 @@ def speculate(
                 }
             )  # fmt: skip
     return rows
+
+
+def first_tokens(draft: Model, drafts: int) -> int:
+    """Tokens that the first step of a proposal reads: the two newest, or what a verification of
+    K drafts may have settled, which a head reads all.
+    """
+    return drafts + 1 if isinstance(draft, HeadModel) else 2
+
+
+def _name(draft: str | None, scale: str) -> str:
+    return "context" if draft is None else draft if draft == HEAD else f"{draft}@{scale}"

@@ -9,11 +9,13 @@ import torch
 
 from archs.checks import parse
 from archs.errors import UserError
+from archs.heads import HeadModel
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure import speculation
 from eval.measure.decode_plans import SpeculatePlan
 from eval.measure.suite import Suite, load_suite
+from eval.predict.roofline import resident_bytes
 from eval.predict.speculation import speculate
 from eval.results.rows import Status
 from eval.results.schema import load_long
@@ -168,7 +170,9 @@ def test_the_command_trains_a_head_that_drafts(decodebench: Command, tmp_path: P
         "--early-exit-weight", "1", "--out", "deep",
     )  # fmt: skip
     refused.refuses("first 9 layers of a model of 4 are no draft")
-    decodebench("speculate", "--target", "gqa", "--draft", "mtp").refuses("is measured alone")
+    decodebench("speculate", "--target", "gqa", "--draft", "layers:2").refuses("is measured alone")
+    predicted = decodebench("speculate", "--target", "gqa", "--draft", "mtp", "--json")
+    assert rows_of(predicted.out)[0]["draft"] == "mtp"
 
 
 def test_tokens_that_differ_by_more_than_a_tie_make_a_point_incorrect(
@@ -233,6 +237,22 @@ def test_free_drafts_that_are_always_right_multiply_the_speed_of_a_model_bound_b
     (row,) = speculate("swa", None, scale="8b", acceptance=1.0, contexts=(64,), launch_us=0.0)
     assert row["drafts"] == 8
     assert float(str(row["speedup_pred"])) == pytest.approx(9, rel=0.03)
+
+
+def test_a_head_costs_less_than_a_model_of_its_size_and_holds_no_second_embedding() -> None:
+    spec = ModelSpec(arch="gqa", scale=get_scale("8b"))
+    trunk = spec.outline()
+    head = HeadModel(trunk, spec.head())
+    own = sum(p.nbytes for p in spec.head().parameters())
+    assert resident_bytes(head, beside=trunk) == own < 0.1 * resident_bytes(trunk)
+    gains = [
+        float(str(row["speedup_pred"]))
+        for draft in (None, "mtp", "gqa")
+        for row in speculate("gqa", draft, scale="8b", draft_scale="1b", acceptance=0.8,
+                             batches=(1,), contexts=(1024,))
+    ]  # fmt: skip
+    assert gains == sorted(gains, reverse=True)
+    assert gains[1] > 1.8
 
 
 def test_copies_of_recurrent_state_are_what_rollback_takes() -> None:
