@@ -103,8 +103,10 @@ class HeadDrafter:
         own, width, store = [p.own for p in pasts], max(counts), self.engine.store
         self._catch_up(pasts)
         unread = [len(p.unread) for p in pasts]
-        # One form for all rounds: who lacks less reads as much, and forgets it.
-        most = store.lookback + 1
+        # Who lacks less reads as much, and forgets it: a whole step can be replayed, and where steps
+        # are compiled or captured all of them take one form.
+        fixed = self.engine.compiled is not None or self.engine.graphed is not None
+        most = store.lookback + 1 if fixed else max(unread)
         longest = max(store.lengths[o] for o in own) + most + width - 1
         whole = min(unread) > 0 and longest <= self.max_context
         first = most if whole else max(unread)

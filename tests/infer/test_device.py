@@ -104,9 +104,9 @@ def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
     assert 1 <= len(launches.seen) <= MORE_LAUNCHES.get(arch, 2), launches.seen
 
 
-def subject_of(arch: str, backend: str = "triton") -> Subject:
+def subject_of(arch: str, backend: str = "triton", layers: int = 2) -> Subject:
     """Of two layers, or of a period of a hybrid: the interpreter takes as long for each."""
-    layers = 4 if arch.endswith("=3:1") else 2
+    layers = 4 if arch.endswith("=3:1") else layers
     return Subject(arch, replace(SCALE, n_layers=layers), backend=backend)
 
 
@@ -202,7 +202,7 @@ def test_replayed_steps_serve_ragged_lengths_and_changing_batches(arch: str) -> 
 )
 def test_speculation_on_kernels_and_replayed_steps(arch: str) -> None:
     """Float32, so a tie may part the two; these seeds have none."""
-    subject, prompts = subject_of(arch), [[5, 6, 7, 5, 6], [8, 9]]
+    subject, prompts = subject_of(arch, layers=1), [[5, 6, 7, 5, 6], [8, 9]]
     plain = subject.engine(2, 32).generate(prompts, 10).tokens
     target, draft = (graphed(subject, 2, 32, lookback=3) for _ in range(2))
     found = speculate.generate(target, PromptLookup(device=target.device), prompts, 10, drafts=3)
@@ -217,7 +217,7 @@ def test_speculation_on_kernels_and_replayed_steps(arch: str) -> None:
 )
 def test_speculation_by_replay_on_kernels_and_replayed_steps(arch: str) -> None:
     """As above; the prompt leaves room in the ring, so steps with inputs held are captured, too."""
-    subject, prompts = subject_of(arch), [[5, 6, 7, 5, 6], [8, 9]]
+    subject, prompts = subject_of(arch, layers=1), [[5, 6, 7, 5, 6], [8, 9]]
     plain = subject.engine(2, 40).generate(prompts, 16).tokens
     target, draft = (graphed(subject, 2, 40, lookback=3, replay=10) for _ in range(2))
     for _ in range(2):
@@ -233,7 +233,7 @@ def test_a_head_drafts_on_kernels_and_replayed_steps(arch: str) -> None:
     prompts, drafts = [[5, 6, 7, 5, 6], [8, 9]], 3
     found = []
     for backend in ("torch", "triton"):
-        subject = subject_of(arch, backend)
+        subject = subject_of(arch, backend, layers=1)
         head = HeadModel(subject.model, subject.spec.head().to_empty(device="cpu"))
         for name, module in head.named_children():
             if name not in ("embedding", "head"):

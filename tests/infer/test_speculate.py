@@ -441,6 +441,17 @@ def test_compiled_engines_speculate(fast_algorithms: None) -> None:
     target = engine_of(model, sequences=2, compiled=True)
     assert generate(target, PromptLookup(device=CPU), prompts, 16, drafts=3).tokens == plain
     assert ModelDrafter(engine_of(model, sequences=2, compiled=True)).stays
+    drafters = [
+        HeadDrafter(engine_of(headed(model), sequences=2, compiled=compiled))
+        for compiled in (False, True)
+    ]
+    # The first sequence ends before the other, and stays in the batch.
+    for stop in (None, plain[0][5]):
+        asked: dict[str, Any] = {"drafts": 3, "stop": stop}
+        expected = generate(engine_of(model), drafters[0], prompts, 16, **asked)
+        found = generate(target, drafters[1], prompts, 16, **asked)
+        assert found.tokens == expected.tokens and drafters[1].stays
+        assert found.rounds[0] == expected.rounds[0]
 
 
 def test_a_draft_without_room_for_the_batch_leaves_nothing_behind() -> None:
