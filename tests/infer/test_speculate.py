@@ -310,7 +310,7 @@ def test_a_head_needs_hidden_states_of_its_own_trunk() -> None:
         plain = engine_of(model)
         plain.extend([plain.store.add()], tokens, None, torch.zeros(1, 2, 64))
     with pytest.raises(UserError, match="the head's engine has lookback=0"):
-        HeadDrafter(engine_of(headed(model), lookback=0))
+        HeadDrafter(engine_of(headed(double("delta rule")), lookback=0))
 
 
 # -- drawn tokens ----------------------------------------------------------------------------------
