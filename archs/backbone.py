@@ -144,12 +144,16 @@ class Model(nn.Module):
     def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """What the first layer reads. tokens: int64 [B, K] -> [B, K, D].
 
-        hidden: [B, K, D], what heads read beside the tokens (`archs.heads`); a model of its own
-        takes none, and raises UserError.
+        hidden: [B, K, D], what heads read beside the tokens (`archs.heads`). Raises as
+        `require_hidden`.
         """
+        self.require_hidden(tokens, hidden)
+        return F.embedding(tokens, self.embedding.weight)
+
+    def require_hidden(self, tokens: Tensor, hidden: Tensor | None) -> None:
+        """Raise UserError for hidden states that this model does not read, or lacks."""
         if hidden is not None:
             raise UserError("hidden states are read by heads alone; give this model tokens only")
-        return F.embedding(tokens, self.embedding.weight)
 
     def hidden_states(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Final normed hidden states, parallel form. tokens: int64 [B, T] -> [B, T, D]."""

@@ -52,16 +52,21 @@ class HeadModel(Model):
         self.use(trunk.backend)
 
     def embed(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """As `Model.embed`; raises UserError without hidden states of these tokens' shape."""
+        """As `Model.embed`."""
+        self.require_hidden(tokens, hidden)
+        assert hidden is not None
         embedded = F.embedding(tokens, self.embedding.weight)
-        if hidden is None or hidden.shape != embedded.shape:
+        return self.join(torch.cat((self.norm_hidden(hidden), self.norm_token(embedded)), -1))
+
+    def require_hidden(self, tokens: Tensor, hidden: Tensor | None) -> None:
+        """As `Model.require_hidden`; they must be [B, K, D] for tokens [B, K]."""
+        wanted = [*tokens.shape, self.embedding.weight.shape[1]]
+        if hidden is None or list(hidden.shape) != wanted:
             given = "none" if hidden is None else list(hidden.shape)
             raise UserError(
-                f"a head of {list(embedded.shape)} inputs got hidden states of shape {given}; give "
-                "those of its own trunk, one for each token"
+                f"a head of {wanted} inputs got hidden states of shape {given}; give those of its "
+                "own trunk, one for each token"
             )
-        # Two norms and one matrix beside it: the join reads no single norm that it could fuse.
-        return self.join(torch.cat((self.norm_hidden(hidden), self.norm_token(embedded)), -1))
 
     def cost(self, step: Step, *, all_logits: bool = False) -> Cost:
         """As `Model.cost`."""

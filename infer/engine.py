@@ -132,7 +132,7 @@ class Engine:
         return self.backend if self.compiled is None else "torch-compile"
 
     def _step(
-        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None
+        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None, hidden: Tensor | None
     ) -> AbstractContextManager[StepPlan]:
         """A step of the store for these tokens; checks what can be checked without waiting."""
         if self.model.backend != self.backend:
@@ -145,6 +145,7 @@ class Engine:
                 f"tokens of shape {list(tokens.shape)} for {len(sequences)} sequences; give "
                 "[B, K], a row for each sequence"
             )
+        self.model.require_hidden(tokens, hidden)
         if tokens.numel() and not tokens.is_cuda:
             lowest, highest = tokens.aminmax()
             self._check_ids(int(lowest), int(highest))
@@ -169,7 +170,7 @@ class Engine:
         fit and on ids beyond the vocabulary (ids on a GPU are not looked at), StoreFullError
         without pages.
         """
-        with self._step(sequences, tokens, new) as step:
+        with self._step(sequences, tokens, new, hidden) as step:
             return self.model.step(tokens, step.layers, hidden, every_token=True).logits
 
     @torch.inference_mode()
@@ -181,7 +182,7 @@ class Engine:
 
         Those of a replayed graph are valid until the next step.
         """
-        with self._step(sequences, tokens, new) as step:
+        with self._step(sequences, tokens, new, hidden) as step:
             if self.compiled is not None:
                 return self.compiled(tokens, step, hidden, every_token=True)
             if self.graphed is not None and self.graphed.serves(step):
@@ -189,23 +190,27 @@ class Engine:
             return self.model.step(tokens, step.layers, hidden, every_token=True)
 
     def extend_last(
-        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None
-    ) -> Tensor:
+        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Logits [B, V] of each sequence's last valid token; otherwise as `extend`.
 
         Those of a replayed graph are valid until the next step.
         """
-        return self._last(sequences, tokens, new).logits
+        return self._last(sequences, tokens, new, hidden).logits
 
     @torch.inference_mode()
-    def _last(self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None) -> Output:
+    def _last(
+        self, sequences: Sequence[int], tokens: Tensor, new: Tensor | None,
+        hidden: Tensor | None = None,
+    ) -> Output:  # fmt: skip
         single = tokens.shape[1:] == (1,)
-        with self._step(sequences, tokens, new) as step:
+        with self._step(sequences, tokens, new, hidden) as step:
             if self.compiled is not None and single:
-                return self.compiled(tokens, step, every_token=False)
+                return self.compiled(tokens, step, hidden, every_token=False)
             if self.graphed is not None and single and self.graphed.serves(step):
-                return self.graphed(tokens, step, every_token=False)
-            return self.model.step(tokens, step.layers, every_token=False)
+                return self.graphed(tokens, step, hidden, every_token=False)
+            return self.model.step(tokens, step.layers, hidden, every_token=False)
 
     def prefill(
         self,

@@ -174,7 +174,7 @@ class GraphedStep:
         grain = max(64, (1 << step.bound.bit_length()) // (2 * BOUND_SLACK))
         return min(-(-step.bound // grain) * grain, most)
 
-    def _run(self, given: "_Given", key: Key) -> Output:
+    def _run(self, given: _Given, key: Key) -> Output:
         store, (books, tokens, hidden) = self.store, given
         step = DeviceStep(
             store, Books(store.on_device, books, key.batch, key.new_tokens, ragged=False),
@@ -185,7 +185,7 @@ class GraphedStep:
         self._gathers = self._gathers or any(layer.gathered for layer in layers)
         return found
 
-    def _capture(self, given: "_Given", key: Key) -> Output:
+    def _capture(self, given: _Given, key: Key) -> Output:
         books, tokens, hidden = given
         held = _Given(books.clone(), tokens.clone(), None if hidden is None else hidden.clone())
         graph = self.recorder(lambda: self._run(held, key))

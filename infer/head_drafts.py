@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from archs.backbone import Output
 from archs.errors import UserError
+from archs.spec import RECURRENT_LIMIT
 from infer.drafts import Drafts
 from infer.engine import Engine, Reader
 from infer.sampling import Sampler, Sampling, require_tokens
@@ -27,6 +29,7 @@ class _Past:
     own: its number in the head's store. prompt: tokens whose predecessors' hidden states are still
     to come. hidden: [n, D] of the target's newest tokens, whose next tokens are still to come.
     unread: tokens, and hidden states [n, D] of their predecessors, that the state lacks.
+    last: logits [V] and hidden state [D] that the head gave for the newest token it has read.
     drafted: tokens of the last proposal.
     """
 
@@ -35,6 +38,7 @@ class _Past:
     hidden: Tensor
     unread: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
+    last: Output | None = None
     drafted: list[int] = field(default_factory=list)
 
 
@@ -56,6 +60,8 @@ class HeadDrafter:
                 f"the head's engine has lookback={engine.store.lookback} and cannot take a draft "
                 "back; open it with lookback=K for K drafts"
             )
+        # Tokens of a step of which all but one can be taken back.
+        self._most = min(engine.store.lookback or RECURRENT_LIMIT, RECURRENT_LIMIT - 1) + 1
         self._sampler = Sampler(sampling or Sampling(), engine.device, backend=engine.backend)
         self._pasts: dict[int, _Past] = {}
 
@@ -73,19 +79,19 @@ class HeadDrafter:
                 self.release(sequence)
             raise
 
+    @torch.inference_mode()
     def _read(self, sequences: Sequence[int], hidden: Tensor, counts: Sequence[int]) -> None:
         """Hidden states [B, K, D] of tokens that the target has just read, `counts` of them each.
 
         Those of a prompt, whose next tokens are known, go into the state at once.
         """
-        # They are a replayed graph's, which the next step overwrites.
-        kept = hidden.clone()
         known: list[int] = []
         for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
             past = self._pasts[sequence]
             known.append(min(count, len(past.prompt)))
             if count:
-                past.hidden = kept[row, known[-1] : count]
+                # They may be a replayed graph's, which the next step overwrites.
+                past.hidden = hidden[row, known[-1] : count].clone()
         if not any(known):
             return
         pasts = [self._pasts[s] for s in sequences]
@@ -93,68 +99,100 @@ class HeadDrafter:
         rows = [[*p.prompt[:n], *[0] * (width - n)] for p, n in zip(pasts, known, strict=True)]
         tokens = torch.tensor(rows, device=self.engine.device)
         new = None if min(known) == width else torch.tensor(known)
-        self.engine.extend([p.own for p in pasts], tokens, new, kept[:, :width])
+        self.engine.extend_last([p.own for p in pasts], tokens, new, hidden[:, :width])
         for past, count in zip(pasts, known, strict=True):
             del past.prompt[:count]
 
+    @torch.inference_mode()
     def propose(self, sequences: Sequence[int], counts: Sequence[int], uniforms: Tensor) -> Drafts:
-        """As `Drafter.propose`, by the head's own distribution. Raises NoTokenError."""
-        pasts = [self._pasts[s] for s in sequences]
-        own, width, store = [p.own for p in pasts], max(counts), self.engine.store
-        self._catch_up(pasts)
-        unread = [len(p.unread) for p in pasts]
-        # Who lacks less reads as much, and forgets it: a whole step can be replayed, and where steps
-        # are compiled or captured all of them take one form.
-        fixed = self.engine.compiled is not None or self.engine.graphed is not None
-        most = store.lookback + 1 if fixed else max(unread)
-        longest = max(store.lengths[o] for o in own) + most + width - 1
-        whole = min(unread) > 0 and longest <= self.max_context
-        first = most if whole else max(unread)
-        rows = [[*p.unread, *[0] * (first - n)] for p, n in zip(pasts, unread, strict=True)]
-        states = [torch.cat(p.states) if p.states else p.hidden[:0] for p in pasts]
-        hidden = pad_sequence(states, batch_first=True)
-        hidden = F.pad(hidden, (0, 0, 0, first - hidden.shape[1]))
-        logits, hidden = self.engine.verify(
-            own, torch.tensor(rows, device=self.engine.device),
-            None if whole else torch.tensor(unread), hidden,
-        )  # fmt: skip
-        at = torch.arange(len(own)), (torch.tensor(unread) - 1).clamp(min=0)
-        at = at[0].to(logits.device), at[1].to(logits.device)
-        logits, hidden = logits[at], hidden[at]
-        for past, count in zip(pasts, unread, strict=True):
-            store.rollback(past.own, first - count if whole else 0)
-            past.unread, past.states = [], []
+        """As `Drafter.propose`, by the head's own distribution.
+
+        Where it fails, or the round after it, the same can be proposed again. Raises NoTokenError,
+        and UserError for a sequence whose hidden states were not read.
+        """
+        pasts, width = [self._pasts[s] for s in sequences], max(counts)
+        self._require_read(sequences, counts)
+        logits, hidden = self._settled(pasts)
+        own, lengths = [p.own for p in pasts], self.engine.store.lengths
+        before = [lengths[o] for o in own]
+        whole = max(before) + width - 1 <= self.max_context
         tokens: list[Tensor] = []
         drawn: list[Tensor] = []
-        for i in range(width):
-            if i:
-                new = [1 if whole else int(count > i) for count in counts]
-                logits, hidden = self.engine.verify(
-                    own, tokens[-1].clamp(min=0)[:, None],
-                    None if min(new) else torch.tensor(new), hidden[:, None],
-                )  # fmt: skip
-                logits, hidden = logits[:, 0], hidden[:, 0]
-            if self._sampler.sampling.greedy:
-                tokens.append(self._sampler(logits))
-            else:
-                drawn.append(self._sampler.probabilities(logits))
-                tokens.append(self._sampler(logits, uniforms[:, i].contiguous()))
+        try:
+            for i in range(width):
+                if i:
+                    new = [1 if whole else int(count > i) for count in counts]
+                    logits, hidden = self.engine.verify(
+                        own, tokens[-1].clamp(min=0)[:, None],
+                        None if min(new) else torch.tensor(new), hidden[:, None],
+                    )  # fmt: skip
+                    logits, hidden = logits[:, 0], hidden[:, 0]
+                if self._sampler.sampling.greedy:
+                    tokens.append(self._sampler(logits))
+                else:
+                    drawn.append(self._sampler.probabilities(logits))
+                    tokens.append(self._sampler(logits, uniforms[:, i].contiguous()))
+        finally:
+            for sequence, length in zip(own, before, strict=True):
+                self.engine.store.rollback(sequence, lengths[sequence] - length)
         found = torch.stack(tokens, 1)
         for past, count, row in zip(pasts, counts, found.tolist(), strict=True):
             require_tokens(row[:count])
             past.drafted = row[:count]
-            store.rollback(past.own, max(0, (width if whole else count) - 1))
         return Drafts(found.clamp(min=0), list(counts), torch.stack(drawn, 1) if drawn else None)
+
+    def _require_read(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
+        for sequence, count in zip(sequences, counts, strict=True):
+            past = self._pasts[sequence]
+            if count and not past.unread and past.last is None:
+                raise UserError(
+                    f"the head has no hidden states of sequence {sequence}; hand its `read` to the "
+                    "target's prefill"
+                )
+
+    def _settled(self, pasts: Sequence[_Past]) -> Output:
+        """Read what was settled since the last proposal; logits [B, V] of the first drafts, and
+        the head's hidden states [B, D] there.
+        """
+        store = self.engine.store
+        self._catch_up(pasts)
+        unread = [len(p.unread) for p in pasts]
+        if any(unread):
+            own, most = [p.own for p in pasts], max(unread)
+            longest = max(store.lengths[o] for o in own)
+            if self.engine.compiled is not None or self.engine.graphed is not None:
+                # All steps take one form.
+                most = self._most if longest + self._most <= self.max_context else most
+            # Who lacks less reads as much, and forgets it: a whole step can be replayed.
+            whole = min(unread) > 0 and longest + most <= self.max_context
+            rows = [[*p.unread, *[0] * (most - n)] for p, n in zip(pasts, unread, strict=True)]
+            states = [torch.cat(p.states) if p.states else p.hidden[:0] for p in pasts]
+            hidden = pad_sequence(states, batch_first=True)
+            found = self.engine.verify(
+                own, torch.tensor(rows, device=self.engine.device),
+                None if whole else torch.tensor(unread),
+                F.pad(hidden, (0, 0, 0, most - hidden.shape[1])),
+            )  # fmt: skip
+            for i, (past, count) in enumerate(zip(pasts, unread, strict=True)):
+                store.rollback(past.own, most - count if whole else 0)
+                if count:
+                    at = count - 1
+                    # They may be a replayed graph's, which the next step overwrites.
+                    past.last = Output(found.logits[i, at].clone(), found.hidden[i, at].clone())
+                    past.unread, past.states = [], []
+        known = next(p.last for p in pasts if p.last is not None)
+        # One that has ended and stays may never have been read.
+        last = [p.last or known for p in pasts]
+        return Output(torch.stack([o.logits for o in last]), torch.stack([o.hidden for o in last]))
 
     def _catch_up(self, pasts: Sequence[_Past]) -> None:
         """Read what rounds without drafts left unread, but for what one step takes."""
-        most = self.engine.store.lookback + 1
         for past in pasts:
-            late = len(past.unread) - most
+            late = len(past.unread) - self._most
             if late > 0:
                 hidden, tokens = torch.cat(past.states), torch.tensor([past.unread[:late]])
                 tokens = tokens.to(self.engine.device)
-                self.engine.extend([past.own], tokens, None, hidden[None, :late])
+                self.engine.extend_last([past.own], tokens, None, hidden[None, :late])
                 past.unread, past.states = past.unread[late:], [hidden[late:]]
 
     def settle(self, sequences: Sequence[int], kept: Sequence[int], tokens: Sequence[int]) -> None:
@@ -172,7 +210,7 @@ class HeadDrafter:
         past = self._pasts[sequence]
         own = self.engine.store.fork(past.own)
         self._pasts[child] = _Past(
-            own, list(past.prompt), past.hidden, list(past.unread), list(past.states)
+            own, list(past.prompt), past.hidden, list(past.unread), list(past.states), past.last
         )
 
     def release(self, sequence: int) -> None:

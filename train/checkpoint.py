@@ -26,7 +26,7 @@ from archs.heads import NAME, HeadModel
 from archs.layers import NORM_EPS
 from archs.registry import ModelSpec, names_in, source_digest
 from train.optim import Optimizer
-from train.recipe import UNHASHED, Recipe
+from train.recipe import LATER, UNHASHED, Recipe
 
 FORMAT = "decodebench-checkpoint-1"
 
@@ -181,10 +181,11 @@ def load_model(
     return model
 
 
-def load_head(path: Path, trunk: Model, *, arch: str | None = None) -> HeadModel:
+def load_head(path: Path, trunk: Model, spec: ModelSpec | None = None) -> HeadModel:
     """The head that was trained with a model from the same checkpoint, over it.
 
-    arch: as `load_model`'s. Raises UserError where there is none, and as `load_model`.
+    spec: the trunk's (None: the checkpoint's, where no architecture file is needed). Raises
+    UserError where there is none, and as `load_model`.
     """
     metadata, tensors = _read(path, f"model.{NAME}.")
     if not tensors:
@@ -193,7 +194,8 @@ def load_head(path: Path, trunk: Model, *, arch: str | None = None) -> HeadModel
             f"{metadata.identity.recipe.mtp_weight:g}; train one with mtp_weight = 0.3, say"
         )
     weight = trunk.embedding.weight
-    head = _spec(path, metadata, arch).head(weight.dtype).to_empty(device=weight.device)
+    spec = spec or _spec(path, metadata, None)
+    head = spec.head(weight.dtype).to_empty(device=weight.device)
     weights = {k.removeprefix(f"{NAME}."): v for k, v in _under("model.", tensors).items()}
     _require_fit(path, head, weights)
     _load_weights(head, weights)
@@ -272,13 +274,18 @@ def _require_same(path: Path, metadata: Metadata, identity: Identity) -> None:
     if not keys and metadata.config_hash == identity.config_hash:
         return
     differences = ", ".join(
-        f"{k} is {there.get(k)!r} there, {here.get(k)!r} here" for k in keys[:3]
+        f"{k} is {_told(there, k)!r} there, {_told(here, k)!r} here" for k in keys[:3]
     )
     raise UserError(
         f"{path} belongs to another run: {_name(metadata.identity)} ({metadata.config_hash}), this "
         f"one is {_name(identity)} ({identity.config_hash}): {differences}; start afresh or choose "
         "another run folder"
     )
+
+
+def _told(values: Mapping[str, Any], name: str) -> object:
+    """A value of `Identity.hashed`; 0 of a recipe's field that is left out there."""
+    return values.get(name, 0 if name.removeprefix("recipe.") in LATER else None)
 
 
 def _require_same_source(path: Path, trained: str, arch: str) -> None:

@@ -54,12 +54,19 @@ def _loss(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _second_token(model: Model, hidden: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The attached head's loss: it reads each next token, and predicts the one after it."""
+    """The attached head's loss: it reads each next token, and predicts the one after it.
+
+    As in the paper (equation 24) its sum is divided by the number of all targets, so that parts of
+    a batch that are weighted by theirs add up to the whole.
+    """
     head = HeadModel(model, attached_head(model))
     # The last position has no next token: one stands in, and nothing is predicted from it.
     following = torch.cat((inputs[:, 1:], inputs[:, -1:]), 1)
     after = torch.cat((targets[:, 1:], torch.full_like(targets[:, :1], IGNORED)), 1)
-    return _loss(head, head.hidden_states(following, hidden), after)
+    seen, all_seen = (int((t != IGNORED).sum()) for t in (after, targets))
+    if not seen:
+        return hidden.new_zeros(())
+    return _loss(head, head.hidden_states(following, hidden), after) * (seen / all_seen)
 
 
 def attached_head(model: Model) -> MultiTokenHead:

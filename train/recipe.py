@@ -18,6 +18,7 @@ OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["wsd", "cosine"]
 AutocastName = Literal["none", "bf16"]
 
+#: Fields that came later: left out where they are 0.
 LATER = frozenset({"mtp_weight", "early_exit_layers", "early_exit_weight"})
 #: Fields that say what to watch or try, not what a given run computes.
 UNHASHED = frozenset({"learning_rates", "log_every", "eval_every", "checkpoint_every"})

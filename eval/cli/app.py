@@ -162,10 +162,12 @@ def train(
     learning_rate: float = 4e-3,
     optimizer: str = "adamw",
     mtp_weight: Annotated[
-        float, typer.Option(help="Of a head's loss that drafts for the model; 0: no head.")
+        float, typer.Option(help="Weight of a drafting head's loss; 0: no head.")
     ] = 0.0,
-    early_exit_layers: Annotated[int, typer.Option(help="First layers that draft, too.")] = 0,
-    early_exit_weight: Annotated[float, typer.Option(help="Of their loss.")] = 0.0,
+    early_exit_layers: Annotated[
+        int, typer.Option(help="Also train the first N layers to predict.")
+    ] = 0,
+    early_exit_weight: Annotated[float, typer.Option(help="Weight of that loss.")] = 0.0,
     seed: int = 0,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.")] = None,
     device: Device = "auto",

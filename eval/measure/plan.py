@@ -15,6 +15,7 @@ from eval.measure.suite import CorpusPlan, QualityPlan, Suite, TrainPlan, withou
 from eval.measure.trained import Source
 from eval.results.point import Point
 from train.checkpoint import Identity, read_metadata
+from train.recipe import LATER
 
 
 def points(suite: Suite, device: str) -> Iterator[Point]:
@@ -141,7 +142,7 @@ def _of(
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     plain = {name: None if value is None else asdict(value) for name, value in options.items()}
-    return {name: value and without_later(value) for name, value in plain.items()}
+    return {name: value and without_later(value, LATER) for name, value in plain.items()}
 
 
 def weight(point: Point, trained_scales: list[str]) -> float:

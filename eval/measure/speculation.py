@@ -299,11 +299,16 @@ def _predicted(subject: _Subject, runs: _Runs, rates: Roofline, context: int) ->
         assert isinstance(runs.drafter, ModelDrafter | HeadDrafter)
         engine, model = runs.drafter.engine, subject.draft
 
+        settled = first_tokens(model, drafts)
+        if engine.compiled is None and engine.graphed is None:
+            # Steps of no fixed form read what was kept, and no more.
+            settled = min(settled, round(runs.speculated[-1].tokens_per_verification))
+
         def drafting_ms(tokens: int) -> float:
             cost = model.cost(Step(batch, tokens, after, drafts, subject.replay), all_logits=True)
             return step_ms(cost, rates, calls=_calls(engine, batch, tokens))
 
-        first_ms, draft_ms = drafting_ms(first_tokens(model, drafts)), drafting_ms(1)
+        first_ms, draft_ms = drafting_ms(settled), drafting_ms(1)
     return _Times(
         step_ms(subject.model.cost(plain), rates, calls=_calls(runs.target, batch, 1)),
         first_ms,

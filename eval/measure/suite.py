@@ -9,7 +9,7 @@ when it is read.
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -261,16 +261,16 @@ class Suite:
         """
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
         plan = {k: v for k, v in plan.items() if v or k != "speculate"}
-        for name in ("decode", "speculate"):
-            plan |= {name: [without_later(steps) for steps in plan[name]]} if name in plan else {}
-        plan["train"] = plan["train"] and without_later(plan["train"])
+        for name in {"decode", "speculate"} & plan.keys():
+            plan[name] = [without_later(steps, ("replay",)) for steps in plan[name]]
+        plan["train"] = plan["train"] and without_later(plan["train"], LATER)
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def without_later(plan: Mapping[str, Any]) -> dict[str, Any]:
+def without_later(plan: Mapping[str, Any], later: Collection[str]) -> dict[str, Any]:
     """A section without the fields that came later, where they are empty."""
-    return {name: value for name, value in plan.items() if value or name not in LATER | {"replay"}}
+    return {name: value for name, value in plan.items() if value or name not in later}
 
 
 def _of(names: set[str], overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

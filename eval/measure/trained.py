@@ -31,21 +31,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A trained model, the tokens it was trained on, how many of them, and its checkpoint.
-
-    arch: the architecture file that it was trained from.
-    """
+    """A trained model, the tokens it was trained on, how many of them, and its checkpoint."""
 
     spec: ModelSpec
     model: Model
     tokens: TokenSet
     seen: int
     checkpoint: Path
-    arch: str | None = None
 
     def head(self) -> HeadModel:
         """The head that was trained with the model. Raises UserError where there is none."""
-        return load_head(self.checkpoint, self.model, arch=self.arch)
+        return load_head(self.checkpoint, self.model, self.spec)
 
 
 def source_of(checkpoint: Path, arch: str | None = None) -> Source:
@@ -80,4 +76,4 @@ def trained(source: Source, corpus: CorpusPlan, site: Site, watch: Watch) -> Tra
         )
     recipe = identity.recipe
     seen = source.step * recipe.batch * recipe.seq_len
-    return Trained(spec, model, tokens, seen, checkpoint, source.arch)
+    return Trained(spec, model, tokens, seen, checkpoint)

@@ -14,6 +14,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure import speculation
 from eval.measure.decode_plans import SpeculatePlan
+from eval.measure.plan import points
 from eval.measure.suite import Suite, load_suite
 from eval.predict.roofline import resident_bytes
 from eval.predict.speculation import speculate
@@ -119,7 +120,14 @@ def test_a_suite_names_the_models_that_it_lacks(tmp_path: Path) -> None:
 def test_a_suite_without_it_keeps_its_hash(tmp_path: Path) -> None:
     suite = load_suite("tiny")
     assert suite.config_hash == "627e1457eed0"
-    assert replace(suite, speculate=(SpeculatePlan(),)).config_hash != suite.config_hash
+    speculating = replace(suite, speculate=(SpeculatePlan(),))
+    assert speculating.config_hash != suite.config_hash
+    # Folders that were measured before options were added go on.
+    digests: dict[str, str] = {}
+    for point in points(speculating, "cpu"):
+        digests.setdefault(point.stage, point.digest)
+    assert digests["train"] == "355b01e6223a" and digests["decode"] == "8df84c65ce8b"
+    assert digests["speculate"] == "a4fd77503f07"
 
 
 def test_the_command_measures_checkpoints(decodebench: Command, tmp_path: Path) -> None:
@@ -239,7 +247,7 @@ def test_free_drafts_that_are_always_right_multiply_the_speed_of_a_model_bound_b
     assert float(str(row["speedup_pred"])) == pytest.approx(9, rel=0.03)
 
 
-def test_a_head_costs_less_than_a_model_of_its_size_and_holds_no_second_embedding() -> None:
+def test_a_head_costs_less_than_a_small_model_and_holds_no_second_embedding() -> None:
     spec = ModelSpec(arch="gqa", scale=get_scale("8b"))
     trunk = spec.outline()
     head = HeadModel(trunk, spec.head())
