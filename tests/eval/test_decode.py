@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from archs.backbone import Model
+from archs.backbone import Model, Output
 from archs.backends import NoFormError
 from archs.gqa import Attention
 from archs.linear import LinearAttention
@@ -124,9 +124,9 @@ def test_the_gate_costs_no_more_at_a_longer_context(
     seen: list[int] = []
     honest = Model.extend_hidden
 
-    def count(self: Model, tokens: Tensor, states: Any) -> Tensor:
+    def count(self: Model, tokens: Tensor, states: Any, hidden: None) -> Tensor:
         seen.append(tokens.numel())
-        return honest(self, tokens, states)
+        return honest(self, tokens, states, hidden)
 
     monkeypatch.setattr(Model, "extend_hidden", count)
     totals = []
@@ -157,13 +157,14 @@ def test_the_company_that_is_timed_is_held_to_the_truth(
     model: Model, monkeypatch: pytest.MonkeyPatch, batches: tuple[int, ...], holds: bool
 ) -> None:
     """Three rows and more are laid out otherwise than one or two."""
-    honest = Model.extend_last
+    honest = Model.step
 
-    def extend_last(self: Model, tokens: Tensor, states: Any) -> Tensor:
-        logits: Tensor = honest(self, tokens, states)
-        return 1.5 * logits if len(tokens) > 2 else logits
+    def step(self: Model, tokens: Tensor, *given: Any, every_token: bool) -> Output:
+        found = honest(self, tokens, *given, every_token=every_token)
+        wrong = len(tokens) > 2 and not every_token
+        return found._replace(logits=1.5 * found.logits) if wrong else found
 
-    monkeypatch.setattr(Model, "extend_last", extend_last)
+    monkeypatch.setattr(Model, "step", step)
     assert agreement(model, batches=batches).holds is holds
 
 
@@ -289,8 +290,9 @@ def test_time_to_first_token_is_repeated(model: Model) -> None:
 
 
 def test_a_compiled_step_that_is_wrong_gets_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: CompiledStep, tokens: Tensor, step: Any) -> Tensor:
-        return self.model.extend_last(tokens, step.layers) + 1.0
+    def wrong(self: CompiledStep, tokens: Tensor, step: Any, *_: None, every_token: bool) -> Output:
+        found = self.model.step(tokens, step.layers, every_token=every_token)
+        return found._replace(logits=found.logits + 1.0)
 
     monkeypatch.setattr(CompiledStep, "__call__", wrong)
     rows = bench_archs(
@@ -306,11 +308,11 @@ def test_nothing_is_compiled_within_the_timing(monkeypatch: pytest.MonkeyPatch) 
     compiled_at = []
     honest = CompiledStep.__call__
 
-    def watch(self: CompiledStep, *arguments: Any) -> Tensor:
+    def watch(self: CompiledStep, *given: Any, every_token: bool) -> Output:
         before = counters["stats"]["unique_graphs"]
-        logits = honest(self, *arguments)
+        found = honest(self, *given, every_token=every_token)
         compiled_at.append(counters["stats"]["unique_graphs"] > before)
-        return logits
+        return found
 
     monkeypatch.setattr(CompiledStep, "__call__", watch)
     rows = bench_archs(
