@@ -17,8 +17,8 @@ from archs.errors import UserError
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer
 
-#: Under this name a trunk holds its head while both are trained, and a checkpoint its weights.
-NAME = "mtp"
+#: What a head is called as a draft, as a trunk's part while both are trained, and in a checkpoint.
+HEAD = "mtp"
 
 
 class MultiTokenHead(nn.Module):

@@ -4,7 +4,7 @@ A drafter knows the target's sequences by their numbers in its store. `begin` te
 `propose` asks for drafts, `settle` says how many of them were right and which token came next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -73,11 +73,9 @@ class Drafter(Protocol):
         ...
 
 
-class ModelDrafter:
-    """A smaller model of the same vocabulary drafts token by token.
+class EngineDrafter:
+    """What drafters share that run an engine: greedy or drawn, token by token.
 
-    Its state lacks the last two tokens of a sequence (the newest draft that was right, and what the
-    target made of it), so that every proposal begins with the same two, whatever was kept.
     Raises UserError where the engine cannot take drafts back.
     """
 
@@ -94,6 +92,41 @@ class ModelDrafter:
                 "back; open it with lookback=K for K drafts"
             )
         self._sampler = Sampler(sampling or Sampling(), engine.device, backend=engine.backend)
+
+    def _draw(
+        self, width: int, uniforms: Tensor, logits_of: Callable[[int, Tensor | None], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens int64 [B, width], -1 where there is none, and what they were drawn from, float64
+        [B, width, V]; None where they are greedy.
+
+        logits_of: [B, V] of the drafts at an index, from the last ones [B]; None before the first.
+        """
+        tokens: list[Tensor] = []
+        drawn: list[Tensor] = []
+        for i in range(width):
+            logits = logits_of(i, tokens[-1].clamp(min=0) if tokens else None)
+            if self._sampler.sampling.greedy:
+                tokens.append(self._sampler(logits))
+            else:
+                drawn.append(self._sampler.probabilities(logits))
+                tokens.append(self._sampler(logits, uniforms[:, i].contiguous()))
+        return torch.stack(tokens, 1), torch.stack(drawn, 1) if drawn else None
+
+    @property
+    def state_bytes(self) -> int:
+        """As `Drafter.state_bytes`."""
+        return self.engine.store.allocated_bytes
+
+
+class ModelDrafter(EngineDrafter):
+    """A smaller model of the same vocabulary drafts token by token.
+
+    Its state lacks the last two tokens of a sequence (the newest draft that was right, and what the
+    target made of it), so that every proposal begins with the same two, whatever was kept.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling | None = None) -> None:
+        super().__init__(engine, sampling)
         self._own: dict[int, int] = {}
         self._unread: dict[int, list[int]] = {}
         self._drafted: dict[int, list[int]] = {}
@@ -125,21 +158,14 @@ class ModelDrafter:
         ]
         # A whole step can be replayed: who needs fewer drafts gets as many, and forgets them.
         read = [width] * len(own) if max(ends) <= self.max_context else list(counts)
-        drawn: list[Tensor] = []
-        tokens: list[Tensor] = []
-        for i in range(width):
-            logits = self._logits(sequences, read, i, tokens[-1] if tokens else None)
-            if self._sampler.sampling.greedy:
-                tokens.append(self._sampler(logits))
-            else:
-                drawn.append(self._sampler.probabilities(logits))
-                tokens.append(self._sampler(logits, uniforms[:, i].contiguous()))
-        found = torch.stack(tokens, 1)
+        found, drawn = self._draw(
+            width, uniforms, lambda index, last: self._logits(sequences, read, index, last)
+        )
         rows = found.tolist()
         for sequence, count, fed, row in zip(sequences, counts, read, rows, strict=True):
             require_tokens(row[:count])
             self._drafted[sequence] = row[:fed]
-        return Drafts(found.clamp(min=0), list(counts), torch.stack(drawn, 1) if drawn else None)
+        return Drafts(found.clamp(min=0), list(counts), drawn)
 
     def _catch_up(self, sequences: Sequence[int]) -> None:
         """Read what rounds without drafts left unread, but for the last two tokens."""
@@ -164,7 +190,7 @@ class ModelDrafter:
             given = torch.tensor(rows, device=self.engine.device)
         else:
             new = [int(count > index) for count in counts]
-            given = last.clamp(min=0)[:, None]
+            given = last[:, None]
         width = given.shape[1]
         valid = None if min(new) == width else torch.tensor(new)
         if width == 1:
@@ -196,11 +222,6 @@ class ModelDrafter:
         self.engine.store.release(self._own.pop(sequence))
         del self._unread[sequence]
         self._drafted.pop(sequence, None)
-
-    @property
-    def state_bytes(self) -> int:
-        """As `Drafter.state_bytes`."""
-        return self.engine.store.allocated_bytes
 
 
 @dataclass(slots=True)

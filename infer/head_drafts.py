@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from archs.backbone import Output
 from archs.errors import UserError
 from archs.spec import RECURRENT_LIMIT
-from infer.drafts import Drafts
-from infer.engine import Engine, Reader
-from infer.sampling import Sampler, Sampling, require_tokens
+from infer.drafts import Drafts, EngineDrafter
+from infer.engine import Engine
+from infer.sampling import Sampling, require_tokens
 
 
 @dataclass(slots=True)
@@ -42,27 +42,14 @@ class _Past:
     drafted: list[int] = field(default_factory=list)
 
 
-class HeadDrafter:
-    """A head drafts, token by token after the first. engine: of a `HeadModel`.
-
-    Raises UserError where the engine cannot take drafts back.
-    """
+class HeadDrafter(EngineDrafter):
+    """A head drafts, token by token after the first. engine: of a `HeadModel`."""
 
     def __init__(self, engine: Engine, sampling: Sampling | None = None) -> None:
-        self.engine = engine
-        self.most_drafts = engine.store.reach(1)
-        self.max_context = engine.store.max_context
-        self.vocab_size: int | None = engine.model.vocab_size
-        self.stays = engine.compiled is not None
-        self.read: Reader | None = self._read
-        if self.most_drafts < 1:
-            raise UserError(
-                f"the head's engine has lookback={engine.store.lookback} and cannot take a draft "
-                "back; open it with lookback=K for K drafts"
-            )
+        super().__init__(engine, sampling)
+        self.read = self._read
         # Tokens of a step of which all but one can be taken back.
         self._most = min(engine.store.lookback or RECURRENT_LIMIT, RECURRENT_LIMIT - 1) + 1
-        self._sampler = Sampler(sampling or Sampling(), engine.device, backend=engine.backend)
         self._pasts: dict[int, _Past] = {}
 
     def begin(self, sequences: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
@@ -112,34 +99,28 @@ class HeadDrafter:
         """
         pasts, width = [self._pasts[s] for s in sequences], max(counts)
         self._require_read(sequences, counts)
-        logits, hidden = self._settled(pasts)
+        newest = self._settled(pasts)
         own, lengths = [p.own for p in pasts], self.engine.store.lengths
         before = [lengths[o] for o in own]
         whole = max(before) + width - 1 <= self.max_context
-        tokens: list[Tensor] = []
-        drawn: list[Tensor] = []
+
+        def logits_of(index: int, last: Tensor | None) -> Tensor:
+            nonlocal newest
+            if last is not None:
+                new = None if whole else torch.tensor([int(count > index) for count in counts])
+                found = self.engine.verify(own, last[:, None], new, newest.hidden[:, None])
+                newest = Output(found.logits[:, 0], found.hidden[:, 0])
+            return newest.logits
+
         try:
-            for i in range(width):
-                if i:
-                    new = [1 if whole else int(count > i) for count in counts]
-                    logits, hidden = self.engine.verify(
-                        own, tokens[-1].clamp(min=0)[:, None],
-                        None if min(new) else torch.tensor(new), hidden[:, None],
-                    )  # fmt: skip
-                    logits, hidden = logits[:, 0], hidden[:, 0]
-                if self._sampler.sampling.greedy:
-                    tokens.append(self._sampler(logits))
-                else:
-                    drawn.append(self._sampler.probabilities(logits))
-                    tokens.append(self._sampler(logits, uniforms[:, i].contiguous()))
+            found, drawn = self._draw(width, uniforms, logits_of)
         finally:
             for sequence, length in zip(own, before, strict=True):
                 self.engine.store.rollback(sequence, lengths[sequence] - length)
-        found = torch.stack(tokens, 1)
         for past, count, row in zip(pasts, counts, found.tolist(), strict=True):
             require_tokens(row[:count])
             past.drafted = row[:count]
-        return Drafts(found.clamp(min=0), list(counts), torch.stack(drawn, 1) if drawn else None)
+        return Drafts(found.clamp(min=0), list(counts), drawn)
 
     def _require_read(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         for sequence, count in zip(sequences, counts, strict=True):
@@ -216,8 +197,3 @@ class HeadDrafter:
     def release(self, sequence: int) -> None:
         """As `Drafter.release`."""
         self.engine.store.release(self._pasts.pop(sequence).own)
-
-    @property
-    def state_bytes(self) -> int:
-        """As `Drafter.state_bytes`."""
-        return self.engine.store.allocated_bytes

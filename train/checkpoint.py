@@ -22,7 +22,7 @@ from archs.backbone import Model
 from archs.checks import parse
 from archs.errors import UserError
 from archs.files import make_folder, write
-from archs.heads import NAME, HeadModel
+from archs.heads import HEAD, HeadModel
 from archs.layers import NORM_EPS
 from archs.registry import ModelSpec, names_in, source_digest
 from train.optim import Optimizer
@@ -174,7 +174,7 @@ def load_model(
     metadata, tensors = _read(path, "model.")
     spec = _spec(path, metadata, arch)
     weights = _under("model.", tensors)
-    weights = {k: v for k, v in weights.items() if not k.startswith(f"{NAME}.")}
+    weights = {k: v for k, v in weights.items() if not k.startswith(f"{HEAD}.")}
     _require_fit(path, spec.outline(dtype), weights)
     model = spec.build(device=device, dtype=dtype)
     _load_weights(model, weights)
@@ -187,7 +187,7 @@ def load_head(path: Path, trunk: Model, spec: ModelSpec | None = None) -> HeadMo
     spec: the trunk's (None: the checkpoint's, where no architecture file is needed). Raises
     UserError where there is none, and as `load_model`.
     """
-    metadata, tensors = _read(path, f"model.{NAME}.")
+    metadata, tensors = _read(path, f"model.{HEAD}.")
     if not tensors:
         raise UserError(
             f"{path} holds no head: it was trained with mtp_weight="
@@ -196,7 +196,7 @@ def load_head(path: Path, trunk: Model, spec: ModelSpec | None = None) -> HeadMo
     weight = trunk.embedding.weight
     spec = spec or _spec(path, metadata, None)
     head = spec.head(weight.dtype).to_empty(device=weight.device)
-    weights = {k.removeprefix(f"{NAME}."): v for k, v in _under("model.", tensors).items()}
+    weights = {k.removeprefix(f"{HEAD}."): v for k, v in _under("model.", tensors).items()}
     _require_fit(path, head, weights)
     _load_weights(head, weights)
     return HeadModel(trunk, head).eval()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model, initialise, require_exit
-from archs.heads import NAME, HeadModel, MultiTokenHead
+from archs.heads import HEAD, HeadModel, MultiTokenHead
 from archs.registry import ModelSpec
 from kernels.loss.cross_entropy import IGNORED, linear_cross_entropy
 from train.recipe import Recipe
@@ -71,7 +71,7 @@ def _second_token(model: Model, hidden: Tensor, inputs: Tensor, targets: Tensor)
 
 def attached_head(model: Model) -> MultiTokenHead:
     """The head that a model is trained with."""
-    head = model.get_submodule(NAME)
+    head = model.get_submodule(HEAD)
     assert isinstance(head, MultiTokenHead)
     return head
 
@@ -90,9 +90,9 @@ def attached(model: Model, spec: ModelSpec, recipe: Recipe) -> Iterator[None]:
     head = spec.head(model.embedding.weight.dtype).to_empty(device=model.embedding.weight.device)
     # A residual stream of its own, of one layer.
     initialise(head, recipe.seed, 1)
-    model.add_module(NAME, head)
+    model.add_module(HEAD, head)
     model.use(model.backend)
     try:
         yield
     finally:
-        delattr(model, NAME)
+        delattr(model, HEAD)

@@ -96,7 +96,8 @@ def measured(
     arch: str | None, device: torch.device, quiet: bool,
 ) -> list[dict[str, object]]:  # fmt: skip
     """A row per batch, K and context, by our measures' names. Raises UserError."""
-    from eval.measure.decode_plans import CONTEXT, HEAD, LAYERS, SpeculatePlan
+    from archs.heads import HEAD
+    from eval.measure.decode_plans import CONTEXT, LAYERS, SpeculatePlan
     from eval.measure.plan import corpus_of, speculate_points
     from eval.measure.progress import Progress
     from eval.measure.site import Site

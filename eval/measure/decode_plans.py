@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from archs.backends import AUTO, BACKENDS
 from archs.checks import at_least, some
 from archs.errors import UserError, unknown_name
-from archs.heads import NAME
+from archs.heads import HEAD
 from archs.sizes import get_scale
 from archs.spec import require_replay
 from infer.draft_length import require_drafts
@@ -15,8 +15,6 @@ from infer.sampling import Sampling
 CONTEXT = "context"
 #: Before a number: the draft that is the target's own first layers.
 LAYERS = "layers:"
-#: The draft that is a head trained with the target.
-HEAD = NAME
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,7 +34,7 @@ from eval.predict.speculation import first_tokens
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
 from infer.draft_length import Adaptive, expected_tokens
-from infer.drafts import Drafter, ModelDrafter, PromptLookup
+from infer.drafts import Drafter, EngineDrafter, ModelDrafter, PromptLookup
 from infer.engine import Engine, Generation
 from infer.head_drafts import HeadDrafter
 from infer.sampling import Sampling
@@ -94,8 +94,8 @@ class _Subject:
         """The draft of these sequences."""
         if self.draft is None:
             return PromptLookup(device=self.model.embedding.weight.device)
-        kind = HeadDrafter if isinstance(self.draft, HeadModel) else ModelDrafter
-        return kind(self.engine(self.draft, context, self.drafts), self.sampling)
+        drafting = HeadDrafter if isinstance(self.draft, HeadModel) else ModelDrafter
+        return drafting(self.engine(self.draft, context, self.drafts), self.sampling)
 
     def runs(self, prompts: Sequence[Sequence[int]], watch: Watch) -> "_Runs":
         """Both ways in turn; what they warm up with is not among the results."""
@@ -105,7 +105,7 @@ class _Subject:
         )  # fmt: skip
         drafter = self.drafter(context)
         require_fit(target, drafter, self.drafts, context + self.new_tokens - 1)
-        own = [drafter.engine] if isinstance(drafter, ModelDrafter | HeadDrafter) else []
+        own = [drafter.engine] if isinstance(drafter, EngineDrafter) else []
         engines = [plain, target, *own]
         graphs = [e.graphed for e in engines if e.graphed is not None]
 
@@ -296,19 +296,17 @@ def _predicted(subject: _Subject, runs: _Runs, rates: Roofline, context: int) ->
     verified = Step(batch, drafts + 1, after, drafts, subject.replay)
     first_ms = draft_ms = 0.0
     if subject.draft is not None:
-        assert isinstance(runs.drafter, ModelDrafter | HeadDrafter)
+        assert isinstance(runs.drafter, EngineDrafter)
         engine, model = runs.drafter.engine, subject.draft
-
-        settled = first_tokens(model, drafts)
-        if engine.compiled is None and engine.graphed is None:
-            # Steps of no fixed form read what was kept, and no more.
-            settled = min(settled, round(runs.speculated[-1].tokens_per_verification))
+        # Steps of one form read as many whatever was kept.
+        formed = engine.compiled is not None or engine.graphed is not None
+        made = drafts + 1 if formed else round(runs.speculated[-1].tokens_per_verification)
 
         def drafting_ms(tokens: int) -> float:
             cost = model.cost(Step(batch, tokens, after, drafts, subject.replay), all_logits=True)
             return step_ms(cost, rates, calls=_calls(engine, batch, tokens))
 
-        first_ms, draft_ms = drafting_ms(settled), drafting_ms(1)
+        first_ms, draft_ms = drafting_ms(first_tokens(model, made)), drafting_ms(1)
     return _Times(
         step_ms(subject.model.cost(plain), rates, calls=_calls(runs.target, batch, 1)),
         first_ms,

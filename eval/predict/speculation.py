@@ -13,8 +13,7 @@ from archs.backbone import Model
 from archs.checks import require_some
 from archs.cost import Step
 from archs.errors import UserError
-from archs.heads import NAME as HEAD
-from archs.heads import HeadModel
+from archs.heads import HEAD, HeadModel
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import require_replay
@@ -76,7 +75,7 @@ def speculate(
                             helper.cost(Step(batch, tokens, context, k, replay), all_logits=True),
                             rates,
                         )
-                        for tokens in (first_tokens(helper, k), 1)
+                        for tokens in (first_tokens(helper, k + 1), 1)
                     )
                     spent += first + (k - 1) * further
                 speedups[k] = expected_tokens(acceptance, k) * plain_ms / spent
@@ -108,11 +107,11 @@ def speculate(
     return rows
 
 
-def first_tokens(draft: Model, drafts: int) -> int:
-    """Tokens that the first step of a proposal reads: the two newest, or what a verification of
-    K drafts may have settled, which a head reads all.
+def first_tokens(draft: Model, settled: int) -> int:
+    """Tokens that the first step of a proposal reads: the two newest, or what the last round
+    settled, which a head reads all.
     """
-    return drafts + 1 if isinstance(draft, HeadModel) else 2
+    return settled if isinstance(draft, HeadModel) else 2
 
 
 def _name(draft: str | None, scale: str) -> str:

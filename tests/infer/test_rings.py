@@ -10,8 +10,8 @@ from infer.engine import Engine
 from infer.rings import RingTable
 from infer.slots import ZERO, State
 from infer.speculate import generate
+from tests.infer.speculating import DRAFTERS, double, engine_of, random_prompts
 from tests.infer.test_machine import CONTEXT, KINDS, VOCAB, Failed, model_of
-from tests.infer.test_speculate import DRAFTERS, double, engine_of, random_prompts
 
 REPLAYED = ["retention", "delta rule", "state and rows", "state and window"]
 

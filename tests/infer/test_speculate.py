@@ -1,94 +1,39 @@
 """Speculation gives the target's tokens (greedy) and its distribution (drawn), whatever drafts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from archs.backbone import Model, first_layers
+from archs.backbone import Model
 from archs.errors import UserError
-from archs.heads import HeadModel, MultiTokenHead
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from archs.spec import RECURRENT_LIMIT
 from infer import speculate
 from infer.draft_length import Adaptive, DraftLength, Fixed, expected_tokens
-from infer.drafts import Drafter, Drafts, ModelDrafter, PromptLookup
-from infer.engine import Engine
+from infer.drafts import Drafter, ModelDrafter, PromptLookup
 from infer.head_drafts import HeadDrafter
 from infer.pages import StoreFullError
 from infer.sampling import NoTokenError, Sampler, Sampling
 from infer.speculate import Speculation, Stream, generate
+from tests.infer.speculating import (
+    CPU,
+    DRAFTERS,
+    MOST,
+    Cycling,
+    double,
+    engine_of,
+    headed,
+    lively,
+    near,
+    random_prompts,
+)  # fmt: skip
 from tests.infer.test_acceptance import VOCAB, chance
 from tests.infer.test_machine import KINDS, SCALE, model_of
-
-MOST = 8
-CPU = torch.device("cpu")
-
-
-def engine_of(model: Model, *, sequences: int = 3, context: int = 96, **more: int) -> Engine:
-    return Engine(model, max_sequences=sequences, max_context=context, **{"lookback": MOST, **more})
-
-
-def lively(model: Model) -> Model:
-    """The same in float64 with larger matrices: as built, greedy choice soon repeats one token."""
-    model = deepcopy(model).double()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1 and not ("embedding" in name or "conv" in name):
-                weight *= 2
-    return model
-
-
-def near(model: Model, noise: float = 0.1) -> Model:
-    """A draft that is right often, not always: the same model with noise on its matrices."""
-    draft = deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in draft.parameters():
-            if weight.dim() > 1:
-                scale = noise * weight.std()
-                weight += scale * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-    return draft
-
-
-@cache
-def headed(model: Model) -> HeadModel:
-    """A head of the model's last layer, with the embedding let through beside the hidden state: it
-    is right now and then, untrained as it is.
-    """
-    width = model.embedding.weight.shape[1]
-    block = deepcopy(model.layers[0])
-    head = MultiTokenHead(width, block.mixer, 0, 1e-5).to(model.embedding.weight.dtype)
-    head.block = block
-    with torch.no_grad():
-        eye = torch.eye(width)
-        head.join.weight.copy_(torch.cat((0.3 * eye, eye), 1))
-    return HeadModel(model, head)
-
-
-def random_prompts(count: int, vocab: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(vocab, (1 + 5 * i,), generator=generator).tolist() for i in range(count)]
-
-
-@cache
-def double(kind: str) -> Model:
-    return lively(model_of(kind))
-
-
-DRAFTERS: dict[str, Callable[[Model, int], Drafter]] = {
-    "a model": lambda model, n: ModelDrafter(engine_of(near(model), sequences=n)),
-    "its first layer": lambda model, n: ModelDrafter(
-        engine_of(first_layers(model, 1), sequences=n)
-    ),
-    "the context": lambda model, n: PromptLookup(device=CPU),
-    "its head": lambda model, n: HeadDrafter(engine_of(headed(model), sequences=n)),
-}
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -101,20 +46,6 @@ def test_greedy_gives_the_targets_tokens(kind: str, drafter: str) -> None:
     assert sum(sum(r.kept) for r in found.rounds) > 0 or drafter == "its first layer"
     # With a window of one row the next token depends on the last alone, and is soon known.
     assert found.acceptance < 1 or kind == "window 1"
-
-
-class Cycling:
-    """Each length in turn, so that sequences of a batch draft unlike numbers."""
-
-    def __init__(self, first: int) -> None:
-        self.length = first
-
-    def next(self) -> int:
-        self.length = self.length % (MOST + 1) + 1
-        return self.length - 1
-
-    def saw(self, drafted: int, kept: int) -> None:
-        pass
 
 
 @pytest.mark.parametrize("kind", ["state and window", "state and rows", "shared rows"])
@@ -247,118 +178,6 @@ def test_forks_speculate_apart() -> None:
             for tokens, more in zip(made, new, strict=True):
                 tokens += more
         assert made == [plain, plain]
-
-
-@torch.inference_mode()
-def drafted_by(head: HeadModel, model: Model, told: list[int], count: int) -> list[int]:
-    """What a head drafts after these tokens, all computed anew."""
-    hidden = model.hidden_states(torch.tensor([told[:-1]]))
-    tokens, found = told[1:], list[int]()
-    for _ in range(count):
-        states = head.hidden_states(torch.tensor([tokens]), hidden)
-        found.append(int(head.logits(states[:, -1]).argmax()))
-        tokens, hidden = [*tokens, found[-1]], torch.cat((hidden, states[:, -1:]), 1)
-    return found
-
-
-@pytest.mark.parametrize("context", [96, 60])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_head_drafts_what_recomputing_gives(
-    kind: str, context: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever was kept, in rounds without drafts and up to the last token that fits."""
-    model, prompts = double(kind), random_prompts(3, 31)
-    head = headed(model)
-    drafter = HeadDrafter(engine_of(head, context=context, lookback=5))
-    told: dict[int, list[int]] = {}
-    settle, propose, asked = drafter.settle, drafter.propose, []
-
-    def settled(sequences: Sequence[int], kept: Sequence[int], tokens: Sequence[int]) -> None:
-        for sequence, right, token in zip(sequences, kept, tokens, strict=True):
-            known = told.setdefault(sequence, list(prompts[sequence]))
-            known += [*drafter._pasts[sequence].drafted[:right], token]
-        settle(sequences, kept, tokens)
-
-    def proposed(sequences: Sequence[int], counts: Sequence[int], uniforms: Tensor) -> Drafts:
-        drafts = propose(sequences, counts, uniforms)
-        for sequence, count, row in zip(sequences, counts, drafts.tokens.tolist(), strict=True):
-            assert row[:count] == drafted_by(head, model, told[sequence], count)
-            asked.append(count)
-        return drafts
-
-    monkeypatch.setattr(drafter, "settle", settled)
-    monkeypatch.setattr(drafter, "propose", proposed)
-    firsts = iter((0, 3, 7))
-    target = engine_of(model)
-    target.prefill_chunk = 4
-    found = generate(target, drafter, prompts, 48, drafts=5, length=lambda: Cycling(next(firsts)))
-    assert found.tokens == engine_of(model).generate(prompts, 48).tokens
-    assert set(asked) == set(range(6))
-
-
-def test_a_round_that_failed_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the drafter's second step, after that which reads what was settled, and in the target."""
-    model, (prompt,) = double("state and window"), random_prompts(2, 31)[1:]
-    plain = engine_of(model).generate([prompt], 30).tokens[0]
-    target, drafter = engine_of(model), HeadDrafter(engine_of(headed(model)))
-    sampler, clock = Sampler(Sampling(), CPU), speculate.StepClock(CPU)
-    sequence = target.store.add()
-    drafter.begin([sequence], [prompt])
-    first = int(sampler(target.prefill([sequence], [prompt], read=drafter.read)))
-    drafter.settle([sequence], [0], [first])
-    stream, made = Stream(sequence, first, 29, Fixed(3), None), [first]
-
-    def fails_at(engine: Engine, call: int) -> None:
-        whole, calls = engine.verify, list[int]()
-
-        def failing(*given: Any, **more: Any) -> Any:
-            calls.append(1)
-            if len(calls) == call:
-                raise StoreFullError("no page")
-            return whole(*given, **more)
-
-        with monkeypatch.context() as patch, pytest.raises(StoreFullError):
-            patch.setattr(engine, "verify", failing)
-            speculate.advance(target, drafter, [stream], sampler, drafts=3, clock=clock)
-
-    while stream.room:
-        fails_at(target, 1)
-        if stream.room > 3:
-            # What was settled has been read by now.
-            fails_at(drafter.engine, 1)
-        _, (new,) = speculate.advance(target, drafter, [stream], sampler, drafts=3, clock=clock)
-        made += new
-        if stream.room > 3:
-            fails_at(drafter.engine, 2)
-    assert made == plain
-
-
-def test_a_prefill_that_is_not_read_is_told() -> None:
-    model = double("rows")
-    target, drafter = engine_of(model), HeadDrafter(engine_of(headed(model)))
-    sequence = target.store.add()
-    drafter.begin([sequence], [[1, 2]])
-    target.prefill([sequence], [[1, 2]])
-    drafter.settle([sequence], [0], [3])
-    with pytest.raises(UserError, match="no hidden states of sequence 0; hand its `read` to"):
-        drafter.propose([sequence], [2], torch.zeros(1, 2))
-
-
-def test_a_head_needs_hidden_states_of_its_own_trunk() -> None:
-    model = double("rows")
-    engine = engine_of(headed(model), sequences=1)
-    sequence, tokens = engine.store.add(), torch.tensor([[1, 2]])
-    with pytest.raises(UserError, match=r"inputs got hidden states of shape none"):
-        engine.verify([sequence], tokens)
-    with pytest.raises(
-        UserError, match=r"of \[1, 2, 64\] inputs got hidden states of shape \[1, 2, 9"
-    ):
-        engine.verify([sequence], tokens, hidden=torch.zeros(1, 2, 9))
-    with pytest.raises(UserError, match="hidden states are read by heads alone"):
-        plain = engine_of(model)
-        plain.extend([plain.store.add()], tokens, None, torch.zeros(1, 2, 64))
-    with pytest.raises(UserError, match="the head's engine has lookback=0"):
-        HeadDrafter(engine_of(headed(double("delta rule")), lookback=0))
 
 
 # -- drawn tokens ----------------------------------------------------------------------------------
