@@ -5,7 +5,7 @@ token's time is taken, so percentiles are over steps. On a GPU tokens stay there
 looks at each one (`stop`, `on_token`), the host does not wait between decode steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from archs.errors import UserError
 from infer.clock import StepClock
 from infer.compiled import CompiledStep
 from infer.graphs import GraphedStep
+from infer.pages import TableKey
 from infer.plan import StepPlan
 from infer.sampling import Sampler, Sampling, fed, require_tokens
 from infer.store import StateStore
@@ -66,6 +67,7 @@ class Engine:
       share no rows, backend torch only).
     graphs: replay the decode step as a CUDA graph (None: on CUDA, but for backend torch).
     prefill_chunk: longest piece of a prompt processed at once (None: the whole prompt).
+    pages: as `StateStore`'s.
     Raises UserError on options that exclude each other and on pages that kernels cannot read.
     """
 
@@ -79,6 +81,7 @@ class Engine:
         lookback: int = 0,
         replay: int = 0,
         prefill_chunk: int | None = 2048,
+        pages: int | Mapping[TableKey, int] | None = None,
         backend: str | None = None,
         compiled: bool = False,
         graphs: bool | None = None,
@@ -117,6 +120,7 @@ class Engine:
             page_size=page_size,
             lookback=lookback,
             replay=replay,
+            pages=pages,
             device=self.device,
             kernels=not plain,
         )

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, and nothing drawn."""
         return self.temperature == 0
+
+    @property
+    def unseeded(self) -> "Sampling":
+        """The same distribution, whatever numbers it is drawn by."""
+        return replace(self, seed=0)
 
 
 class NoTokenError(ArithmeticError):
@@ -85,11 +90,16 @@ class Sampler:
         streams = []
         for prompt in prompts:
             key = tuple(prompt)
-            text = repr((self.sampling.seed, copies[key], key))
+            streams.append(stream(self.sampling.seed, prompt, copies[key]))
             copies[key] += 1
-            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-            streams.append(torch.Generator().manual_seed(seed))
         return streams
+
+
+def stream(seed: int, prompt: Sequence[int], copy: int = 0) -> torch.Generator:
+    """The random numbers of a sequence; copy: how many equal ones precede it."""
+    text = repr((seed, copy, tuple(prompt)))
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def fed(tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ it fails, `abort` undoes it, and a sequence whose state was overwritten by then 
 later use of it says.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
 
@@ -34,7 +34,8 @@ class StateStore:
     """State of up to `max_sequences` sequences of up to `max_context` tokens.
 
     specs:    one StateSpec per layer.
-    pages:    pages per table; default: enough for all sequences at full length.
+    pages:    pages of every table, or of some by their keys; default: enough for all sequences at
+              full length.
     lookback: tokens that `rollback` can take back from windowed and fixed state.
     replay:   inputs in a ring from which values that declare them are computed anew; 0: every value
               in reach is kept as a copy. Other values are kept as copies in any case.
@@ -52,7 +53,7 @@ class StateStore:
         page_size: int = 64,
         lookback: int = 0,
         replay: int = 0,
-        pages: int | None = None,
+        pages: int | Mapping[TableKey, int] | None = None,
         device: torch.device | str = "cpu",
         kernels: bool = False,
     ) -> None:
@@ -79,8 +80,12 @@ class StateStore:
         self._step: StepPlan | None = None
         wanted = self.declared_bytes(max_context) * max_sequences
         row_bytes = sum(t.nbytes for s in self.specs for t in s.owned)
-        if pages is not None:
-            wanted = min(wanted, pages * page_size * row_bytes)
+        owned = [t for s in self.specs for t in s.owned]
+        limits = dict.fromkeys(map(key_of, owned), pages) if isinstance(pages, int) else pages or {}
+        for tensor in owned:
+            full = tensor.held_pages(max_context, page_size, lookback) * max_sequences
+            unneeded = max(0, full - limits.get(key_of(tensor), full))
+            wanted -= unneeded * page_size * tensor.nbytes
         # Beside them a page for padding, and the slots of zeros and of padding.
         slot_bytes = sum(t.held_bytes(1, 0, replay) for s in self.specs for t in s.fixed)
         wanted += page_size * row_bytes + 2 * slot_bytes
@@ -88,12 +93,12 @@ class StateStore:
             wanted, self.device, f"the state of {max_sequences} sequences of {max_context} tokens"
         )
         self.tables: dict[TableKey, PageTable] = {}
-        for tensor in (t for spec in self.specs for t in spec.owned):
+        for tensor in owned:
             key = key_of(tensor)
             if key not in self.tables:
                 self.tables[key] = PageTable(
                     key, sequences=max_sequences, max_rows=max(1, tensor.rows(max_context)),
-                    page_size=page_size, lookback=tensor.kept_back(lookback), pages=pages,
+                    page_size=page_size, lookback=tensor.kept_back(lookback), pages=limits.get(key),
                 )  # fmt: skip
         self.slots: SlotTable | None = None
         self.rings: RingTable | None = None

@@ -26,6 +26,7 @@ from eval.cli.options import resolve_device
 from eval.measure.processes import default_workers
 from eval.measure.progress import Progress
 from eval.measure.run import run_suite
+from eval.measure.simulated import simulate as simulate_servers
 from eval.measure.suite import load_suite
 from eval.predict import roofline
 from eval.predict.crossover import either
@@ -38,7 +39,7 @@ from eval.results.schema import load_long
 
 __all__ = [
     "bench", "claims", "compare", "crossover", "fit", "isoquality", "leaderboard", "load_results",
-    "predict", "predict_ops", "speculate",
+    "predict", "predict_ops", "simulate", "speculate",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -109,6 +110,7 @@ fit = _table("fit", largest_batches)
 crossover = _table("crossover", either)
 isoquality = _table("isoquality", iso_quality_cost)
 speculate = _table("speculate", predict_speculation)
+simulate = _table("simulate", simulate_servers)
 
 
 def claims(results: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from archs.backends import BACKENDS
 from archs.errors import UserError
 from eval.cli import kernels as cli_kernels
 from eval.cli import read as cli_read
+from eval.cli import serve as cli_serve
 from eval.cli import speculate as cli_speculate
 from eval.cli.console import err, out
 from eval.cli.options import FAILED, leave, parse_duration_s, resolve_device
@@ -248,8 +249,8 @@ def quality(
 
 for command in (
     cli_read.archs, cli_read.predict, cli_read.crossover,
-    cli_read.isoquality, cli_speculate.speculate, cli_read.report, cli_read.leaderboard,
-    cli_read.claims, cli_kernels.kernels, cli_read.doctor,
+    cli_read.isoquality, cli_speculate.speculate, cli_serve.serve, cli_read.report,
+    cli_read.leaderboard, cli_read.claims, cli_kernels.kernels, cli_read.doctor,
 ):  # fmt: skip
     app.command()(command)
 

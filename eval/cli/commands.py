@@ -16,11 +16,12 @@ from archs.files import make_folder
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure.decode_plans import DecodePlan
-from eval.measure.plan import decode_point, quality_point, train_point
+from eval.measure.plan import decode_point, quality_point, serve_point, train_point
 from eval.measure.progress import Progress, Watch
+from eval.measure.serve_plan import ServePlan
 from eval.measure.site import Site
 from eval.measure.stages import measure
-from eval.measure.steps import by_context
+from eval.measure.steps import by_context, by_options
 from eval.measure.suite import CorpusPlan, QualityPlan, TrainPlan
 from eval.results.paired import DOCUMENTS
 from eval.results.rows import Status
@@ -112,6 +113,32 @@ def bench_archs(
                 rows += by_context(point, measure(point, site, watch))
                 if point is wanted[-1] and all(row["status"] == Status.OOM for row in rows):
                     raise UserError(str(rows[0]["note"]))
+    return rows
+
+
+def serve_archs(
+    archs: Sequence[str], plan: ServePlan, *, device: torch.device,
+    progress: Progress | None = None,
+) -> list[dict[str, object]]:  # fmt: skip
+    """A workload served by each architecture with random weights: a row for each policy and rate.
+
+    progress: where to tell which architecture is at work; None: nowhere. Raises UserError on a
+    backend that this device cannot run, and where nothing fits in memory.
+    """
+    resolve_backend(plan.backend, device)
+    require_some("archs", archs)
+    wanted = [
+        serve_point(ModelSpec(arch=arch, scale=get_scale(plan.scale)), plan, device.type)
+        for arch in archs
+    ]
+    site, progress = Site(None, device), progress or Progress(Console(), quiet=True)
+    rows: list[dict[str, object]] = []
+    with progress.over(len(wanted), len(wanted), len(wanted)):
+        for point in wanted:
+            with progress.cell(f"serve {point.label}", 1.0) as watch:
+                rows += by_options(point, measure(point, site, watch))
+    if all(row["status"] == Status.OOM for row in rows):
+        raise UserError(str(rows[0]["note"]))
     return rows
 
 

@@ -11,6 +11,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure.cost import CONTEXTS
 from eval.measure.decode_plans import DecodePlan, SpeculatePlan
+from eval.measure.serve_plan import ServePlan, batch_sizes
 from eval.measure.suite import CorpusPlan, QualityPlan, Suite, TrainPlan, without_later
 from eval.measure.trained import Source
 from eval.results.point import Point
@@ -24,8 +25,9 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
     They go stage by stage, so that a short time budget leaves every architecture with the same
     columns.
     """
-    rows = sorted({b for plan in suite.decode for b in plan.batches})
-    yield Point(stage="hardware", device=device, options={"rows": rows})
+    rows = {b for plan in suite.decode for b in plan.batches}
+    rows |= {b for plan in suite.serve for b in batch_sizes(plan.max_sequences)}
+    yield Point(stage="hardware", device=device, options={"rows": sorted(rows)})
     for arch, scale in product(suite.archs, suite.scales):
         yield _of(
             suite.model(arch, get_scale(scale)), "cost", device, scale, {"contexts": [*CONTEXTS]}
@@ -44,6 +46,8 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
             no_cache = decode.no_cache if batch == min(decode.batches) else 0
             spec = suite.model(arch, get_scale(decode.scale))
             yield decode_point(spec, replace(decode, no_cache=no_cache), batch, device)
+    for serve, arch in product(suite.serve, suite.archs):
+        yield serve_point(suite.model(arch, get_scale(serve.scale)), serve, device)
 
 
 def _trained(suite: Suite, arch: str, scale: str, seed: int, device: str) -> Point:
@@ -131,6 +135,12 @@ def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> 
     return _of(spec, "decode", device, plan.scale, options, batch=batch)
 
 
+def serve_point(spec: ModelSpec, plan: ServePlan, device: str) -> Point:
+    """Serving of one model by all of the plan's policies."""
+    options = {"plan": asdict(plan), "workload": asdict(plan.load)}
+    return _of(spec, "serve", device, plan.scale, options, batch=plan.max_sequences)
+
+
 def _of(
     spec: ModelSpec, stage: str, device: str, scale: str, options: dict[str, Any], **more: int
 ) -> Point:
@@ -164,5 +174,7 @@ def weight(point: Point, trained_scales: list[str]) -> float:
             return 0.02 * options["steps"]
         case "speculate":
             return 0.1 * options["plan"]["new_tokens"] * len(options["plan"]["contexts"])
+        case "serve":
+            return 0.3 * options["workload"]["requests"] * len(options["plan"]["batching"])
         case _:
             return 0.5 if point.scale in trained_scales else 5.0

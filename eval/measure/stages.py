@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from archs.errors import UserError
 from archs.files import REFUSALS, refused
-from eval.measure import cost, hardware, score, serve, speculation, task, text
+from eval.measure import cost, hardware, latency, score, serving, speculation, task, text
 from eval.measure.decode import out_of_memory
 from eval.measure.progress import Silent, Watch
 from eval.measure.site import Failure, Site
@@ -25,8 +25,9 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "train": text.measure,
     "quality": score.measure,
     "task": task.measure,
-    "decode": serve.measure,
+    "decode": latency.measure,
     "speculate": speculation.measure,
+    "serve": serving.measure,
 }
 
 

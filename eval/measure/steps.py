@@ -1,4 +1,4 @@
-"""A decode point's rows as a table with one row per context."""
+"""A point's rows as a table: of decode one row per context, of a server one per run."""
 
 from eval.predict.neighbours import word
 from eval.results.point import Point
@@ -42,3 +42,21 @@ def by_context(point: Point, found: Found) -> list[dict[str, object]]:
             notes = (str(step.get("counters_note", "")), row.note)
             step["counters_note"] = "; ".join(dict.fromkeys(filter(None, notes)))
     return [table[context] for context in sorted(table)]
+
+
+def by_options(point: Point, found: Found) -> list[dict[str, object]]:
+    """One row per run of a server, columns by our measures' names; one row for a failure."""
+    label: dict[str, object] = {
+        "arch": point.arch, "scale": point.scale, "kernel_backend": found.about.kernel_backend,
+    }  # fmt: skip
+    failure = found.failure
+    if failure is not None:
+        return [{**label, "status": failure.status.value, "note": failure.note}]
+    busy = word({row.measure: row.value for row in found.rows}.get("other_load"))
+    table: dict[str, dict[str, object]] = {}
+    for row in found.rows:
+        if row.options is not None:
+            start = {**label, "options": row.options, "status": row.status.value, "note": busy}
+            table.setdefault(row.options, start)[row.measure] = row.value
+    whole = {row.measure: row.value for row in found.rows if row.options is None}
+    return [{**run, **whole} for run in table.values()]

@@ -22,6 +22,7 @@ from archs.files import read_text
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
 from eval.measure.decode_plans import DecodePlan, SpeculatePlan, require_backend
+from eval.measure.serve_plan import ServePlan
 from eval.tasks import Task, task_named
 from train.corpus import check_spec
 from train.recipe import LATER, Recipe
@@ -143,12 +144,15 @@ class Suite:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     decode: tuple[DecodePlan, ...] = ()
     speculate: tuple[SpeculatePlan, ...] = ()
+    serve: tuple[ServePlan, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         some(self, "archs")
-        if not (self.train or self.tasks or self.decode):
-            raise UserError(f"suite {self.name} measures nothing; add train, tasks or decode")
+        if not (self.train or self.tasks or self.decode or self.serve):
+            raise UserError(
+                f"suite {self.name} measures nothing; add train, tasks, decode or serve"
+            )
         of_tasks = [name for task in self.asked for name in task.overrides]
         for name in (*self.overrides, *of_tasks):
             entry_of(name)
@@ -241,7 +245,7 @@ class Suite:
     @property
     def scales(self) -> list[str]:
         """Every scale that the suite names, in order."""
-        named = [d.scale for d in self.decode]
+        named = [d.scale for d in self.decode] + [s.scale for s in self.serve]
         return list(dict.fromkeys([*self.trained_scales, *named]))
 
     @property
@@ -260,7 +264,7 @@ class Suite:
         What came later is left out where it is empty, so that hashes of before hold.
         """
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
-        plan = {k: v for k, v in plan.items() if v or k != "speculate"}
+        plan = {k: v for k, v in plan.items() if v or k not in ("speculate", "serve")}
         for name in {"decode", "speculate"} & plan.keys():
             plan[name] = [without_later(steps, ("replay",)) for steps in plan[name]]
         plan["train"] = plan["train"] and without_later(plan["train"], LATER)

@@ -39,14 +39,54 @@ MEASURES: dict[str, Measure] = {
     # serving
     "ttft_ms": Measure("ms", "lower", "median: request in to first token out (prefill, sample)"),
     "tpot_ms": Measure("ms", "lower", "mean time per output token after the first"),
-    "tpot_p50_ms": Measure("ms", "lower", "median over decode steps"),
-    "tpot_p90_ms": Measure("ms", "lower", "90th percentile over decode steps"),
-    "tpot_p99_ms": Measure("ms", "lower", "99th percentile over decode steps"),
+    "tpot_p50_ms": Measure("ms", "lower", "median over decode steps; of a server over requests"),
+    "tpot_p90_ms": Measure("ms", "lower", "90th percentile of the same"),
+    "tpot_p99_ms": Measure("ms", "lower", "99th percentile of the same"),
     "itl_ms": Measure("ms", "lower", "gap between two streamed chunks"),
     "output_tok_per_s": Measure(
-        "token/s", "higher", "over all sequences of the batch, from tpot_ms"
+        "token/s",
+        "higher",
+        "of a batch, from tpot_ms; of a server, from first arrival to last token",
     ),
-    "output_tok_per_s_per_user": Measure("token/s", "higher", "per sequence, 1000 / tpot_ms"),
+    "output_tok_per_s_per_user": Measure("token/s", "higher", "per sequence, 1000 / tpot_ms; mean"),
+    "ttft_p50_ms": Measure("ms", "lower", "arrival to first token, queueing included: median"),
+    "ttft_p90_ms": Measure("ms", "lower", "90th percentile over requests"),
+    "ttft_p99_ms": Measure("ms", "lower", "99th percentile over requests"),
+    "itl_p50_ms": Measure("ms", "lower", "gap between two tokens of an answer: median over tokens"),
+    "itl_p90_ms": Measure("ms", "lower", "90th percentile over tokens"),
+    "itl_p99_ms": Measure("ms", "lower", "99th percentile over tokens"),
+    "e2e_p50_ms": Measure("ms", "lower", "arrival to last token: median over requests"),
+    "e2e_p90_ms": Measure("ms", "lower", "90th percentile over requests"),
+    "e2e_p99_ms": Measure("ms", "lower", "99th percentile over requests"),
+    "queue_p50_ms": Measure("ms", "lower", "arrival to admission: median over requests"),
+    "queue_p90_ms": Measure("ms", "lower", "90th percentile over requests"),
+    "queue_p99_ms": Measure("ms", "lower", "99th percentile over requests"),
+    "request_per_s": Measure("request/s", "higher", "answered, from first arrival to last token"),
+    "goodput_req_per_s": Measure(
+        "request/s", "higher", "answered within the limits of ttft and tpot"
+    ),
+    "served_requests": Measure("request", "higher", "answered in full"),
+    "refused_requests": Measure("request", "lower", "could never fit in the memory"),
+    "running_sequences": Measure("", "higher", "in a step, on average over time"),
+    "held_tokens": Measure("token", "higher", "in the state of all running sequences, on average"),
+    "page_waste": Measure(
+        "", "lower", "share of the rows set aside that hold no token, over time", share=True
+    ),
+    "page_waste_contiguous": Measure(
+        "", "lower", "the same, were the longest context set aside for each", share=True
+    ),
+    "preemptions": Measure("", "lower", "answers that lost their state to others, and came back"),
+    "recomputed_tokens": Measure("token", "lower", "that were held when their answer lost them"),
+    "host_share": Measure(
+        "", "lower", "share of a server's steps in neither model nor sampling", share=True
+    ),
+    "batching_gain": Measure("", "higher", "output tokens/s of continuous over static batching"),
+    "batching_gain_equal_steps": Measure(
+        "", None, "E[max of B lengths] / E[length]: the gain if all steps took the same time"
+    ),
+    "output_tok_per_s_pred": Measure("token/s", "higher", "of a server, on the predicted clock"),
+    "ttft_p50_pred_ms": Measure("ms", "lower", "of a server, on the predicted clock"),
+    "tpot_p50_pred_ms": Measure("ms", "lower", "of a server, on the predicted clock"),
     "nocache_tpot_ms": Measure("ms", "lower", "median time per token recomputing every prefix"),
     "cached_tpot_ms": Measure("ms", "lower", "the same tokens with state kept"),
     "compile_s": Measure("s", "lower", "warm-up and compilation, kept out of every latency"),

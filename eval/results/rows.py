@@ -35,7 +35,10 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One figure of a point; low and high are its 95 % interval, and nothing else."""
+    """One figure of a point; low and high are its 95 % interval, and nothing else.
+
+    options: instead of the point's own (`About.options`), where its figures differ in them.
+    """
 
     measure: str
     value: float | None = None
@@ -47,6 +50,7 @@ class Row:
     position: int | None = None
     status: Status = Status.OK
     note: str = ""
+    options: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

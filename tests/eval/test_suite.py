@@ -109,7 +109,7 @@ OFF = [
     ("name = 'x'", r"mine.toml lacks 'archs'; add it"),
     (GQA + '[train]\nscale = "tiny"', r"mine.toml: train lacks 'steps'; add it"),
     ("archs = []" + DECODE, "mine.toml: archs is empty; it needs at least one"),
-    (GQA, "suite mine measures nothing; add train, tasks or decode"),
+    (GQA, "suite mine measures nothing; add train, tasks, decode or serve"),
     ('archs = "gqa"' + DECODE, r"archs must be a list, not 'gqa'"),
     ('archs = ["gqa", 3]' + DECODE, r"archs must be of type str, not 3"),
     ('archs = ["gqaa"]' + DECODE, r"arch 'gqaa'. Did you mean 'gqa'"),

@@ -1,0 +1,230 @@
+"""Serving on an engine: a workload under a scheduler, with what a clock predicts of it beside.
+
+Correctness first: extend must equal forward, and some of the answers must be those that the same
+engine gives to their requests alone. Policies take turns on one engine.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from archs.backbone import Model
+from archs.backends import NoFormError, resolve_backend
+from archs.checks import parse
+from eval.measure.cell_rows import load_rows
+from eval.measure.progress import Watch
+from eval.measure.serve_plan import (
+    Served,
+    ServePlan,
+    batch_sizes,
+    loads,
+    serve,
+    uneven,
+)
+from eval.measure.site import Failure, Site, about, spec_of
+from eval.measure.speculation import TIE, tie_gap
+from eval.measure.workload import Workload, random_voice, silent_voice
+from eval.predict.calls import CountCalls
+from eval.predict.machine import Roofline
+from eval.predict.neighbours import Neighbours
+from eval.predict.roofline import resident_bytes
+from eval.predict.serving import ClockExecutor, StepTimes
+from eval.results.point import Point
+from eval.results.rows import Found, Row, Status
+from infer.capacity import Capacity
+from infer.engine import Engine
+from infer.graphs import CAPTURE_AFTER, bucket
+from infer.sequence import Answer, Ending
+from infer.server import EngineExecutor
+
+#: Answers that are held to what the engine gives to their requests alone.
+CHECKED = 4
+#: Figures that a clock's run is compared by.
+PREDICTED = ("output_tok_per_s", "ttft_p50_ms", "tpot_p50_ms")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOptions:
+    """workload: what the plan's name stood for when the point was made."""
+
+    plan: ServePlan
+    workload: Workload
+
+
+def measure(point: Point, site: Site, watch: Watch) -> Found:
+    """Latencies over requests, throughput, goodput, memory, by policy and arrival rate."""
+    options = parse(ServeOptions, point.options, f"the options of {point.key}")
+    plan, workload = options.plan, options.workload
+    spec = spec_of(point)
+    model = site.to_serve(spec)
+    backend = resolve_backend(plan.backend, site.device)
+    capacity = plan.capacity(model, workload, resident_bytes(model))
+    told: dict[str, Any] = {"kernel_backend": backend, "options": plan.words()}
+    try:
+        agreed = site.agreement(
+            spec, model, context=capacity.max_context, batch=capacity.max_sequences,
+            backend=backend, compiled=False, replay=0,
+        )  # fmt: skip
+    except NoFormError as why:
+        raise Failure(Status.UNSUPPORTED, about(spec, model, **told), str(why)) from None
+    if not agreed.holds:
+        raise Failure(Status.INCORRECT, about(spec, model, **told), agreed.why_not)
+    engine = Engine(
+        model, max_sequences=capacity.max_sequences, max_context=capacity.max_context,
+        page_size=capacity.page_size, pages=capacity.pages, backend=backend,
+    )  # fmt: skip
+    voice = random_voice(model.vocab_size)
+    warm_up(engine)
+    with Neighbours() as others:
+        runs = _Runs(engine, capacity, plan, voice)
+        for number, batching in enumerate(plan.batching):
+            watch.at(number / len(plan.batching), batching)
+            runs.take(batching, workload)
+        rates = site.roofline(batch_sizes(capacity.max_sequences), again=True)
+    _require_company(engine, runs, about(spec, model, **told))
+    rows = runs.rows(model, rates)
+    return Found(
+        about=about(spec, model, **told), rows=(*rows, *load_rows(others.share)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One policy at one load. host_s: of its steps, neither in the model nor in sampling."""
+
+    batching: str
+    load: Workload
+    served: Served
+    host_s: float
+
+
+class _Runs:
+    """All runs of a point on one engine."""
+
+    def __init__(self, engine: Engine, capacity: Capacity, plan: ServePlan, voice: Any) -> None:
+        self.engine = engine
+        self.capacity = capacity
+        self.plan = plan
+        self.found: list[_Run] = []
+        self._voice = voice
+
+    def take(self, batching: str, workload: Workload) -> None:
+        """Serve the workload by one policy, at each of the plan's loads."""
+        executors: list[EngineExecutor] = []
+
+        def run(load: Workload) -> Served:
+            executors.append(EngineExecutor(self.engine))
+            policy = self.plan.policy(batching)
+            return serve(executors[-1], self.capacity, policy, load, self._voice)
+
+        for load, served in loads(self.plan, workload, run):
+            host_s = served.log.busy_s - executors[-1].model_s
+            self.found.append(_Run(batching, load, served, host_s))
+
+    def rows(self, model: Model, rates: Roofline) -> list[Row]:
+        """The figures of every run, and of the same one on the predicted clock."""
+        times = StepTimes(
+            model, rates, max_context=self.capacity.max_context,
+            padded=self.engine.graphed is not None, calls=ragged_calls(self.engine),
+        )  # fmt: skip
+        rows: list[Row] = []
+        for run in self.found:
+            served, words = run.served, self.plan.words(run.batching, run.load)
+            at: dict[str, Any] = {"batch": self.capacity.max_sequences, "options": words}
+            figures = served.log.figures(served.answers, self.plan.limits)
+            clocked = serve(
+                ClockExecutor(times), self.capacity, self.plan.policy(run.batching), run.load,
+                silent_voice,
+            )  # fmt: skip
+            predicted = clocked.log.figures(clocked.answers, self.plan.limits)
+            n = len(served.answers)
+            rows += [Row(measure=name, value=value, n=n, **at) for name, value in figures.items()]
+            rows += [
+                Row(measure=_pred(name), value=predicted[name], n=n, **at)
+                for name in PREDICTED if name in predicted
+            ]  # fmt: skip
+            rows.append(Row(measure="host_share", value=run.host_s / served.log.busy_s, n=n, **at))
+        return [*rows, *self._gain_rows()]
+
+    def _gain_rows(self) -> list[Row]:
+        """Continuous over static batching, beside what equal steps would give."""
+        by_policy: dict[str, list[float]] = {}
+        for run in self.found:
+            figures = run.served.log.figures(run.served.answers, self.plan.limits)
+            by_policy.setdefault(run.batching, []).append(figures["output_tok_per_s"])
+        if not {"continuous", "static"} <= by_policy.keys():
+            return []
+        ratios = [c / s for c, s in zip(by_policy["continuous"], by_policy["static"], strict=True)]
+        lengths = [a.made for a in self.found[0].served.answers if a.ending is Ending.LENGTH]
+        batch = self.capacity.max_sequences
+        return [
+            Row(
+                measure="batching_gain", value=statistics.median(ratios), n=len(ratios), batch=batch
+            ),
+            Row(measure="batching_gain_equal_steps", value=uneven(lengths, batch), batch=batch),
+        ]
+
+
+def _pred(name: str) -> str:
+    return f"{name.removesuffix('_ms')}_pred_ms" if name.endswith("_ms") else f"{name}_pred"
+
+
+def warm_up(engine: Engine) -> None:
+    """Take decode steps of every batch, and chunks: what is compiled or captured is so once."""
+    most = len(engine.store.lengths)
+    sizes = sorted({bucket(n) for n in range(1, most + 1)}) if engine.graphed else [most]
+    steps = CAPTURE_AFTER + 2 if engine.graphed else 2
+    for size in (min(size, most) for size in sizes):
+        with engine.store.sequences(size) as sequences:
+            engine.prefill(sequences, [[0] * (n % 3 + 1) for n in range(size)])
+            for _ in range(steps):
+                _decode(engine, sequences)
+
+
+def _decode(engine: Engine, sequences: Sequence[int]) -> None:
+    """One token more for each, whichever it is."""
+    tokens = torch.zeros(len(sequences), 1, dtype=torch.int64, device=engine.device)
+    engine.extend_last(sequences, tokens)
+
+
+def ragged_calls(engine: Engine) -> int | None:
+    """Torch operations of one decode step of unlike sequences; None where it is captured."""
+    if engine.device.type != "cpu":
+        return None
+    most = min(2, len(engine.store.lengths))
+    with engine.store.sequences(most) as sequences:
+        engine.prefill(sequences, [[0] * (n + 1) for n in range(most)])
+        _decode(engine, sequences)
+        with CountCalls() as counter:
+            _decode(engine, sequences)
+    return counter.calls
+
+
+def _require_company(engine: Engine, runs: _Runs, told: Any) -> None:
+    """Raise Failure where an answer is not what its request gets alone, but for a tie."""
+    answers = [a for a in runs.found[0].served.answers if a.ending is Ending.LENGTH]
+    for answer in _spread(answers, CHECKED):
+        request = answer.request
+        alone = engine.generate([request.prompt], request.max_new_tokens, request.sampling)
+        expected = alone.tokens[0]
+        parted = next((i for i, t in enumerate(expected) if t != answer.tokens[i]), None)
+        if parted is None or not request.sampling.greedy:
+            continue
+        before = [*request.prompt, *expected[:parted]]
+        gap = tie_gap(engine.model, before, expected[parted], answer.tokens[parted])
+        if gap > TIE[engine.model.embedding.weight.dtype]:
+            raise Failure(
+                Status.INCORRECT, told,
+                f"request {request.name} gets token {answer.tokens[parted]} in company and "
+                f"{expected[parted]} alone, {parted} tokens after a prompt of "
+                f"{len(request.prompt)}; their logits differ by {gap:.1e} of the largest",
+            )  # fmt: skip
+
+
+def _spread(answers: Sequence[Answer], count: int) -> list[Answer]:
+    if len(answers) <= count:
+        return list(answers)
+    return [answers[len(answers) * i // count] for i in range(count)]

@@ -1,0 +1,288 @@
+"""A server: requests come in, a scheduler batches them, an executor takes the steps.
+
+There are two executors, and the loop does not tell them apart: an engine (`EngineExecutor`), and a
+clock that advances by what a step is predicted to take (`eval.predict.serving`). Tokens stream:
+every step tells who got one.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from archs.errors import UserError
+from infer.engine import Engine
+from infer.sampling import Sampler, Sampling, stream
+from infer.scheduler import Batch, Scheduler
+from infer.sequence import Answer, Ending, Request
+from kernels.sampling.nucleus import NO_TOKEN
+
+
+class Ran(NamedTuple):
+    """What came of a step: how many times it was taken, and the new tokens where there are any.
+
+    tokens: by answer; an answer without logits to decide by gets `NO_TOKEN`.
+    """
+
+    times: int
+    tokens: dict[Answer, int] | None
+
+
+class Executor(Protocol):
+    """Takes the steps that a scheduler asks for, and has the time."""
+
+    def now_s(self) -> float:
+        """Seconds since the server was opened."""
+        ...
+
+    def wait(self, until_s: float) -> None:
+        """Let the time come; there is nothing to do before."""
+        ...
+
+    def run(self, batch: Batch, times: int, until_s: float) -> Ran:
+        """Take a step at least once and up to `times` times, until after a point in time."""
+        ...
+
+    def release(self, answers: Iterable[Answer]) -> None:
+        """Forget the state of answers."""
+        ...
+
+
+class Turn(NamedTuple):
+    """A step of the server, taken `times` times in a row.
+
+    got: answers with new tokens, the newest last in `Answer.tokens`, and when each had the one
+    before (None: it is the first). ended: those that ended.
+    """
+
+    batch: Batch
+    began_s: float
+    ended_s: float
+    times: int
+    got: list[tuple[Answer, float | None]]
+    ended: list[Answer]
+
+
+class Server:
+    """Serves requests by a scheduler's steps on an executor."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+
+    def submit(self, request: Request) -> Answer:
+        """Queue a request; its answer fills as steps are taken, or is refused at once."""
+        answer = self.scheduler.add(request)
+        if answer.ending is not None:
+            answer.ended_s = max(self.executor.now_s(), request.arrival_s)
+        return answer
+
+    def cancel(self, answer: Answer) -> None:
+        """End an answer between two steps; what it held becomes free."""
+        if answer.ending is None:
+            self.executor.release(self.scheduler.cancel(answer))
+            answer.ended_s = self.executor.now_s()
+
+    def step(self, until_s: float = math.inf) -> Turn | None:
+        """One step, or on a clock several that are alike, up to a point in time; None when idle.
+
+        Where the executor fails, all answers are cancelled and nothing stays held.
+        """
+        try:
+            return self._step(until_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def _step(self, until_s: float) -> Turn | None:
+        scheduler, executor = self.scheduler, self.executor
+        batch = scheduler.next()
+        if batch is None:
+            return None
+        executor.release(batch.preempted)
+        began_s = executor.now_s()
+        for answer in batch.answers:
+            if answer.admitted_s is None:
+                answer.admitted_s = began_s
+        ran = executor.run(batch, scheduler.repeats(batch), until_s)
+        now_s = executor.now_s()
+        endings = None if ran.tokens is None else _Endings(ran.tokens)
+        done = scheduler.done(batch, ran.times, endings)
+        got = [(answer, answer.last_token_s) for answer in done.got]
+        for answer, before in got:
+            answer.last_token_s = now_s
+            if before is None:
+                answer.first_token_s = now_s
+        for answer in done.ended:
+            answer.ended_s = now_s
+        executor.release(done.released)
+        return Turn(batch, began_s, now_s, ran.times, got, done.ended)
+
+    def close(self) -> None:
+        """Cancel whatever has not ended."""
+        for answer in (*self.scheduler.running, *self.scheduler.waiting):
+            self.cancel(answer)
+
+
+class Source(Protocol):
+    """Where requests come from."""
+
+    @property
+    def next_s(self) -> float:
+        """When the next one arrives; infinite where none is on its way."""
+        ...
+
+    def due(self, now_s: float) -> Iterable[Request]:
+        """Those that have arrived."""
+        ...
+
+    def ended(self, answer: Answer, now_s: float) -> None:
+        """An answer has ended; its user may send another request."""
+        ...
+
+
+def drive(
+    server: Server, source: Source, on_turn: Callable[[Turn], object] | None = None
+) -> list[Answer]:
+    """Serve all requests of a source; the answers in the order of their arrival.
+
+    on_turn: called after every step. Whatever ends it early, nothing stays held.
+    """
+    answers: list[Answer] = []
+    try:
+        while True:
+            now_s = server.executor.now_s()
+            for request in source.due(now_s):
+                answer = server.submit(request)
+                answers.append(answer)
+                if answer.ending is not None:
+                    source.ended(answer, now_s)
+            turn = server.step(source.next_s)
+            if turn is None:
+                if source.next_s == math.inf:
+                    return answers
+                server.executor.wait(source.next_s)
+                continue
+            for answer in turn.ended:
+                source.ended(answer, turn.ended_s)
+            if on_turn is not None:
+                on_turn(turn)
+    finally:
+        server.close()
+
+
+class _Endings:
+    """Hands tokens to their answers, and tells who ends with one."""
+
+    def __init__(self, tokens: dict[Answer, int]) -> None:
+        self._tokens = tokens
+
+    def __call__(self, answer: Answer) -> Ending | None:
+        token = self._tokens[answer]
+        if token == NO_TOKEN:
+            answer.made -= 1
+            answer.note = "its logits are NaN or infinite: no token follows from them"
+            return Ending.FAILED
+        answer.tokens.append(token)
+        return Ending.STOP if token == answer.request.stop else None
+
+
+class EngineExecutor:
+    """Takes a server's steps on an engine, by the wall clock.
+
+    Every answer has its own sampling parameters and random numbers, which follow from its seed and
+    its prompt alone: what it gets depends on nobody else, and equal requests get equal answers.
+    Raises UserError for an engine that cannot take answers in and out of a batch.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        if engine.compiled is not None:
+            raise UserError(
+                "compiled=True compiles steps of one fixed batch, and a server's changes at every "
+                "step; open the engine without it"
+            )
+        self.engine = engine
+        self._opened_s = time.perf_counter()
+        self._sequences: dict[Answer, int] = {}
+        self._streams: dict[Answer, torch.Generator] = {}
+        self._samplers: dict[Sampling, Sampler] = {}
+        #: Seconds in the model and in sampling; all else is the host's.
+        self.model_s = 0.0
+
+    def now_s(self) -> float:
+        """As `Executor.now_s`; waits for the device."""
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+        return time.perf_counter() - self._opened_s
+
+    def wait(self, until_s: float) -> None:
+        """As `Executor.wait`."""
+        time.sleep(max(0.0, until_s - self.now_s()))
+
+    def release(self, answers: Iterable[Answer]) -> None:
+        """As `Executor.release`."""
+        for answer in answers:
+            sequence = self._sequences.pop(answer, None)
+            if sequence is not None:
+                self.engine.store.release(sequence)
+            if answer.ending is not None:
+                self._streams.pop(answer, None)
+
+    def run(self, batch: Batch, times: int, until_s: float) -> Ran:
+        """As `Executor.run`, once."""
+        tokens: dict[Answer, int] = {}
+        decode = [[(answer, 1) for answer in batch.decode]] if batch.decode else []
+        for group in (*decode, *batch.chunk_groups()):
+            for answer, _ in group:
+                if answer not in self._sequences:
+                    self._sequences[answer] = self.engine.store.add()
+            # Sequences side by side, where they are, may be read without a gather.
+            group.sort(key=lambda g: self._sequences[g[0]])
+            tokens |= self._extend(group)
+        return Ran(1, tokens)
+
+    def _extend(self, group: Sequence[tuple[Answer, int]]) -> dict[Answer, int]:
+        counts = [count for _, count in group]
+        width = max(counts)
+        # An answer that has ended and stays in a static batch is extended by any token.
+        rows = [[*a.next_tokens(n)] if a.ending is None else [0] * n for a, n in group]
+        given = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        new = None if min(counts) == width else torch.tensor(counts)
+        asked = [(at, a) for at, (a, n) in enumerate(group) if a.todo == n and a.ending is None]
+        began = time.perf_counter()
+        logits = self.engine.extend_last(
+            [self._sequences[a] for a, _ in group], given.to(self.engine.device), new
+        )
+        tokens = self._sample(logits, asked)
+        self.model_s += time.perf_counter() - began
+        return tokens
+
+    def _sample(self, logits: Tensor, asked: Sequence[tuple[int, Answer]]) -> dict[Answer, int]:
+        """The next tokens of answers whose logits are the rows `at`."""
+        alike: dict[Sampling, list[tuple[int, Answer]]] = {}
+        for at, answer in asked:
+            alike.setdefault(answer.request.sampling.unseeded, []).append((at, answer))
+        tokens: dict[Answer, int] = {}
+        for sampling, members in alike.items():
+            sampler = self._samplers.get(sampling)
+            if sampler is None:
+                sampler = Sampler(sampling, self.engine.device, backend=self.engine.backend)
+                self._samplers[sampling] = sampler
+            rows = logits if len(members) == len(logits) else logits[[at for at, _ in members]]
+            uniforms = None
+            if not sampling.greedy:
+                drawn = [torch.rand(1, generator=self._stream(a)) for _, a in members]
+                uniforms = torch.cat(drawn).to(self.engine.device)
+            chosen = sampler(rows, uniforms).tolist()
+            tokens |= {a: token for (_, a), token in zip(members, chosen, strict=True)}
+        return tokens
+
+    def _stream(self, answer: Answer) -> torch.Generator:
+        found = self._streams.get(answer)
+        if found is None:
+            request = answer.request
+            self._streams[answer] = found = stream(request.sampling.seed, request.prompt)
+        return found

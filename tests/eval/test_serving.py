@@ -1,0 +1,224 @@
+"""Servers on a clock and on an engine: one schedule, and figures that can be computed by hand."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from archs.backbone import Model
+from archs.cost import Step
+from archs.registry import HYBRIDS, REGISTRY, ModelSpec
+from archs.sizes import get_scale
+from eval.measure.serve_plan import Served, ServePlan, loads, longest, serve, typical, uneven
+from eval.measure.served import Limits, weighted_percentile
+from eval.measure.simulated import simulate
+from eval.measure.workload import Lengths, Workload, random_voice, silent_voice
+from eval.predict.accelerators import hardware_of
+from eval.predict.roofline import step_ms
+from eval.predict.serving import ClockExecutor, ConstantTimes, StepTimes
+from infer.capacity import Capacity
+from infer.engine import Engine
+from infer.scheduler import Batch, Policy
+from infer.sequence import Answer
+from infer.server import EngineExecutor, Ran
+
+LIMITS = Limits(ttft_ms=1000, tpot_ms=50)
+H100 = hardware_of("h100", "bfloat16", (1, 2, 4, 8), None).roofline
+SMALL = get_scale("tiny").with_options(
+    {"d_model": 64, "head_dim": 32, "n_layers": 2, "vocab_size": 31, "seq_len": 16}
+)
+
+
+def outline(arch: str, scale: str = "70m") -> Model:
+    return ModelSpec(arch=arch, scale=get_scale(scale)).outline(torch.bfloat16)
+
+
+def on_constant_steps(workload: Workload, batching: str, batch: int) -> Served:
+    capacity = Capacity(max_sequences=batch, max_context=longest(workload), page_size=64)
+    executor = ClockExecutor(ConstantTimes(10.0))
+    return serve(executor, capacity, Policy(batching=batching), workload, silent_voice)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        # E[max of 32] / E of uniform 100..1024; of a geometric about the harmonic number of 32.
+        (Lengths(kind="uniform", least=100, most=1024), (100 + 925 * 32 / 33 - 0.5) / 562),
+        (Lengths(kind="geometric", mean=200), sum(1 / n for n in range(1, 33))),
+    ],
+)
+def test_continuous_batching_gains_what_the_oracle_says(lengths: Lengths, expected: float) -> None:
+    workload = Workload(requests=32 * 500, prompt=Lengths(mean=1), output=lengths)
+    rates = {}
+    for batching in ("continuous", "static"):
+        served = on_constant_steps(workload, batching, 32)
+        rates[batching] = served.log.figures(served.answers, LIMITS)["output_tok_per_s"]
+    gain = rates["continuous"] / rates["static"]
+    made = [talk.turns[0][1] for talk in workload.conversations()]
+    assert uneven(made, 32) == pytest.approx(expected, rel=0.02)
+    assert gain == pytest.approx(expected, rel=0.03)
+
+
+def test_figures_of_two_requests_by_hand() -> None:
+    workload = Workload(requests=2, prompt=Lengths(mean=1), output=Lengths(mean=5))
+    served = on_constant_steps(workload, "continuous", 1)
+    found = served.log.figures(served.answers, Limits(ttft_ms=30, tpot_ms=10))
+    # One after the other: tokens at 10..50 ms, and at 60..100 ms.
+    assert found["output_tok_per_s"] == pytest.approx(100)
+    assert found["request_per_s"] == pytest.approx(20)
+    assert found["goodput_req_per_s"] == pytest.approx(10)
+    assert found["ttft_p50_ms"] == pytest.approx(35)
+    assert found["tpot_p50_ms"] == found["itl_p99_ms"] == pytest.approx(10)
+    assert found["e2e_p99_ms"] == pytest.approx(99.5)
+    assert found["queue_p50_ms"] == pytest.approx(25)
+    assert found["running_sequences"] == 1
+    assert found["preemptions"] == found["refused_requests"] == 0
+
+
+def test_paging_lets_more_than_twice_as_many_requests_run() -> None:
+    model, at_once = outline("gqa", "1b"), {}
+    for allocation in ("paged", "contiguous"):
+        plan = ServePlan(
+            scale="1b", workload="longtail", requests=2000, memory_gib=4, max_sequences=256,
+            allocation=allocation, token_budget=2048,
+        )  # fmt: skip
+        capacity = plan.capacity(model, plan.load, 3 << 30)
+        served = serve(
+            ClockExecutor(ConstantTimes(10.0)), capacity, plan.policy("continuous"), plan.load,
+            silent_voice,
+        )  # fmt: skip
+        found = served.log.figures(served.answers, LIMITS)
+        at_once[allocation] = found["running_sequences"]
+        if allocation == "paged":
+            assert found["page_waste"] < 0.15
+            assert found["page_waste_contiguous"] > 0.5
+    assert at_once["paged"] > 2 * at_once["contiguous"]
+
+
+@pytest.mark.parametrize("arch", [*REGISTRY, *HYBRIDS])
+def test_ragged_steps_take_the_mean_of_uniform_ones(arch: str) -> None:
+    model = outline(arch)
+    times = StepTimes(model, H100, max_context=4096, padded=False)
+
+    def uniform(batch: int, new: int, context: int) -> float:
+        return step_ms(model.cost(Step(batch, new, context)), H100)
+
+    assert times.rectangle_ms([1024, 1024], 1) == pytest.approx(uniform(2, 1, 1024), rel=1e-6)
+    ragged = [0, 100, 700, 4000]
+    mean = np.mean([uniform(4, 1, n) for n in ragged])
+    assert times.rectangle_ms(ragged, 1) == pytest.approx(mean, rel=0.01)
+    # Between the lengths of chunks that times are made of.
+    assert times.rectangle_ms([512], 100) == pytest.approx(uniform(1, 100, 512), rel=0.02)
+    steps = sum(times.rectangle_ms([n, n + 50], 1) for n in range(200, 300))
+    assert times.decode_ms([200, 250])(100) == pytest.approx(steps, rel=1e-6)
+
+
+class OnClock(EngineExecutor):
+    """An engine's tokens at a clock's times."""
+
+    def __init__(self, engine: Engine, clock: ClockExecutor) -> None:
+        super().__init__(engine)
+        self._clock = clock
+
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
+    def wait(self, until_s: float) -> None:
+        self._clock.wait(until_s)
+
+    def run(self, batch: Batch, times: int, until_s: float) -> Ran:
+        found = super().run(batch, times, until_s)
+        self._clock.run(batch, 1, until_s)
+        return found
+
+
+@pytest.mark.parametrize("batching", ["continuous", "static"])
+@pytest.mark.parametrize("arch", ["gqa", "mamba2", "gdn:gqa=1:1", "swa"])
+def test_an_engine_and_a_clock_run_the_same_schedule(arch: str, batching: str) -> None:
+    model = ModelSpec(arch=arch, scale=SMALL, hidden=16).build(seed=1).eval()
+    workload = Workload(
+        arrivals="poisson", rate_per_s=400.0, requests=30, systems=2, system_tokens=5,
+        prompt=Lengths(kind="geometric", mean=9, most=40),
+        output=Lengths(kind="geometric", mean=12, most=40),
+    )  # fmt: skip
+    capacity = Capacity.of(
+        model.state_specs(), max_sequences=4, max_context=128, page_size=8,
+        memory_bytes=4.5 * model.state_bytes(128), typical_tokens=typical(workload),
+    )  # fmt: skip
+    times = StepTimes(model, H100, max_context=128, host_ms=0.4)
+    engine = Engine(
+        model, max_sequences=capacity.max_sequences, max_context=128, page_size=8,
+        pages=capacity.pages,
+    )  # fmt: skip
+    policy = Policy(batching=batching, token_budget=24, reserve=0)
+    runs = [
+        serve(executor, capacity, policy, workload, voice, keep_schedule=True)
+        for executor, voice in (
+            (ClockExecutor(times), silent_voice),
+            (OnClock(engine, ClockExecutor(times)), random_voice(31)),
+        )
+    ]
+    assert runs[0].log.schedule == runs[1].log.schedule
+    assert len(runs[0].log.schedule) > 50
+    ended: list[Sequence[Answer]] = [run.answers for run in runs]
+    for clocked, made in zip(*ended, strict=True):
+        assert len(made.tokens) == made.made == clocked.made
+        assert made.ended_s == pytest.approx(clocked.ended_s)
+        assert made.first_token_s == pytest.approx(clocked.first_token_s)
+    figures = [run.log.figures(run.answers, LIMITS) for run in runs]
+    for name in ("output_tok_per_s", "itl_p50_ms", "running_sequences"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_requests_take_less_than_a_minute() -> None:
+    workload = Workload(
+        arrivals="poisson", rate_per_s=25.0, requests=100_000,
+        prompt=Lengths(kind="lognormal", mean=300, most=3000),
+        output=Lengths(kind="lognormal", mean=120, most=1000),
+    )  # fmt: skip
+    model = outline("gqa", "1b")
+    capacity = Capacity.of(
+        model.state_specs(), max_sequences=64, max_context=4096, page_size=64,
+        memory_bytes=8e9, typical_tokens=400,
+    )  # fmt: skip
+    times = StepTimes(model, H100, max_context=4096)
+    began = time.process_time()
+    served = serve(ClockExecutor(times), capacity, Policy(), workload, silent_voice)
+    assert time.process_time() - began < 60
+    found = served.log.figures(served.answers, LIMITS)
+    assert found["served_requests"] == 100_000
+    assert found["request_per_s"] == pytest.approx(25.0, rel=0.02)
+
+
+def test_a_sweep_ends_over_the_largest_throughput() -> None:
+    plan = ServePlan(scale="70m", workload="chat", requests=300, max_sequences=8, sweep=True)
+
+    def run(load: Workload) -> Served:
+        return on_constant_steps(load, "continuous", 8)
+
+    found = [*loads(plan, plan.load, run)]
+    assert [served.saturated for _, served in found] == [False] * (len(found) - 1) + [True]
+    assert len(found) > 3
+    rates = [load.rate_per_s for load, _ in found]
+    assert rates == sorted(rates)
+
+
+def test_weighted_percentiles_are_those_of_the_repeated_values() -> None:
+    values, weights = np.array([3.0, 1.0, 2.0]), np.array([2, 5, 3])
+    repeated = np.sort(np.repeat(values, weights))
+    for q in (10, 50, 80, 90, 99):
+        expected = repeated[int(np.ceil(q / 100 * 10)) - 1]
+        assert weighted_percentile(values, weights, q) == expected
+
+
+def test_more_memory_never_serves_less_and_what_does_not_fit_is_a_row() -> None:
+    rows = [
+        simulate(["gqa"], "longtail", scale="8b", requests=128, memory_gib=gib)[0]
+        for gib in (16, 18, 24)
+    ]
+    rates = [float(str(row["output_tok_per_s"])) for row in rows[1:]]
+    assert "do not hold one sequence" in str(rows[0]["note"]) or "output_tok_per_s" in rows[0]
+    assert rates[0] < rates[1]

@@ -1,0 +1,222 @@
+"""Law *company*: what a request is answered depends on nobody else, and nothing leaks."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from archs.errors import UserError
+from infer.engine import Engine
+from infer.sequence import Answer, Ending
+from infer.server import EngineExecutor, Ran
+from tests.infer.serving import (
+    BUDGET,
+    PAGE,
+    SEQUENCES,
+    alone,
+    request_of,
+    served_model,
+    server_of,
+)
+from tests.infer.test_machine import CONTEXT, KINDS
+
+
+def drain(server: Any) -> None:
+    while server.step() is not None:
+        pass
+
+
+def require_nothing_held(server: Any, engine: Engine) -> None:
+    assert server.scheduler.idle
+    assert server.scheduler.free_pages == tuple(server.scheduler.capacity.pages.values())
+    assert engine.store.allocated_bytes == 0
+
+
+class Company(RuleBasedStateMachine):
+    """Requests that come, go on and leave in any order, on pages that do not suffice for all."""
+
+    kind = "rows"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[Answer] = []
+
+    @initialize(share=st.sampled_from([0.34, 0.5, 1.0]), static=st.booleans())
+    def open(self, share: float, static: bool) -> None:
+        batching = "static" if static else "continuous"
+        self.server, self.engine = server_of(
+            served_model(self.kind), share=share, batching=batching
+        )
+
+    @rule(
+        prompt=st.sampled_from([1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, BUDGET, 2 * BUDGET + 1]),
+        new=st.integers(1, 14),
+        temperature=st.sampled_from([0.0, 0.0, 0.9]),
+        priority=st.sampled_from([0, 0, 0, 1]),
+        stop=st.sampled_from([None, None, 5]),
+    )
+    def arrive(
+        self, prompt: int, new: int, temperature: float, priority: int, stop: int | None
+    ) -> None:
+        request = request_of(
+            len(self.answers) % 7, prompt, new, temperature=temperature, priority=priority,
+            stop=stop,
+        )  # fmt: skip
+        self.answers.append(self.server.submit(request))
+
+    @rule(steps=st.integers(1, 6))
+    def go_on(self, steps: int) -> None:
+        for _ in range(steps):
+            self.server.step()
+
+    @precondition(lambda self: self.answers)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self.server.cancel(data.draw(st.sampled_from(self.answers)))
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not self.answers:
+            return
+        scheduler, store = self.server.scheduler, self.engine.store
+        for at, (key, count) in enumerate(scheduler.capacity.pages.items()):
+            taken = sum(a.pages[at] for a in scheduler.running)
+            assert taken + scheduler.free_pages[at] == count
+            # The store never needs a page that the scheduler did not set aside.
+            assert store.tables[key].used <= taken
+        assert len(scheduler.running) <= SEQUENCES
+
+    @invariant()
+    def answers_are_their_own(self) -> None:
+        for answer in self.answers:
+            expected = alone(self.kind, answer.request)
+            assert answer.tokens == expected[: len(answer.tokens)]
+            if answer.ending in (Ending.LENGTH, Ending.STOP):
+                assert answer.tokens == expected
+
+    def teardown(self) -> None:
+        if not self.answers:
+            return
+        drain(self.server)
+        self.answers_are_their_own()
+        assert all(a.ending is not None for a in self.answers)
+        require_nothing_held(self.server, self.engine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_company(kind: str) -> None:
+    machine = type("CompanyOfKind", (Company,), {"kind": kind})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=6,
+            stateful_step_count=12,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_answers_stream_and_end_at_their_stop_token() -> None:
+    server, engine = server_of(served_model("rows"))
+    whole = alone("rows", request_of(1, 5, 12))
+    stop = whole[4]
+    answer = server.submit(request_of(1, 5, 12, stop=stop))
+    got = []
+    while (turn := server.step()) is not None:
+        got += [a.tokens[-1] for a, _ in turn.got]
+    end = whole.index(stop) + 1
+    assert got == answer.tokens == whole[:end]
+    assert answer.ending is Ending.STOP
+    require_nothing_held(server, engine)
+
+
+def test_a_full_pool_preempts_the_last_and_recomputes_it() -> None:
+    server, engine = server_of(served_model("state and rows"), share=0.4)
+    requests = [request_of(n, 9, 20) for n in range(3)]
+    answers = [server.submit(r) for r in requests]
+    drain(server)
+    assert [a.tokens for a in answers] == [alone("state and rows", r) for r in requests]
+    assert answers[0].preemptions == 0
+    assert answers[-1].preemptions > 0
+    assert answers[-1].recomputed > 0
+    require_nothing_held(server, engine)
+
+
+def test_a_request_that_never_fits_is_refused_alone() -> None:
+    server, engine = server_of(served_model("rows"), share=0.25)
+    good = server.submit(request_of(0, 5, 4))
+    too_long = server.submit(request_of(1, CONTEXT, 2))
+    too_much = server.submit(request_of(2, 30, 20))
+    drain(server)
+    assert good.ending is Ending.LENGTH
+    assert too_long.ending is too_much.ending is Ending.REFUSED
+    assert f"exceeds max_context={CONTEXT}" in too_long.note
+    assert "give the server more memory" in too_much.note
+    require_nothing_held(server, engine)
+
+
+def test_an_answer_without_finite_logits_fails_alone() -> None:
+    server, engine = server_of(served_model("rows"))
+    bad = request_of(3, 4, 6)
+    weight = engine.model.embedding.weight
+    kept = weight[bad.prompt[-1]].clone()
+    good = request_of(0, 4, 6)
+    expected = alone("rows", good)
+    lost = next(t for t in bad.prompt if t not in (*good.prompt, *expected))
+    with torch.no_grad():
+        kept = weight[lost].clone()
+        weight[lost] = math.nan
+    try:
+        answers = [server.submit(bad), server.submit(good)]
+        drain(server)
+    finally:
+        with torch.no_grad():
+            weight[lost] = kept
+    # Every row of logits has this token's column, so everybody fails with it.
+    assert answers[0].ending is Ending.FAILED
+    assert "NaN" in answers[0].note
+    assert answers[0].made == len(answers[0].tokens) == 0
+    require_nothing_held(server, engine)
+
+
+def test_where_the_engine_fails_nothing_stays_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, engine = server_of(served_model("state and rows"))
+    answers = [server.submit(request_of(n, 6, 5)) for n in range(5)]
+    server.step()
+
+    def fail(*args: Any, **options: Any) -> Ran:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine, "extend_last", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        server.step()
+    assert all(a.ending is Ending.CANCELLED for a in answers)
+    require_nothing_held(server, engine)
+
+
+def test_equal_requests_get_equal_answers_and_seeds_tell_them_apart() -> None:
+    server, _ = server_of(served_model("rows"))
+    same = [server.submit(request_of(2, 5, 8, temperature=1.0)) for _ in range(2)]
+    other = server.submit(request_of(4, 5, 8, temperature=1.0))
+    drain(server)
+    assert same[0].tokens == same[1].tokens == alone("rows", same[0].request)
+    assert other.tokens == alone("rows", other.request)
+
+
+def test_compiled_engines_are_refused() -> None:
+    engine = Engine(served_model("rows"), compiled=True)
+    with pytest.raises(UserError, match="compiled=True compiles steps of one fixed batch"):
+        EngineExecutor(engine)
