@@ -1,8 +1,8 @@
 """How many sequences and pages a given memory holds, for any architecture.
 
-What a sequence holds whatever its length (recurrent states, windows) is set aside for as many
-sequences as may run at once; the rest of the memory becomes pages of the tables that grow with the
-context, shared by all of them.
+What a sequence holds whatever its length (recurrent states) is set aside for as many sequences as
+may run at once; the rest of the memory becomes pages, shared by all of them. A window's table takes
+no more pages than the window is long.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,20 @@ from infer.pools import key_of
 class Capacity:
     """What a server may hand out.
 
-    max_sequences: that run at once. pages: of each table that grows with the context, shared.
+    max_sequences: that run at once. pages: of each block table, shared.
     """
 
     max_sequences: int
     max_context: int
     page_size: int
     pages: Mapping[TableKey, int] = field(default_factory=dict)
+    #: Of each table: tokens of a row, and the most pages that one sequence holds.
+    _spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_sequences", "max_context", "page_size")
+        spans = [(k.every, most_pages(k, self.max_context, self.page_size)) for k in self.pages]
+        object.__setattr__(self, "_spans", tuple(spans))
 
     @classmethod
     def of(
@@ -38,61 +42,56 @@ class Capacity:
     ) -> "Capacity":  # fmt: skip
         """What fits into `memory_bytes` of state (None: all sequences at full length).
 
-        typical_tokens: of a sequence on average. Where sequences hold state of a fixed size, no
-        more of them are provided for than fit at this length: more would leave no pages to them.
+        typical_tokens: of a sequence on average: pages are dealt out to the tables as sequences of
+        this length take them, and where sequences hold a state, too, no more of them are provided
+        for than fit: more would leave no pages to them.
         Raises DoesNotFitError where not one sequence of one page fits.
         """
         require_at_least("max_sequences", max_sequences, 1)
         require_at_least("max_context", max_context, 1)
-        growing = [t for s in specs for t in s.owned if t.window is None]
-        page_bytes = dict.fromkeys(map(key_of, growing), 0)
-        for tensor in growing:
-            page_bytes[key_of(tensor)] += page_size * tensor.nbytes
-        full = {
-            key: -(-max(1, max_context // key.every) // page_size) * max_sequences
-            for key in page_bytes
-        }
-        if memory_bytes is None:
-            return cls(
-                max_sequences=max_sequences, max_context=max_context, page_size=page_size,
-                pages=full,
-            )  # fmt: skip
-        fixed_bytes = constant_bytes(specs, max_context, page_size)
-        # Beside those of sequences: a page of padding in every table, slots of zeros and padding.
-        slot_bytes = sum(s.fixed_bytes for s in specs)
-        row_bytes = sum(t.nbytes for s in specs for t in s.owned)
-        left = memory_bytes - 2 * slot_bytes - page_size * row_bytes
-        least = fixed_bytes + sum(page_bytes.values())
-        if left < least:
-            raise DoesNotFitError(
-                f"memory_bytes={memory_bytes:.4g} do not hold one sequence of {page_size} tokens, "
-                f"which takes {least + memory_bytes - left:.4g} bytes with padding; give more "
-                "memory, or take a smaller page_size"
-            )
-        slope = sum(bytes_ / (key.every * page_size) for key, bytes_ in page_bytes.items())
+        page_bytes: dict[TableKey, int] = {}
+        for tensor in (t for s in specs for t in s.owned):
+            key = key_of(tensor)
+            page_bytes[key] = page_bytes.get(key, 0) + page_size * tensor.nbytes
+        most = {key: most_pages(key, max_context, page_size) for key in page_bytes}
         sequences = max_sequences
-        if fixed_bytes:
-            typical = max(page_size, min(typical_tokens, max_context)) * slope
-            sequences = max(1, min(sequences, int(left // (fixed_bytes + typical))))
-        tokens = (left - sequences * fixed_bytes) / slope if slope else 0
-        pages = {
-            key: max(1, min(full[key], int(tokens // (key.every * page_size))))
-            for key in page_bytes
-        }
+        if memory_bytes is not None:
+            fixed_bytes = sum(s.fixed_bytes for s in specs)
+            first = fixed_bytes + sum(page_bytes.values())
+            # Beside those of sequences: a page of padding a table, slots of zeros and of padding.
+            left = memory_bytes - first - fixed_bytes
+            if left < first:
+                raise DoesNotFitError(
+                    f"memory_bytes={memory_bytes:.4g} do not hold one sequence of {page_size} "
+                    f"tokens, which takes {first + memory_bytes - left:.4g} bytes with padding; "
+                    "give more memory, or take a smaller page_size"
+                )
+            length = max(page_size, min(typical_tokens, max_context))
+            typical = {
+                key: max(1, min(count, -(-(length // key.every) // page_size)))
+                for key, count in most.items()
+            }
+            if fixed_bytes:
+                each = fixed_bytes + sum(typical[key] * page_bytes[key] for key in typical)
+                sequences = max(1, min(sequences, int(left // each)))
+            left -= sequences * fixed_bytes
+        full = {key: sequences * count for key, count in most.items()}
+        pages = full if memory_bytes is None else _dealt(left, page_bytes, typical, full)
         return cls(
             max_sequences=sequences, max_context=max_context, page_size=page_size, pages=pages
         )
 
     def pages_of(self, tokens: int) -> tuple[int, ...]:
-        """Pages of each table that a sequence of so many tokens holds."""
+        """Pages of each table that a sequence of so many tokens holds, at most."""
         size = self.page_size
-        return tuple(-(-(tokens // key.every) // size) for key in self.pages)
+        return tuple([min(most, -(-(tokens // every) // size)) for every, most in self._spans])
 
     def room_of(self, pages: Sequence[int]) -> int:
         """Tokens of a sequence that fit into so many pages of each table."""
         rooms = [
-            (count * self.page_size + 1) * key.every - 1
-            for key, count in zip(self.pages, pages, strict=True)
+            (count * self.page_size + 1) * every - 1
+            for (every, most), count in zip(self._spans, pages, strict=True)
+            if count < most
         ]
         return min(rooms, default=self.max_context)
 
@@ -112,14 +111,29 @@ class Capacity:
                 )
 
 
-def constant_bytes(specs: Sequence[StateSpec], max_context: int, page_size: int) -> int:
-    """Bytes that a sequence holds, or may come to hold, whatever its length: states and windows."""
-    held = sum(s.fixed_bytes for s in specs)
-    for tensor in (t for s in specs for t in s.owned):
-        if tensor.window is None:
-            continue
-        # A ring may begin in the middle of a page (`infer.pages.PageTable`).
-        window = -(-(tensor.window - 1) // page_size) + 1 + -(-tensor.sinks // page_size)
-        pages = min(window, -(-tensor.rows(max_context) // page_size))
-        held += pages * page_size * tensor.nbytes
-    return held
+def most_pages(key: TableKey, max_context: int, page_size: int) -> int:
+    """Pages of a table that one sequence holds at most."""
+    full = -(-max(1, max_context // key.every) // page_size)
+    if key.window is None:
+        return full
+    # A ring may begin in the middle of a page (`infer.pages.PageTable`).
+    ring = -(-(key.window - 1) // page_size) + 1
+    return min(full, -(-key.sinks // page_size) + ring)
+
+
+def _dealt(
+    left_bytes: float, page_bytes: Mapping[TableKey, int], typical: Mapping[TableKey, int],
+    full: Mapping[TableKey, int],
+) -> dict[TableKey, int]:  # fmt: skip
+    """Pages of each table, as sequences take them; what a table cannot use goes to the others."""
+    pages = dict.fromkeys(full, 1)
+    left = left_bytes - sum(page_bytes.values())
+    wanting = [key for key in full if full[key] > 1]
+    while wanting:
+        share = left / sum(typical[key] * page_bytes[key] for key in wanting)
+        filled = [key for key in wanting if 1 + share * typical[key] >= full[key]]
+        for key in filled or wanting:
+            pages[key] = full[key] if filled else 1 + int(share * typical[key])
+            left -= (pages[key] - 1) * page_bytes[key]
+        wanting = [key for key in wanting if key not in filled] if filled else []
+    return pages

@@ -177,8 +177,9 @@ class Scheduler:
                 batch.decode.append(answer)
             else:
                 chunked.append(answer)
-        if chunked and not self.mixes:
-            batch.decode = [a for a in batch.decode if a.made == 0 and a.ending is None]
+        if not self.mixes:
+            reading = [a for a in batch.decode if a.made == 0 and a.ending is None]
+            batch.decode = reading if reading or chunked else batch.decode
         left -= len(batch.decode)
         for answer in chunked:
             count = min(answer.todo, left)

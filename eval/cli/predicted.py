@@ -1,4 +1,4 @@
-"""The picture of a prediction: time per token against what varies, a panel for each part."""
+"""Pictures of predictions, a panel for each part: times per token, and servers under load."""
 
 import io
 from collections.abc import Sequence
@@ -16,13 +16,18 @@ from eval.report.pictures.palette import Palette
 SUFFIXES = (".png", ".svg", ".html")
 
 
+def require_picture(path: Path) -> None:
+    """Raise UserError on another suffix than png, svg, html."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"picture '{path}' must end in {', '.join(SUFFIXES)}")
+
+
 def draw(rows: Sequence[Prediction], path: Path) -> None:
     """Write a chart of those `predict` rows that fit in memory.
 
-    Raises UserError on another suffix than png, svg, html, and where nothing fits.
+    Raises UserError where nothing fits, and as `require_picture`.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"picture '{path}' must end in {', '.join(SUFFIXES)}")
+    require_picture(path)
     table = pd.DataFrame(rows)
     table = table[table["fits"]].reset_index(drop=True)
     if table.empty:
@@ -50,6 +55,49 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
             )
         )
     )
+    _save(chart, path)
+
+
+def draw_serving(rows: Sequence[Prediction], path: Path) -> None:
+    """Write a chart of a sweep of `simulate`: what a user gets against what the part gives.
+
+    Raises UserError where there are no two arrival rates, and as `require_picture`.
+    """
+    require_picture(path)
+    _save(serving_chart(rows), path)
+
+
+def serving_chart(rows: Sequence[Prediction]) -> alt.FacetChart:
+    """Tokens per second of each user against those of the whole part, along arrival rates.
+
+    Raises UserError where there are no two of them.
+    """
+    table = pd.DataFrame(rows)
+    if "arrival_req_per_s" not in table or table["arrival_req_per_s"].nunique() < 2:
+        raise UserError("a picture of a server needs several arrival rates; add --rate sweep")
+    table = table.dropna(subset=["output_tok_per_s_per_user"]).reset_index(drop=True)
+    palette = Palette.of(table["arch"])
+    base = alt.Chart(table).encode(
+        x=alt.X("output_tok_per_s_per_user:Q", title="tokens/s of each user",
+                scale=alt.Scale(zero=False)),
+        y=alt.Y("output_tok_per_s:Q", title="tokens/s of the part"),
+        order=alt.Order("arrival_req_per_s:Q"),
+        color=palette.colour(legend=True),
+        tooltip=["arch", "batching", "arrival_req_per_s", "output_tok_per_s", "running_sequences",
+                 "max_sequences", "ttft_p50_ms", "tpot_p50_ms"],
+    )  # fmt: skip
+    several = alt.Legend(title="batching") if table["batching"].nunique() > 1 else None
+    lines = base.mark_line().encode(strokeDash=alt.StrokeDash("batching:N", legend=several))
+    points = base.mark_point(filled=True, size=45, opacity=1).encode(palette.shape(legend=True))
+    title = f"{table['scale'].iloc[0]}, simulated: the further up and right, the better"
+    return (
+        alt.layer(lines, points)
+        .properties(width=420, height=320)
+        .facet(column=alt.Column("hardware:N", title=title))
+    )
+
+
+def _save(chart: alt.FacetChart, path: Path) -> None:
     options: dict[str, Any] = {"inline": True} if path.suffix == ".html" else {}
     options["format"] = path.suffix.removeprefix(".")
     drawn: io.BytesIO | io.StringIO = io.BytesIO() if path.suffix == ".png" else io.StringIO()

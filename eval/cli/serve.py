@@ -1,5 +1,6 @@
 """`decodebench serve`: a workload under a scheduler, on an engine here or on a predicted clock."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,6 +31,7 @@ def serve(
     rate: Annotated[
         str | None, typer.Option(help="Requests/s: 1,2,4, or sweep: until it is too much.")
     ] = None,
+    repeats: Annotated[int, typer.Option(help="Measured: policies take turns.")] = 1,
     batching: Annotated[str, typer.Option(help="continuous,static")] = "continuous",
     simulate: Annotated[bool, typer.Option(help="On the predicted clock of --hardware.")] = False,
     hardware: Annotated[str, typer.Option(help="Simulated: h100,...,this-machine")] = "h100",
@@ -50,12 +52,21 @@ def serve(
     slo_tpot_ms: Annotated[float, typer.Option(help="Goodput: per token after it.")] = 100.0,
     host_ms: Annotated[float, typer.Option(help="Simulated: of the host, each step.")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    plot: Annotated[
+        Path | None, typer.Option(help="Simulated: a picture of a sweep, png, svg or html.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Serve a workload: latency, throughput, goodput and memory, by policy and arrival rate."""
     archs = [name for name in arch.split(",") if name]
     rates = () if rate in (None, "sweep") else tuple(map(_rate, str(rate).split(",")))
     held = None if memory is None else parse_bytes(memory) / 2**30
+    if plot is not None:
+        from eval.cli.predicted import draw_serving, require_picture
+
+        require_picture(plot)
+        if not simulate:
+            raise UserError("--plot draws a sweep of --simulate; add it, or leave the picture out")
     if simulate:
         from eval.measure.simulated import simulate as simulated
 
@@ -67,6 +78,8 @@ def serve(
             slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, host_ms=host_ms,
         )  # fmt: skip
         show_prediction(rows, json_, COLUMNS)
+        if plot is not None:
+            draw_serving(rows, plot)
         return
     from eval.cli.commands import serve_archs
     from eval.measure.progress import Progress
@@ -76,8 +89,8 @@ def serve(
         scale=scale or "70m", workload=workload, requests=requests, memory_gib=held or 0.0,
         max_sequences=max_sequences or 8, max_context=max_context, page_size=page_size,
         token_budget=token_budget or 256, batching=tuple(batching.split(",")),
-        allocation=allocation, rates_per_s=rates, sweep=rate == "sweep", slo_ttft_ms=slo_ttft_ms,
-        slo_tpot_ms=slo_tpot_ms,
+        allocation=allocation, repeats=repeats, rates_per_s=rates, sweep=rate == "sweep",
+        slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
     )  # fmt: skip
     rows = serve_archs(
         archs, plan, device=resolve_device(device), progress=Progress(err, quiet=json_)

@@ -175,6 +175,8 @@ def weight(point: Point, trained_scales: list[str]) -> float:
         case "speculate":
             return 0.1 * options["plan"]["new_tokens"] * len(options["plan"]["contexts"])
         case "serve":
-            return 0.3 * options["workload"]["requests"] * len(options["plan"]["batching"])
+            plan = options["plan"]
+            runs = len(plan["batching"]) * plan["repeats"]
+            return 0.3 * options["workload"]["requests"] * runs
         case _:
             return 0.5 if point.scale in trained_scales else 5.0

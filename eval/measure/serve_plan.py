@@ -18,7 +18,9 @@ from infer.sequence import Answer
 from infer.server import Executor, Server, drive
 
 #: Shares of the largest throughput at which requests are sent, until it is too much.
-SHARES = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+SHARES = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
+#: Requests of a sweep for each sequence that may run at once, at least: fewer never queue up.
+FILLS = 10
 #: Of all requests, those waiting when the last one arrives, from which on a rate is too much.
 TOO_MANY = 0.1
 GIB = 2**30
@@ -33,8 +35,10 @@ class ServePlan:
     memory_gib: of weights and state together; 0: state for all sequences at full length.
     max_sequences: that run at once, at most. max_context: 0: what the workload needs.
     batching, allocation, token_budget: as `infer.scheduler.Policy`'s.
+    repeats: of everything, policies taking turns; figures are medians over them.
     rates_per_s: instead of the workload's arrivals, Poisson ones at these mean rates.
-    sweep: at shares of the largest throughput, until over it.
+    sweep: at shares of the largest throughput, until over it; with more requests where the
+      workload's own number, and not `requests`, would never fill the server.
     slo_ttft_ms, slo_tpot_ms: what goodput asks of a request.
     """
 
@@ -48,6 +52,7 @@ class ServePlan:
     token_budget: int = 256
     batching: tuple[str, ...] = ("continuous",)
     allocation: str = PAGED
+    repeats: int = 1
     rates_per_s: tuple[float, ...] = ()
     sweep: bool = False
     slo_ttft_ms: float = 1000.0
@@ -60,10 +65,12 @@ class ServePlan:
         _ = self.load
         some(self, "batching")
         positive(self, "slo_ttft_ms", "slo_tpot_ms", "rates_per_s")
-        at_least(self, 1, "max_sequences", "page_size")
+        at_least(self, 1, "max_sequences", "page_size", "repeats")
         at_least(self, 0, "memory_gib", "max_context", "requests")
         for batching in self.batching:
             self.policy(batching)
+        if self.sweep and self.repeats > 1:
+            raise UserError(f"repeats={self.repeats} with sweep=true: each would find other rates")
         if self.rates_per_s and self.sweep:
             raise UserError("rates_per_s with sweep=true: a sweep finds its rates; give one")
 
@@ -178,7 +185,9 @@ def loads(
     if not plan.sweep:
         yield workload, run(workload)
         return
-    full = replace(workload, arrivals="once", trace="") if not workload.trace else workload
+    if not plan.requests and not workload.trace:
+        workload = replace(workload, requests=max(workload.requests, FILLS * plan.max_sequences))
+    full = workload if workload.trace else replace(workload, arrivals="once")
     served = run(full)
     most = served.log.figures(served.answers, plan.limits)["request_per_s"]
     for share in SHARES:

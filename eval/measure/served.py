@@ -56,9 +56,10 @@ class Log:
         held = sum(a.held for a in answers) - len(batch.decode) * turn.times / 2
         self._held_s += span_s * held
         capacity = self.scheduler.capacity
+        growing = [key.every for key in capacity.pages if key.window is None]
         for at, key in enumerate(capacity.pages):
-            # Of several tables the one with most rows speaks for all.
-            if key.every > min(k.every for k in capacity.pages):
+            # Of tables that grow with the context the one with most rows speaks for all.
+            if key.window is not None or key.every > min(growing):
                 continue
             pages = sum(a.pages[at] for a in answers)
             pages += sum(capacity.pages_of(a.held)[at] for a in turn.ended)

@@ -7,6 +7,7 @@ engine gives to their requests alone. Policies take turns on one engine.
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from eval.measure.serve_plan import (
     serve,
     uneven,
 )
+from eval.measure.served import Limits
 from eval.measure.site import Failure, Site, about, spec_of
 from eval.measure.speculation import TIE, tie_gap
 from eval.measure.workload import Workload, random_voice, silent_voice
@@ -80,8 +82,9 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     warm_up(engine)
     with Neighbours() as others:
         runs = _Runs(engine, capacity, plan, voice)
-        for number, batching in enumerate(plan.batching):
-            watch.at(number / len(plan.batching), batching)
+        turns = list(product(range(plan.repeats), plan.batching))
+        for number, (_, batching) in enumerate(turns):
+            watch.at(number / len(turns), batching)
             runs.take(batching, workload)
         rates = site.roofline(batch_sizes(capacity.max_sequences), again=True)
     _require_company(engine, runs, about(spec, model, **told))
@@ -99,6 +102,11 @@ class _Run:
     load: Workload
     served: Served
     host_s: float
+
+    def figures(self, limits: Limits) -> dict[str, float]:
+        """Its measures by name."""
+        found = self.served.log.figures(self.served.answers, limits)
+        return found | {"host_share": self.host_s / self.served.log.busy_s}
 
 
 class _Runs:
@@ -131,41 +139,50 @@ class _Runs:
             padded=self.engine.graphed is not None, calls=ragged_calls(self.engine),
         )  # fmt: skip
         rows: list[Row] = []
-        for run in self.found:
-            served, words = run.served, self.plan.words(run.batching, run.load)
+        for words, repeats in self._by_words().items():
+            run = repeats[0]
             at: dict[str, Any] = {"batch": self.capacity.max_sequences, "options": words}
-            figures = served.log.figures(served.answers, self.plan.limits)
+            at["n"] = sum(len(r.served.answers) for r in repeats)
+            figures = [r.figures(self.plan.limits) for r in repeats]
+            rows += [
+                Row(measure=name, value=statistics.median(f[name] for f in figures), **at)
+                for name in figures[0] if all(name in f for f in figures)
+            ]  # fmt: skip
             clocked = serve(
                 ClockExecutor(times), self.capacity, self.plan.policy(run.batching), run.load,
                 silent_voice,
             )  # fmt: skip
             predicted = clocked.log.figures(clocked.answers, self.plan.limits)
-            n = len(served.answers)
-            rows += [Row(measure=name, value=value, n=n, **at) for name, value in figures.items()]
             rows += [
-                Row(measure=_pred(name), value=predicted[name], n=n, **at)
+                Row(measure=_pred(name), value=predicted[name], **at)
                 for name in PREDICTED if name in predicted
             ]  # fmt: skip
-            rows.append(Row(measure="host_share", value=run.host_s / served.log.busy_s, n=n, **at))
         return [*rows, *self._gain_rows()]
+
+    def _by_words(self) -> dict[str, list[_Run]]:
+        """The repeats of each policy at each load."""
+        found: dict[str, list[_Run]] = {}
+        for run in self.found:
+            found.setdefault(self.plan.words(run.batching, run.load), []).append(run)
+        return found
 
     def _gain_rows(self) -> list[Row]:
         """Continuous over static batching, beside what equal steps would give."""
-        by_policy: dict[str, list[float]] = {}
+        rates: dict[str, list[float]] = {}
         for run in self.found:
-            figures = run.served.log.figures(run.served.answers, self.plan.limits)
-            by_policy.setdefault(run.batching, []).append(figures["output_tok_per_s"])
-        if not {"continuous", "static"} <= by_policy.keys():
+            made = run.figures(self.plan.limits)["output_tok_per_s"]
+            rates.setdefault(run.batching, []).append(made)
+        if not {"continuous", "static"} <= rates.keys():
             return []
-        ratios = [c / s for c, s in zip(by_policy["continuous"], by_policy["static"], strict=True)]
+        pairs = zip(rates["continuous"], rates["static"], strict=True)
+        ratios = sorted(continuous / static for continuous, static in pairs)
         lengths = [a.made for a in self.found[0].served.answers if a.ending is Ending.LENGTH]
-        batch = self.capacity.max_sequences
+        at: dict[str, Any] = {"batch": self.capacity.max_sequences, "n": len(ratios)}
         return [
-            Row(
-                measure="batching_gain", value=statistics.median(ratios), n=len(ratios), batch=batch
-            ),
-            Row(measure="batching_gain_equal_steps", value=uneven(lengths, batch), batch=batch),
-        ]
+            Row(measure="batching_gain", value=statistics.median(ratios),
+                note=f"{ratios[0]:.2f} to {ratios[-1]:.2f}", **at),
+            Row(measure="batching_gain_equal_steps", value=uneven(lengths, at["batch"]), **at),
+        ]  # fmt: skip
 
 
 def _pred(name: str) -> str:

@@ -160,7 +160,7 @@ def stop(tmp_path: Path, stage: str, sent: signal.Signals) -> tuple[int, str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(sent)
-    return process.wait(20), process.communicate()[1]
+    return process.wait(120), process.communicate()[1]
 
 
 @pytest.mark.slow

@@ -96,4 +96,4 @@ def test_kernels_give_what_recomputing_gives(kind: str) -> None:
         kinds = (kind,)
 
     with interpreted():
-        drive(OfKind, 4, 10)
+        drive(OfKind, 3, 10)

@@ -108,6 +108,18 @@ def test_static_batches_run_until_their_last_answer() -> None:
     assert scheduler.free_pages == (12,)
 
 
+def test_who_has_ended_in_a_static_batch_never_outgrows_its_pages() -> None:
+    policy = Policy(batching="static", token_budget=9)
+    scheduler = SCHEDULERS["static"](capacity(), policy)
+    # The last token of the longest prompt is read alone.
+    answers = [scheduler.add(request(prompt, new)) for prompt, new in ((3, 1), (3, 1), (4, 14))]
+    while (batch := scheduler.next()) is not None:
+        rooms = [a.room for a in answers]
+        scheduler.done(batch)
+        assert all(a.held <= room for a, room in zip(answers, rooms, strict=True))
+    assert [a.held for a in answers] == [16, 16, 17]
+
+
 def test_contiguous_allocation_sets_the_longest_context_aside() -> None:
     paged, whole = (
         Scheduler(capacity(pages=16), Policy(allocation=a, reserve=0))

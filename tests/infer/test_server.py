@@ -120,8 +120,8 @@ def test_company(kind: str) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=6,
-            stateful_step_count=12,
+            max_examples=10,
+            stateful_step_count=16,
             deadline=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),
