@@ -237,6 +237,32 @@ def _batch_trade(found: Evidence) -> Found:
     )
 
 
+def _serving(found: Evidence) -> Found:
+    gains = found.served("batching_gain")
+    if gains.empty:
+        return "not measured", "it needs a [[serve]] with batching continuous and static"
+    # Of several workloads, and of several runs of one, the largest gain of each architecture.
+    best = gains.groupby("arch", sort=False)["value"].max()
+    equal = found.served("batching_gain_equal_steps")["value"].max()
+    told = [
+        f"continuous over static batching {best.min():.2f} ({best.idxmin()}) to {best.max():.2f} "
+        f"({best.idxmax()}) times; steps of equal time would give {equal:.2f}"
+    ]
+    paged, whole = (found.served(f"page_waste{more}") for more in ("", "_contiguous"))
+    paged, whole = (
+        rows[rows["options"].str.contains("batching=continuous")] for rows in (paged, whole)
+    )
+    if not whole.empty:
+        told.append(
+            f"pages waste at most {paged['value'].max():.0%} of their rows, whole contexts "
+            f"{whole['value'].min():.0%} or more"
+        )
+    told.append("sharing of prefixes and copy-on-write are not measured")
+    if best.max() <= 1:
+        return "refuted", "; ".join(told)
+    return "conditional", "; ".join(told)
+
+
 def _recurrent_gains(found: Evidence) -> Found:
     contexts = sorted(found.timed["context"].unique())
     if not contexts:
@@ -287,6 +313,12 @@ CHECKS: tuple[tuple[int, str, Callable[[Evidence], Found]], ...] = (
         _speculation,
     ),
     (13, "small batches give latency, large ones throughput", _batch_trade),
+    (
+        14,
+        "continuous batching and paging give 2 to 3 times on uneven loads; paging removes "
+        "fragmentation; prefixes are shared; copy-on-write serves several answers",
+        _serving,
+    ),
     (15, "recurrent mixers can give order-of-magnitude gains in decode", _recurrent_gains),
     (16, "8.6T tokens a day for 4 days exceed 32T", _arithmetic),
 )

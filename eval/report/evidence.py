@@ -45,6 +45,12 @@ class Evidence:
             }
         )  # fmt: skip
 
+    def served(self, measure: str) -> pd.DataFrame:
+        """A measure of servers as long rows: all policies and loads of every architecture."""
+        long = self.figures.long
+        rows = long[(long["stage"] == "serve") & (long["measure"] == measure)]
+        return rows[rows["status"] == "ok"]
+
     @property
     def lossless(self) -> bool | None:
         """Whether no speculation gave other tokens than plain decode; None where all were drawn."""

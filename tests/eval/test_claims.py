@@ -103,7 +103,40 @@ def test_speed_ups_decide_the_claim_on_speculation(long: pd.DataFrame) -> None:
     assert verdicts(wrong)[12].verdict == "refuted"
 
 
+def with_servers(long: pd.DataFrame, gains: dict[str, float]) -> pd.DataFrame:
+    """The table with servers of these gains of continuous over static batching."""
+    base = long[long["measure"] == "bits_per_byte"].iloc[:1]
+    made = []
+    for arch, gain in gains.items():
+        for measure, value, words in (
+            ("batching_gain", gain, ""),
+            ("batching_gain_equal_steps", 1.7, ""),
+            ("page_waste", 0.08, " batching=continuous"),
+            ("page_waste_contiguous", 0.66, " batching=continuous"),
+            ("page_waste", 0.5, " batching=static"),
+        ):
+            made.append(
+                base.assign(
+                    arch=arch, stage="serve", measure=measure, value=value, batch=8,
+                    options=f"workload=uneven{words}", cell=f"serve/{arch}",
+                )
+            )  # fmt: skip
+    return pd.concat([long, *made], ignore_index=True)
+
+
+def test_servers_decide_the_claim_on_batching(long: pd.DataFrame) -> None:
+    assert verdicts(long)[14].verdict == "not measured"
+    claim = verdicts(with_servers(long, {"gqa": 1.6, "gdn": 1.4}))[14]
+    assert claim.verdict == "conditional"
+    assert "1.40 (gdn) to 1.60 (gqa) times; steps of equal time would give 1.70" in claim.evidence
+    assert "pages waste at most 8% of their rows, whole contexts 66% or more" in claim.evidence
+    assert "copy-on-write are not measured" in claim.evidence
+    assert verdicts(with_servers(long, {"gqa": 0.9}))[14].verdict == "refuted"
+
+
 def test_without_figures_claims_on_figures_are_not_measured(long: pd.DataFrame) -> None:
     bare = long[long["stage"] == "cost"]
     found = verdicts(bare)
-    assert {n for n, c in found.items() if c.verdict == "not measured"} == {5, 6, 8, 9, 12, 13, 15}
+    assert {n for n, c in found.items() if c.verdict == "not measured"} == {
+        5, 6, 8, 9, 12, 13, 14, 15
+    }  # fmt: skip

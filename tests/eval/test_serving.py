@@ -9,20 +9,27 @@ import torch
 
 from archs.backbone import Model
 from archs.cost import Step
+from archs.gqa import Attention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
+from eval.measure.plan import serve_point
 from eval.measure.serve_plan import Served, ServePlan, loads, longest, serve, typical, uneven
 from eval.measure.served import Limits, weighted_percentile
 from eval.measure.simulated import simulate
+from eval.measure.site import Site
+from eval.measure.stages import measure
 from eval.measure.workload import Lengths, Workload, random_voice, silent_voice
 from eval.predict.accelerators import hardware_of
 from eval.predict.roofline import step_ms
 from eval.predict.serving import ClockExecutor, ConstantTimes, StepTimes
+from eval.results.point import Point
+from eval.results.rows import Found, Status, records
 from infer.capacity import Capacity
 from infer.engine import Engine
 from infer.scheduler import Batch, Policy
 from infer.sequence import Answer
 from infer.server import EngineExecutor, Ran
+from tests.eval.synthetic import HERE
 
 LIMITS = Limits(ttft_ms=1000, tpot_ms=50)
 H100 = hardware_of("h100", "bfloat16", (1, 2, 4, 8), None).roofline
@@ -222,3 +229,57 @@ def test_more_memory_never_serves_less_and_what_does_not_fit_is_a_row() -> None:
     rates = [float(str(row["output_tok_per_s"])) for row in rows[1:]]
     assert "do not hold one sequence" in str(rows[0]["note"]) or "output_tok_per_s" in rows[0]
     assert rates[0] < rates[1]
+
+
+PLAN = ServePlan(
+    scale="tiny", workload="uneven-short", requests=6, max_sequences=3,
+    batching=("continuous", "static"), repeats=2,
+)  # fmt: skip
+
+
+def measured(arch: str = "gqa") -> Found:
+    point = serve_point(ModelSpec(arch=arch, scale=get_scale("tiny")), PLAN, "cpu")
+    again = Point.from_json(point.to_json())
+    assert again == point
+    return measure(again, Site(None, torch.device("cpu")))
+
+
+def test_figures_are_medians_over_repeats_of_policies_that_take_turns() -> None:
+    found = measured()
+    assert found.failure is None
+    rows = {(row.options, row.measure): row for row in found.rows}
+    words = [f"workload=uneven-short requests=6 batching={b}" for b in PLAN.batching]
+    assert {options for options, _ in rows} == {None, *words}
+    assert rows[words[0], "output_tok_per_s"].n == 12
+    assert rows[None, "batching_gain"].n == 2
+    assert " to " in rows[None, "batching_gain"].note
+    lines = records(
+        serve_point(ModelSpec(arch="gqa", scale=get_scale("tiny")), PLAN, "cpu"), found, HERE
+    )
+    assert {line["options"] for line in lines} == {"workload=uneven-short requests=6", *words}
+
+
+def test_a_mixer_whose_extend_is_wrong_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Attention, "extend", lambda self, x, state: x)
+    failure = measured().failure
+    assert failure is not None
+    assert failure.status == Status.INCORRECT
+
+
+def test_an_answer_that_depends_on_its_company_fails_the_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample = EngineExecutor._sample
+
+    def confused(
+        self: EngineExecutor, logits: torch.Tensor, asked: Sequence[tuple[int, Answer]]
+    ) -> dict[Answer, int]:
+        found = sample(self, logits, asked)
+        # The logits of a neighbour, as if a page had been lent twice.
+        return dict(zip(found, [*found.values()][::-1], strict=True))
+
+    monkeypatch.setattr(EngineExecutor, "_sample", confused)
+    failure = measured().failure
+    assert failure is not None
+    assert failure.status == Status.INCORRECT
+    assert "in company and" in failure.note

@@ -17,19 +17,25 @@ from hypothesis.stateful import (
 )
 
 from archs.errors import UserError
+from infer.capacity import Capacity
 from infer.engine import Engine
+from infer.graphs import GraphedStep
+from infer.scheduler import Policy, Scheduler
 from infer.sequence import Answer, Ending
-from infer.server import EngineExecutor, Ran
+from infer.server import EngineExecutor, Ran, Server
+from tests.infer.recorded import Again
 from tests.infer.serving import (
     BUDGET,
     PAGE,
     SEQUENCES,
     alone,
+    capacity_of,
     request_of,
     served_model,
     server_of,
 )
-from tests.infer.test_machine import CONTEXT, KINDS
+from tests.infer.test_machine import CONTEXT, KINDS, model_of
+from tests.kernels.interpreter import interpreted
 
 
 def drain(server: Any) -> None:
@@ -220,3 +226,35 @@ def test_compiled_engines_are_refused() -> None:
     engine = Engine(served_model("rows"), compiled=True)
     with pytest.raises(UserError, match="compiled=True compiles steps of one fixed batch"):
         EngineExecutor(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["rows", "window 9", "state and rows"])
+def test_kernels_and_graphs_serve_the_same_answers(kind: str) -> None:
+    """In Triton's interpreter; decode steps are recorded, and replayed in padded batches."""
+    requests = [request_of(n, 3 + 4 * n, 9 - n) for n in range(5)]
+    with interpreted():
+        served = {}
+        for backend in ("torch", "triton"):
+            model = model_of(kind).use(backend)
+            capacity = Capacity(
+                max_sequences=SEQUENCES, max_context=48, page_size=16,
+                pages={key: 6 for key in capacity_of(model).pages},
+            )  # fmt: skip
+            engine = Engine(
+                model, max_sequences=SEQUENCES, max_context=48, page_size=16,
+                pages=capacity.pages, backend=backend,
+            )  # fmt: skip
+            if backend == "triton":
+                engine.graphed = GraphedStep(model, engine.store, recorder=Again)
+            server = Server(
+                Scheduler(capacity, Policy(token_budget=BUDGET)), EngineExecutor(engine)
+            )
+            answers = [server.submit(r) for r in requests]
+            drain(server)
+            require_nothing_held(server, engine)
+            served[backend] = [a.tokens for a in answers]
+            if engine.graphed is not None:
+                assert engine.graphed._graphs
+    assert served["triton"] == served["torch"]
