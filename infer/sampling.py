@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,9 +39,9 @@ class Sampling:
         return self.temperature == 0
 
     @property
-    def unseeded(self) -> "Sampling":
-        """The same distribution, whatever numbers it is drawn by."""
-        return replace(self, seed=0)
+    def rule(self) -> tuple[float, float, int]:
+        """What it makes of logits, whatever numbers are drawn: equal ones can go together."""
+        return self.temperature, self.top_p, self.top_k
 
 
 class NoTokenError(ArithmeticError):

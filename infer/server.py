@@ -8,17 +8,20 @@ every step tells who got one.
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from archs.errors import UserError
 from infer.engine import Engine
-from infer.sampling import Sampler, Sampling, stream
+from infer.sampling import Sampler, stream
 from infer.scheduler import Batch, Scheduler
 from infer.sequence import Answer, Ending, Request
 from kernels.sampling.nucleus import NO_TOKEN
+
+#: `Sampling.rule`.
+Rule = tuple[float, float, int]
 
 
 class Ran(NamedTuple):
@@ -32,7 +35,12 @@ class Ran(NamedTuple):
 
 
 class Executor(Protocol):
-    """Takes the steps that a scheduler asks for, and has the time."""
+    """Takes the steps that a scheduler asks for, and has the time.
+
+    leaps: whether it takes several that are alike at once.
+    """
+
+    leaps: ClassVar[bool]
 
     def now_s(self) -> float:
         """Seconds since the server was opened."""
@@ -107,7 +115,7 @@ class Server:
         for answer in batch.answers:
             if answer.admitted_s is None:
                 answer.admitted_s = began_s
-        ran = executor.run(batch, scheduler.repeats(batch), until_s)
+        ran = executor.run(batch, scheduler.repeats(batch) if executor.leaps else 1, until_s)
         now_s = executor.now_s()
         endings = None if ran.tokens is None else _Endings(ran.tokens)
         done = scheduler.done(batch, ran.times, endings)
@@ -198,6 +206,8 @@ class EngineExecutor:
     Raises UserError for an engine that cannot take answers in and out of a batch.
     """
 
+    leaps: ClassVar[bool] = False
+
     def __init__(self, engine: Engine) -> None:
         if engine.compiled is not None:
             raise UserError(
@@ -208,7 +218,7 @@ class EngineExecutor:
         self._opened_s = time.perf_counter()
         self._sequences: dict[Answer, int] = {}
         self._streams: dict[Answer, torch.Generator] = {}
-        self._samplers: dict[Sampling, Sampler] = {}
+        self._samplers: dict[Rule, Sampler] = {}
         #: Seconds in the model and in sampling; all else is the host's.
         self.model_s = 0.0
 
@@ -262,15 +272,16 @@ class EngineExecutor:
 
     def _sample(self, logits: Tensor, asked: Sequence[tuple[int, Answer]]) -> dict[Answer, int]:
         """The next tokens of answers whose logits are the rows `at`."""
-        alike: dict[Sampling, list[tuple[int, Answer]]] = {}
+        alike: dict[Rule, list[tuple[int, Answer]]] = {}
         for at, answer in asked:
-            alike.setdefault(answer.request.sampling.unseeded, []).append((at, answer))
+            alike.setdefault(answer.request.sampling.rule, []).append((at, answer))
         tokens: dict[Answer, int] = {}
-        for sampling, members in alike.items():
-            sampler = self._samplers.get(sampling)
+        for rule, members in alike.items():
+            sampling = members[0][1].request.sampling
+            sampler = self._samplers.get(rule)
             if sampler is None:
                 sampler = Sampler(sampling, self.engine.device, backend=self.engine.backend)
-                self._samplers[sampling] = sampler
+                self._samplers[rule] = sampler
             rows = logits if len(members) == len(logits) else logits[[at for at, _ in members]]
             uniforms = None
             if not sampling.greedy:

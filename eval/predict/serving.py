@@ -10,6 +10,7 @@ it, not with its tokens.
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 
@@ -136,6 +137,8 @@ def _neighbours(tokens: int) -> tuple[int, int]:
 
 class ClockExecutor:
     """Takes a server's steps on a clock (`infer.server.Executor`)."""
+
+    leaps: ClassVar[bool] = True
 
     def __init__(self, times: StepTimes | ConstantTimes) -> None:
         self._times = times
