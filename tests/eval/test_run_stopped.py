@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[2]
 
 #: Runs the suite of argv[1] into argv[2], and waits for its end in the stage named by argv[3].
 VICTIM = """
-import sys, time
+import signal, sys, time
+# A shell's background jobs ignore it, and so would their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import eval.measure.site
 from eval.measure.stages import STAGES
 from eval.cli import main
@@ -160,7 +162,7 @@ def stop(tmp_path: Path, stage: str, sent: signal.Signals) -> tuple[int, str]:
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(sent)
-    return process.wait(120), process.communicate()[1]
+    return process.wait(30), process.communicate()[1]
 
 
 @pytest.mark.slow
