@@ -9,9 +9,11 @@ import os
 import secrets
 import stat
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from archs.errors import UserError
 
@@ -57,6 +59,16 @@ def read_text(path: Path) -> str:
         raise UserError(
             f"'{path}' is not UTF-8 text (byte {error.start}); convert it or name another file"
         ) from None
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values of a TOML file; what: the word for it. Raises UserError on what is off."""
+    if not path.is_file():
+        raise UserError(f"{what} file '{path}' does not exist; give a name or a .toml file")
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{what} file '{path}' is not valid TOML: {error}") from None
 
 
 def make_folder(path: Path) -> None:

@@ -137,7 +137,10 @@ def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> 
 
 def serve_point(spec: ModelSpec, plan: ServePlan, device: str) -> Point:
     """Serving of one model by all of the plan's policies."""
-    options = {"plan": asdict(plan), "workload": asdict(plan.load)}
+    load = plan.load
+    options = {
+        "plan": asdict(plan), "workload": asdict(load), "trace_digest": load.trace_digest
+    }  # fmt: skip
     return _of(spec, "serve", device, plan.scale, options, batch=plan.max_sequences)
 
 
@@ -177,6 +180,7 @@ def weight(point: Point, trained_scales: list[str]) -> float:
         case "serve":
             plan = options["plan"]
             runs = len(plan["batching"]) * plan["repeats"]
-            return 0.3 * options["workload"]["requests"] * runs
+            # Of a trace, that may be read whole, nobody has counted them.
+            return 0.3 * (options["workload"]["requests"] or 100) * runs
         case _:
             return 0.5 if point.scale in trained_scales else 5.0

@@ -1,7 +1,8 @@
 """How a server is opened, and the load it is put under: the plan of a serving measurement."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from archs.backbone import Model
 from archs.backends import AUTO
@@ -24,6 +25,11 @@ FILLS = 10
 #: Of all requests, those waiting when the last one arrives, from which on a rate is too much.
 TOO_MANY = 0.1
 GIB = 2**30
+#: Fields of a plan that stand in the rows' options where they are not the default.
+APART = (
+    "requests", "memory_gib", "max_context", "page_size", "token_budget", "slo_ttft_ms",
+    "slo_tpot_ms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,14 +93,17 @@ class ServePlan:
 
     def words(self, batching: str = "", load: Workload | None = None) -> str:
         """What sets the figures of a run apart from others of the same model and scale."""
-        words = [f"workload={self.workload}"]
-        words += [f"requests={self.requests}"] * bool(self.requests)
-        words += [f"memory_gib={self.memory_gib:g}"] * bool(self.memory_gib)
+        words = [f"workload={Path(self.workload).name}"]
+        words += [f"{name}={getattr(self, name):g}" for name in APART if self._differs(name)]
         words += [f"allocation={self.allocation}"] * (self.allocation != PAGED)
         words += [f"batching={batching}"] * bool(batching)
         if load is not None and load.rate_per_s:
             words.append(f"rate_per_s={load.rate_per_s:.4g}")
         return " ".join(words)
+
+    def _differs(self, name: str) -> bool:
+        defaults = {f.name: f.default for f in fields(self)}
+        return bool(getattr(self, name) != defaults[name])
 
     def policy(self, batching: str) -> Policy:
         """One of the policies."""
@@ -122,22 +131,20 @@ class ServePlan:
 
 def longest(workload: Workload) -> int:
     """Tokens that the longest sequence of a workload holds."""
-    return max(sum(map(sum, talk.turns)) + _opening(workload, talk) for talk in _talks(workload))
+    return max(
+        sum(map(sum, talk.turns)) + _opening(workload, talk) for talk in workload.conversations()
+    )
 
 
 def typical(workload: Workload) -> int:
     """Tokens that a sequence of a workload holds when half of its answer is made, on average."""
     held = []
-    for talk in _talks(workload):
+    for talk in workload.conversations():
         past = _opening(workload, talk)
         for asked, answered in talk.turns:
             held.append(past + asked + answered // 2)
             past += asked + answered
     return round(sum(held) / len(held))
-
-
-def _talks(workload: Workload) -> Sequence[Conversation]:
-    return workload.conversations()
 
 
 def _opening(workload: Workload, talk: Conversation) -> int:
@@ -189,7 +196,10 @@ def loads(
         workload = replace(workload, requests=max(workload.requests, FILLS * plan.max_sequences))
     full = workload if workload.trace else replace(workload, arrivals="once")
     served = run(full)
-    most = served.log.figures(served.answers, plan.limits)["request_per_s"]
+    most = served.log.figures(served.answers, plan.limits).get("request_per_s")
+    if most is None:
+        why = next((a.note for a in served.answers if a.note), "nobody was answered")
+        raise UserError(f"no request of the workload was served, so there is no rate: {why}")
     for share in SHARES:
         at_rate = workload.at_rate(share * most)
         found = run(at_rate)

@@ -26,13 +26,12 @@ class Limits:
 class Log:
     """Follows a server turn by turn (`infer.server.drive`).
 
-    schedule: who ran in each step, where it is kept: names and counts.
+    schedule: who ran in each step, where it is kept: numbers and counts.
     """
 
     scheduler: Scheduler
     keep_schedule: bool = False
     schedule: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
-    steps: int = 0
     busy_s: float = 0.0
     _gaps: dict[tuple[float, int], int] = field(default_factory=dict)
     _running_s: float = 0.0
@@ -42,7 +41,6 @@ class Log:
     def __call__(self, turn: Turn) -> None:
         """Take a turn in."""
         span_s = turn.ended_s - turn.began_s
-        self.steps += turn.times
         self.busy_s += span_s
         for _, before in turn.got:
             if before is not None:

@@ -1,7 +1,7 @@
 """Serving on an engine: a workload under a scheduler, with what a clock predicts of it beside.
 
-Correctness first: extend must equal forward, and some of the answers must be those that the same
-engine gives to their requests alone. Policies take turns on one engine.
+Correctness first: extend must equal forward, and some of the greedy answers must be those that the
+same engine gives to their requests alone. Policies take turns on one engine.
 """
 
 import statistics
@@ -28,21 +28,21 @@ from eval.measure.serve_plan import (
 from eval.measure.served import Limits
 from eval.measure.site import Failure, Site, about, spec_of
 from eval.measure.speculation import TIE, tie_gap
-from eval.measure.workload import Workload, random_voice, silent_voice
+from eval.measure.workload import Voice, Workload, random_voice, silent_voice
 from eval.predict.calls import CountCalls
 from eval.predict.machine import Roofline
 from eval.predict.neighbours import Neighbours
 from eval.predict.roofline import resident_bytes
 from eval.predict.serving import ClockExecutor, StepTimes
 from eval.results.point import Point
-from eval.results.rows import Found, Row, Status
+from eval.results.rows import About, Found, Row, Status
 from infer.capacity import Capacity
 from infer.engine import Engine
 from infer.graphs import CAPTURE_AFTER, bucket
 from infer.sequence import Answer, Ending
 from infer.server import EngineExecutor
 
-#: Answers that are held to what the engine gives to their requests alone.
+#: Greedy answers that are held to what the engine gives to their requests alone.
 CHECKED = 4
 #: Figures that a clock's run is compared by.
 PREDICTED = ("output_tok_per_s", "ttft_p50_ms", "tpot_p50_ms")
@@ -50,10 +50,11 @@ PREDICTED = ("output_tok_per_s", "ttft_p50_ms", "tpot_p50_ms")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeOptions:
-    """workload: what the plan's name stood for when the point was made."""
+    """workload: what the plan's name stood for; trace_digest: of the trace's file, if any."""
 
     plan: ServePlan
     workload: Workload
+    trace_digest: str = ""
 
 
 def measure(point: Point, site: Site, watch: Watch) -> Found:
@@ -87,7 +88,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
             watch.at(number / len(turns), batching)
             runs.take(batching, workload)
         rates = site.roofline(batch_sizes(capacity.max_sequences), again=True)
-    _require_company(engine, runs, about(spec, model, **told))
+    _require_answers(engine, runs, about(spec, model, **told))
     rows = runs.rows(model, rates)
     return Found(
         about=about(spec, model, **told), rows=(*rows, *load_rows(others.share)),
@@ -112,7 +113,7 @@ class _Run:
 class _Runs:
     """All runs of a point on one engine."""
 
-    def __init__(self, engine: Engine, capacity: Capacity, plan: ServePlan, voice: Any) -> None:
+    def __init__(self, engine: Engine, capacity: Capacity, plan: ServePlan, voice: Voice) -> None:
         self.engine = engine
         self.capacity = capacity
         self.plan = plan
@@ -220,15 +221,25 @@ def ragged_calls(engine: Engine) -> int | None:
     return counter.calls
 
 
-def _require_company(engine: Engine, runs: _Runs, told: Any) -> None:
-    """Raise Failure where an answer is not what its request gets alone, but for a tie."""
+def _require_answers(engine: Engine, runs: _Runs, told: About) -> None:
+    """Raise Failure where answers failed, where none was made, and where a greedy one is not what
+    its request gets alone, but for a tie.
+    """
+    every = [a for run in runs.found for a in run.served.answers]
+    failed = [a for a in every if a.ending is Ending.FAILED]
+    if failed:
+        note = f"{len(failed)} of {len(every)} answers failed: {failed[0].note}"
+        raise Failure(Status.NAN, told, note)
+    if all(a.ending is Ending.REFUSED for a in every):
+        raise Failure(Status.OOM, told, f"no request was served: {every[0].note}")
     answers = [a for a in runs.found[0].served.answers if a.ending is Ending.LENGTH]
-    for answer in _spread(answers, CHECKED):
+    greedy = [a for a in answers if a.request.sampling.greedy]
+    for answer in _spread(greedy, CHECKED):
         request = answer.request
         alone = engine.generate([request.prompt], request.max_new_tokens, request.sampling)
         expected = alone.tokens[0]
         parted = next((i for i, t in enumerate(expected) if t != answer.tokens[i]), None)
-        if parted is None or not request.sampling.greedy:
+        if parted is None:
             continue
         before = [*request.prompt, *expected[:parted]]
         gap = tie_gap(engine.model, before, expected[parted], answer.tokens[parted])

@@ -1,6 +1,6 @@
 """Servers simulated: any architecture, part and memory under a workload, on the predicted clock."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from archs.checks import require_some
@@ -17,9 +17,6 @@ from infer.capacity import Capacity
 from infer.memory import DoesNotFitError
 from infer.scheduler import Policy
 
-#: What a row says of the load, beside the figures.
-RATE = "arrival_req_per_s"
-
 
 def simulate(
     archs: Iterable[str], workload: str = "chat", *, requests: int = 0, scale: str = "8b",
@@ -27,7 +24,7 @@ def simulate(
     max_sequences: int = 256, max_context: int = 0, page_size: int = 64,
     token_budget: int = 2048, batching: Sequence[str] = ("continuous",),
     allocation: str = "paged", rates_per_s: Sequence[float] = (), sweep: bool = False,
-    slo_ttft_ms: float = 1000.0, slo_tpot_ms: float = 50.0, host_ms: float = 0.0,
+    slo_ttft_ms: float = 1000.0, slo_tpot_ms: float = 100.0, host_ms: float = 0.0,
     dtype: str = "bfloat16", launch_us: float | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, part, policy and arrival rate, with the Measures' names.
@@ -47,8 +44,8 @@ def simulate(
         plan = ServePlan(
             scale=scale, workload=workload, requests=requests, memory_gib=memory,
             max_sequences=max_sequences, max_context=max_context, page_size=page_size,
-            token_budget=token_budget,
-            batching=tuple(batching), allocation=allocation, rates_per_s=tuple(rates_per_s),
+            token_budget=token_budget, batching=tuple(batching), allocation=allocation,
+            rates_per_s=tuple(rates_per_s),
             sweep=sweep, slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
         )  # fmt: skip
         given = plan.load
@@ -69,7 +66,8 @@ def simulate(
                 for load, served in loads(plan, given, clocked):
                     rows.append(
                         {
-                            **about, "batching": policy.batching, **arriving(load),
+                            **about, "batching": policy.batching,
+                            "arrival_req_per_s": load.rate_per_s or None,
                             "max_sequences": capacity.max_sequences,
                             **served.log.figures(served.answers, plan.limits),
                             "saturated": served.saturated,
@@ -83,8 +81,3 @@ def simulate(
 
 def _clocked(times: StepTimes, capacity: Capacity, policy: Policy, load: Workload) -> Served:
     return serve(ClockExecutor(times), capacity, policy, load, silent_voice)
-
-
-def arriving(load: Workload) -> Mapping[str, float]:
-    """The mean rate of a load that has one."""
-    return {RATE: load.rate_per_s} if load.rate_per_s else {}

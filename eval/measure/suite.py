@@ -8,7 +8,6 @@ when it is read.
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from archs.backbone import require_exit
 from archs.backends import AUTO
 from archs.checks import at_least, parse, some
 from archs.errors import UserError, unknown_name
-from archs.files import read_text
+from archs.files import read_toml
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
 from eval.measure.decode_plans import DecodePlan, SpeculatePlan, require_backend
@@ -302,10 +301,5 @@ def load_suite(name_or_path: str) -> Suite:
         if name_or_path not in known:
             raise unknown_name("suite", name_or_path, known)
         path = known[name_or_path]
-    if not path.is_file():
-        raise UserError(f"suite file '{path}' does not exist; give a name or a .toml file")
-    try:
-        data = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"suite file '{path}' is not valid TOML: {error}") from None
+    data = read_toml(path, "suite")
     return parse(Suite, {"name": path.stem, **data}, str(path))

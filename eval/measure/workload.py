@@ -5,8 +5,8 @@ clock get the same lengths at the same times. What a prompt says comes from a `V
 an engine, a range of the right length for a clock, which looks at none.
 """
 
+import hashlib
 import math
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
@@ -17,7 +17,7 @@ import numpy as np
 
 from archs.checks import at_least, parse, positive
 from archs.errors import UserError, unknown_name
-from archs.files import read_text
+from archs.files import read_text, read_toml
 from eval.measure.traces import MOONCAKE_BLOCK, Arrival, read_trace
 from infer.sampling import Sampling
 from infer.sequence import Answer, Ending, Request
@@ -119,6 +119,13 @@ class Workload:
         """The same requests, arriving at another mean rate."""
         arrivals = self.arrivals if self.arrivals == "trace" else "poisson"
         return replace(self, arrivals=arrivals, rate_per_s=rate_per_s)
+
+    @property
+    def trace_digest(self) -> str:
+        """Twelve hex digits of what the trace's file holds; empty without one."""
+        if not self.trace:
+            return ""
+        return hashlib.sha256(read_text(_trace_path(self.trace)).encode()).hexdigest()[:12]
 
     def conversations(self) -> list["Conversation"]:
         """What is asked, one after the other; the same whoever serves it."""
@@ -299,10 +306,4 @@ def load_workload(name_or_path: str) -> Workload:
         if name_or_path not in known:
             raise unknown_name("workload", name_or_path, known)
         path = known[name_or_path]
-    if not path.is_file():
-        raise UserError(f"workload file '{path}' does not exist; give a name, a .toml or a trace")
-    try:
-        data = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"workload file '{path}' is not valid TOML: {error}") from None
-    return parse(Workload, data, str(path))
+    return parse(Workload, read_toml(path, "workload"), str(path))

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from archs.backbone import Model
 from archs.cost import Step
+from archs.errors import UserError
 from archs.gqa import Attention
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
@@ -29,6 +32,7 @@ from infer.engine import Engine
 from infer.scheduler import Batch, Policy
 from infer.sequence import Answer
 from infer.server import EngineExecutor, Ran
+from kernels.sampling.nucleus import NO_TOKEN
 from tests.eval.synthetic import HERE
 
 LIMITS = Limits(ttft_ms=1000, tpot_ms=50)
@@ -221,14 +225,38 @@ def test_weighted_percentiles_are_those_of_the_repeated_values() -> None:
         assert weighted_percentile(values, weights, q) == expected
 
 
-def test_more_memory_never_serves_less_and_what_does_not_fit_is_a_row() -> None:
-    rows = [
-        simulate(["gqa"], "longtail", scale="8b", requests=128, memory_gib=gib)[0]
+def test_more_memory_serves_more_and_less_is_never_faster() -> None:
+    rates = [
+        float(
+            str(simulate(["gqa"], "longtail", requests=512, memory_gib=gib)[0]["output_tok_per_s"])
+        )
         for gib in (16, 18, 24)
     ]
-    rates = [float(str(row["output_tok_per_s"])) for row in rows[1:]]
-    assert "do not hold one sequence" in str(rows[0]["note"]) or "output_tok_per_s" in rows[0]
-    assert rates[0] < rates[1]
+    assert rates[0] < rates[1] < rates[2]
+
+
+def test_a_sweep_in_which_nobody_is_served_says_why() -> None:
+    with pytest.raises(UserError, match=r"no request of the workload was served.*max_context=64"):
+        simulate(["gqa"], "uneven", scale="1b", max_context=64, sweep=True)
+
+
+def test_plans_that_differ_have_other_words(tmp_path: Path) -> None:
+    assert PLAN.words() == "workload=uneven-short requests=6"
+    assert "token_budget=64" in replace(PLAN, token_budget=64).words().split()
+    file = tmp_path / "a b" / "mine.toml"
+    file.parent.mkdir()
+    file.write_text("requests = 2\n")
+    assert replace(PLAN, workload=str(file), requests=0).words() == "workload=mine.toml"
+
+
+def test_another_trace_under_the_same_name_is_another_point(tmp_path: Path) -> None:
+    trace, digests = tmp_path / "t.csv", []
+    for tokens in (3, 4):
+        trace.write_text(f"arrival_s,prompt_tokens,output_tokens\n0,5,{tokens}\n")
+        plan = replace(PLAN, workload=str(trace), requests=0)
+        point = serve_point(ModelSpec(arch="gqa", scale=get_scale("tiny")), plan, "cpu")
+        digests.append(point.digest)
+    assert digests[0] != digests[1]
 
 
 PLAN = ServePlan(
@@ -283,3 +311,13 @@ def test_an_answer_that_depends_on_its_company_fails_the_point(
     assert failure is not None
     assert failure.status == Status.INCORRECT
     assert "in company and" in failure.note
+
+
+def test_answers_that_fail_fail_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        EngineExecutor, "_sample", lambda self, logits, asked: {a: NO_TOKEN for _, a in asked}
+    )
+    failure = measured().failure
+    assert failure is not None
+    assert failure.status == Status.NAN
+    assert "24 of 24 answers failed" in failure.note

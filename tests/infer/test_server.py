@@ -174,27 +174,26 @@ def test_a_request_that_never_fits_is_refused_alone() -> None:
     require_nothing_held(server, engine)
 
 
-def test_an_answer_without_finite_logits_fails_alone() -> None:
+def test_an_answer_without_finite_logits_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     server, engine = server_of(served_model("rows"))
-    bad = request_of(3, 4, 6)
-    weight = engine.model.embedding.weight
-    kept = weight[bad.prompt[-1]].clone()
-    good = request_of(0, 4, 6)
-    expected = alone("rows", good)
-    lost = next(t for t in bad.prompt if t not in (*good.prompt, *expected))
-    with torch.no_grad():
-        kept = weight[lost].clone()
-        weight[lost] = math.nan
-    try:
-        answers = [server.submit(bad), server.submit(good)]
-        drain(server)
-    finally:
-        with torch.no_grad():
-            weight[lost] = kept
-    # Every row of logits has this token's column, so everybody fails with it.
+    answers = [server.submit(request_of(n, 4, 6)) for n in (3, 0)]
+    server.step()
+    (lost,) = [s for a, s in server.executor._sequences.items() if a is answers[0]]
+    extend = engine.extend_last
+
+    def spoilt(sequences: list[int], *given: Any) -> torch.Tensor:
+        logits = extend(sequences, *given).clone()
+        logits[sequences.index(lost)] = math.nan
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "extend_last", spoilt)
+        server.step()
+    drain(server)
     assert answers[0].ending is Ending.FAILED
     assert "NaN" in answers[0].note
-    assert answers[0].made == len(answers[0].tokens) == 0
+    assert answers[0].made == len(answers[0].tokens) == 1
+    assert answers[1].tokens == alone("rows", answers[1].request)
     require_nothing_held(server, engine)
 
 
