@@ -20,28 +20,39 @@ from infer.pools import key_of
 class Capacity:
     """What a server may hand out.
 
-    max_sequences: that run at once. pages: of each block table, shared.
+    max_sequences: that run at once. pages: of each block table, shared. slots: of fixed tensors,
+    for those that run and for what is kept of prefixes; 0: there are no such tensors. page_bytes,
+    slot_bytes: of one of them, where anybody asks.
     """
 
     max_sequences: int
     max_context: int
     page_size: int
     pages: Mapping[TableKey, int] = field(default_factory=dict)
+    slots: int = 0
+    page_bytes: Mapping[TableKey, int] = field(default_factory=dict)
+    slot_bytes: int = 0
     #: Of each table: tokens of a row, and the most pages that one sequence holds.
     _spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_sequences", "max_context", "page_size")
+        if 0 < self.slots < self.max_sequences:
+            raise UserError(
+                f"slots={self.slots} are less than one for each of max_sequences="
+                f"{self.max_sequences}; give more, or 0 where no tensor needs one"
+            )
         spans = [(k.every, most_pages(k, self.max_context, self.page_size)) for k in self.pages]
         object.__setattr__(self, "_spans", tuple(spans))
 
     @classmethod
     def of(
         cls, specs: Sequence[StateSpec], *, max_sequences: int, max_context: int, page_size: int,
-        memory_bytes: float | None = None, typical_tokens: int = 0,
+        memory_bytes: float | None = None, typical_tokens: int = 0, checkpoints: int = 0,
     ) -> "Capacity":  # fmt: skip
         """What fits into `memory_bytes` of state (None: all sequences at full length).
 
+        checkpoints: of prefixes: slots and windows are provided for them beside those of sequences.
         typical_tokens: of a sequence on average: pages are dealt out to the tables as sequences of
         this length take them, and where sequences hold a state, too, no more of them are provided
         for than fit: more would leave no pages to them.
@@ -49,42 +60,91 @@ class Capacity:
         """
         require_at_least("max_sequences", max_sequences, 1)
         require_at_least("max_context", max_context, 1)
+        require_at_least("checkpoints", checkpoints, 0)
         page_bytes: dict[TableKey, int] = {}
         for tensor in (t for s in specs for t in s.owned):
             key = key_of(tensor)
             page_bytes[key] = page_bytes.get(key, 0) + page_size * tensor.nbytes
         most = {key: most_pages(key, max_context, page_size) for key in page_bytes}
         sequences = max_sequences
+        fixed_bytes = sum(s.fixed_bytes for s in specs)
         if memory_bytes is not None:
-            fixed_bytes = sum(s.fixed_bytes for s in specs)
-            first = fixed_bytes + sum(page_bytes.values())
+            first = (1 + checkpoints) * fixed_bytes + sum(page_bytes.values())
             # Beside those of sequences: a page of padding a table, slots of zeros and of padding.
             left = memory_bytes - first - fixed_bytes
             if left < first:
                 raise DoesNotFitError(
                     f"memory_bytes={memory_bytes:.4g} do not hold one sequence of {page_size} "
-                    f"tokens, which takes {first + memory_bytes - left:.4g} bytes with padding; "
-                    "give more memory, or take a smaller page_size"
+                    f"tokens and {checkpoints} checkpoints, which take "
+                    f"{first + memory_bytes - left:.4g} bytes with padding; give more memory, or "
+                    "take a smaller page_size"
                 )
             length = max(page_size, min(typical_tokens, max_context))
             typical = {
                 key: max(1, min(count, -(-(length // key.every) // page_size)))
                 for key, count in most.items()
             }
+            left -= checkpoints * fixed_bytes
             if fixed_bytes:
                 each = fixed_bytes + sum(typical[key] * page_bytes[key] for key in typical)
                 sequences = max(1, min(sequences, int(left // each)))
             left -= sequences * fixed_bytes
-        full = {key: sequences * count for key, count in most.items()}
+        full = {
+            key: (sequences + (checkpoints if key.window is not None else 0)) * count
+            for key, count in most.items()
+        }
         pages = full if memory_bytes is None else _dealt(left, page_bytes, typical, full)
         return cls(
-            max_sequences=sequences, max_context=max_context, page_size=page_size, pages=pages
-        )
+            max_sequences=sequences, max_context=max_context, page_size=page_size, pages=pages,
+            slots=sequences + checkpoints if fixed_bytes else 0, page_bytes=page_bytes,
+            slot_bytes=fixed_bytes,
+        )  # fmt: skip
+
+    @property
+    def checkpoints(self) -> int:
+        """Slots beside those of sequences."""
+        return max(0, self.slots - self.max_sequences)
+
+    @property
+    def only_rows(self) -> bool:
+        """Whether a sequence can go on from any full page: nothing else is remembered."""
+        return not self.slots and all(k.window is None and k.every == 1 for k in self.pages)
 
     def pages_of(self, tokens: int) -> tuple[int, ...]:
         """Pages of each table that a sequence of so many tokens holds, at most."""
         size = self.page_size
         return tuple([min(most, -(-(tokens // every) // size)) for every, most in self._spans])
+
+    def full_pages(self, begin: int, end: int) -> tuple[int, ...]:
+        """Pages of each table that become full in tokens begin..end; none of windows."""
+        size = self.page_size
+        return tuple(
+            [
+                0
+                if key.window is not None
+                else end // key.every // size - begin // key.every // size
+                for key in self.pages
+            ]
+        )
+
+    def newest_pages(self, tokens: int) -> tuple[int, ...]:
+        """Pages of each table that a sequence of so many tokens has begun; none of windows."""
+        size = self.page_size
+        return tuple([int(k.window is None and tokens // k.every % size > 0) for k in self.pages])
+
+    def window_pages(self, key: TableKey, tokens: int) -> list[int]:
+        """Logical pages of a window's table that a sequence of so many tokens keeps."""
+        assert key.window is not None
+        rows, size = tokens // key.every, self.page_size
+        end, sunk = -(-rows // size), -(-key.sinks // size)
+        return [*range(min(sunk, end)), *range(max(sunk, (rows - key.window) // size), end)]
+
+    def bytes_of(self, counts: Sequence[int]) -> int:
+        """Bytes of so many pages of each table and, last, slots."""
+        pages = sum(
+            count * self.page_bytes[key] for key, count in zip(self.pages, counts, strict=False)
+        )
+        return pages + counts[-1] * self.slot_bytes
 
     def room_of(self, pages: Sequence[int]) -> int:
         """Tokens of a sequence that fit into so many pages of each table."""

@@ -67,7 +67,7 @@ class Engine:
       share no rows, backend torch only).
     graphs: replay the decode step as a CUDA graph (None: on CUDA, but for backend torch).
     prefill_chunk: longest piece of a prompt processed at once (None: the whole prompt).
-    pages: as `StateStore`'s.
+    pages, kept: as `StateStore`'s.
     Raises UserError on options that exclude each other and on pages that kernels cannot read.
     """
 
@@ -81,6 +81,7 @@ class Engine:
         lookback: int = 0,
         replay: int = 0,
         prefill_chunk: int | None = 2048,
+        kept: int = 0,
         pages: int | Mapping[TableKey, int] | None = None,
         backend: str | None = None,
         compiled: bool = False,
@@ -120,6 +121,7 @@ class Engine:
             page_size=page_size,
             lookback=lookback,
             replay=replay,
+            kept=kept,
             pages=pages,
             device=self.device,
             kernels=not plain,

@@ -227,6 +227,28 @@ class PageTable:
         self.at_home[target] = not table
         self.first_page[target] = self.first_page[source]
 
+    def keep(self, sequence: int, pages: Iterable[int]) -> dict[int, int]:
+        """Hold logical pages of a sequence once more, for nobody; pool pages by logical page."""
+        table = self.tables[sequence]
+        kept = {page: table[page] for page in pages}
+        for held in kept.values():
+            self._pages.hold(held)
+        return kept
+
+    def forget(self, kept: Mapping[int, int]) -> None:
+        """Let go of pages from `keep`, once."""
+        for held in kept.values():
+            self._pages.drop(held)
+
+    def adopt(self, sequence: int, kept: Mapping[int, int], first_page: int | None) -> None:
+        """Let an empty sequence share pages from `keep`; they stay held there, too."""
+        for page, held in kept.items():
+            self._pages.hold(held)
+            self._set(sequence, page, held)
+        self.at_home[sequence] = not kept
+        if first_page is not None:
+            self.first_page[sequence] = first_page
+
     def release(self, sequence: int) -> None:
         """Give all pages of a sequence back."""
         for held in self.tables[sequence].values():

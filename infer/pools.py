@@ -114,3 +114,22 @@ class Pools:
 def key_of(tensor: RowSpec) -> TableKey:
     """The block table behind a row tensor."""
     return TableKey(tensor.every, tensor.window, tensor.sinks)
+
+
+def pool_bytes(
+    specs: Sequence[StateSpec], pages: Mapping[TableKey, int], *, sequences: int, kept: int,
+    max_context: int, page_size: int, lookback: int, replay: int,
+) -> int:  # fmt: skip
+    """What all pools will take, those of padding included.
+
+    pages: of tables that do not hold all sequences at full length.
+    """
+    total = 0
+    for tensor in (t for s in specs for t in s.owned):
+        full = tensor.held_pages(max_context, page_size, lookback) * sequences
+        total += (pages.get(key_of(tensor), full) + 1) * page_size * tensor.nbytes
+    for value in (t for s in specs for t in s.fixed):
+        total += value.held_bytes(max_context, lookback, replay) * sequences
+        # Beside them the slots of zeros and of padding.
+        total += (2 + kept) * value.held_bytes(1, 0, replay)
+    return total

@@ -35,14 +35,15 @@ class RingChange:
 class RingTable:
     """Slots of up to `sequences` sequences, each with a value and a ring of `replay.rows` inputs.
 
-    There are `count` slots: that of zeros, one for each sequence, and one for padding.
+    There are `count` slots: that of zeros, one for each sequence, `spare` ones for what is kept,
+    and one for padding.
     """
 
-    def __init__(self, *, sequences: int, replay: Replay) -> None:
+    def __init__(self, *, sequences: int, replay: Replay, spare: int = 0) -> None:
         self.replay = replay
-        self.count = sequences + 2
+        self.count = sequences + spare + 2
         self.padding = self.count - 1
-        self._slots = Counted(sequences, first=ZERO + 1)
+        self._slots = Counted(sequences + spare, first=ZERO + 1)
         self.values = [State(0, ZERO)] * sequences
 
     @property
@@ -76,6 +77,21 @@ class RingTable:
         """Let `target` share the slot of `source`."""
         self.values[target] = self.values[source]
         self._hold(self.values[target].slot)
+
+    def keep(self, sequence: int) -> State:
+        """Hold a sequence's slot once more, for nobody."""
+        value = self.values[sequence]
+        self._hold(value.slot)
+        return value
+
+    def forget(self, value: State) -> None:
+        """Let go of a slot from `keep`, once."""
+        self._drop(value.slot)
+
+    def adopt(self, sequence: int, value: State) -> None:
+        """Let an empty sequence share a slot from `keep`."""
+        self._hold(value.slot)
+        self.values[sequence] = value
 
     def truncate(self, sequence: int, length: int) -> None:
         """Cut a sequence to `length` tokens: what is held past them is forgotten, and of an empty

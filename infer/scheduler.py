@@ -8,89 +8,15 @@ order gives up its own and is computed anew later.
 
 from bisect import insort
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import ClassVar, NamedTuple
 
-from archs.checks import at_least
-from archs.errors import UserError, unknown_name
+from archs.errors import UserError
+from infer.batch import Batch, Changes, Done
 from infer.capacity import Capacity
+from infer.ledger import Ledger
+from infer.policy import BATCHING, CONTIGUOUS, Policy
+from infer.prefix import Prefixes, Start
 from infer.sequence import Answer, Ending, Request
-
-#: Chunks are padded to one step where that computes at most this many times what they hold.
-PADDED = 1.25
-#: How rows are set aside: page by page as they come, or for the longest context at once.
-PAGED, CONTIGUOUS = "paged", "contiguous"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
-    """How a server batches.
-
-    batching: continuous (answers join and leave at every step) or static (a batch runs until its
-    last answer has ended; who has ended stays in it, as in a padded batch). token_budget: tokens of
-    a step at most, decoded ones first; prompts are cut into chunks to keep it. reserve: share of
-    the pages that an admission leaves free, for those that run to grow into. allocation: paged, or
-    contiguous: the longest context is set aside for each sequence.
-    """
-
-    batching: str = "continuous"
-    token_budget: int = 512
-    reserve: float = 0.02
-    allocation: str = PAGED
-
-    def __post_init__(self) -> None:
-        if self.batching not in SCHEDULERS:
-            raise unknown_name("batching", self.batching, SCHEDULERS)
-        if self.allocation not in (PAGED, CONTIGUOUS):
-            raise unknown_name("allocation", self.allocation, (PAGED, CONTIGUOUS))
-        at_least(self, 1, "token_budget")
-        if not 0 <= self.reserve < 1:
-            raise UserError(f"reserve={self.reserve} must be a share from 0 to below 1")
-
-
-@dataclass(slots=True)
-class Batch:
-    """Who runs in a step.
-
-    decode: answers that are extended by one token. chunks: answers and so many tokens of their
-    prompts. preempted: answers that have lost their state before it.
-    """
-
-    decode: list[Answer] = field(default_factory=list)
-    chunks: list[tuple[Answer, int]] = field(default_factory=list)
-    preempted: list[Answer] = field(default_factory=list)
-
-    @property
-    def answers(self) -> list[Answer]:
-        """All that run in it."""
-        return [*self.decode, *(answer for answer, _ in self.chunks)]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the step, padding apart."""
-        return len(self.decode) + sum(count for _, count in self.chunks)
-
-    def chunk_groups(self) -> list[list[tuple[Answer, int]]]:
-        """The chunks as rectangles: those of about the same length are padded to one step."""
-        found: list[list[tuple[Answer, int]]] = []
-        held = 0
-        for chunk in sorted(self.chunks, key=lambda c: -c[1]):
-            if found and found[-1][0][1] * (len(found[-1]) + 1) <= PADDED * (held + chunk[1]):
-                found[-1].append(chunk)
-                held += chunk[1]
-            else:
-                found.append([chunk])
-                held = chunk[1]
-        return found
-
-
-class Done(NamedTuple):
-    """Who got a token in a step, who ended with it, and whose state is needed no more."""
-
-    got: list[Answer]
-    ended: list[Answer]
-    released: list[Answer]
 
 
 class Scheduler:
@@ -98,9 +24,6 @@ class Scheduler:
 
     Raises UserError where a step's budget does not even take one token of every sequence.
     """
-
-    #: Whether answers decode while prompts of others are still being read.
-    mixes: ClassVar[bool] = True
 
     def __init__(self, capacity: Capacity, policy: Policy | None = None) -> None:
         self.capacity = capacity
@@ -114,9 +37,18 @@ class Scheduler:
             capacity.require_fit(capacity.max_context)
         #: Admitted, by rank.
         self.running: list[Answer] = []
+        self.ledger = Ledger(capacity)
+        self.prefixes = Prefixes(
+            capacity, self.ledger, keeps=self.policy.prefix_cache,
+            every=self.policy.checkpoint_every,
+        )  # fmt: skip
         self._waiting: list[tuple[tuple[int, int], Answer]] = []
-        self._free = list(capacity.pages.values())
-        self._kept = [int(self.policy.reserve * n) for n in self._free]
+        #: Siblings of answers whose prompt is not read yet.
+        self._parked: dict[Answer, tuple[Answer, ...]] = {}
+        pages = capacity.pages.values()
+        self._reserve = (*(int(self.policy.reserve * n) for n in pages), 0)
+        self._nothing = (0,) * len(pages)
+        self._changes = Changes()
         self._count = 0
 
     @property
@@ -137,39 +69,79 @@ class Scheduler:
     @property
     def free_pages(self) -> tuple[int, ...]:
         """Pages of each table that nobody has."""
-        return tuple(self._free)
+        return tuple(self.ledger.free[:-1])
+
+    def changes(self) -> Changes:
+        """What was decided since this was last asked; whoever holds the state follows it."""
+        found, self._changes = self._changes, Changes()
+        cached = self.prefixes.cached
+        found.kept, cached.kept = cached.kept, []
+        found.forgotten, cached.forgotten = cached.forgotten, []
+        return found
 
     def add(self, request: Request) -> Answer:
-        """Queue a request. One that could never fit has ended at once, refused; `note` says why."""
-        answer = Answer(request, self._count, pages=(0,) * len(self._free))
-        self._count += 1
+        """Queue a request; returns the first of its answers, which knows the others.
+
+        A request that could never fit has ended at once, refused; `note` says why.
+        """
+        leader = self._new(request)
+        leader.siblings = tuple(self._new(request, leader) for _ in range(1, request.answers))
         try:
             self.capacity.require_fit(request.most_held)
         except UserError as why:
-            answer.ending, answer.note = Ending.REFUSED, str(why)
-            return answer
-        heappush(self._waiting, (answer.rank, answer))
-        return answer
+            for answer in (leader, *leader.siblings):
+                answer.ending, answer.note = Ending.REFUSED, str(why)
+            return leader
+        self._queue(leader)
+        if leader.siblings:
+            self._parked[leader] = leader.siblings
+            if not self.policy.shares:
+                self._let_siblings_in(leader)
+        return leader
 
-    def cancel(self, answer: Answer) -> list[Answer]:
-        """End an answer wherever it is, between two steps; returns those whose state is needed no
-        more. One that has ended stays as it is.
+    def fork(self, answer: Answer) -> Answer:
+        """A second answer that goes on where one stands between two steps, with random numbers of
+        its own. Raises UserError for one that has ended, and where nothing can be shared.
         """
         if answer.ending is not None:
-            return []
+            raise UserError(
+                f"answer {answer.number} has ended ({answer.ending}); fork a running one"
+            )
+        if not self.policy.shares:
+            raise UserError(
+                f"batching='{self.policy.batching}' with allocation='{self.policy.allocation}' "
+                "shares nothing, so nothing can be forked; serve continuous batches on pages"
+            )
+        child = self._new(answer.request, answer.leader or answer)
+        child.made, child.tokens = answer.made, list(answer.tokens)
+        if answer in self.running:
+            self.prefixes.checkpoint(answer, [child])
+        self._queue(child)
+        return child
+
+    def cancel(self, answer: Answer) -> None:
+        """End an answer wherever it is, between two steps. One that has ended stays as it is."""
+        if answer.ending is not None:
+            return
         answer.ending = Ending.CANCELLED
         if answer in self.running:
-            return self._leave([answer])
+            self._leave([answer])
+            return
         self._waiting = [w for w in self._waiting if w[1] is not answer]
         heapify(self._waiting)
-        return []
+        self.prefixes.leave(answer)
+        self._let_siblings_in(answer)
+
+    def clear(self) -> None:
+        """Forget all prefixes that nobody uses."""
+        self.prefixes.cached.clear()
 
     def next(self) -> Batch | None:
         """The next step; None where there is nothing to do. `done` must follow it."""
         batch = Batch()
-        self._make_room(batch)
-        if not batch.preempted:
+        if not self._make_room():
             self._admit()
+            self.prefixes.settle()
         left = self.policy.token_budget
         chunked = []
         for answer in self.running:
@@ -177,7 +149,7 @@ class Scheduler:
                 batch.decode.append(answer)
             else:
                 chunked.append(answer)
-        if not self.mixes:
+        if not BATCHING[self.policy.batching]:
             reading = [a for a in batch.decode if a.made == 0 and a.ending is None]
             batch.decode = reading if reading or chunked else batch.decode
         left -= len(batch.decode)
@@ -185,6 +157,7 @@ class Scheduler:
             count = min(answer.todo, left)
             if count < 1:
                 break
+            count = self.prefixes.chunk(answer, count)
             batch.chunks.append((answer, count))
             left -= count
         return batch if batch.tokens else None
@@ -198,7 +171,7 @@ class Scheduler:
         if any(a.made == 0 for a in batch.decode):
             return 1
         times = min(a.left for a in batch.decode if a.ending is None)
-        while times > 1 and not self._room_for(batch.decode, times):
+        while times > 1 and not self.ledger.could_have(self.ledger.more(batch.decode, times)):
             times //= 2
         return max(1, times)
 
@@ -219,6 +192,7 @@ class Scheduler:
                 got.append(answer)
         for answer, count in batch.chunks:
             answer.held += count
+            self._has_read(answer)
             if not answer.todo:
                 answer.made += 1
                 got.append(answer)
@@ -230,42 +204,90 @@ class Scheduler:
             if found is not None:
                 answer.ending = found
                 ended.append(answer)
-        return Done(got, ended, self._leave(ended))
+        self._leave(ended)
+        return Done(got, ended)
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _make_room(self, batch: Batch) -> None:
-        """A page for every answer that needs one; who comes last gives way."""
-        at = 0
+    def _new(self, request: Request, leader: Answer | None = None) -> Answer:
+        answer = Answer(
+            request, self._count, pages=self._nothing, shared=self._nothing, leader=leader
+        )
+        self._count += 1
+        if leader is not None:
+            answer.copy = leader.copies
+            leader.copies += 1
+        return answer
+
+    def _queue(self, answer: Answer) -> None:
+        heappush(self._waiting, (answer.rank, answer))
+
+    def _let_siblings_in(self, leader: Answer) -> None:
+        """Those that have waited for a prompt to be read are queued."""
+        for answer in self._parked.pop(leader, ()):
+            if answer.ending is None:
+                self._queue(answer)
+
+    def _has_read(self, answer: Answer) -> None:
+        """An answer has read a part of its prompt; perhaps somebody waits for it."""
+        if answer in self._parked and answer.held >= len(answer.request.prompt) - 1:
+            waiting = [a for a in self._parked[answer] if a.ending is None]
+            self.prefixes.checkpoint(answer, waiting)
+            self._let_siblings_in(answer)
+        self.prefixes.read(answer)
+
+    def _make_room(self) -> bool:
+        """A page for every answer that needs one; who comes last gives way: whether anybody did."""
+        at, gone = 0, False
         while at < len(self.running):
             answer = self.running[at]
             grows = answer.todo == 1 and answer.ending is None
             if grows and not self._grow(answer, answer.held + 1):
                 last = self.running.pop()
-                self._release(last)
+                self._release(last, known=True)
                 last.preemptions += 1
                 last.recomputed += last.held
                 last.held = 0
-                heappush(self._waiting, (last.rank, last))
-                batch.preempted.append(last)
+                self._queue(last)
+                gone = True
             else:
                 at += 1
+        return gone
 
     def _admit(self) -> None:
         left = self.policy.token_budget - sum(a.todo for a in self.running)
         while self._waiting and len(self.running) < self.capacity.max_sequences and left > 0:
             answer = self._waiting[0][1]
-            if not self._fits(self._set_aside(answer)):
-                break
+            start = self.prefixes.find(answer)
+            if not self._fits(answer, start):
+                # Nobody will ever give memory back: what is kept of its own past may be in its way.
+                start = self.prefixes.nothing
+                if self.running or not self._fits(answer, start):
+                    break
             heappop(self._waiting)
-            self._start(answer, self._set_aside(answer))
+            self._start(answer, start, self._set_aside(answer))
             left -= answer.todo
 
-    def _start(self, answer: Answer, tokens: int) -> None:
+    def _start(self, answer: Answer, start: Start, tokens: int) -> None:
         """Move an answer from the queue to those that run."""
-        taken = self._grow(answer, tokens)
+        self.prefixes.begin(answer, start)
+        if answer.hit is None:
+            answer.hit = min(start.tokens, len(answer.request.prompt))
+        elif answer.preemptions:
+            answer.recomputed -= start.tokens
+        wanted = self.capacity.pages_of(tokens)
+        own = tuple([w - s for w, s in zip(wanted, answer.shared, strict=True)])
+        taken = self.prefixes.cached.take(self.ledger.with_slot(own))
         assert taken
+        answer.pages, answer.room = own, self.capacity.room_of(wanted)
+        self._changes.started.append((answer, start))
         insort(self.running, answer, key=lambda a: a.rank)
+        if answer in self._parked:
+            read = len(answer.request.prompt) - 1
+            if answer.held < read:
+                self.prefixes.ask(answer, read)
+            else:
+                self._let_siblings_in(answer)
 
     def _set_aside(self, answer: Answer) -> int:
         """Tokens for which an answer gets pages when it is admitted."""
@@ -273,44 +295,46 @@ class Scheduler:
             return self.capacity.max_context
         return answer.length
 
-    def _fits(self, tokens: int) -> bool:
-        """Whether pages for so many tokens are free, and the reserve stays where others run."""
-        kept = self._kept if self.running else [0] * len(self._free)
-        wanted = self.capacity.pages_of(tokens)
-        return all(f - w >= k for f, w, k in zip(self._free, wanted, kept, strict=True))
+    def _fits(self, answer: Answer, start: Start) -> bool:
+        """Whether an answer's memory can be had, and the reserve stays where others run."""
+        wanted = self.capacity.pages_of(self._set_aside(answer))
+        own = [w - s for w, s in zip(wanted, start.node.shared, strict=True)]
+        asked = [self.ledger.with_slot(own), self.prefixes.idle_of(start)]
+        if self.running:
+            asked.append(self._reserve)
+        return self.ledger.could_have(map(sum, zip(*asked, strict=True)))
 
     def _grow(self, answer: Answer, tokens: int) -> bool:
         """Give an answer pages for so many tokens; False where there are not enough."""
         if tokens <= answer.room:
             return True
         wanted = self.capacity.pages_of(tokens)
-        more = [w - h for w, h in zip(wanted, answer.pages, strict=True)]
-        if any(m > f for m, f in zip(more, self._free, strict=True)):
+        more = self.ledger.more([answer], tokens - answer.held)
+        if not self.prefixes.cached.take(more):
             return False
-        self._free = [f - m for f, m in zip(self._free, more, strict=True)]
-        answer.pages, answer.room = wanted, self.capacity.room_of(wanted)
+        answer.pages = tuple([h + m for h, m in zip(answer.pages, more, strict=False)])
+        answer.room = self.capacity.room_of(wanted)
         return True
 
-    def _room_for(self, answers: Collection[Answer], times: int) -> bool:
-        """Whether all of them could be extended by so many tokens."""
-        more = [0] * len(self._free)
-        for answer in answers:
-            if answer.held + times > answer.room:
-                wanted = self.capacity.pages_of(answer.held + times)
-                more = [m + w - h for m, w, h in zip(more, wanted, answer.pages, strict=True)]
-        return all(m <= f for m, f in zip(more, self._free, strict=True))
+    def _release(self, answer: Answer, *, known: bool) -> None:
+        """Take an answer's memory back; known: its past is one that others may go on from."""
+        if known and self.policy.prefix_cache:
+            self.prefixes.publish(answer)
+        self.ledger.give(self.ledger.with_slot(answer.pages))
+        if known:
+            self.prefixes.checkpoint(answer)
+        self.prefixes.leave(answer)
+        self._changes.released.append(answer)
+        answer.pages = answer.shared = self._nothing
+        answer.room = 0
 
-    def _release(self, answer: Answer) -> None:
-        self._free = [f + h for f, h in zip(self._free, answer.pages, strict=True)]
-        answer.pages, answer.room = (0,) * len(self._free), 0
-
-    def _leave(self, ended: Collection[Answer]) -> list[Answer]:
-        """Take answers that have ended out of those that run; returns those that are out."""
+    def _leave(self, ended: Collection[Answer]) -> None:
+        """Take answers that have ended out of those that run."""
         for answer in ended:
-            self._release(answer)
+            self._let_siblings_in(answer)
+            self._release(answer, known=answer.ending in (Ending.LENGTH, Ending.STOP))
         if ended:
             self.running = [a for a in self.running if a.ending is None]
-        return list(ended)
 
 
 class StaticScheduler(Scheduler):
@@ -320,25 +344,23 @@ class StaticScheduler(Scheduler):
     for everybody, and nobody is preempted.
     """
 
-    mixes: ClassVar[bool] = False
-
     def _admit(self) -> None:
         if self.running:
             return
         chosen: list[Answer] = []
-        longest, wanted = 0, [0] * len(self._free)
+        longest, wanted = 0, list(self._nothing)
         while self._waiting and len(chosen) < self.capacity.max_sequences:
             answer = self._waiting[0][1]
             longest_then = max(longest, answer.request.max_new_tokens)
             # A longer answer makes everybody's share larger.
             added = [answer] if longest_then == longest else [*chosen, answer]
-            base = wanted if longest_then == longest else [0] * len(self._free)
+            base = wanted if longest_then == longest else self._nothing
             lengths = [self._set_aside_beside(a, longest_then) for a in added]
             then = [
                 sum(pages)
                 for pages in zip(base, *map(self.capacity.pages_of, lengths), strict=True)
             ]
-            fits = all(w <= f for w, f in zip(then, self._free, strict=True))
+            fits = self.ledger.has((*then, 0))
             ends = max(len(a.request.prompt) for a in (*chosen, answer)) + longest_then - 1
             if ends > self.capacity.max_context or not fits:
                 break
@@ -346,7 +368,7 @@ class StaticScheduler(Scheduler):
             chosen.append(answer)
             longest, wanted = longest_then, then
         for answer in chosen:
-            self._start(answer, self._set_aside_beside(answer, longest))
+            self._start(answer, self.prefixes.nothing, self._set_aside_beside(answer, longest))
 
     def _set_aside_beside(self, answer: Answer, longest: int) -> int:
         """Tokens for an answer in a batch whose longest one gets so many new tokens."""
@@ -354,10 +376,9 @@ class StaticScheduler(Scheduler):
             return self.capacity.max_context
         return len(answer.request.prompt) + longest - 1
 
-    def _leave(self, ended: Collection[Answer]) -> list[Answer]:
-        if any(a.ending is None for a in self.running):
-            return []
-        return super()._leave(list(self.running))
+    def _leave(self, ended: Collection[Answer]) -> None:
+        if all(a.ending is not None for a in self.running):
+            super()._leave(list(self.running))
 
 
 SCHEDULERS: dict[str, type[Scheduler]] = {"continuous": Scheduler, "static": StaticScheduler}

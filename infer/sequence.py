@@ -5,9 +5,11 @@ how many are made, and when. Counts suffice to schedule; tokens are there where 
 them, and on a clock, which makes none, they are missing.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import overload
 
 from archs.checks import at_least
 from archs.errors import UserError
@@ -29,19 +31,54 @@ class Ending(StrEnum):
     FAILED = "failed"
 
 
+class Unspoken(Sequence[int]):
+    """Tokens of which only the origin is known: enough for a clock.
+
+    pieces: names, and how many tokens of each. Equal names begin with equal tokens.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[str, int]]) -> None:
+        self.pieces = tuple(pieces)
+        self._size = sum(count for _, count in self.pieces)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[int]: ...
+
+    def __getitem__(self, at: int | slice) -> int | Sequence[int]:
+        raise TypeError("these tokens are not known; run them on a clock")
+
+    def told(self, begin: int, end: int) -> bytes:
+        """What tells tokens begin..end from others."""
+        found, first = [], 0
+        for name, count in self.pieces:
+            low, high = max(begin, first), min(end, first + count)
+            if low < high:
+                found.append(f"{name}:{low - first}-{high - first}")
+            first += count
+        return ";".join(found).encode()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """What a user asks for.
 
-    prompt: tokens; on a clock, which looks at none, anything of that length (a range, say).
-    max_new_tokens: the answer ends there, or with the token `stop`. arrival_s: on the server's
-    clock. priority: higher ones are admitted first and preempted last. name, group: for its user.
+    prompt: tokens; on a clock, which looks at none, `Unspoken` ones or anything of that length.
+    max_new_tokens: an answer ends there, or with the token `stop`. answers: to the one prompt, each
+    with random numbers of its own. arrival_s: on the server's clock. priority: higher ones are
+    admitted first and preempted last. name, group: for its user.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int
     arrival_s: float = 0.0
     stop: int | None = None
+    answers: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     priority: int = 0
     name: str = ""
@@ -50,7 +87,7 @@ class Request:
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise UserError("a prompt is empty; give every request at least one token")
-        at_least(self, 1, "max_new_tokens")
+        at_least(self, 1, "max_new_tokens", "answers")
         at_least(self, 0, "arrival_s")
 
     @property
@@ -65,8 +102,11 @@ class Answer:
 
     number: its place in the order of arrival. tokens: the new ones; none on a clock. made: how many
     there are. held: tokens that the state holds, of the prompt and of those. pages: that the
-    scheduler has set aside for it, of each table; room: tokens that fit into them. recomputed:
-    tokens that were held when it was preempted, all times together.
+    scheduler has set aside for it alone, of each table; shared: those of prefixes that it uses
+    beside; room: tokens that fit into both. hit: tokens of its prompt that were found computed.
+    recomputed: tokens that were held when it was preempted and not found again, all times together.
+    leader: the first answer to the same request, None for itself; copy: which answer to it this is.
+    copies: of a leader, how many there have been. siblings: of a leader, the others.
     """
 
     request: Request
@@ -75,7 +115,13 @@ class Answer:
     made: int = 0
     held: int = 0
     pages: tuple[int, ...] = ()
+    shared: tuple[int, ...] = ()
     room: int = 0
+    hit: int | None = None
+    leader: "Answer | None" = None
+    copy: int = 0
+    copies: int = 1
+    siblings: tuple["Answer", ...] = ()
     preemptions: int = 0
     recomputed: int = 0
     ending: Ending | None = None
@@ -114,3 +160,27 @@ class Answer:
         if end <= len(prompt):
             return prompt[self.held : end]
         return [*prompt[self.held :], *self.tokens[: end - len(prompt)]]
+
+    @property
+    def name(self) -> str:
+        """What stands for its tokens where none are made: equal ones are the same tokens."""
+        alike = self.copy == 0 or self.request.sampling.greedy
+        return f"answer {self.request.name}" + ("" if alike else f" {self.copy}")
+
+    @property
+    def known(self) -> int:
+        """Tokens of the prompt and the answer that can be told from others."""
+        prompt = self.request.prompt
+        made = self.made if isinstance(prompt, Unspoken) else len(self.tokens)
+        return len(prompt) + made
+
+    def told(self, begin: int, end: int) -> bytes:
+        """What tells tokens begin..end of the prompt and the answer from others."""
+        prompt = self.request.prompt
+        if isinstance(prompt, Unspoken):
+            if end > len(prompt):
+                prompt = Unspoken([*prompt.pieces, (self.name, self.made)])
+            return prompt.told(begin, end)
+        size = len(prompt)
+        tokens = [*prompt[begin:end], *self.tokens[max(0, begin - size) : max(0, end - size)]]
+        return array("q", tokens).tobytes()

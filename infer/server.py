@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
+from infer.batch import Batch, Changes
+from infer.cached import Node, Unit
 from infer.engine import Engine
+from infer.kept import Kept, forget, keep, resume
 from infer.sampling import Sampler, stream
-from infer.scheduler import Batch, Scheduler
+from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending, Request
 from kernels.sampling.nucleus import NO_TOKEN
 
@@ -54,8 +57,8 @@ class Executor(Protocol):
         """Take a step at least once and up to `times` times, until after a point in time."""
         ...
 
-    def release(self, answers: Iterable[Answer]) -> None:
-        """Forget the state of answers."""
+    def follow(self, changes: Changes) -> None:
+        """Do to states what was decided about them."""
         ...
 
 
@@ -82,16 +85,30 @@ class Server:
         self.executor = executor
 
     def submit(self, request: Request) -> Answer:
-        """Queue a request; its answer fills as steps are taken, or is refused at once."""
+        """Queue a request; its answer fills as steps are taken, or is refused at once.
+
+        Of several answers it is the first, which knows the others.
+        """
         answer = self.scheduler.add(request)
         if answer.ending is not None:
-            answer.ended_s = max(self.executor.now_s(), request.arrival_s)
+            for refused in (answer, *answer.siblings):
+                refused.ended_s = max(self.executor.now_s(), request.arrival_s)
         return answer
 
+    def fork(self, answer: Answer) -> Answer:
+        """As `Scheduler.fork`: a second answer with the same past, which is shared until they
+        differ.
+        """
+        child = self.scheduler.fork(answer)
+        child.first_token_s, child.last_token_s = answer.first_token_s, answer.last_token_s
+        self._follow()
+        return child
+
     def cancel(self, answer: Answer) -> None:
-        """End an answer between two steps; what it held becomes free."""
+        """End an answer between two steps; what it held alone becomes free."""
         if answer.ending is None:
-            self.executor.release(self.scheduler.cancel(answer))
+            self.scheduler.cancel(answer)
+            self._follow()
             answer.ended_s = self.executor.now_s()
 
     def step(self, until_s: float = math.inf) -> Turn | None:
@@ -108,9 +125,9 @@ class Server:
     def _step(self, until_s: float) -> Turn | None:
         scheduler, executor = self.scheduler, self.executor
         batch = scheduler.next()
+        self._follow()
         if batch is None:
             return None
-        executor.release(batch.preempted)
         began_s = executor.now_s()
         for answer in batch.answers:
             if answer.admitted_s is None:
@@ -126,13 +143,21 @@ class Server:
                 answer.first_token_s = now_s
         for answer in done.ended:
             answer.ended_s = now_s
-        executor.release(done.released)
+        self._follow()
         return Turn(batch, began_s, now_s, ran.times, got, done.ended)
 
     def close(self) -> None:
-        """Cancel whatever has not ended."""
+        """Cancel whatever has not ended, and keep nothing."""
         for answer in (*self.scheduler.running, *self.scheduler.waiting):
             self.cancel(answer)
+        # Siblings of answers that were cancelled have come into the queue.
+        for answer in self.scheduler.waiting:
+            self.cancel(answer)
+        self.scheduler.clear()
+        self._follow()
+
+    def _follow(self) -> None:
+        self.executor.follow(self.scheduler.changes())
 
 
 class Source(Protocol):
@@ -164,10 +189,11 @@ def drive(
         while True:
             now_s = server.executor.now_s()
             for request in source.due(now_s):
-                answer = server.submit(request)
-                answers.append(answer)
-                if answer.ending is not None:
-                    source.ended(answer, now_s)
+                first = server.submit(request)
+                for answer in (first, *first.siblings):
+                    answers.append(answer)
+                    if answer.ending is not None:
+                        source.ended(answer, now_s)
             turn = server.step(source.next_s)
             if turn is None:
                 if source.next_s == math.inf:
@@ -217,6 +243,7 @@ class EngineExecutor:
         self.engine = engine
         self._opened_s = time.perf_counter()
         self._sequences: dict[Answer, int] = {}
+        self._kept: dict[Unit, Kept] = {}
         self._streams: dict[Answer, torch.Generator] = {}
         self._samplers: dict[Rule, Sampler] = {}
         #: Seconds in the model and in sampling; all else is the host's.
@@ -232,23 +259,37 @@ class EngineExecutor:
         """As `Executor.wait`."""
         time.sleep(max(0.0, until_s - self.now_s()))
 
-    def release(self, answers: Iterable[Answer]) -> None:
-        """As `Executor.release`."""
-        for answer in answers:
+    def follow(self, changes: Changes) -> None:
+        """As `Executor.follow`."""
+        store = self.engine.store
+        for answer, unit in changes.kept:
+            self._kept[unit] = self._keep(self._sequences[answer], unit)
+        for answer in changes.released:
             sequence = self._sequences.pop(answer, None)
             if sequence is not None:
-                self.engine.store.release(sequence)
+                store.release(sequence)
             if answer.ending is not None:
                 self._streams.pop(answer, None)
+        for answer, start in changes.started:
+            point = [] if start.point is None else [start.point]
+            units: list[Unit] = [*point, *start.node.path()]
+            self._sequences[answer] = resume(store, [self._kept[unit] for unit in units[::-1]])
+        for unit in changes.forgotten:
+            forget(store, self._kept.pop(unit))
+
+    def _keep(self, sequence: int, unit: Unit) -> Kept:
+        store = self.engine.store
+        if isinstance(unit, Node):
+            end = unit.depth * store.page_size
+            return keep(store, sequence, end - store.page_size, end, whole=False)
+        begin = unit.node.depth * store.page_size
+        return keep(store, sequence, begin, unit.tokens, whole=True)
 
     def run(self, batch: Batch, times: int, until_s: float) -> Ran:
         """As `Executor.run`, once."""
         tokens: dict[Answer, int] = {}
         decode = [[(answer, 1) for answer in batch.decode]] if batch.decode else []
         for group in (*decode, *batch.chunk_groups()):
-            for answer, _ in group:
-                if answer not in self._sequences:
-                    self._sequences[answer] = self.engine.store.add()
             # Sequences side by side, where they are, may be read without a gather.
             group.sort(key=lambda g: self._sequences[g[0]])
             tokens |= self._extend(group)
@@ -295,5 +336,7 @@ class EngineExecutor:
         found = self._streams.get(answer)
         if found is None:
             request = answer.request
-            self._streams[answer] = found = stream(request.sampling.seed, request.prompt)
+            self._streams[answer] = found = stream(
+                request.sampling.seed, request.prompt, answer.copy
+            )
         return found

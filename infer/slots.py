@@ -60,16 +60,16 @@ class SlotChange:
 class SlotTable:
     """Slots of up to `sequences` sequences that can be taken back by `lookback` tokens.
 
-    There are `count` slots: that of zeros, one for each sequence and length in reach, and one
-    that padding may write to.
+    There are `count` slots: that of zeros, one for each sequence and length in reach, `spare` ones
+    for what is kept, and one that padding may write to.
     """
 
-    def __init__(self, *, sequences: int, lookback: int) -> None:
+    def __init__(self, *, sequences: int, lookback: int, spare: int = 0) -> None:
         self.lookback = lookback
         self.share = lookback + 1
-        self.count = sequences * self.share + 2
+        self.count = sequences * self.share + spare + 2
         self.padding = self.count - 1
-        self._slots = Counted(sequences * self.share, first=ZERO + 1)
+        self._slots = Counted(sequences * self.share + spare, first=ZERO + 1)
         self.states: list[list[State]] = [[] for _ in range(sequences)]
 
     @property
@@ -105,6 +105,21 @@ class SlotTable:
         """Let `target` share all slots of `source`."""
         self.states[target] = list(self.states[source])
         self._hold(self.states[target])
+
+    def keep(self, sequence: int) -> State:
+        """Hold a sequence's newest value once more, for nobody."""
+        state = self.states[sequence][-1]
+        self._hold([state])
+        return state
+
+    def forget(self, state: State) -> None:
+        """Let go of a value from `keep`, once."""
+        self._drop([state])
+
+    def adopt(self, sequence: int, state: State) -> None:
+        """Let an empty sequence share a value from `keep`."""
+        self._hold([state])
+        self.states[sequence] = [state]
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the values after more than `length` tokens, which must be in reach."""

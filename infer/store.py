@@ -24,7 +24,7 @@ from infer.books import OnDevice
 from infer.memory import require_memory
 from infer.pages import PageTable, StoreFullError, TableKey
 from infer.plan import StepPlan
-from infer.pools import Pools, key_of
+from infer.pools import Pools, key_of, pool_bytes
 from infer.rings import RingTable
 from infer.slots import SlotTable
 from infer.synthetic import synthesise
@@ -37,6 +37,7 @@ class StateStore:
     pages:    pages of every table, or of some by their keys; default: enough for all sequences at
               full length.
     lookback: tokens that `rollback` can take back from windowed and fixed state.
+    kept:     values of fixed tensors beside those of sequences that may be held (`infer.kept`).
     replay:   inputs in a ring from which values that declare them are computed anew; 0: every value
               in reach is kept as a copy. Other values are kept as copies in any case.
     kernels:  whether kernels read and write the state where it lies.
@@ -53,6 +54,7 @@ class StateStore:
         page_size: int = 64,
         lookback: int = 0,
         replay: int = 0,
+        kept: int = 0,
         pages: int | Mapping[TableKey, int] | None = None,
         device: torch.device | str = "cpu",
         kernels: bool = False,
@@ -78,20 +80,15 @@ class StateStore:
         #: Sequences whose state a failed step has overwritten.
         self._lost: set[int] = set()
         self._step: StepPlan | None = None
-        wanted = self.declared_bytes(max_context) * max_sequences
-        row_bytes = sum(t.nbytes for s in self.specs for t in s.owned)
         owned = [t for s in self.specs for t in s.owned]
         limits = dict.fromkeys(map(key_of, owned), pages) if isinstance(pages, int) else pages or {}
-        for tensor in owned:
-            full = tensor.held_pages(max_context, page_size, lookback) * max_sequences
-            unneeded = max(0, full - limits.get(key_of(tensor), full))
-            wanted -= unneeded * page_size * tensor.nbytes
-        # Beside them a page for padding, and the slots of zeros and of padding.
-        slot_bytes = sum(t.held_bytes(1, 0, replay) for s in self.specs for t in s.fixed)
-        wanted += page_size * row_bytes + 2 * slot_bytes
         require_memory(
-            wanted, self.device, f"the state of {max_sequences} sequences of {max_context} tokens"
-        )
+            pool_bytes(
+                self.specs, limits, sequences=max_sequences, kept=kept, max_context=max_context,
+                page_size=page_size, lookback=lookback, replay=replay,
+            ),
+            self.device, f"the state of {max_sequences} sequences of {max_context} tokens",
+        )  # fmt: skip
         self.tables: dict[TableKey, PageTable] = {}
         for tensor in owned:
             key = key_of(tensor)
@@ -104,12 +101,15 @@ class StateStore:
         self.rings: RingTable | None = None
         replayed = [spec.replayed(replay) for spec in self.specs]
         if any(replayed):
-            self.rings = RingTable(sequences=max_sequences, replay=Replay(replay, lookback))
+            self.rings = RingTable(
+                sequences=max_sequences, replay=Replay(replay, lookback), spare=kept
+            )
         if any(len(s.fixed) > len(r) for s, r in zip(self.specs, replayed, strict=True)):
-            self.slots = SlotTable(sequences=max_sequences, lookback=lookback)
+            self.slots = SlotTable(sequences=max_sequences, lookback=lookback, spare=kept)
         #: The tables of fixed tensors.
         self._values = [table for table in (self.slots, self.rings) if table is not None]
-        self._bounded = bool(self._values) or any(k.window is not None for k in self.tables)
+        #: Whether what is remembered of a token may be gone after later ones.
+        self.bounded = bool(self._values) or any(k.window is not None for k in self.tables)
         self.pools = Pools(self.specs, self.tables, self.slots, self.rings, self.device)
         self.on_device = OnDevice(self.tables, max_sequences, max_context, self.device)
         self.peak_bytes = 0
@@ -170,9 +170,14 @@ class StateStore:
         self.lengths[child], self.oldest[child] = self.lengths[sequence], self.oldest[sequence]
         return child
 
+    def length(self, sequence: int) -> int:
+        """Tokens of an open sequence that is in no open step."""
+        self._require_open(sequence)
+        return self.lengths[sequence]
+
     def reach(self, new_tokens: int) -> int:
         """How many tokens `rollback` can take back after a step of `new_tokens`, at least."""
-        if not self._bounded:
+        if not self.bounded:
             return self.max_context
         if self.rings is not None and new_tokens > self.lookback + 1:
             # It may find no room for its inputs, and takes all that is held into the value.
@@ -187,7 +192,7 @@ class StateStore:
         self._require_open(sequence)
         end = self.lengths[sequence]
         length = end - tokens
-        oldest = self.oldest[sequence] if self._bounded else 0
+        oldest = self.oldest[sequence] if self.bounded else 0
         if tokens < 0 or length < oldest:
             raise UserError(
                 f"rollback of {tokens} tokens at length {end} reaches before {oldest}; open the "

@@ -14,7 +14,8 @@ from eval.measure.served import Limits, Log
 from eval.measure.workload import Conversation, Users, Voice, Workload, load_workload
 from infer.capacity import Capacity
 from infer.memory import DoesNotFitError
-from infer.scheduler import PAGED, SCHEDULERS, Policy
+from infer.policy import PAGED, Policy
+from infer.scheduler import SCHEDULERS
 from infer.sequence import Answer
 from infer.server import Executor, Server, drive
 

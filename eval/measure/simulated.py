@@ -15,7 +15,7 @@ from eval.predict.roofline import Prediction, resident_bytes
 from eval.predict.serving import ClockExecutor, StepTimes
 from infer.capacity import Capacity
 from infer.memory import DoesNotFitError
-from infer.scheduler import Policy
+from infer.policy import Policy
 
 
 def simulate(

@@ -8,7 +8,7 @@ it, not with its tokens.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import ClassVar
 
@@ -19,9 +19,8 @@ from archs.checks import require_at_least
 from archs.cost import Cost, Step
 from eval.predict.machine import Roofline
 from eval.predict.roofline import step_ms
+from infer.batch import Batch, Changes
 from infer.graphs import bucket
-from infer.scheduler import Batch
-from infer.sequence import Answer
 from infer.server import Ran
 
 #: Prompts of more tokens are interpolated between multiples of powers of two of this many parts.
@@ -169,5 +168,5 @@ class ClockExecutor:
         self._now_s += ms / 1e3
         return Ran(1, None)
 
-    def release(self, answers: Iterable[Answer]) -> None:
-        """As `Executor.release`: nothing is held."""
+    def follow(self, changes: Changes) -> None:
+        """As `Executor.follow`: nothing is held."""

@@ -14,7 +14,8 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from infer.capacity import Capacity
 from infer.engine import Engine
-from infer.scheduler import Policy, Scheduler
+from infer.policy import Policy
+from infer.scheduler import Scheduler
 from infer.sequence import Request
 from infer.server import EngineExecutor, Server
 from infer.store import StateStore

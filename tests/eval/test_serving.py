@@ -27,9 +27,10 @@ from eval.predict.roofline import step_ms
 from eval.predict.serving import ClockExecutor, ConstantTimes, StepTimes
 from eval.results.point import Point
 from eval.results.rows import Found, Status, records
+from infer.batch import Batch
 from infer.capacity import Capacity
 from infer.engine import Engine
-from infer.scheduler import Batch, Policy
+from infer.policy import Policy
 from infer.sequence import Answer
 from infer.server import EngineExecutor, Ran
 from kernels.sampling.nucleus import NO_TOKEN

@@ -1,19 +1,23 @@
 """Servers, requests and what they should be answered, for tests."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+
+import torch
 
 from archs.backbone import Model
 from infer.capacity import Capacity
 from infer.engine import Engine
-from infer.sampling import Sampling
-from infer.scheduler import SCHEDULERS, Policy
-from infer.sequence import Request
+from infer.policy import Policy
+from infer.sampling import Sampler, Sampling, stream
+from infer.scheduler import SCHEDULERS
+from infer.sequence import Answer, Request
 from infer.server import EngineExecutor, Server
 from tests.infer.speculating import lively
 from tests.infer.test_machine import CONTEXT, VOCAB, model_of
 
-PAGE, SEQUENCES, BUDGET = 4, 3, 9
+PAGE, SEQUENCES, BUDGET, CHECKPOINTS = 4, 3, 9, 4
 
 
 @cache
@@ -24,33 +28,39 @@ def served_model(kind: str) -> Model:
 def capacity_of(model: Model, *, share: float = 0.6) -> Capacity:
     """For three sequences, with pages for a share of their full length."""
     full = Capacity.of(
-        model.state_specs(), max_sequences=SEQUENCES, max_context=CONTEXT, page_size=PAGE
-    )
-    pages = {key: int(share * count) for key, count in full.pages.items()}
-    return Capacity(max_sequences=SEQUENCES, max_context=CONTEXT, page_size=PAGE, pages=pages)
+        model.state_specs(), max_sequences=SEQUENCES, max_context=CONTEXT, page_size=PAGE,
+        checkpoints=CHECKPOINTS,
+    )  # fmt: skip
+    return replace(full, pages={key: int(share * count) for key, count in full.pages.items()})
 
 
 def server_of(
-    model: Model, *, share: float = 0.6, batching: str = "continuous", backend: str = "torch"
-) -> tuple[Server, Engine]:
+    model: Model, *, share: float = 0.6, batching: str = "continuous", backend: str = "torch",
+    cache: bool = False, every: int = 0,
+) -> tuple[Server, Engine]:  # fmt: skip
     capacity = capacity_of(model, share=share)
     engine = Engine(
         model, max_sequences=capacity.max_sequences, max_context=capacity.max_context,
-        page_size=capacity.page_size, pages=capacity.pages, backend=backend,
+        page_size=capacity.page_size, pages=capacity.pages, kept=capacity.checkpoints,
+        backend=backend,
     )  # fmt: skip
-    policy = Policy(batching=batching, token_budget=BUDGET, reserve=0.1)
+    policy = Policy(
+        batching=batching, token_budget=BUDGET, reserve=0.1, prefix_cache=cache,
+        checkpoint_every=every,
+    )  # fmt: skip
     scheduler = SCHEDULERS[batching](capacity, policy)
     return Server(scheduler, EngineExecutor(engine)), engine
 
 
 def request_of(
     number: int, prompt: int, new: int, *, temperature: float = 0.0, priority: int = 0,
-    stop: int | None = None,
+    stop: int | None = None, common: int = 0, answers: int = 1,
 ) -> Request:  # fmt: skip
-    """A request whose tokens follow from its number."""
-    tokens = tuple((7 * number + 3 * i * i + i) % VOCAB for i in range(prompt))
+    """A request whose tokens follow from its number; the first `common` are those of all."""
+    numbers = [0 if i < common else 7 * number for i in range(prompt)]
+    tokens = tuple((n + 3 * i * i + i) % VOCAB for i, n in enumerate(numbers))
     return Request(
-        prompt=tokens, max_new_tokens=new, priority=priority, stop=stop,
+        prompt=tokens, max_new_tokens=new, priority=priority, stop=stop, answers=answers,
         sampling=Sampling(temperature=temperature, seed=number),
     )  # fmt: skip
 
@@ -60,9 +70,37 @@ def alone(kind: str, request: Request) -> Sequence[int]:
     return _alone(kind, request.prompt, request.max_new_tokens, request.sampling, request.stop)
 
 
+def alone_from(kind: str, answer: Answer, made: Sequence[int]) -> Sequence[int]:
+    """What an answer gets that was forked with `made` tokens, when nobody else is served."""
+    request = answer.request
+    if answer.copy == 0:
+        return alone(kind, request)
+    return _from(kind, request.prompt, tuple(made), request.max_new_tokens, request.sampling,
+                 request.stop, answer.copy)  # fmt: skip
+
+
 @cache
 def _alone(
     kind: str, prompt: tuple[int, ...], new: int, sampling: Sampling, stop: int | None
 ) -> Sequence[int]:
     engine = Engine(served_model(kind), max_context=CONTEXT)
     return engine.generate([prompt], new, sampling, stop=stop).tokens[0]
+
+
+@cache
+def _from(
+    kind: str, prompt: tuple[int, ...], made: tuple[int, ...], new: int, sampling: Sampling,
+    stop: int | None, copy: int,
+) -> Sequence[int]:  # fmt: skip
+    engine = Engine(served_model(kind), max_context=CONTEXT)
+    sampler = Sampler(sampling, engine.device)
+    numbers = stream(sampling.seed, prompt, copy)
+    tokens = list(made)
+    with engine.store.sequences(1) as opened:
+        logits = engine.prefill(opened, [[*prompt, *made]])
+        while True:
+            drawn = None if sampling.greedy else torch.rand(1, generator=numbers)
+            tokens += sampler(logits, drawn).tolist()
+            if len(tokens) == new or tokens[-1] == stop:
+                return tokens
+            logits = engine.extend_last(opened, torch.tensor([[tokens[-1]]]))

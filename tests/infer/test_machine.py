@@ -28,10 +28,11 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import RECURRENT_LIMIT
 from infer.engine import Engine
+from infer.kept import Kept, forget, keep, resume
 from infer.pages import StoreFullError
 from infer.store import StateStore
 
-VOCAB, CONTEXT, SLOTS = 31, 56, 4
+VOCAB, CONTEXT, SLOTS, KEPT = 31, 56, 4, 2
 SCALE = get_scale("tiny").with_options(
     {"d_model": 64, "head_dim": 32, "n_layers": 2, "vocab_size": VOCAB, "seq_len": 16}
 )
@@ -90,6 +91,8 @@ class Machine(RuleBasedStateMachine):
         self.told: dict[int, list[int]] = {}
         #: The shortest length that a rollback must reach.
         self.floor: dict[int, int] = {}
+        #: Parts of pasts that were kept, and their tokens.
+        self.kept: list[tuple[list[Kept], list[int]]] = []
         self.bounded = any(
             s.fixed or any(t.window is not None for t in s.rows) for s in self.store.specs
         )
@@ -101,13 +104,13 @@ class Machine(RuleBasedStateMachine):
         replay = data.draw(st.sampled_from([0, 2 * (lookback + 1), 16]), "replay")
         engine = Engine(
             self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=page_size,
-            lookback=lookback, replay=replay, backend=self.backend,
+            lookback=lookback, replay=replay, kept=KEPT, backend=self.backend,
         )  # fmt: skip
         if self.backend == "torch" and data.draw(st.booleans(), "small pool"):
             most = 2 * -(-CONTEXT // page_size)
             engine.store = StateStore(
                 self.model.state_specs(), max_sequences=SLOTS, max_context=CONTEXT,
-                page_size=page_size, lookback=lookback, replay=replay,
+                page_size=page_size, lookback=lookback, replay=replay, kept=KEPT,
                 pages=data.draw(st.integers(1, most), "pages"),
             )  # fmt: skip
         return engine
@@ -149,6 +152,44 @@ class Machine(RuleBasedStateMachine):
         else:
             self.told[slot] = self.told[slot][:length]
             self.go_on(slot)
+
+    @precondition(lambda self: self.told and len(self.kept) < KEPT)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.told)))
+        end = len(self.told[slot])
+        cut = data.draw(st.integers(0, end // self.store.page_size)) * self.store.page_size
+        parts = [
+            keep(self.store, slot, 0, cut, whole=False),
+            keep(self.store, slot, cut, end, whole=True),
+        ]
+        self.kept.append((parts, list(self.told[slot])))
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        parts, _ = self.kept.pop(data.draw(st.integers(0, len(self.kept) - 1)))
+        for part in parts:
+            forget(self.store, part)
+
+    @precondition(lambda self: self.kept and len(self.told) < SLOTS)
+    @rule(data=st.data(), early=st.booleans())
+    def resume(self, data: st.DataObject, early: bool) -> None:
+        """From all of a past, or from its full pages where these are all that is needed."""
+        parts, told = data.draw(st.sampled_from(self.kept))
+        if early:
+            parts = parts[:1]
+            end = parts[0].end
+            full = all(t.rows(end) % t.page_size == 0 for t in self.store.tables.values())
+            if self.bounded or not full:
+                with pytest.raises(UserError, match="end with a whole part"):
+                    resume(self.store, parts)
+                return
+        slot = resume(self.store, parts)
+        assert slot not in self.told
+        self.told[slot] = told[: parts[-1].end]
+        self.floor[slot] = parts[-1].end
+        self.go_on(slot)
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -288,6 +329,9 @@ class Machine(RuleBasedStateMachine):
                 assert len(set(held.values())) == len(held)
                 for page in held.values():
                     refs[page] += 1
+            for part in (part for parts, _ in self.kept for part in parts):
+                for page in part.pages.get(table.key, {}).values():
+                    refs[page] += 1
             assert refs == table.refs
             assert table.used == sum(n > 0 for n in refs)
             for slot, told in self.told.items():
@@ -301,7 +345,8 @@ class Machine(RuleBasedStateMachine):
                 )
         assert {s for s in range(SLOTS) if self.store._open[s]} == set(self.told)
         assert all(self.store.lengths[s] == len(t) for s, t in self.told.items())
-        most = sum(self.store.declared_bytes(len(t)) for t in self.told.values())
+        held = [*self.told.values(), *(told for _, told in self.kept)]
+        most = sum(self.store.declared_bytes(len(t)) for t in held)
         assert self.store.allocated_bytes <= min(most, self.store.peak_bytes)
 
     def teardown(self) -> None:
@@ -311,6 +356,9 @@ class Machine(RuleBasedStateMachine):
             self.go_on(slot)
             self.store.release(slot)
         self.told.clear()
+        for parts, _ in self.kept:
+            for part in parts:
+                forget(self.store, part)
         assert self.store.allocated_bytes == 0
 
 

@@ -6,7 +6,8 @@ import pytest
 from archs.errors import UserError
 from infer.capacity import Capacity
 from infer.pages import TableKey
-from infer.scheduler import SCHEDULERS, Policy, Scheduler
+from infer.policy import Policy
+from infer.scheduler import SCHEDULERS, Scheduler
 from infer.sequence import Answer, Ending, Request
 
 ROWS = TableKey(1, None, 0)
@@ -74,10 +75,11 @@ def test_the_last_in_rank_gives_way_and_comes_back_first() -> None:
     preempted: list[Answer] = []
     ended: list[Answer] = []
     while (batch := scheduler.next()) is not None:
-        preempted += batch.preempted
-        for answer in batch.preempted:
-            assert answer.held == 0
-            assert answer.pages == (0,)
+        for answer in scheduler.changes().released:
+            if answer.ending is None:
+                preempted.append(answer)
+                assert answer.held == 0
+                assert answer.pages == (0,)
         ended += scheduler.done(batch).ended
     assert first not in preempted
     assert second in preempted

@@ -1,6 +1,7 @@
 """Law *company*: what a request is answered depends on nobody else, and nothing leaks."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from archs.errors import UserError
 from infer.capacity import Capacity
 from infer.engine import Engine
 from infer.graphs import GraphedStep
-from infer.scheduler import Policy, Scheduler
+from infer.policy import Policy
+from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending
 from infer.server import EngineExecutor, Ran, Server
 from tests.infer.recorded import Again
@@ -29,6 +31,7 @@ from tests.infer.serving import (
     PAGE,
     SEQUENCES,
     alone,
+    alone_from,
     capacity_of,
     request_of,
     served_model,
@@ -45,6 +48,10 @@ def drain(server: Any) -> None:
 
 def require_nothing_held(server: Any, engine: Engine) -> None:
     assert server.scheduler.idle
+    assert not any(server.scheduler.ledger.used)
+    server.close()
+    assert not server.executor._kept
+    assert not server.scheduler.prefixes.cached.nodes
     assert server.scheduler.free_pages == tuple(server.scheduler.capacity.pages.values())
     assert engine.store.allocated_bytes == 0
 
@@ -57,13 +64,18 @@ class Company(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.answers: list[Answer] = []
+        #: Tokens that forked answers began with.
+        self.made: dict[Answer, list[int]] = {}
 
-    @initialize(share=st.sampled_from([0.34, 0.5, 1.0]), static=st.booleans())
-    def open(self, share: float, static: bool) -> None:
-        batching = "static" if static else "continuous"
-        self.server, self.engine = server_of(
-            served_model(self.kind), share=share, batching=batching
-        )
+    @initialize(
+        share=st.sampled_from([0.34, 0.5, 1.0]),
+        policy=st.sampled_from(
+            [{"batching": "static"}, {}, {"cache": True}, {"cache": True, "every": PAGE},
+             {"cache": True, "every": 7}]
+        ),
+    )  # fmt: skip
+    def open(self, share: float, policy: dict[str, Any]) -> None:
+        self.server, self.engine = server_of(served_model(self.kind), share=share, **policy)
 
     @rule(
         prompt=st.sampled_from([1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE, BUDGET, 2 * BUDGET + 1]),
@@ -71,15 +83,31 @@ class Company(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 0.0, 0.9]),
         priority=st.sampled_from([0, 0, 0, 1]),
         stop=st.sampled_from([None, None, 5]),
+        common=st.sampled_from([0, PAGE, PAGE + 1, 2 * PAGE + 3]),
+        answers=st.sampled_from([1, 1, 2, 3]),
     )
-    def arrive(
-        self, prompt: int, new: int, temperature: float, priority: int, stop: int | None
-    ) -> None:
-        request = request_of(
-            len(self.answers) % 7, prompt, new, temperature=temperature, priority=priority,
-            stop=stop,
-        )  # fmt: skip
-        self.answers.append(self.server.submit(request))
+    def arrive(self, prompt: int, new: int, **options: Any) -> None:
+        first = self.server.submit(request_of(len(self.answers) % 5, prompt, new, **options))
+        self.answers += [first, *first.siblings]
+
+    @rule(data=st.data(), new=st.integers(1, 14))
+    def go_on_talking(self, data: st.DataObject, new: int) -> None:
+        """What was answered becomes part of the next prompt."""
+        ended = [a for a in self.answers if a.ending is Ending.LENGTH]
+        if ended:
+            answer = data.draw(st.sampled_from(ended))
+            said = (*answer.request.prompt, *answer.tokens, 3, 1)
+            request = replace(answer.request, prompt=said, max_new_tokens=new, answers=1)
+            self.answers.append(self.server.submit(request))
+
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        going = [a for a in self.answers if a.ending is None]
+        if going and self.server.scheduler.policy.shares:
+            answer = data.draw(st.sampled_from(going))
+            child = self.server.fork(answer)
+            self.made[child] = list(answer.tokens)
+            self.answers.append(child)
 
     @rule(steps=st.integers(1, 6))
     def go_on(self, steps: int) -> None:
@@ -96,17 +124,30 @@ class Company(RuleBasedStateMachine):
         if not self.answers:
             return
         scheduler, store = self.server.scheduler, self.engine.store
+        ledger, cached = scheduler.ledger, scheduler.prefixes.cached
+        assert min(*ledger.free, *ledger.idle) >= 0
+        in_use = {
+            node for past in scheduler.prefixes._pasts.values() for node in past.node.path()
+        }  # fmt: skip
+        assert sum(n.users > 0 for n in cached.nodes.values()) == len(in_use)
+        points = [p for n in (cached.root, *cached.nodes.values())
+                  for alike in n.points.values() for p in alike.values()]  # fmt: skip
         for at, (key, count) in enumerate(scheduler.capacity.pages.items()):
-            taken = sum(a.pages[at] for a in scheduler.running)
-            assert taken + scheduler.free_pages[at] == count
+            own = sum(a.pages[at] for a in scheduler.running)
+            assert own + sum(node.pages[at] for node in in_use) == ledger.used[at]
             # The store never needs a page that the scheduler did not set aside.
-            assert store.tables[key].used <= taken
+            assert store.tables[key].used <= count - ledger.free[at]
+        if store.slots is not None:
+            assert ledger.used[-1] == len(scheduler.running)
+            assert ledger.idle[-1] == len(points)
+            assert store.slots.used <= ledger.total[-1] - ledger.free[-1]
+        assert set(self.server.executor._kept) == {*cached.nodes.values(), *points}
         assert len(scheduler.running) <= SEQUENCES
 
     @invariant()
     def answers_are_their_own(self) -> None:
         for answer in self.answers:
-            expected = alone(self.kind, answer.request)
+            expected = alone_from(self.kind, answer, self.made.get(answer, ()))
             assert answer.tokens == expected[: len(answer.tokens)]
             if answer.ending in (Ending.LENGTH, Ending.STOP):
                 assert answer.tokens == expected
