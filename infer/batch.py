@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from infer.cached import Unit
+from infer.cached import Node, Unit
 from infer.prefix import Start
 from infer.sequence import Answer
 
@@ -57,11 +57,13 @@ class Done(NamedTuple):
 class Changes:
     """What a scheduler has decided about state; in this order.
 
-    kept: parts of pasts to hold from now on, and of whom. released: answers whose own state is
+    kept: parts of pasts to hold from now on, and of whom. twice: pages of answers that are the same
+    as kept ones, and of which one will do. released: answers whose own state is
     needed no more. started: answers that begin, and from where. forgotten: parts to let go of.
     """
 
     kept: list[tuple[Answer, Unit]] = field(default_factory=list)
+    twice: list[tuple[Answer, Node]] = field(default_factory=list)
     released: list[Answer] = field(default_factory=list)
     started: list[tuple[Answer, Start]] = field(default_factory=list)
     forgotten: list[Unit] = field(default_factory=list)

@@ -107,7 +107,8 @@ class Cached:
     """Units and their memory.
 
     keeps: whether anything is kept that nobody uses or waits for. kept: (answer, unit) that are to
-    be held from now on; forgotten: units that no longer are. Whoever reads them empties them.
+    be held from now on; twice: (answer, node) where both have the same page; forgotten: units that
+    are held no longer. Whoever reads them empties them.
     """
 
     def __init__(self, capacity: Capacity, ledger: Ledger, *, keeps: bool) -> None:
@@ -115,6 +116,7 @@ class Cached:
         self.keeps = keeps
         self.nodes: dict[bytes, Node] = {}
         self.kept: list[tuple[Answer, Unit]] = []
+        self.twice: list[tuple[Answer, Node]] = []
         self.forgotten: list[Unit] = []
         tables = list(capacity.pages)
         #: Resources of which only checkpoints hold any: windows, and slots.
@@ -168,13 +170,18 @@ class Cached:
             self._evict((0,) * len(self.ledger.total))
         shared = tuple([s + p for s, p in zip(parent.shared, pages, strict=True)])
         node = Node(parent, key, parent.depth + 1, (*pages, 0), shared)
-        answer.pages = tuple([h - p for h, p in zip(answer.pages, pages, strict=True)])
-        answer.shared = tuple([s + p for s, p in zip(answer.shared, pages, strict=True)])
+        _share(answer, pages)
         parent.children += 1
         self.nodes[key] = node
         self.ledger.lay_by(node.pages)
         self.kept.append((answer, node))
         return node
+
+    def give_up_own(self, answer: Answer, node: Node) -> None:
+        """An answer has computed a page that is there: it shares that one instead."""
+        _share(answer, node.pages[:-1])
+        self.ledger.give(node.pages)
+        self.twice.append((answer, node))
 
     def use(self, node: Node) -> None:
         """An answer goes on from a node."""
@@ -300,6 +307,12 @@ class Cached:
                 heappush(self._old_nodes, (unit.stamp, id(unit), unit))
             else:
                 self._drop_node(unit)
+
+
+def _share(answer: Answer, pages: tuple[int, ...]) -> None:
+    """Pages of an answer are its own no more."""
+    answer.pages = tuple([h - p for h, p in zip(answer.pages, pages, strict=True)])
+    answer.shared = tuple([s + p for s, p in zip(answer.shared, pages, strict=True)])
 
 
 def _oldest(heap: list[tuple[int, int, U]]) -> U | None:

@@ -73,6 +73,13 @@ def forget(store: StateStore, part: Kept) -> None:
         store.rings.forget(part.ring)
 
 
+def share(store: StateStore, sequence: int, part: Kept) -> None:
+    """Let a sequence that has computed a part itself hold the part's pages instead of its own."""
+    store.length(sequence)
+    for key, pages in part.pages.items():
+        store.tables[key].share(sequence, pages)
+
+
 def resume(store: StateStore, parts: Sequence[Kept]) -> int:
     """Open a sequence whose past is that of parts, one after the other; nothing is copied.
 

@@ -249,6 +249,16 @@ class PageTable:
         if first_page is not None:
             self.first_page[sequence] = first_page
 
+    def share(self, sequence: int, kept: Mapping[int, int]) -> None:
+        """Let a sequence hold pages from `keep` in place of its own, which say the same."""
+        for page, held in kept.items():
+            own = self.tables[sequence][page]
+            if own != held:
+                self._pages.hold(held)
+                self._set(sequence, page, held)
+                self._pages.drop(own)
+                self.at_home[sequence] = False
+
     def release(self, sequence: int) -> None:
         """Give all pages of a sequence back."""
         for held in self.tables[sequence].values():

@@ -152,6 +152,8 @@ class Prefixes:
                 begin = past.node.depth * self._size
                 pages = self.capacity.full_pages(begin, begin + self._size)
                 node = self.cached.add_node(answer, past.node, key, pages)
+            else:
+                self.cached.give_up_own(answer, node)
             self.cached.use(node)
             self.cached.leave(past.node)
             past.node = node

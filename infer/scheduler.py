@@ -76,6 +76,7 @@ class Scheduler:
         found, self._changes = self._changes, Changes()
         cached = self.prefixes.cached
         found.kept, cached.kept = cached.kept, []
+        found.twice, cached.twice = cached.twice, []
         found.forgotten, cached.forgotten = cached.forgotten, []
         return found
 

@@ -17,7 +17,7 @@ from archs.errors import UserError
 from infer.batch import Batch, Changes
 from infer.cached import Node, Unit
 from infer.engine import Engine
-from infer.kept import Kept, forget, keep, resume
+from infer.kept import Kept, forget, keep, resume, share
 from infer.sampling import Sampler, stream
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending, Request
@@ -264,6 +264,8 @@ class EngineExecutor:
         store = self.engine.store
         for answer, unit in changes.kept:
             self._kept[unit] = self._keep(self._sequences[answer], unit)
+        for answer, node in changes.twice:
+            share(store, self._sequences[answer], self._kept[node])
         for answer in changes.released:
             sequence = self._sequences.pop(answer, None)
             if sequence is not None:

@@ -59,12 +59,49 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
 
 
 def draw_serving(rows: Sequence[Prediction], path: Path) -> None:
-    """Write a chart of a sweep of `simulate`: what a user gets against what the part gives.
+    """Write a chart of what `simulate` gives: of checkpoint intervals where there are several,
+    otherwise of arrival rates.
 
-    Raises UserError where there are no two arrival rates, and as `require_picture`.
+    Raises UserError where there are no two of either, and as `require_picture`.
     """
     require_picture(path)
-    _save(serving_chart(rows), path)
+    several = len({row.get("checkpoint_every") for row in rows} - {None}) > 1
+    _save(prefix_chart(rows) if several else serving_chart(rows), path)
+
+
+def prefix_chart(rows: Sequence[Prediction]) -> alt.FacetChart:
+    """Bytes that are kept of prefixes against the share of prompts that is computed anew, along
+    checkpoint intervals.
+    """
+    table = pd.DataFrame(rows)
+    if "hit_rate" not in table:
+        raise UserError("a picture of checkpoint intervals needs a cache; add --prefix-cache")
+    table = table.dropna(subset=["hit_rate"]).reset_index(drop=True)
+    # Where the interval changes nothing, as for rows alone, one point stands for all.
+    at = ["arch", "hardware", "hit_rate", "cached_state_bytes"]
+    table["interval"] = table["checkpoint_every"].astype(str)
+    table.loc[table.duplicated(at, keep=False), "interval"] = "any"
+    table = table.drop_duplicates(at).reset_index(drop=True)
+    table["anew"] = 1 - table["hit_rate"]
+    table["cached_gib"] = table["cached_state_bytes"] / 2**30
+    palette = Palette.of(table["arch"])
+    base = alt.Chart(table).encode(
+        x=alt.X("cached_gib:Q", title="kept of prefixes, GiB", scale=alt.Scale(type="symlog")),
+        y=alt.Y("anew:Q", title="tokens of prompts computed anew", axis=alt.Axis(format="%"),
+                scale=alt.Scale(domainMin=0)),
+        order=alt.Order("checkpoint_every:Q"),
+        color=palette.colour(legend=True),
+        tooltip=["arch", "interval", "hit_rate", "cached_gib", "output_tok_per_s",
+                 "ttft_p50_ms", "running_sequences"],
+    )  # fmt: skip
+    points = base.mark_point(filled=True, size=60, opacity=1).encode(palette.shape(legend=True))
+    names = base.mark_text(dx=8, dy=-8, align="left").encode(text="interval:N")
+    title = f"{table['scale'].iloc[0]}, simulated; at each point its checkpoint interval in tokens"
+    return (
+        alt.layer(base.mark_line(), points, names)
+        .properties(width=420, height=320)
+        .facet(column=alt.Column("hardware:N", title=title))
+    )
 
 
 def serving_chart(rows: Sequence[Prediction]) -> alt.FacetChart:

@@ -14,13 +14,14 @@ from eval.cli.show import Json, show, show_prediction
 COLUMNS = (
     "arch", "hardware", "batching", "arrival_req_per_s", "request_per_s", "goodput_req_per_s",
     "output_tok_per_s", "output_tok_per_s_per_user", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms",
-    "tpot_p99_ms", "running_sequences", "max_sequences", "page_waste", "preemptions", "saturated",
-    "note",
+    "tpot_p99_ms", "running_sequences", "max_sequences", "page_waste", "preemptions",
+    "checkpoint_every", "hit_rate", "cached_state_bytes", "shared_state", "saturated", "note",
 )  # fmt: skip
 MEASURED = (
     "arch", "options", "request_per_s", "goodput_req_per_s", "output_tok_per_s",
     "output_tok_per_s_pred", "ttft_p50_ms", "ttft_p50_pred_ms", "tpot_p50_ms", "tpot_p50_pred_ms",
-    "running_sequences", "page_waste", "preemptions", "host_share", "status", "note",
+    "running_sequences", "page_waste", "hit_rate", "shared_state", "preemptions", "host_share",
+    "status", "note",
 )  # fmt: skip
 
 
@@ -48,25 +49,36 @@ def serve(
         int | None, typer.Option(help="Tokens of a step; default: 256, simulated 2048.")
     ] = None,
     allocation: Annotated[str, typer.Option(help="paged, or contiguous.")] = "paged",
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Keep prefixes while there is room.")
+    ] = False,
+    checkpoint_every: Annotated[
+        str, typer.Option(help="Tokens; simulated, several: 0,64,256. 0: where prompts part.")
+    ] = "0",
+    checkpoints: Annotated[
+        int, typer.Option(help="Slots and windows for prefixes, beside those that run.")
+    ] = 0,
     slo_ttft_ms: Annotated[float, typer.Option(help="Goodput: to the first token.")] = 1000.0,
     slo_tpot_ms: Annotated[float, typer.Option(help="Goodput: per token after it.")] = 100.0,
     host_ms: Annotated[float, typer.Option(help="Simulated: of the host, each step.")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     plot: Annotated[
-        Path | None, typer.Option(help="Simulated: a picture of a sweep, png, svg or html.")
+        Path | None,
+        typer.Option(help="Simulated: a picture of a sweep, or of intervals; png, svg or html."),
     ] = None,
     json_: Json = False,
 ) -> None:
     """Serve a workload: latency, throughput, goodput and memory, by policy and arrival rate."""
     archs = [name for name in arch.split(",") if name]
     rates = () if rate in (None, "sweep") else tuple(map(_rate, str(rate).split(",")))
+    every = [_interval(text) for text in checkpoint_every.split(",")]
     held = None if memory is None else parse_bytes(memory) / 2**30
     if plot is not None:
         from eval.cli.predicted import draw_serving, require_picture
 
         require_picture(plot)
         if not simulate:
-            raise UserError("--plot draws a sweep of --simulate; add it, or leave the picture out")
+            raise UserError("--plot draws what --simulate gives; add it, or leave the picture out")
     if simulate:
         from eval.measure.simulated import simulate as simulated
 
@@ -74,13 +86,19 @@ def serve(
             archs, workload, requests=requests, scale=scale or "8b", hardware=hardware.split(","),
             memory_gib=held, max_sequences=max_sequences or 256, max_context=max_context,
             page_size=page_size, token_budget=token_budget or 2048, batching=batching.split(","),
-            allocation=allocation, rates_per_s=rates, sweep=rate == "sweep",
+            allocation=allocation, prefix_cache=prefix_cache, checkpoint_every=every,
+            checkpoints=checkpoints, rates_per_s=rates, sweep=rate == "sweep",
             slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, host_ms=host_ms,
         )  # fmt: skip
         show_prediction(rows, json_, COLUMNS)
         if plot is not None:
             draw_serving(rows, plot)
         return
+    if len(every) > 1:
+        raise UserError(
+            f"checkpoint_every '{checkpoint_every}': several are for --simulate; measure one at a "
+            "time"
+        )
     from eval.cli.commands import serve_archs
     from eval.measure.progress import Progress
     from eval.measure.serve_plan import ServePlan
@@ -89,7 +107,8 @@ def serve(
         scale=scale or "70m", workload=workload, requests=requests, memory_gib=held or 0.0,
         max_sequences=max_sequences or 8, max_context=max_context, page_size=page_size,
         token_budget=token_budget or 256, batching=tuple(batching.split(",")),
-        allocation=allocation, repeats=repeats, rates_per_s=rates, sweep=rate == "sweep",
+        allocation=allocation, prefix_cache=prefix_cache, checkpoint_every=every[0],
+        checkpoints=checkpoints, repeats=repeats, rates_per_s=rates, sweep=rate == "sweep",
         slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
     )  # fmt: skip
     rows = serve_archs(
@@ -100,6 +119,12 @@ def serve(
     if not json_:
         out.print("measured; _pred: the same schedule on the predicted clock of this machine")
     leave(str(row["status"]) for row in rows)
+
+
+def _interval(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise UserError(f"checkpoint_every '{text}' must be a number of tokens, 0 or more")
+    return int(text)
 
 
 def _rate(text: str) -> float:

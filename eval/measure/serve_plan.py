@@ -28,8 +28,8 @@ TOO_MANY = 0.1
 GIB = 2**30
 #: Fields of a plan that stand in the rows' options where they are not the default.
 APART = (
-    "requests", "memory_gib", "max_context", "page_size", "token_budget", "slo_ttft_ms",
-    "slo_tpot_ms",
+    "requests", "memory_gib", "max_context", "page_size", "token_budget", "prefix_cache",
+    "checkpoint_every", "checkpoints", "slo_ttft_ms", "slo_tpot_ms",
 )  # fmt: skip
 
 
@@ -41,7 +41,8 @@ class ServePlan:
       own number (0).
     memory_gib: of weights and state together; 0: state for all sequences at full length.
     max_sequences: that run at once, at most. max_context: 0: what the workload needs.
-    batching, allocation, token_budget: as `infer.scheduler.Policy`'s.
+    batching, allocation, token_budget, prefix_cache, checkpoint_every: as `infer.policy.Policy`'s.
+    checkpoints: of prefixes that are provided for beside what sequences hold that run.
     repeats: of everything, policies taking turns; figures are medians over them.
     rates_per_s: instead of the workload's arrivals, Poisson ones at these mean rates.
     sweep: at shares of the largest throughput, until over it; with more requests where the
@@ -59,6 +60,9 @@ class ServePlan:
     token_budget: int = 256
     batching: tuple[str, ...] = ("continuous",)
     allocation: str = PAGED
+    prefix_cache: bool = False
+    checkpoint_every: int = 0
+    checkpoints: int = 0
     repeats: int = 1
     rates_per_s: tuple[float, ...] = ()
     sweep: bool = False
@@ -73,7 +77,7 @@ class ServePlan:
         some(self, "batching")
         positive(self, "slo_ttft_ms", "slo_tpot_ms", "rates_per_s")
         at_least(self, 1, "max_sequences", "page_size", "repeats")
-        at_least(self, 0, "memory_gib", "max_context", "requests")
+        at_least(self, 0, "memory_gib", "max_context", "requests", "checkpoints")
         for batching in self.batching:
             self.policy(batching)
         if self.sweep and self.repeats > 1:
@@ -108,7 +112,10 @@ class ServePlan:
 
     def policy(self, batching: str) -> Policy:
         """One of the policies."""
-        return Policy(batching=batching, token_budget=self.token_budget, allocation=self.allocation)
+        return Policy(
+            batching=batching, token_budget=self.token_budget, allocation=self.allocation,
+            prefix_cache=self.prefix_cache, checkpoint_every=self.checkpoint_every,
+        )  # fmt: skip
 
     def context(self, workload: Workload) -> int:
         """Tokens of a sequence at most, in whole pages."""
@@ -126,7 +133,7 @@ class ServePlan:
         return Capacity.of(
             model.state_specs(), max_sequences=self.max_sequences,
             max_context=self.context(workload), page_size=self.page_size, memory_bytes=left,
-            typical_tokens=typical(workload),
+            typical_tokens=typical(workload), checkpoints=self.checkpoints,
         )  # fmt: skip
 
 

@@ -37,6 +37,9 @@ class Log:
     _running_s: float = 0.0
     _held_s: float = 0.0
     _paged_s: float = 0.0
+    _cached_byte_s: float = 0.0
+    _used_byte_s: float = 0.0
+    _copied_byte_s: float = 0.0
 
     def __call__(self, turn: Turn) -> None:
         """Take a turn in."""
@@ -59,14 +62,29 @@ class Log:
             # Of tables that grow with the context the one with most rows speaks for all.
             if key.window is not None or key.every > min(growing):
                 continue
-            pages = sum(a.pages[at] for a in answers)
+            # Rows that several share are counted with those that they have for themselves.
+            pages = sum(a.pages[at] + a.shared[at] for a in answers)
             pages += sum(capacity.pages_of(a.held)[at] for a in turn.ended)
             self._paged_s += span_s * pages * capacity.page_size * key.every
             break
+        self._weigh(span_s)
         if self.keep_schedule:
             ran = [(a.number, 1) for a in batch.decode]
             ran += [(a.number, count) for a, count in batch.chunks]
             self.schedule += [tuple(ran)] * turn.times
+
+    def _weigh(self, span_s: float) -> None:
+        """Bytes that those that run hold, what they would hold as copies, and what is kept."""
+        ledger, capacity = self.scheduler.ledger, self.scheduler.capacity
+        running = self.scheduler.running
+        copies = [sum(pages) for pages in zip(*(a.pages for a in running), strict=True)]
+        shared = [sum(pages) for pages in zip(*(a.shared for a in running), strict=True)]
+        if running and capacity.page_bytes.keys() == capacity.pages.keys():
+            whole = [c + s for c, s in zip(copies, shared, strict=True)]
+            slots = len(running) if capacity.slots else 0
+            self._copied_byte_s += span_s * capacity.bytes_of((*whole, slots))
+            self._used_byte_s += span_s * capacity.bytes_of(ledger.used)
+            self._cached_byte_s += span_s * capacity.bytes_of(ledger.idle)
 
     def figures(self, answers: Sequence[Answer], limits: Limits) -> dict[str, float]:
         """Measures by name, over the answers that ended as they should.
@@ -108,6 +126,12 @@ class Log:
             found["page_waste"] = max(0.0, 1 - self._held_s / self._paged_s)
             whole = self._running_s * self.scheduler.capacity.max_context
             found["page_waste_contiguous"] = 1 - self._held_s / whole
+        if self.scheduler.policy.prefix_cache:
+            asked = sum(len(a.request.prompt) for a in ended)
+            found["hit_rate"] = sum(a.hit or 0 for a in ended) / asked
+            found["cached_state_bytes"] = self._cached_byte_s / self.busy_s
+        if self._copied_byte_s and self.scheduler.policy.shares:
+            found["shared_state"] = 1 - self._used_byte_s / self._copied_byte_s
         found["preemptions"] = sum(a.preemptions for a in answers)
         found["recomputed_tokens"] = sum(a.recomputed for a in answers)
         return found

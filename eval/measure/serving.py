@@ -77,7 +77,8 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         raise Failure(Status.INCORRECT, about(spec, model, **told), agreed.why_not)
     engine = Engine(
         model, max_sequences=capacity.max_sequences, max_context=capacity.max_context,
-        page_size=capacity.page_size, pages=capacity.pages, backend=backend,
+        page_size=capacity.page_size, pages=capacity.pages, kept=capacity.checkpoints,
+        backend=backend,
     )  # fmt: skip
     voice = random_voice(model.vocab_size)
     warm_up(engine)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import product
 
 from archs.checks import require_some
 from archs.errors import UserError
@@ -23,11 +24,13 @@ def simulate(
     hardware: Sequence[str] = ("h100",), memory_gib: float | None = None,
     max_sequences: int = 256, max_context: int = 0, page_size: int = 64,
     token_budget: int = 2048, batching: Sequence[str] = ("continuous",),
-    allocation: str = "paged", rates_per_s: Sequence[float] = (), sweep: bool = False,
+    allocation: str = "paged", prefix_cache: bool = False, checkpoint_every: Sequence[int] = (0,),
+    checkpoints: int = 0, rates_per_s: Sequence[float] = (), sweep: bool = False,
     slo_ttft_ms: float = 1000.0, slo_tpot_ms: float = 100.0, host_ms: float = 0.0,
     dtype: str = "bfloat16", launch_us: float | None = None,
 ) -> list[Prediction]:  # fmt: skip
-    """One row per architecture, part, policy and arrival rate, with the Measures' names.
+    """One row per architecture, part, policy, checkpoint interval and arrival rate, with the
+    Measures' names.
 
     memory_gib: of weights and state on one device; None: nine tenths of what the part has.
     host_ms: the host's own work for a step, added to each. Otherwise as `ServePlan`. What does not
@@ -37,18 +40,23 @@ def simulate(
     archs, hardware = list(archs), list(hardware)
     require_some("archs", archs)
     require_some("hardware", hardware)
+    require_some("checkpoint_every", list(checkpoint_every))
     rows: list[Prediction] = []
     batches = [1 << n for n in range(7)]
     for part in (hardware_of(key, dtype, batches, launch_us) for key in hardware):
         memory = part.memory_bytes * (1 - RESERVE) / GIB if memory_gib is None else memory_gib
-        plan = ServePlan(
-            scale=scale, workload=workload, requests=requests, memory_gib=memory,
-            max_sequences=max_sequences, max_context=max_context, page_size=page_size,
-            token_budget=token_budget, batching=tuple(batching), allocation=allocation,
-            rates_per_s=tuple(rates_per_s),
-            sweep=sweep, slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
-        )  # fmt: skip
-        given = plan.load
+        plans = [
+            ServePlan(
+                scale=scale, workload=workload, requests=requests, memory_gib=memory,
+                max_sequences=max_sequences, max_context=max_context, page_size=page_size,
+                token_budget=token_budget, batching=tuple(batching), allocation=allocation,
+                prefix_cache=prefix_cache, checkpoint_every=every, checkpoints=checkpoints,
+                rates_per_s=tuple(rates_per_s),
+                sweep=sweep, slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
+            )
+            for every in checkpoint_every
+        ]  # fmt: skip
+        plan, given = plans[0], plans[0].load
         for arch in archs:
             spec = ModelSpec(arch=arch, scale=get_scale(scale))
             model = spec.outline(part.roofline.dtype)
@@ -61,12 +69,14 @@ def simulate(
             times = StepTimes(
                 model, part.roofline, max_context=capacity.max_context, host_ms=host_ms
             )
-            for policy in map(plan.policy, plan.batching):
+            for plan, name in product(plans, batching):
+                policy = plan.policy(name)
                 clocked = partial(_clocked, times, capacity, policy)
                 for load, served in loads(plan, given, clocked):
                     rows.append(
                         {
                             **about, "batching": policy.batching,
+                            "checkpoint_every": policy.checkpoint_every,
                             "arrival_req_per_s": load.rate_per_s or None,
                             "max_sequences": capacity.max_sequences,
                             **served.log.figures(served.answers, plan.limits),

@@ -20,7 +20,7 @@ from archs.errors import UserError, unknown_name
 from archs.files import read_text, read_toml
 from eval.measure.traces import MOONCAKE_BLOCK, Arrival, read_trace
 from infer.sampling import Sampling
-from infer.sequence import Answer, Ending, Request
+from infer.sequence import Answer, Ending, Request, Unspoken
 
 WORKLOADS_DIR = Path(__file__).parent / "workloads"
 #: The tokens of a named piece of text: its name, and how many.
@@ -76,6 +76,8 @@ class Workload:
     requests: conversations; of a trace at most so many, 0: all. turns: of a conversation, each with
     all before it as its prompt. think_s: between an answer and the next turn, or the next request
     of a user. systems: system prompts of `system_tokens`, one of which opens each prompt (0: none).
+    answers: to each prompt, unlike ones where `temperature` is above 0; a conversation goes on with
+    the first when all have ended.
     trace: a file (`eval.measure.traces`); rate_per_s then, if given, replaces its pace.
     """
 
@@ -89,6 +91,7 @@ class Workload:
     output: Lengths = field(default_factory=Lengths)
     systems: int = 0
     system_tokens: int = 0
+    answers: int = 1
     trace: str = ""
     temperature: float = 0.0
     seed: int = 0
@@ -97,7 +100,7 @@ class Workload:
         if self.arrivals not in ARRIVALS:
             raise unknown_name("arrivals", self.arrivals, ARRIVALS)
         at_least(self, 0 if self.arrivals == "trace" else 1, "requests")
-        at_least(self, 1, "turns")
+        at_least(self, 1, "turns", "answers")
         at_least(self, 0, "rate_per_s", "users", "think_s", "systems", "system_tokens")
         Sampling(temperature=self.temperature)
         if self.arrivals == "poisson":
@@ -206,8 +209,16 @@ def random_voice(vocab_size: int, seed: int = 0) -> Voice:
 
 
 def silent_voice(name: str, tokens: int) -> Sequence[int]:
-    """Something of the right length, for a clock."""
-    return range(tokens)
+    """Tokens of which only the origin is known, for a clock."""
+    return Unspoken([(name, tokens)])
+
+
+def joined(parts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Tokens one after the other; unspoken where any are."""
+    unspoken = [p for p in parts if isinstance(p, Unspoken)]
+    if unspoken:
+        return Unspoken([piece for part in unspoken for piece in part.pieces])
+    return [token for part in parts for token in part]
 
 
 class Users:
@@ -216,11 +227,12 @@ class Users:
     def __init__(self, workload: Workload, voice: Voice) -> None:
         self._workload = workload
         self._voice = voice
-        self._quiet = voice is silent_voice
         self._due: list[tuple[float, int, int, Request]] = []
         self._idle: list[Conversation] = []
         #: Whose turn a request is, by its name.
         self._turns: dict[str, tuple[Conversation, int]] = {}
+        #: How many of its answers have not ended.
+        self._open: dict[str, int] = {}
         for talk in workload.conversations():
             if talk.starts_s is None:
                 self._idle.append(talk)
@@ -239,33 +251,33 @@ class Users:
             yield heappop(self._due)[3]
 
     def ended(self, answer: Answer, now_s: float) -> None:
-        """An answer has ended: its user thinks, and goes on."""
-        talk, turn = self._turns.pop(answer.request.name)
+        """An answer has ended; when all to its prompt have, its user thinks, and goes on."""
+        request = answer.request
+        self._open[request.name] -= 1
+        if self._open[request.name]:
+            return
+        del self._open[request.name]
+        talk, turn = self._turns.pop(request.name)
         at = now_s + self._workload.think_s
-        if answer.ending is Ending.LENGTH and turn + 1 < len(talk.turns):
-            request = answer.request
-            past: Sequence[int] = ()
-            if not self._quiet:
-                past = [*request.prompt, *answer.tokens]
-            self._push(talk, turn + 1, at, past)
+        first = answer.leader or answer
+        if first.ending is Ending.LENGTH and turn + 1 < len(talk.turns):
+            said: Sequence[int] = first.tokens
+            if isinstance(request.prompt, Unspoken):
+                said = Unspoken([(first.name, first.made)])
+            self._push(talk, turn + 1, at, joined([request.prompt, said]))
         elif self._idle:
             self._push(self._idle.pop(), 0, at, ())
 
     def _push(self, talk: Conversation, turn: int, at: float, past: Sequence[int]) -> None:
         asked, answered = talk.turns[turn]
-        if self._quiet:
-            held = sum(a + b for a, b in talk.turns[:turn]) + asked
-            if talk.system >= 0:
-                held += self._workload.system_tokens
-            prompt: Sequence[int] = range(held)
-        else:
-            prompt = [*(past or self._opening(talk)), *self._said(talk, turn, asked)]
         request = Request(
-            name=f"{talk.number}.{turn}", group=talk.group, prompt=prompt,
-            max_new_tokens=answered, arrival_s=at,
+            name=f"{talk.number}.{turn}", group=talk.group,
+            prompt=joined([past or self._opening(talk), self._said(talk, turn, asked)]),
+            max_new_tokens=answered, arrival_s=at, answers=self._workload.answers,
             sampling=Sampling(temperature=self._workload.temperature, seed=talk.number),
         )  # fmt: skip
         self._turns[request.name] = talk, turn
+        self._open[request.name] = request.answers
         heappush(self._due, (at, talk.number, turn, request))
 
     def _opening(self, talk: Conversation) -> Sequence[int]:
@@ -276,11 +288,13 @@ class Users:
     def _said(self, talk: Conversation, turn: int, tokens: int) -> Sequence[int]:
         if not talk.blocks:
             return self._voice(f"user {talk.number} {turn}", tokens)
-        said: list[int] = []
+        said: list[Sequence[int]] = []
+        left = tokens
         for block in talk.blocks:
-            said += self._voice(f"block {block}", min(MOONCAKE_BLOCK, tokens - len(said)))
+            said.append(self._voice(f"block {block}", min(MOONCAKE_BLOCK, left)))
+            left -= len(said[-1])
         # A trace may name fewer blocks than its prompt is long.
-        return [*said, *self._voice(f"user {talk.number}", tokens - len(said))]
+        return joined([*said, self._voice(f"user {talk.number}", left)])
 
 
 def _trace_path(name: str) -> Path:

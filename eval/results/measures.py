@@ -75,8 +75,19 @@ MEASURES: dict[str, Measure] = {
     "page_waste_contiguous": Measure(
         "", "lower", "the same, were the longest context set aside for each", share=True
     ),
+    "hit_rate": Measure(
+        "", "higher", "share of the tokens of prompts that were found computed", share=True
+    ),
+    "cached_state_bytes": Measure(
+        "byte", "lower", "kept of prefixes that nobody uses, on average over time"
+    ),
+    "shared_state": Measure(
+        "", "higher", "share of the bytes of copies that sharing saves those that run", share=True
+    ),
     "preemptions": Measure("", "lower", "answers that lost their state to others, and came back"),
-    "recomputed_tokens": Measure("token", "lower", "that were held when their answer lost them"),
+    "recomputed_tokens": Measure(
+        "token", "lower", "that answers lost with their state and computed anew"
+    ),
     "host_share": Measure(
         "", "lower", "share of a server's steps in neither model nor sampling", share=True
     ),
