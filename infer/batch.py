@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from infer.cached import Node, Unit
+from infer.ledger import Memory
 from infer.prefix import Start
 from infer.sequence import Answer
 
@@ -11,16 +12,20 @@ from infer.sequence import Answer
 PADDED = 1.25
 
 
+NOBODY = Memory((), (), ())
+
+
 @dataclass(slots=True)
 class Batch:
     """Who runs in a step.
 
     decode: answers that are extended by one token. chunks: answers and so many tokens of their
-    prompts.
+    prompts. memory: who holds how much of it in the step.
     """
 
     decode: list[Answer] = field(default_factory=list)
     chunks: list[tuple[Answer, int]] = field(default_factory=list)
+    memory: Memory = NOBODY
 
     @property
     def answers(self) -> list[Answer]:

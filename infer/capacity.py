@@ -69,22 +69,22 @@ class Capacity:
         sequences = max_sequences
         fixed_bytes = sum(s.fixed_bytes for s in specs)
         if memory_bytes is not None:
-            first = (1 + checkpoints) * fixed_bytes + sum(page_bytes.values())
+            first = fixed_bytes + sum(page_bytes.values())
             # Beside those of sequences: a page of padding a table, slots of zeros and of padding.
-            left = memory_bytes - first - fixed_bytes
+            beside = first + (1 + checkpoints) * fixed_bytes
+            left = memory_bytes - beside
             if left < first:
                 raise DoesNotFitError(
                     f"memory_bytes={memory_bytes:.4g} do not hold one sequence of {page_size} "
-                    f"tokens and {checkpoints} checkpoints, which take "
-                    f"{first + memory_bytes - left:.4g} bytes with padding; give more memory, or "
-                    "take a smaller page_size"
+                    f"tokens, which takes {first + beside:.4g} bytes with padding and checkpoints="
+                    f"{checkpoints}; give more memory, or take fewer of these or a smaller "
+                    "page_size"
                 )
             length = max(page_size, min(typical_tokens, max_context))
             typical = {
                 key: max(1, min(count, -(-(length // key.every) // page_size)))
                 for key, count in most.items()
             }
-            left -= checkpoints * fixed_bytes
             if fixed_bytes:
                 each = fixed_bytes + sum(typical[key] * page_bytes[key] for key in typical)
                 sequences = max(1, min(sequences, int(left // each)))

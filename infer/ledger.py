@@ -1,6 +1,7 @@
 """What is free of a server's memory: pages of every table, and slots of fixed tensors."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from infer.capacity import Capacity
 from infer.sequence import Answer
@@ -9,13 +10,26 @@ from infer.sequence import Answer
 Counts = tuple[int, ...]
 
 
+class Memory(NamedTuple):
+    """used: what those that run hold, each page once. idle: what is kept for nobody. copies: what
+    those that run would hold if they shared nothing.
+    """
+
+    used: Counts
+    idle: Counts
+    copies: Counts
+
+
 class Ledger:
-    """free: what nobody holds. idle: what is kept of prefixes that nobody uses: free on demand."""
+    """free: what nobody holds. idle: what is kept of prefixes that nobody uses: free on demand.
+    copies: as in `Memory`.
+    """
 
     def __init__(self, capacity: Capacity) -> None:
         self.total: Counts = (*capacity.pages.values(), capacity.slots)
         self.free = list(self.total)
         self.idle = [0] * len(self.total)
+        self.copies = [0] * len(self.total)
         self._capacity = capacity
         self._slot = int(capacity.slots > 0)
 
@@ -23,6 +37,15 @@ class Ledger:
     def used(self) -> Counts:
         """What is held by those that run, shared or not; each counted once."""
         return tuple([t - f - i for t, f, i in zip(self.total, self.free, self.idle, strict=True)])
+
+    @property
+    def memory(self) -> Memory:
+        """Who holds how much."""
+        return Memory(self.used, tuple(self.idle), tuple(self.copies))
+
+    def runs(self, counts: Counts) -> None:
+        """Somebody who runs holds so much, shared or not; less where it is negative."""
+        self.copies = [n + c for n, c in zip(self.copies, counts, strict=True)]
 
     def with_slot(self, pages: Sequence[int]) -> Counts:
         """Pages, and the slot of one sequence where there are any."""

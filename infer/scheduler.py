@@ -161,6 +161,7 @@ class Scheduler:
             count = self.prefixes.chunk(answer, count)
             batch.chunks.append((answer, count))
             left -= count
+        batch.memory = self.ledger.memory
         return batch if batch.tokens else None
 
     def repeats(self, batch: Batch) -> int:
@@ -280,6 +281,7 @@ class Scheduler:
         own = tuple([w - s for w, s in zip(wanted, answer.shared, strict=True)])
         taken = self.prefixes.cached.take(self.ledger.with_slot(own))
         assert taken
+        self.ledger.runs(self.ledger.with_slot(wanted))
         answer.pages, answer.room = own, self.capacity.room_of(wanted)
         self._changes.started.append((answer, start))
         insort(self.running, answer, key=lambda a: a.rank)
@@ -313,6 +315,7 @@ class Scheduler:
         more = self.ledger.more([answer], tokens - answer.held)
         if not self.prefixes.cached.take(more):
             return False
+        self.ledger.runs(more)
         answer.pages = tuple([h + m for h, m in zip(answer.pages, more, strict=False)])
         answer.room = self.capacity.room_of(wanted)
         return True
@@ -322,6 +325,8 @@ class Scheduler:
         if known and self.policy.prefix_cache:
             self.prefixes.publish(answer)
         self.ledger.give(self.ledger.with_slot(answer.pages))
+        whole = [h + s for h, s in zip(answer.pages, answer.shared, strict=True)]
+        self.ledger.runs(tuple([-n for n in self.ledger.with_slot(whole)]))
         if known:
             self.prefixes.checkpoint(answer)
         self.prefixes.leave(answer)

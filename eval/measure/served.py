@@ -67,24 +67,14 @@ class Log:
             pages += sum(capacity.pages_of(a.held)[at] for a in turn.ended)
             self._paged_s += span_s * pages * capacity.page_size * key.every
             break
-        self._weigh(span_s)
+        if capacity.page_bytes.keys() == capacity.pages.keys():
+            self._used_byte_s += span_s * capacity.bytes_of(batch.memory.used)
+            self._copied_byte_s += span_s * capacity.bytes_of(batch.memory.copies)
+            self._cached_byte_s += span_s * capacity.bytes_of(batch.memory.idle)
         if self.keep_schedule:
             ran = [(a.number, 1) for a in batch.decode]
             ran += [(a.number, count) for a, count in batch.chunks]
             self.schedule += [tuple(ran)] * turn.times
-
-    def _weigh(self, span_s: float) -> None:
-        """Bytes that those that run hold, what they would hold as copies, and what is kept."""
-        ledger, capacity = self.scheduler.ledger, self.scheduler.capacity
-        running = self.scheduler.running
-        copies = [sum(pages) for pages in zip(*(a.pages for a in running), strict=True)]
-        shared = [sum(pages) for pages in zip(*(a.shared for a in running), strict=True)]
-        if running and capacity.page_bytes.keys() == capacity.pages.keys():
-            whole = [c + s for c, s in zip(copies, shared, strict=True)]
-            slots = len(running) if capacity.slots else 0
-            self._copied_byte_s += span_s * capacity.bytes_of((*whole, slots))
-            self._used_byte_s += span_s * capacity.bytes_of(ledger.used)
-            self._cached_byte_s += span_s * capacity.bytes_of(ledger.idle)
 
     def figures(self, answers: Sequence[Answer], limits: Limits) -> dict[str, float]:
         """Measures by name, over the answers that ended as they should.

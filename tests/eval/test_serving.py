@@ -146,25 +146,43 @@ class OnClock(EngineExecutor):
         return found
 
 
-@pytest.mark.parametrize("batching", ["continuous", "static"])
+POISSON = Workload(
+    arrivals="poisson", rate_per_s=400.0, requests=30, systems=2, system_tokens=5,
+    prompt=Lengths(kind="geometric", mean=9, most=40),
+    output=Lengths(kind="geometric", mean=12, most=40),
+)  # fmt: skip
+#: Conversations that begin alike, of which every turn has two answers.
+SHARING = replace(
+    POISSON, requests=12, turns=2, answers=2, temperature=0.8, system_tokens=21, think_s=0.01,
+    prompt=Lengths(kind="geometric", mean=6, most=12),
+    output=Lengths(kind="geometric", mean=8, most=16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("policy", "workload"),
+    [
+        (Policy(token_budget=24, reserve=0), POISSON),
+        (Policy(batching="static", token_budget=24, reserve=0), POISSON),
+        (Policy(token_budget=24, reserve=0), SHARING),
+        (Policy(token_budget=24, prefix_cache=True, checkpoint_every=16), SHARING),
+    ],
+    ids=["continuous", "static", "answers", "prefixes"],
+)
 @pytest.mark.parametrize("arch", ["gqa", "mamba2", "gdn:gqa=1:1", "swa"])
-def test_an_engine_and_a_clock_run_the_same_schedule(arch: str, batching: str) -> None:
+def test_an_engine_and_a_clock_run_the_same_schedule(
+    arch: str, policy: Policy, workload: Workload
+) -> None:
     model = ModelSpec(arch=arch, scale=SMALL, hidden=16).build(seed=1).eval()
-    workload = Workload(
-        arrivals="poisson", rate_per_s=400.0, requests=30, systems=2, system_tokens=5,
-        prompt=Lengths(kind="geometric", mean=9, most=40),
-        output=Lengths(kind="geometric", mean=12, most=40),
-    )  # fmt: skip
     capacity = Capacity.of(
-        model.state_specs(), max_sequences=4, max_context=128, page_size=8,
-        memory_bytes=4.5 * model.state_bytes(128), typical_tokens=typical(workload),
+        model.state_specs(), max_sequences=4, max_context=128, page_size=8, checkpoints=3,
+        memory_bytes=7.5 * model.state_bytes(128), typical_tokens=typical(workload),
     )  # fmt: skip
     times = StepTimes(model, H100, max_context=128, host_ms=0.4)
     engine = Engine(
         model, max_sequences=capacity.max_sequences, max_context=128, page_size=8,
-        pages=capacity.pages,
+        pages=capacity.pages, kept=capacity.checkpoints,
     )  # fmt: skip
-    policy = Policy(batching=batching, token_budget=24, reserve=0)
     runs = [
         serve(executor, capacity, policy, workload, voice, keep_schedule=True)
         for executor, voice in (
@@ -182,6 +200,14 @@ def test_an_engine_and_a_clock_run_the_same_schedule(arch: str, batching: str) -
     figures = [run.log.figures(run.answers, LIMITS) for run in runs]
     for name in ("output_tok_per_s", "itl_p50_ms", "running_sequences"):
         assert figures[0][name] == pytest.approx(figures[1][name], rel=0.02)
+    assert figures[0].get("hit_rate", 0) == figures[1].get("hit_rate", 0)
+    if policy.prefix_cache:
+        assert figures[0]["hit_rate"] > 0.3
+        assert figures[0]["cached_state_bytes"] == pytest.approx(
+            figures[1]["cached_state_bytes"], rel=0.05
+        )
+    if workload is SHARING and arch == "gqa":
+        assert 0 < figures[0]["shared_state"] < 1
 
 
 @pytest.mark.slow

@@ -15,9 +15,9 @@ PAGE = 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sequences", [1.6, 5.5])
+@pytest.mark.parametrize(("sequences", "checkpoints"), [(1.6, 0), (5.5, 0), (5.5, 3)])
 def test_a_store_allocates_no_more_than_the_memory_that_was_given(
-    kind: str, sequences: float
+    kind: str, sequences: float, checkpoints: int
 ) -> None:
     specs = model_of(kind).state_specs()
     slots = sum(s.fixed_bytes for s in specs)
@@ -25,11 +25,12 @@ def test_a_store_allocates_no_more_than_the_memory_that_was_given(
     memory = sequences * (slots + 4 * rows) + 2 * slots + rows
     held = Capacity.of(
         specs, max_sequences=9, max_context=CONTEXT, page_size=PAGE, memory_bytes=memory,
-        typical_tokens=CONTEXT // 2,
+        typical_tokens=CONTEXT // 2, checkpoints=checkpoints,
     )  # fmt: skip
+    assert held.checkpoints == (checkpoints if slots else 0)
     store = StateStore(
         specs, max_sequences=held.max_sequences, max_context=CONTEXT, page_size=PAGE,
-        pages=held.pages,
+        pages=held.pages, kept=held.checkpoints,
     )  # fmt: skip
     pools = [p for layer in store.pools.layers for _, p, _ in layer.rows.values()]
     values = [p for layer in store.pools.layers for p in layer.fixed.values()]
@@ -66,7 +67,7 @@ def test_a_hybrid_leaves_pages_to_the_sequences_it_has_slots_for() -> None:
 @pytest.mark.parametrize("arch", [*REGISTRY, *HYBRIDS])
 def test_a_memory_without_room_for_one_sequence_is_refused(arch: str) -> None:
     specs = ModelSpec(arch=arch, scale=get_scale("70m")).outline().state_specs()
-    with pytest.raises(DoesNotFitError, match="do not hold one sequence of 64 tokens"):
+    with pytest.raises(DoesNotFitError, match="do not hold one sequence of 64 tokens, which takes"):
         Capacity.of(specs, max_sequences=4, max_context=512, page_size=64, memory_bytes=1000)
 
 

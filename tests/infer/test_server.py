@@ -137,6 +137,8 @@ class Company(RuleBasedStateMachine):
             assert own + sum(node.pages[at] for node in in_use) == ledger.used[at]
             # The store never needs a page that the scheduler did not set aside.
             assert store.tables[key].used <= count - ledger.free[at]
+            whole = sum(a.pages[at] + a.shared[at] for a in scheduler.running)
+            assert ledger.copies[at] == whole >= ledger.used[at]
         if store.slots is not None:
             assert ledger.used[-1] == len(scheduler.running)
             assert ledger.idle[-1] == len(points)
