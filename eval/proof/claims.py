@@ -244,23 +244,64 @@ def _serving(found: Evidence) -> Found:
     # Of several workloads, and of several runs of one, the largest gain of each architecture.
     best = gains.groupby("arch", sort=False)["value"].max()
     equal = found.served("batching_gain_equal_steps")["value"].max()
+    slowest = best.min()
+    throughput: Verdict = (
+        "supported" if slowest >= 2 else "conditional" if best.max() > 1 else "refuted"
+    )
     told = [
-        f"continuous over static batching {best.min():.2f} ({best.idxmin()}) to {best.max():.2f} "
-        f"({best.idxmax()}) times; steps of equal time would give {equal:.2f}"
+        f"throughput {throughput}: continuous over static batching {slowest:.2f} ({best.idxmin()}) "
+        f"to {best.max():.2f} ({best.idxmax()}) times; steps of equal time would give {equal:.2f}"
     ]
+    parts = [throughput, *(part(found, told) for part in (_paging, _prefixes, _copies))]
+    alike = set(parts) == {"supported"}
+    overall: Verdict = "supported" if alike else "conditional"
+    return "refuted" if throughput == "refuted" else overall, "; ".join(told)
+
+
+def _paging(found: Evidence, told: list[str]) -> Verdict:
     paged, whole = (found.served(f"page_waste{more}") for more in ("", "_contiguous"))
     paged, whole = (
         rows[rows["options"].str.contains("batching=continuous")] for rows in (paged, whole)
     )
-    if not whole.empty:
-        told.append(
-            f"pages waste at most {paged['value'].max():.0%} of their rows, whole contexts "
-            f"{whole['value'].min():.0%} or more"
-        )
-    told.append("sharing of prefixes and copy-on-write are not measured")
-    if best.max() <= 1:
-        return "refuted", "; ".join(told)
-    return "conditional", "; ".join(told)
+    if whole.empty:
+        told.append("fragmentation not measured")
+        return "not measured"
+    most, least = paged["value"].max(), whole["value"].min()
+    verdict: Verdict = "supported" if most < least / 2 else "refuted"
+    told.append(
+        f"fragmentation {verdict}: pages waste at most {most:.0%} of their rows, whole contexts "
+        f"{least:.0%} or more"
+    )
+    return verdict
+
+
+def _prefixes(found: Evidence, told: list[str]) -> Verdict:
+    hits = found.served("hit_rate")
+    if hits.empty:
+        told.append("prefixes not measured: that takes a [[serve]] with prefix_cache")
+        return "not measured"
+    best = hits.groupby("arch", sort=False)["value"].max()
+    verdict: Verdict = "supported" if best.min() > 0 else "conditional"
+    told.append(
+        f"prefixes {verdict}: {best.min():.0%} ({best.idxmin()}) to {best.max():.0%} "
+        f"({best.idxmax()}) of the tokens of prompts were found computed"
+    )
+    return verdict
+
+
+def _copies(found: Evidence, told: list[str]) -> Verdict:
+    saved = found.served("shared_state")
+    # What has no rows, or only a window of them, has nothing to share.
+    best = saved.groupby("arch", sort=False)["value"].max() if len(saved) else saved["value"]
+    if not len(best) or best.max() <= 0:
+        told.append("copy-on-write not measured: that takes a workload with several answers")
+        return "not measured"
+    verdict: Verdict = "supported" if best.min() > 0 else "conditional"
+    told.append(
+        f"copy-on-write {verdict}: sharing saves {best.min():.0%} ({best.idxmin()}) to "
+        f"{best.max():.0%} ({best.idxmax()}) of the state that copies would take"
+    )
+    return verdict
 
 
 def _recurrent_gains(found: Evidence) -> Found:

@@ -103,7 +103,7 @@ def test_speed_ups_decide_the_claim_on_speculation(long: pd.DataFrame) -> None:
     assert verdicts(wrong)[12].verdict == "refuted"
 
 
-def with_servers(long: pd.DataFrame, gains: dict[str, float]) -> pd.DataFrame:
+def with_servers(long: pd.DataFrame, gains: dict[str, float], **more: float) -> pd.DataFrame:
     """The table with servers of these gains of continuous over static batching."""
     base = long[long["measure"] == "bits_per_byte"].iloc[:1]
     made = []
@@ -114,6 +114,7 @@ def with_servers(long: pd.DataFrame, gains: dict[str, float]) -> pd.DataFrame:
             ("page_waste", 0.08, " batching=continuous"),
             ("page_waste_contiguous", 0.66, " batching=continuous"),
             ("page_waste", 0.5, " batching=static"),
+            *((name, value, " batching=continuous") for name, value in more.items()),
         ):
             made.append(
                 base.assign(
@@ -128,10 +129,27 @@ def test_servers_decide_the_claim_on_batching(long: pd.DataFrame) -> None:
     assert verdicts(long)[14].verdict == "not measured"
     claim = verdicts(with_servers(long, {"gqa": 1.6, "gdn": 1.4}))[14]
     assert claim.verdict == "conditional"
+    assert "throughput conditional" in claim.evidence
     assert "1.40 (gdn) to 1.60 (gqa) times; steps of equal time would give 1.70" in claim.evidence
     assert "pages waste at most 8% of their rows, whole contexts 66% or more" in claim.evidence
-    assert "copy-on-write are not measured" in claim.evidence
+    assert "prefixes not measured" in claim.evidence
+    assert "copy-on-write not measured" in claim.evidence
     assert verdicts(with_servers(long, {"gqa": 0.9}))[14].verdict == "refuted"
+
+
+def test_each_part_of_the_claim_on_servers_has_its_verdict(long: pd.DataFrame) -> None:
+    def told(gains: dict[str, float], **more: float) -> Claim:
+        return verdicts(with_servers(long, gains, **more))[14]
+
+    good = told({"gqa": 2.1, "mla": 2.4}, hit_rate=0.8, shared_state=0.4)
+    assert good.verdict == "supported"
+    assert "prefixes supported: 80% (gqa) to 80%" in good.evidence
+    assert "copy-on-write supported: sharing saves 40% (gqa)" in good.evidence
+    missed = told({"gqa": 2.1}, hit_rate=0.0, shared_state=0.4)
+    assert missed.verdict == "conditional"
+    assert "prefixes conditional: 0% (gqa)" in missed.evidence
+    assert told({"gqa": 2.1}, hit_rate=0.8, shared_state=0.0).verdict == "conditional"
+    assert told({"gqa": 1.6}, hit_rate=0.8, shared_state=0.4).verdict == "conditional"
 
 
 def test_without_figures_claims_on_figures_are_not_measured(long: pd.DataFrame) -> None:

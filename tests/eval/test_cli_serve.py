@@ -62,6 +62,53 @@ def test_a_simulation_answers_for_any_part_and_memory(decodebench: Command) -> N
     assert "goodput" in shown.out
 
 
+def test_prefixes_are_found_whatever_an_architecture_remembers(
+    decodebench: Command, tmp_path: Path
+) -> None:
+    """Measured: the third of three prompts that begin alike is found up to where they part."""
+    path = tmp_path / "alike.toml"
+    path.write_text(
+        'arrivals = "closed"\nusers = 1\nrequests = 3\nsystems = 1\nsystem_tokens = 40\n'
+        "answers = 2\ntemperature = 0.7\nprompt = { mean = 8 }\noutput = { mean = 6 }\n"
+    )
+    argv = ("--workload", str(path), "--page-size", "8", "--prefix-cache", "--checkpoints", "9")
+    outcome = decodebench(
+        "serve", "--arch", "gqa,swa,mamba2,gdn:gqa=1:1", "--scale", "tiny", *argv, "--json"
+    )
+    assert outcome.code == 0
+    rows = {row["arch"]: row for row in json.loads(outcome.out)}
+    # Of 48 tokens the second answer to each prompt finds 47; rows are found at once, what is not
+    # only rows by the third prompt, from where the second had left a checkpoint.
+    assert rows["gqa"]["hit_rate"] == pytest.approx((3 * 47 + 2 * 40) / (6 * 48))
+    for arch in ("swa", "mamba2", "gdn:gqa=1:1"):
+        assert rows[arch]["hit_rate"] == pytest.approx((3 * 47 + 40) / (6 * 48))
+        assert rows[arch]["served_requests"] == 6
+    assert "prefix_cache=1 checkpoints=9" in rows["gqa"]["options"]
+    assert rows["gqa"]["shared_state"] > 0.3
+    assert rows["mamba2"]["shared_state"] == 0
+
+
+def test_intervals_of_checkpoints_are_compared_and_drawn(
+    decodebench: Command, tmp_path: Path
+) -> None:
+    picture = tmp_path / "prefixes.svg"
+    argv = (
+        "serve", "--simulate", "--arch", "gqa,gdn", "--scale", "1b", "--memory", "8GiB",
+        "--workload", "instructions", "--requests", "60", "--checkpoint-every", "0,256",
+    )  # fmt: skip
+    outcome = decodebench(*argv, "--prefix-cache", "--plot", str(picture), "--json")
+    assert outcome.code == 0
+    rows = {(r["arch"], r["checkpoint_every"]): r for r in json.loads(outcome.out)}
+    assert rows["gqa", 0]["hit_rate"] == rows["gqa", 256]["hit_rate"] > 0.3
+    assert 0 < rows["gdn", 0]["hit_rate"] < rows["gdn", 256]["hit_rate"]
+    assert rows["gdn", 0]["cached_state_bytes"] < rows["gdn", 256]["cached_state_bytes"]
+    assert "kept of prefixes, GiB" in picture.read_text()
+    refused = decodebench(*argv[:-1], "0", "--plot", str(picture))
+    assert refused.code == 2
+    several = decodebench(*argv[:1], *argv[2:])
+    assert several.code == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
@@ -79,6 +126,10 @@ def test_a_simulation_answers_for_any_part_and_memory(decodebench: Command) -> N
         (("--hardware", "h1000"), "h1000"),
         (("--arch", "gqaa"), "gqaa"),
         (("--max-context", "16", "--allocation", "contiguos"), "contiguos"),
+        (("--prefix-cache", "--batching", "static"), "prefixes are shared by continuous batches"),
+        (("--checkpoint-every", "64"), "checkpoint_every=64 without prefix_cache=true"),
+        (("--prefix-cache", "--checkpoint-every", "64,-8"), "checkpoint_every '-8' must be"),
+        (("--checkpoints", "-1"), "checkpoints=-1 must be at least 0"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(
