@@ -6,7 +6,7 @@ import pytest
 from archs.errors import UserError
 from infer.capacity import Capacity
 from infer.pages import TableKey
-from infer.policy import Policy
+from infer.policy import BATCHING, Policy
 from infer.scheduler import SCHEDULERS, Scheduler
 from infer.sequence import Answer, Ending, Request
 
@@ -188,6 +188,10 @@ def test_nothing_leaks_after_ten_thousand_requests(batching: str, allocation: st
 def leap(scheduler: Scheduler) -> None:
     while (batch := scheduler.next()) is not None:
         scheduler.done(batch, scheduler.repeats(batch))
+
+
+def test_every_way_to_batch_has_its_scheduler() -> None:
+    assert SCHEDULERS.keys() == BATCHING.keys()
 
 
 @pytest.mark.parametrize(
