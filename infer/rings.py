@@ -41,6 +41,7 @@ class RingTable:
 
     def __init__(self, *, sequences: int, replay: Replay, spare: int = 0) -> None:
         self.replay = replay
+        self.spare = spare
         self.count = sequences + spare + 2
         self.padding = self.count - 1
         self._slots = Counted(sequences + spare, first=ZERO + 1)

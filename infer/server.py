@@ -16,6 +16,7 @@ from torch import Tensor
 from archs.errors import UserError
 from infer.batch import Batch, Changes
 from infer.cached import Node, Unit
+from infer.capacity import Capacity
 from infer.engine import Engine
 from infer.kept import Kept, forget, keep, resume, share
 from infer.sampling import Sampler, stream
@@ -44,6 +45,10 @@ class Executor(Protocol):
     """
 
     leaps: ClassVar[bool]
+
+    def require(self, capacity: Capacity) -> None:
+        """Raise UserError unless it has what a scheduler may hand out."""
+        ...
 
     def now_s(self) -> float:
         """Seconds since the server was opened."""
@@ -78,9 +83,13 @@ class Turn(NamedTuple):
 
 
 class Server:
-    """Serves requests by a scheduler's steps on an executor."""
+    """Serves requests by a scheduler's steps on an executor.
+
+    Raises UserError where the executor has less than the scheduler may hand out.
+    """
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        executor.require(scheduler.capacity)
         self.scheduler = scheduler
         self.executor = executor
 
@@ -248,6 +257,27 @@ class EngineExecutor:
         self._samplers: dict[Rule, Sampler] = {}
         #: Seconds in the model and in sampling; all else is the host's.
         self.model_s = 0.0
+
+    def require(self, capacity: Capacity) -> None:
+        """As `Executor.require`."""
+        store = self.engine.store
+        tables = {key: table.n_pages for key, table in store.tables.items()}
+        spare = [values.spare for values in (store.slots, store.rings) if values is not None]
+        has = (
+            len(store.lengths) >= capacity.max_sequences
+            and store.page_size == capacity.page_size
+            and store.max_context >= capacity.max_context
+            and tables.keys() == capacity.pages.keys()
+            and all(tables[key] >= count for key, count in capacity.pages.items())
+            and bool(spare) == bool(capacity.slots)
+            and all(n >= capacity.checkpoints for n in spare)
+        )
+        if not has:
+            raise UserError(
+                f"the engine's store does not hold what the scheduler may hand out ({capacity}); "
+                "open it with max_sequences, max_context, page_size, pages and kept="
+                f"{capacity.checkpoints} of the capacity, and make that by `Capacity.of`"
+            )
 
     def now_s(self) -> float:
         """As `Executor.now_s`; waits for the device."""

@@ -66,6 +66,7 @@ class SlotTable:
 
     def __init__(self, *, sequences: int, lookback: int, spare: int = 0) -> None:
         self.lookback = lookback
+        self.spare = spare
         self.share = lookback + 1
         self.count = sequences * self.share + spare + 2
         self.padding = self.count - 1

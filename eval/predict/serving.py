@@ -20,6 +20,7 @@ from archs.cost import Cost, Step
 from eval.predict.machine import Roofline
 from eval.predict.roofline import step_ms
 from infer.batch import Batch, Changes
+from infer.capacity import Capacity
 from infer.graphs import bucket
 from infer.server import Ran
 
@@ -142,6 +143,9 @@ class ClockExecutor:
     def __init__(self, times: StepTimes | ConstantTimes) -> None:
         self._times = times
         self._now_s = 0.0
+
+    def require(self, capacity: Capacity) -> None:
+        """As `Executor.require`: a clock holds nothing."""
 
     def now_s(self) -> float:
         """As `Executor.now_s`."""

@@ -270,6 +270,21 @@ def test_compiled_engines_are_refused() -> None:
         EngineExecutor(engine)
 
 
+@pytest.mark.parametrize(
+    "more", [{"kept": 0}, {"max_sequences": 2}, {"page_size": 8}, {"pages": 3}]
+)
+def test_engines_with_less_than_the_scheduler_hands_out_are_refused(more: dict[str, int]) -> None:
+    model = served_model("state and rows")
+    capacity = capacity_of(model)
+    options = {
+        "max_sequences": SEQUENCES, "max_context": CONTEXT, "page_size": PAGE,
+        "kept": capacity.checkpoints, **more,
+    }  # fmt: skip
+    engine = Engine(model, **options)
+    with pytest.raises(UserError, match="does not hold what the scheduler may hand out"):
+        Server(Scheduler(capacity, Policy(token_budget=BUDGET)), EngineExecutor(engine))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["rows", "window 9", "state and rows"])
@@ -280,8 +295,10 @@ def test_kernels_and_graphs_serve_the_same_answers(kind: str) -> None:
         served = {}
         for backend in ("torch", "triton"):
             model = model_of(kind).use(backend)
-            capacity = Capacity(
-                max_sequences=SEQUENCES, max_context=48, page_size=16,
+            capacity = replace(
+                Capacity.of(
+                    model.state_specs(), max_sequences=SEQUENCES, max_context=48, page_size=16
+                ),
                 pages={key: 6 for key in capacity_of(model).pages},
             )  # fmt: skip
             engine = Engine(
