@@ -21,8 +21,9 @@ class Capacity:
     """What a server may hand out.
 
     max_sequences: that run at once. pages: of each block table, shared. slots: of fixed tensors,
-    for those that run and for what is kept of prefixes; 0: there are no such tensors. page_bytes,
-    slot_bytes: of one of them, where anybody asks.
+    for those that run and for what is kept of prefixes; 0: there are no such tensors. lookback:
+    tokens that a sequence can take back. page_bytes, slot_bytes: of one page and one value, where
+    anybody asks.
     """
 
     max_sequences: int
@@ -30,6 +31,7 @@ class Capacity:
     page_size: int
     pages: Mapping[TableKey, int] = field(default_factory=dict)
     slots: int = 0
+    lookback: int = 0
     page_bytes: Mapping[TableKey, int] = field(default_factory=dict)
     slot_bytes: int = 0
     #: Of each table: tokens of a row, and the most pages that one sequence holds.
@@ -42,17 +44,23 @@ class Capacity:
                 f"slots={self.slots} are less than one for each of max_sequences="
                 f"{self.max_sequences}; give more, or 0 where no tensor needs one"
             )
-        spans = [(k.every, most_pages(k, self.max_context, self.page_size)) for k in self.pages]
+        at_least(self, 0, "lookback")
+        spans = [
+            (k.every, most_pages(k, self.max_context, self.page_size, self.lookback))
+            for k in self.pages
+        ]
         object.__setattr__(self, "_spans", tuple(spans))
 
     @classmethod
     def of(
         cls, specs: Sequence[StateSpec], *, max_sequences: int, max_context: int, page_size: int,
         memory_bytes: float | None = None, typical_tokens: int = 0, checkpoints: int = 0,
+        lookback: int = 0,
     ) -> "Capacity":  # fmt: skip
         """What fits into `memory_bytes` of state (None: all sequences at full length).
 
         checkpoints: of prefixes: slots and windows are provided for them beside those of sequences.
+        lookback: tokens that a sequence can take back, of which it keeps all values.
         typical_tokens: of a sequence on average: pages are dealt out to the tables as sequences of
         this length take them, and where sequences hold a state, too, no more of them are provided
         for than fit: more would leave no pages to them.
@@ -65,13 +73,14 @@ class Capacity:
         for tensor in (t for s in specs for t in s.owned):
             key = key_of(tensor)
             page_bytes[key] = page_bytes.get(key, 0) + page_size * tensor.nbytes
-        most = {key: most_pages(key, max_context, page_size) for key in page_bytes}
+        most = {key: most_pages(key, max_context, page_size, lookback) for key in page_bytes}
         sequences = max_sequences
         fixed_bytes = sum(s.fixed_bytes for s in specs)
+        kept_bytes = (lookback + 1) * fixed_bytes
         if memory_bytes is not None:
-            first = fixed_bytes + sum(page_bytes.values())
+            first = kept_bytes + sum(page_bytes.values())
             # Beside those of sequences: a page of padding a table, slots of zeros and of padding.
-            beside = first + (1 + checkpoints) * fixed_bytes
+            beside = sum(page_bytes.values()) + (2 + checkpoints) * fixed_bytes
             left = memory_bytes - beside
             if left < first:
                 raise DoesNotFitError(
@@ -86,9 +95,9 @@ class Capacity:
                 for key, count in most.items()
             }
             if fixed_bytes:
-                each = fixed_bytes + sum(typical[key] * page_bytes[key] for key in typical)
+                each = kept_bytes + sum(typical[key] * page_bytes[key] for key in typical)
                 sequences = max(1, min(sequences, int(left // each)))
-            left -= sequences * fixed_bytes
+            left -= sequences * kept_bytes
         full = {
             key: (sequences + (checkpoints if key.window is not None else 0)) * count
             for key, count in most.items()
@@ -96,8 +105,8 @@ class Capacity:
         pages = full if memory_bytes is None else _dealt(left, page_bytes, typical, full)
         return cls(
             max_sequences=sequences, max_context=max_context, page_size=page_size, pages=pages,
-            slots=sequences + checkpoints if fixed_bytes else 0, page_bytes=page_bytes,
-            slot_bytes=fixed_bytes,
+            slots=sequences + checkpoints if fixed_bytes else 0, lookback=lookback,
+            page_bytes=page_bytes, slot_bytes=fixed_bytes,
         )  # fmt: skip
 
     @property
@@ -137,7 +146,8 @@ class Capacity:
         assert key.window is not None
         rows, size = tokens // key.every, self.page_size
         end, sunk = -(-rows // size), -(-key.sinks // size)
-        return [*range(min(sunk, end)), *range(max(sunk, (rows - key.window) // size), end)]
+        first = (rows - key.window - max(0, _kept_back(key, self.lookback) - 1)) // size
+        return [*range(min(sunk, end)), *range(max(sunk, first), end)]
 
     def bytes_of(self, counts: Sequence[int]) -> int:
         """Bytes of so many pages of each table and, last, slots."""
@@ -171,14 +181,19 @@ class Capacity:
                 )
 
 
-def most_pages(key: TableKey, max_context: int, page_size: int) -> int:
-    """Pages of a table that one sequence holds at most."""
+def most_pages(key: TableKey, max_context: int, page_size: int, lookback: int = 0) -> int:
+    """Pages of a table that one sequence holds at most, of which tokens can be taken back."""
     full = -(-max(1, max_context // key.every) // page_size)
     if key.window is None:
         return full
     # A ring may begin in the middle of a page (`infer.pages.PageTable`).
-    ring = -(-(key.window - 1) // page_size) + 1
+    ring = -(-(key.window - 1 + _kept_back(key, lookback)) // page_size) + 1
     return min(full, -(-key.sinks // page_size) + ring)
+
+
+def _kept_back(key: TableKey, lookback: int) -> int:
+    """As `archs.spec.RowSpec.kept_back`."""
+    return -(-lookback // key.every)
 
 
 def _dealt(

@@ -22,7 +22,8 @@ class Policy:
     contiguous: the longest context is set aside for each sequence. prefix_cache: prefixes that have
     been computed are kept while there is room, and not computed again. checkpoint_every: of what is
     not only rows, a checkpoint every so many tokens of a prompt; 0: where two prompts part and
-    where answers end.
+    where answers end. drafts: K, that an answer may be drafted in a step beside the token that it
+    gets anyway.
     """
 
     batching: str = "continuous"
@@ -31,6 +32,7 @@ class Policy:
     allocation: str = PAGED
     prefix_cache: bool = False
     checkpoint_every: int = 0
+    drafts: int = 0
 
     def __post_init__(self) -> None:
         if self.batching not in BATCHING:
@@ -40,7 +42,12 @@ class Policy:
         at_least(self, 1, "token_budget")
         if not 0 <= self.reserve < 1:
             raise UserError(f"reserve={self.reserve} must be a share from 0 to below 1")
-        at_least(self, 0, "checkpoint_every")
+        at_least(self, 0, "checkpoint_every", "drafts")
+        if self.drafts and not BATCHING[self.batching]:
+            raise UserError(
+                f"drafts={self.drafts} with batching='{self.batching}': answers advance unlike "
+                "far, so drafts are for continuous batches"
+            )
         if self.checkpoint_every and not self.prefix_cache:
             raise UserError(
                 f"checkpoint_every={self.checkpoint_every} without prefix_cache=true: nothing is "

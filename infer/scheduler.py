@@ -7,7 +7,7 @@ order gives up its own and is computed anew later.
 """
 
 from bisect import insort
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from heapq import heapify, heappop, heappush
 
 from archs.errors import UserError
@@ -22,16 +22,19 @@ from infer.sequence import Answer, Ending, Request
 class Scheduler:
     """Continuous batching: answers join and leave at every step.
 
-    Raises UserError where a step's budget does not even take one token of every sequence.
+    Raises UserError where a step's budget does not even take what every sequence decodes.
     """
 
     def __init__(self, capacity: Capacity, policy: Policy | None = None) -> None:
         self.capacity = capacity
         self.policy = policy or Policy()
-        if self.policy.token_budget < capacity.max_sequences:
+        self._width = 1 + self.policy.drafts
+        most = capacity.max_sequences * self._width
+        if self.policy.token_budget < most:
             raise UserError(
-                f"token_budget={self.policy.token_budget} is less than the {capacity.max_sequences}"
-                " sequences that may decode at once; raise it, or lower max_sequences"
+                f"token_budget={self.policy.token_budget} is less than the {most} tokens of "
+                f"{capacity.max_sequences} sequences with drafts={self.policy.drafts}, which may "
+                "decode at once; raise it, or lower max_sequences"
             )
         if self.policy.allocation == CONTIGUOUS:
             capacity.require_fit(capacity.max_context)
@@ -45,9 +48,8 @@ class Scheduler:
         self._waiting: list[tuple[tuple[int, int], Answer]] = []
         #: Siblings of answers whose prompt is not read yet.
         self._parked: dict[Answer, tuple[Answer, ...]] = {}
-        pages = capacity.pages.values()
-        self._reserve = (*(int(self.policy.reserve * n) for n in pages), 0)
-        self._nothing = (0,) * len(pages)
+        self._reserve = (*(int(self.policy.reserve * n) for n in capacity.pages.values()), 0)
+        self._nothing = (0,) * len(capacity.pages)
         self._changes = Changes()
         self._count = 0
 
@@ -88,16 +90,15 @@ class Scheduler:
         leader = self._new(request)
         leader.siblings = tuple(self._new(request, leader) for _ in range(1, request.answers))
         try:
-            self.capacity.require_fit(request.most_held)
+            self.capacity.require_fit(self._with_drafts(request.most_held - 1))
         except UserError as why:
             for answer in (leader, *leader.siblings):
                 answer.ending, answer.note = Ending.REFUSED, str(why)
             return leader
         self._queue(leader)
-        if leader.siblings:
-            self._parked[leader] = leader.siblings
-            if not self.policy.shares:
-                self._let_siblings_in(leader)
+        self._parked[leader] = leader.siblings
+        if not (leader.siblings and self.policy.shares):
+            self._let_siblings_in(leader)
         return leader
 
     def fork(self, answer: Answer) -> Answer:
@@ -143,7 +144,6 @@ class Scheduler:
         if not self._make_room():
             self._admit()
             self.prefixes.settle()
-        left = self.policy.token_budget
         chunked = []
         for answer in self.running:
             if answer.todo == 1 or answer.ending is not None:
@@ -153,9 +153,10 @@ class Scheduler:
         if not BATCHING[self.policy.batching]:
             reading = [a for a in batch.decode if a.made == 0 and a.ending is None]
             batch.decode = reading if reading or chunked else batch.decode
-        left -= len(batch.decode)
+        left = self.policy.token_budget - len(batch.decode) * self._width
         for answer in chunked:
-            count = min(answer.todo, left)
+            # With drafts, what follows a made token is decided in a round, preempted or not.
+            count = min(answer.todo - bool(self.policy.drafts and answer.made), left)
             if count < 1:
                 break
             count = self.prefixes.chunk(answer, count)
@@ -165,12 +166,11 @@ class Scheduler:
         return batch if batch.tokens else None
 
     def repeats(self, batch: Batch) -> int:
-        """How many times in a row a step could be taken before anybody ends or lacks a page, while
-        nobody new arrives; 1 where somebody gets a first token.
+        """How many times in a row a step could be taken before anybody ends or lacks a page; 1
+        where somebody gets a first token.
         """
-        if batch.chunks or len(batch.decode) < len(self.running):
-            return 1
-        if any(a.made == 0 for a in batch.decode):
+        alike = len(batch.decode) == len(self.running) and not self.policy.drafts
+        if not alike or any(a.made == 0 for a in batch.decode):
             return 1
         times = min(a.left for a in batch.decode if a.ending is None)
         while times > 1 and not self.ledger.could_have(self.ledger.more(batch.decode, times)):
@@ -178,28 +178,34 @@ class Scheduler:
         return max(1, times)
 
     def done(
-        self, batch: Batch, times: int = 1, endings: Callable[[Answer], Ending | None] | None = None
+        self,
+        batch: Batch,
+        times: int = 1,
+        endings: Callable[[Answer], Ending | None] | None = None,
+        got: Mapping[Answer, int] | None = None,
     ) -> Done:
         """Account for a step that was taken `times` times.
 
-        endings: of answers that got a token, whether they end with it, before their full length.
+        endings: of answers that got tokens, whether they end with them, before their full length.
+        got: how many, where that may be other than `times`.
         """
-        got = []
+        told: list[Answer] = []
         for answer in batch.decode:
-            answer.held += times
+            count = times if got is None else got.get(answer, times)
+            answer.held += count
             if times > 1:
                 self._grow(answer, answer.held)
             if answer.ending is None:
-                answer.made += times
-                got.append(answer)
+                answer.made += count
+                told.append(answer)
         for answer, count in batch.chunks:
             answer.held += count
             self._has_read(answer)
             if not answer.todo:
                 answer.made += 1
-                got.append(answer)
+                told.append(answer)
         ended = []
-        for answer in got:
+        for answer in told:
             found = None if endings is None else endings(answer)
             if found is None and answer.left <= 0:
                 found = Ending.LENGTH
@@ -207,7 +213,7 @@ class Scheduler:
                 answer.ending = found
                 ended.append(answer)
         self._leave(ended)
-        return Done(got, ended)
+        return Done(told, ended)
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -244,7 +250,7 @@ class Scheduler:
         while at < len(self.running):
             answer = self.running[at]
             grows = answer.todo == 1 and answer.ending is None
-            if grows and not self._grow(answer, answer.held + 1):
+            if grows and not self._grow(answer, self._with_drafts(answer.held)):
                 last = self.running.pop()
                 self._release(last, known=True)
                 last.preemptions += 1
@@ -255,6 +261,10 @@ class Scheduler:
             else:
                 at += 1
         return gone
+
+    def _with_drafts(self, held: int) -> int:
+        """Tokens that a sequence which holds so many may hold in a step that decodes."""
+        return min(held + self._width, max(held + 1, self.capacity.max_context))
 
     def _admit(self) -> None:
         left = self.policy.token_budget - sum(a.todo for a in self.running)

@@ -19,7 +19,7 @@ from infer.cached import Node, Unit
 from infer.capacity import Capacity
 from infer.engine import Engine
 from infer.kept import Kept, forget, keep, resume, share
-from infer.sampling import Sampler, stream
+from infer.sampling import Sampler, Sampling, stream
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending, Request
 from kernels.sampling.nucleus import NO_TOKEN
@@ -31,11 +31,12 @@ Rule = tuple[float, float, int]
 class Ran(NamedTuple):
     """What came of a step: how many times it was taken, and the new tokens where there are any.
 
-    tokens: by answer; an answer without logits to decide by gets `NO_TOKEN`.
+    tokens: by answer, several where drafts were right; where logits do not decide, `NO_TOKEN` is
+    the last.
     """
 
     times: int
-    tokens: dict[Answer, int] | None
+    tokens: dict[Answer, list[int]] | None
 
 
 class Executor(Protocol):
@@ -143,8 +144,11 @@ class Server:
                 answer.admitted_s = began_s
         ran = executor.run(batch, scheduler.repeats(batch) if executor.leaps else 1, until_s)
         now_s = executor.now_s()
-        endings = None if ran.tokens is None else _Endings(ran.tokens)
-        done = scheduler.done(batch, ran.times, endings)
+        if ran.tokens is None:
+            done = scheduler.done(batch, ran.times)
+        else:
+            counts = {answer: len(tokens) for answer, tokens in ran.tokens.items()}
+            done = scheduler.done(batch, ran.times, _Endings(ran.tokens), counts)
         got = [(answer, answer.last_token_s) for answer in done.got]
         for answer, before in got:
             answer.last_token_s = now_s
@@ -220,17 +224,18 @@ def drive(
 class _Endings:
     """Hands tokens to their answers, and tells who ends with one."""
 
-    def __init__(self, tokens: dict[Answer, int]) -> None:
+    def __init__(self, tokens: dict[Answer, list[int]]) -> None:
         self._tokens = tokens
 
     def __call__(self, answer: Answer) -> Ending | None:
-        token = self._tokens[answer]
-        if token == NO_TOKEN:
+        *before, last = self._tokens[answer]
+        answer.tokens += before
+        if last == NO_TOKEN:
             answer.made -= 1
             answer.note = "its logits are NaN or infinite: no token follows from them"
             return Ending.FAILED
-        answer.tokens.append(token)
-        return Ending.STOP if token == answer.request.stop else None
+        answer.tokens.append(last)
+        return Ending.STOP if last == answer.request.stop else None
 
 
 class EngineExecutor:
@@ -257,6 +262,8 @@ class EngineExecutor:
         self._samplers: dict[Rule, Sampler] = {}
         #: Seconds in the model and in sampling; all else is the host's.
         self.model_s = 0.0
+        #: Verifications of single answers, and drafts that were right in them.
+        self.verified = self.kept = 0
 
     def require(self, capacity: Capacity) -> None:
         """As `Executor.require`."""
@@ -319,15 +326,19 @@ class EngineExecutor:
 
     def run(self, batch: Batch, times: int, until_s: float) -> Ran:
         """As `Executor.run`, once."""
-        tokens: dict[Answer, int] = {}
-        decode = [[(answer, 1) for answer in batch.decode]] if batch.decode else []
-        for group in (*decode, *batch.chunk_groups()):
-            # Sequences side by side, where they are, may be read without a gather.
-            group.sort(key=lambda g: self._sequences[g[0]])
+        tokens = self._decode(batch.decode) if batch.decode else {}
+        for group in batch.chunk_groups():
             tokens |= self._extend(group)
         return Ran(1, tokens)
 
-    def _extend(self, group: Sequence[tuple[Answer, int]]) -> dict[Answer, int]:
+    def _decode(self, answers: Sequence[Answer]) -> dict[Answer, list[int]]:
+        """The next tokens of answers."""
+        return self._extend([(answer, 1) for answer in answers])
+
+    def _extend(self, group: Sequence[tuple[Answer, int]]) -> dict[Answer, list[int]]:
+        """Read so many tokens of each answer; the next tokens of those that have been read."""
+        # Sequences side by side, where they are, may be read without a gather.
+        group = sorted(group, key=lambda g: self._sequences[g[0]])
         counts = [count for _, count in group]
         width = max(counts)
         # An answer that has ended and stays in a static batch is extended by any token.
@@ -343,26 +354,32 @@ class EngineExecutor:
         self.model_s += time.perf_counter() - began
         return tokens
 
-    def _sample(self, logits: Tensor, asked: Sequence[tuple[int, Answer]]) -> dict[Answer, int]:
+    def _sample(
+        self, logits: Tensor, asked: Sequence[tuple[int, Answer]]
+    ) -> dict[Answer, list[int]]:
         """The next tokens of answers whose logits are the rows `at`."""
         alike: dict[Rule, list[tuple[int, Answer]]] = {}
         for at, answer in asked:
             alike.setdefault(answer.request.sampling.rule, []).append((at, answer))
-        tokens: dict[Answer, int] = {}
-        for rule, members in alike.items():
+        tokens: dict[Answer, list[int]] = {}
+        for members in alike.values():
             sampling = members[0][1].request.sampling
-            sampler = self._samplers.get(rule)
-            if sampler is None:
-                sampler = Sampler(sampling, self.engine.device, backend=self.engine.backend)
-                self._samplers[rule] = sampler
+            sampler = self._sampler(sampling)
             rows = logits if len(members) == len(logits) else logits[[at for at, _ in members]]
             uniforms = None
             if not sampling.greedy:
                 drawn = [torch.rand(1, generator=self._stream(a)) for _, a in members]
                 uniforms = torch.cat(drawn).to(self.engine.device)
             chosen = sampler(rows, uniforms).tolist()
-            tokens |= {a: token for (_, a), token in zip(members, chosen, strict=True)}
+            tokens |= {a: [token] for (_, a), token in zip(members, chosen, strict=True)}
         return tokens
+
+    def _sampler(self, sampling: Sampling) -> Sampler:
+        found = self._samplers.get(sampling.rule)
+        if found is None:
+            found = Sampler(sampling, self.engine.device, backend=self.engine.backend)
+            self._samplers[sampling.rule] = found
+        return found
 
     def _stream(self, answer: Answer) -> torch.Generator:
         found = self._streams.get(answer)

@@ -143,6 +143,7 @@ def generate(
                 streams = streams if stays else [s for s in streams if s.room]
                 found, new = advance(target, drafter, streams, sampler, drafts=drafts, clock=clock)
                 rounds.append(found)
+                require_tokens([tokens[-1] for tokens in new if tokens])
                 for stream, tokens in zip(streams, new, strict=True):
                     if stop in tokens:
                         tokens = tokens[: tokens.index(stop) + 1]
@@ -192,8 +193,8 @@ def advance(
 ) -> tuple[Round, list[list[int]]]:  # fmt: skip
     """One round: draft, verify, keep, roll back. Returns what came of it and the new tokens.
 
-    drafts: K, the most for a sequence. Streams without room take part unread. Raises as
-    `Engine.verify`, and NoTokenError.
+    drafts: K, the most for a sequence. Streams without room take part unread; the last token of one
+    whose logits do not decide it is `NO_TOKEN`. Raises as `Engine.verify`.
     """
     sequences = [s.sequence for s in streams]
     counts = [min(drafts, s.length.next(), s.room - 1) if s.room else 0 for s in streams]
@@ -226,7 +227,6 @@ def advance(
             uniforms[:, 0].contiguous(),
         )  # fmt: skip
     live = [i for i, s in enumerate(streams) if s.room]
-    require_tokens([last[i] for i in live])
     rows = given.tolist()
     made: list[list[int]] = [[] for _ in streams]
     for i in live:

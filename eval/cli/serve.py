@@ -20,8 +20,8 @@ COLUMNS = (
 MEASURED = (
     "arch", "options", "request_per_s", "goodput_req_per_s", "output_tok_per_s",
     "output_tok_per_s_pred", "ttft_p50_ms", "ttft_p50_pred_ms", "tpot_p50_ms", "tpot_p50_pred_ms",
-    "running_sequences", "page_waste", "hit_rate", "shared_state", "preemptions", "host_share",
-    "status", "note",
+    "running_sequences", "page_waste", "hit_rate", "shared_state", "tokens_per_verification",
+    "preemptions", "host_share", "status", "note",
 )  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def serve(
     checkpoints: Annotated[
         int, typer.Option(help="Slots and windows for prefixes, beside those that run.")
     ] = 0,
+    drafts: Annotated[int, typer.Option(help="Measured: K of n-grams, verified in each step.")] = 0,
     slo_ttft_ms: Annotated[float, typer.Option(help="Goodput: to the first token.")] = 1000.0,
     slo_tpot_ms: Annotated[float, typer.Option(help="Goodput: per token after it.")] = 100.0,
     host_ms: Annotated[float, typer.Option(help="Simulated: of the host, each step.")] = 0.0,
@@ -79,6 +80,11 @@ def serve(
         require_picture(plot)
         if not simulate:
             raise UserError("--plot draws what --simulate gives; add it, or leave the picture out")
+    if simulate and drafts:
+        raise UserError(
+            f"drafts={drafts} with --simulate: a clock makes no tokens, so it cannot know which "
+            "drafts are right; leave --simulate out"
+        )
     if simulate:
         from eval.measure.simulated import simulate as simulated
 
@@ -108,8 +114,8 @@ def serve(
         max_sequences=max_sequences or 8, max_context=max_context, page_size=page_size,
         token_budget=token_budget or 256, batching=tuple(batching.split(",")),
         allocation=allocation, prefix_cache=prefix_cache, checkpoint_every=every[0],
-        checkpoints=checkpoints, repeats=repeats, rates_per_s=rates, sweep=rate == "sweep",
-        slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
+        checkpoints=checkpoints, drafts=drafts, repeats=repeats, rates_per_s=rates,
+        sweep=rate == "sweep", slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
     )  # fmt: skip
     rows = serve_archs(
         archs, plan, device=resolve_device(device), progress=Progress(err, quiet=json_)

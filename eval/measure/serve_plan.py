@@ -29,7 +29,7 @@ GIB = 2**30
 #: Fields of a plan that stand in the rows' options where they are not the default.
 APART = (
     "requests", "memory_gib", "max_context", "page_size", "token_budget", "prefix_cache",
-    "checkpoint_every", "checkpoints", "slo_ttft_ms", "slo_tpot_ms",
+    "checkpoint_every", "checkpoints", "drafts", "slo_ttft_ms", "slo_tpot_ms",
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ class ServePlan:
     max_sequences: that run at once, at most. max_context: 0: what the workload needs.
     batching, allocation, token_budget, prefix_cache, checkpoint_every: as `infer.policy.Policy`'s.
     checkpoints: of prefixes that are provided for beside what sequences hold that run.
+    drafts: K, from n-grams of each answer's own context, verified in every step (0: none).
     repeats: of everything, policies taking turns; figures are medians over them.
     rates_per_s: instead of the workload's arrivals, Poisson ones at these mean rates.
     sweep: at shares of the largest throughput, until over it; with more requests where the
@@ -63,6 +64,7 @@ class ServePlan:
     prefix_cache: bool = False
     checkpoint_every: int = 0
     checkpoints: int = 0
+    drafts: int = 0
     repeats: int = 1
     rates_per_s: tuple[float, ...] = ()
     sweep: bool = False
@@ -115,11 +117,13 @@ class ServePlan:
         return Policy(
             batching=batching, token_budget=self.token_budget, allocation=self.allocation,
             prefix_cache=self.prefix_cache, checkpoint_every=self.checkpoint_every,
+            drafts=self.drafts,
         )  # fmt: skip
 
     def context(self, workload: Workload) -> int:
         """Tokens of a sequence at most, in whole pages."""
-        most = self.max_context or longest(workload)
+        # An answer near its end may be drafted beyond it.
+        most = self.max_context or longest(workload) + self.drafts
         return -(-most // self.page_size) * self.page_size
 
     def capacity(self, model: Model, workload: Workload, weight_bytes: int) -> Capacity:
@@ -134,6 +138,7 @@ class ServePlan:
             model.state_specs(), max_sequences=self.max_sequences,
             max_context=self.context(workload), page_size=self.page_size, memory_bytes=left,
             typical_tokens=typical(workload), checkpoints=self.checkpoints,
+            lookback=self.drafts,
         )  # fmt: skip
 
 

@@ -37,10 +37,12 @@ from eval.predict.serving import ClockExecutor, StepTimes
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
 from infer.capacity import Capacity
+from infer.drafts import PromptLookup
 from infer.engine import Engine
 from infer.graphs import CAPTURE_AFTER, bucket
 from infer.sequence import Answer, Ending
 from infer.server import EngineExecutor
+from infer.speculating import SpeculatingExecutor
 
 #: Greedy answers that are held to what the engine gives to their requests alone.
 CHECKED = 4
@@ -78,7 +80,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     engine = Engine(
         model, max_sequences=capacity.max_sequences, max_context=capacity.max_context,
         page_size=capacity.page_size, pages=capacity.pages, kept=capacity.checkpoints,
-        backend=backend,
+        lookback=plan.drafts, backend=backend,
     )  # fmt: skip
     voice = random_voice(model.vocab_size)
     warm_up(engine)
@@ -98,16 +100,23 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One policy at one load. host_s: of its steps, neither in the model nor in sampling."""
+    """One policy at one load.
+
+    host_s: of its steps, neither in the model nor in sampling. each: tokens of a verification; 0:
+    nothing was drafted.
+    """
 
     batching: str
     load: Workload
     served: Served
     host_s: float
+    each: float
 
     def figures(self, limits: Limits) -> dict[str, float]:
         """Its measures by name."""
         found = self.served.log.figures(self.served.answers, limits)
+        if self.each:
+            found["tokens_per_verification"] = self.each
         return found | {"host_share": self.host_s / self.served.log.busy_s}
 
 
@@ -126,13 +135,21 @@ class _Runs:
         executors: list[EngineExecutor] = []
 
         def run(load: Workload) -> Served:
-            executors.append(EngineExecutor(self.engine))
+            executors.append(self._executor())
             policy = self.plan.policy(batching)
             return serve(executors[-1], self.capacity, policy, load, self._voice)
 
         for load, served in loads(self.plan, workload, run):
             host_s = served.log.busy_s - executors[-1].model_s
-            self.found.append(_Run(batching, load, served, host_s))
+            verified, kept = executors[-1].verified, executors[-1].kept
+            each = (verified + kept) / verified if verified else 0.0
+            self.found.append(_Run(batching, load, served, host_s, each))
+
+    def _executor(self) -> EngineExecutor:
+        if not self.plan.drafts:
+            return EngineExecutor(self.engine)
+        drafter = PromptLookup(device=self.engine.device)
+        return SpeculatingExecutor(self.engine, drafter, drafts=self.plan.drafts)
 
     def rows(self, model: Model, rates: Roofline) -> list[Row]:
         """The figures of every run, and of the same one on the predicted clock."""
@@ -150,6 +167,9 @@ class _Runs:
                 Row(measure=name, value=statistics.median(f[name] for f in figures), **at)
                 for name in figures[0] if all(name in f for f in figures)
             ]  # fmt: skip
+            if self.plan.drafts:
+                # A clock makes no tokens, so it cannot know which drafts are right.
+                continue
             clocked = serve(
                 ClockExecutor(times), self.capacity, self.plan.policy(run.batching), run.load,
                 silent_voice,

@@ -88,6 +88,17 @@ def test_prefixes_are_found_whatever_an_architecture_remembers(
     assert rows["mamba2"]["shared_state"] == 0
 
 
+def test_drafts_are_verified_in_a_running_batch(decodebench: Command, workload: str) -> None:
+    argv = (*TINY, "--workload", workload, "--page-size", "8", "--drafts", "2", "--prefix-cache")
+    outcome = decodebench(*argv, "--json")
+    assert outcome.code == 0
+    for row in json.loads(outcome.out):
+        assert row["served_requests"] == 8
+        assert 1 <= row["tokens_per_verification"] <= 3
+        assert "drafts=2" in row["options"]
+        assert "output_tok_per_s_pred" not in row
+
+
 def test_intervals_of_checkpoints_are_compared_and_drawn(
     decodebench: Command, tmp_path: Path
 ) -> None:
@@ -129,6 +140,7 @@ def test_intervals_of_checkpoints_are_compared_and_drawn(
         (("--prefix-cache", "--batching", "static"), "prefixes are shared by continuous batches"),
         (("--checkpoint-every", "64"), "checkpoint_every=64 without prefix_cache=true"),
         (("--prefix-cache", "--checkpoint-every", "64,-8"), "checkpoint_every '-8' must be"),
+        (("--drafts", "2"), "a clock makes no tokens"),
         (("--checkpoints", "-1"), "checkpoints=-1 must be at least 0"),
     ],
 )

@@ -342,7 +342,7 @@ def test_an_answer_that_depends_on_its_company_fails_the_point(
 
 def test_answers_that_fail_fail_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        EngineExecutor, "_sample", lambda self, logits, asked: {a: NO_TOKEN for _, a in asked}
+        EngineExecutor, "_sample", lambda self, logits, asked: {a: [NO_TOKEN] for _, a in asked}
     )
     failure = measured().failure
     assert failure is not None

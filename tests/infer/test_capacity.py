@@ -15,9 +15,11 @@ PAGE = 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("sequences", "checkpoints"), [(1.6, 0), (5.5, 0), (5.5, 3)])
+@pytest.mark.parametrize(
+    ("sequences", "checkpoints", "lookback"), [(1.6, 0, 0), (5.5, 0, 0), (5.5, 3, 0), (9.5, 2, 2)]
+)
 def test_a_store_allocates_no_more_than_the_memory_that_was_given(
-    kind: str, sequences: float, checkpoints: int
+    kind: str, sequences: float, checkpoints: int, lookback: int
 ) -> None:
     specs = model_of(kind).state_specs()
     slots = sum(s.fixed_bytes for s in specs)
@@ -26,11 +28,12 @@ def test_a_store_allocates_no_more_than_the_memory_that_was_given(
     held = Capacity.of(
         specs, max_sequences=9, max_context=CONTEXT, page_size=PAGE, memory_bytes=memory,
         typical_tokens=CONTEXT // 2, checkpoints=checkpoints,
+        lookback=lookback,
     )  # fmt: skip
     assert held.checkpoints == (checkpoints if slots else 0)
     store = StateStore(
         specs, max_sequences=held.max_sequences, max_context=CONTEXT, page_size=PAGE,
-        pages=held.pages, kept=held.checkpoints,
+        pages=held.pages, kept=held.checkpoints, lookback=lookback,
     )  # fmt: skip
     pools = [p for layer in store.pools.layers for _, p, _ in layer.rows.values()]
     values = [p for layer in store.pools.layers for p in layer.fixed.values()]

@@ -209,7 +209,7 @@ def test_impossible_policies_are_refused(options: dict[str, object], told: str) 
 
 
 def test_a_budget_below_the_batch_is_refused() -> None:
-    with pytest.raises(UserError, match="token_budget=3 is less than the 4 sequences"):
+    with pytest.raises(UserError, match="token_budget=3 is less than the 4 tokens of 4"):
         Scheduler(capacity(), Policy(token_budget=3))
 
 

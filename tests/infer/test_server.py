@@ -19,12 +19,14 @@ from hypothesis.stateful import (
 
 from archs.errors import UserError
 from infer.capacity import Capacity
+from infer.drafts import ModelDrafter, PromptLookup
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from infer.policy import Policy
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending
 from infer.server import EngineExecutor, Ran, Server
+from infer.speculating import SpeculatingExecutor
 from tests.infer.recorded import Again
 from tests.infer.serving import (
     BUDGET,
@@ -71,7 +73,7 @@ class Company(RuleBasedStateMachine):
         share=st.sampled_from([0.34, 0.5, 1.0]),
         policy=st.sampled_from(
             [{"batching": "static"}, {}, {"cache": True}, {"cache": True, "every": PAGE},
-             {"cache": True, "every": 7}]
+             {"cache": True, "every": 7}, {"drafts": 2}, {"cache": True, "drafts": 3}]
         ),
     )  # fmt: skip
     def open(self, share: float, policy: dict[str, Any]) -> None:
@@ -142,14 +144,16 @@ class Company(RuleBasedStateMachine):
         if store.slots is not None:
             assert ledger.used[-1] == len(scheduler.running)
             assert ledger.idle[-1] == len(points)
-            assert store.slots.used <= ledger.total[-1] - ledger.free[-1]
+            lookback = store.lookback * len(scheduler.running)
+            assert store.slots.used <= ledger.total[-1] - ledger.free[-1] + lookback
         assert set(self.server.executor._kept) == {*cached.nodes.values(), *points}
         assert len(scheduler.running) <= SEQUENCES
 
     @invariant()
     def answers_are_their_own(self) -> None:
         for answer in self.answers:
-            expected = alone_from(self.kind, answer, self.made.get(answer, ()))
+            drafts = self.server.scheduler.policy.drafts
+            expected = alone_from(self.kind, answer, self.made.get(answer, ()), drafts)
             assert answer.tokens == expected[: len(answer.tokens)]
             if answer.ending in (Ending.LENGTH, Ending.STOP):
                 assert answer.tokens == expected
@@ -238,6 +242,82 @@ def test_an_answer_without_finite_logits_fails_alone(monkeypatch: pytest.MonkeyP
     assert answers[0].made == len(answers[0].tokens) == 1
     assert answers[1].tokens == alone("rows", answers[1].request)
     require_nothing_held(server, engine)
+
+
+def test_a_drafted_answer_without_finite_logits_fails_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, engine = server_of(served_model("rows"), share=1.0, drafts=2)
+    answers = [server.submit(request_of(n, 4, 9)) for n in (3, 0)]
+    while answers[0].made < 2:
+        server.step()
+    (lost,) = [s for a, s in server.executor._sequences.items() if a is answers[0]]
+    made, verify = answers[0].made, engine.verify
+
+    def spoilt(sequences: list[int], *given: Any) -> Any:
+        found = verify(sequences, *given)
+        logits = found.logits.clone()
+        logits[sequences.index(lost)] = math.nan
+        return found._replace(logits=logits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "verify", spoilt)
+        server.step()
+    drain(server)
+    assert answers[0].ending is Ending.FAILED
+    assert answers[0].made == len(answers[0].tokens) == made
+    assert answers[1].tokens == alone("rows", answers[1].request)
+    require_nothing_held(server, engine)
+
+
+def drafted_by_itself(kind: str) -> tuple[Server, Engine, SpeculatingExecutor]:
+    """A server whose draft is the target: nearly every draft is right."""
+    server, engine = server_of(served_model(kind), share=0.6, drafts=2, cache=True)
+    draft = Engine(engine.model, max_sequences=SEQUENCES, max_context=CONTEXT + 2, lookback=2)
+    executor = SpeculatingExecutor(engine, ModelDrafter(draft), drafts=2)
+    return Server(server.scheduler, executor), draft, executor
+
+
+def test_another_model_drafts_in_a_running_batch() -> None:
+    server, draft, executor = drafted_by_itself("state and rows")
+    requests = [request_of(n, 3 + 2 * n, 15, common=4) for n in range(6)]
+    answers = [server.submit(r) for r in requests]
+    drain(server)
+    assert [a.tokens for a in answers] == [alone("state and rows", r) for r in requests]
+    assert executor.kept > 1.5 * executor.verified
+    require_nothing_held(server, executor.engine)
+    assert draft.store.allocated_bytes == 0
+
+
+def test_an_answer_ends_at_a_stop_token_among_right_drafts() -> None:
+    """What was right behind it goes; the next turn goes on from what was left."""
+    server, _, executor = drafted_by_itself("state and rows")
+    whole = alone("state and rows", request_of(1, 5, 24))
+    for at in range(4, 16):
+        stop = whole[at]
+        answer = server.submit(request_of(1, 5, 24, stop=stop))
+        drain(server)
+        assert answer.tokens == whole[: whole.index(stop) + 1]
+    assert executor.kept > executor.verified
+    require_nothing_held(server, executor.engine)
+
+
+def test_what_cannot_be_drafted_for_is_refused() -> None:
+    model = served_model("state and rows")
+    with pytest.raises(UserError, match="open it with lookback=2"):
+        plain = Engine(model, max_sequences=SEQUENCES, max_context=CONTEXT, page_size=PAGE)
+        SpeculatingExecutor(plain, PromptLookup(device=plain.device), drafts=2)
+    with pytest.raises(UserError, match="drafts=2 with batching='static'"):
+        Policy(batching="static", drafts=2)
+    with pytest.raises(UserError, match="12 tokens of 3 sequences with drafts=3"):
+        Scheduler(capacity_of(model), Policy(token_budget=11, drafts=3))
+    server, engine = server_of(model, drafts=2)
+    with pytest.raises(UserError, match="capacity of lookback=0"):
+        Server(Scheduler(capacity_of(model), Policy(token_budget=9)), server.executor)
+    reading = PromptLookup(device=engine.device)
+    reading.read = lambda sequences, hidden, counts: None
+    with pytest.raises(UserError, match="reads the target's hidden states"):
+        SpeculatingExecutor(engine, reading, drafts=2)
 
 
 def test_where_the_engine_fails_nothing_stays_held(monkeypatch: pytest.MonkeyPatch) -> None:
