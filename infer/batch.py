@@ -20,12 +20,14 @@ class Batch:
     """Who runs in a step.
 
     decode: answers that are extended by one token. chunks: answers and so many tokens of their
-    prompts. memory: who holds how much of it in the step.
+    prompts. memory, grown: who holds how much of it before the step, and after the last of those
+    that were taken in a row.
     """
 
     decode: list[Answer] = field(default_factory=list)
     chunks: list[tuple[Answer, int]] = field(default_factory=list)
     memory: Memory = NOBODY
+    grown: Memory = NOBODY
 
     @property
     def answers(self) -> list[Answer]:

@@ -6,7 +6,7 @@ What is in use stays.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TypeVar
 
 from infer.capacity import Capacity
@@ -16,6 +16,8 @@ from infer.sequence import Answer
 #: Pages that are remembered at most: those of an architecture without rows take no memory of the
 #: device, and a host's is not endless either.
 MOST_NODES = 100_000
+#: Stale entries of a heap that are not worth looking for.
+STALE = 256
 
 
 @dataclass(slots=True, eq=False)
@@ -115,6 +117,8 @@ class Cached:
         self.ledger = ledger
         self.keeps = keeps
         self.nodes: dict[bytes, Node] = {}
+        #: How many checkpoints there are.
+        self.points = 0
         self.kept: list[tuple[Answer, Unit]] = []
         self.twice: list[tuple[Answer, Node]] = []
         self.forgotten: list[Unit] = []
@@ -155,7 +159,7 @@ class Cached:
         point = _oldest(self._old_points)
         node = None if lacking and lacking <= self._of_points else _oldest(self._old_nodes)
         if point is not None and (node is None or point.stamp <= node.stamp):
-            self._drop_point(point)
+            self.drop_point(point)
         elif node is not None:
             self._drop_node(node)
         else:
@@ -246,6 +250,7 @@ class Cached:
             page.points += 1
         point = Checkpoint(node, answer.held, more, rest, own, shared)
         node.points.setdefault(more, {})[rest] = point
+        self.points += 1
         self.kept.append((answer, point))
         return point
 
@@ -270,9 +275,10 @@ class Cached:
     def forget_unwanted(self, point: Checkpoint) -> None:
         """Where nothing is kept, a checkpoint goes when the last who waited for it has begun."""
         if not self.keeps and point.is_idle and not point.wanted:
-            self._drop_point(point)
+            self.drop_point(point)
 
-    def _drop_point(self, point: Checkpoint) -> None:
+    def drop_point(self, point: Checkpoint) -> None:
+        """Forget a checkpoint that nobody is starting from."""
         freed = list(point.own)
         for page in point.windows.values():
             page.points -= 1
@@ -283,6 +289,7 @@ class Cached:
         del alike[point.rest]
         if not alike:
             del point.node.points[point.more]
+        self.points -= 1
         point.gone = True
         point.stamp = -1
         self.forgotten.append(point)
@@ -301,10 +308,10 @@ class Cached:
         if not unit.is_idle:
             return
         if isinstance(unit, Checkpoint):
-            heappush(self._old_points, (unit.stamp, id(unit), unit))
+            _push(self._old_points, unit, self.points)
         elif unit is not self.root:
             if self.keeps:
-                heappush(self._old_nodes, (unit.stamp, id(unit), unit))
+                _push(self._old_nodes, unit, len(self.nodes))
             else:
                 self._drop_node(unit)
 
@@ -313,6 +320,14 @@ def _share(answer: Answer, pages: tuple[int, ...]) -> None:
     """Pages of an answer are its own no more."""
     answer.pages = tuple([h - p for h, p in zip(answer.pages, pages, strict=True)])
     answer.shared = tuple([s + p for s, p in zip(answer.shared, pages, strict=True)])
+
+
+def _push(heap: list[tuple[int, int, U]], unit: U, there: int) -> None:
+    """Put a unit into its place; of `there` units at most twice as many entries are kept."""
+    heappush(heap, (unit.stamp, id(unit), unit))
+    if len(heap) > 2 * there + STALE:
+        heap[:] = [e for e in heap if e[2].stamp == e[0] and e[2].is_idle]
+        heapify(heap)
 
 
 def _oldest(heap: list[tuple[int, int, U]]) -> U | None:

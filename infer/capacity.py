@@ -149,7 +149,7 @@ class Capacity:
         first = (rows - key.window - max(0, _kept_back(key, self.lookback) - 1)) // size
         return [*range(min(sunk, end)), *range(max(sunk, first), end)]
 
-    def bytes_of(self, counts: Sequence[int]) -> int:
+    def bytes_of(self, counts: Sequence[float]) -> float:
         """Bytes of so many pages of each table and, last, slots."""
         pages = sum(
             count * self.page_bytes[key] for key, count in zip(self.pages, counts, strict=False)

@@ -74,7 +74,10 @@ def forget(store: StateStore, part: Kept) -> None:
 
 
 def share(store: StateStore, sequence: int, part: Kept) -> None:
-    """Let a sequence that has computed a part itself hold the part's pages instead of its own."""
+    """Let a sequence that has computed a part itself hold the part's pages instead of its own.
+
+    Raises UserError for one that is not open.
+    """
     store.length(sequence)
     for key, pages in part.pages.items():
         store.tables[key].share(sequence, pages)

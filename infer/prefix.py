@@ -21,13 +21,15 @@ from infer.sequence import Answer
 class Start(NamedTuple):
     """Where a sequence begins: after `tokens` tokens, with the pages up to a node.
 
-    seen: tokens of known pages; where they are more, a checkpoint is missing.
+    seen: tokens of known pages; where they are more, a checkpoint is missing. hands_over: the
+    checkpoint is not kept beside the sequence, which takes its place.
     """
 
     node: Node
     point: Checkpoint | None = None
     tokens: int = 0
     seen: int = 0
+    hands_over: bool = False
 
 
 @dataclass(slots=True)
@@ -84,10 +86,20 @@ class Prefixes:
                 return Start(node, None, node.depth * self._size, seen)
         return self.nothing._replace(seen=seen)
 
+    def starts(self, answer: Answer, *, alone: bool) -> list[Start]:
+        """Where an answer could begin, the best first. alone: nobody runs who would make room."""
+        found = self.find(answer)
+        starts = [found]
+        if found.point is not None and not found.point.users:
+            starts.append(found._replace(hands_over=True))
+        if alone and found.tokens:
+            starts.append(self.nothing._replace(seen=found.seen))
+        return starts
+
     def idle_of(self, start: Start) -> Counts:
         """What a start would take up of what nobody uses."""
         found = [0] * len(self.ledger.total)
-        if start.point is not None and not start.point.users:
+        if start.point is not None and not start.point.users and not start.hands_over:
             found = start.point.counts()
         for node in start.node.path():
             if node.users:
@@ -104,7 +116,9 @@ class Prefixes:
             self.cached.use(start.node)
             self.cached.leave(past.node)
             past.node = start.node
-            if start.point is not None:
+            if start.hands_over and start.point is not None:
+                self.cached.drop_point(start.point)
+            elif start.point is not None:
                 self._starting.append(start.point)
                 self.cached.start(start.point)
                 past.windows = self._full(start.point.windows, start.tokens)
@@ -112,11 +126,12 @@ class Prefixes:
                 past.cuts.add(start.seen)
         self._no_longer_waits(answer)
 
-    def settle(self) -> None:
-        """Those that began hold what they need themselves."""
-        for point in self._starting:
+    def settle(self) -> bool:
+        """Those that began hold what they need themselves; whether that leaves more to others."""
+        settled, self._starting = self._starting, []
+        for point in settled:
             self.cached.started(point)
-        self._starting = []
+        return bool(settled)
 
     def ask(self, answer: Answer, tokens: int) -> None:
         """A checkpoint will be wanted when an answer holds so many tokens."""

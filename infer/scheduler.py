@@ -1,9 +1,8 @@
 """Who runs in the next step: admission, chunks of prompts, preemption.
 
-A scheduler counts: sequences and pages that are free, tokens that each answer holds. It knows
-neither models nor tensors nor time, so that one schedule runs on an engine and on a clock. Requests
-are admitted in order of priority and arrival; where pages run dry, the answer that is last in this
-order gives up its own and is computed anew later.
+A scheduler counts: sequences, pages and slots that are free, tokens that each answer holds. It
+knows neither models nor time, so that one schedule runs on an engine and on a clock. Requests are
+admitted by priority and arrival; where pages run dry, the last in this order starts anew later.
 """
 
 from bisect import insort
@@ -51,6 +50,7 @@ class Scheduler:
         self._reserve = (*(int(self.policy.reserve * n) for n in capacity.pages.values()), 0)
         self._nothing = (0,) * len(capacity.pages)
         self._changes = Changes()
+        self._unlike = False
         self._count = 0
 
     @property
@@ -116,6 +116,7 @@ class Scheduler:
             )
         child = self._new(answer.request, answer.leader or answer)
         child.made, child.tokens = answer.made, list(answer.tokens)
+        child.inherited = answer.pieces if answer.made else ()
         if answer in self.running:
             self.prefixes.checkpoint(answer, [child])
         self._queue(child)
@@ -141,9 +142,10 @@ class Scheduler:
     def next(self) -> Batch | None:
         """The next step; None where there is nothing to do. `done` must follow it."""
         batch = Batch()
-        if not self._make_room():
+        self._unlike = self._make_room()
+        if not self._unlike:
             self._admit()
-            self.prefixes.settle()
+            self._unlike = self.prefixes.settle()
         chunked = []
         for answer in self.running:
             if answer.todo == 1 or answer.ending is not None:
@@ -167,10 +169,10 @@ class Scheduler:
 
     def repeats(self, batch: Batch) -> int:
         """How many times in a row a step could be taken before anybody ends or lacks a page; 1
-        where somebody gets a first token.
+        where somebody gets a first token, or room was left that nobody was offered yet.
         """
         alike = len(batch.decode) == len(self.running) and not self.policy.drafts
-        if not alike or any(a.made == 0 for a in batch.decode):
+        if not alike or self._unlike or any(a.made == 0 for a in batch.decode):
             return 1
         times = min(a.left for a in batch.decode if a.ending is None)
         while times > 1 and not self.ledger.could_have(self.ledger.more(batch.decode, times)):
@@ -212,6 +214,7 @@ class Scheduler:
             if found is not None:
                 answer.ending = found
                 ended.append(answer)
+        batch.grown = self.ledger.memory
         self._leave(ended)
         return Done(told, ended)
 
@@ -245,7 +248,7 @@ class Scheduler:
         self.prefixes.read(answer)
 
     def _make_room(self) -> bool:
-        """A page for every answer that needs one; who comes last gives way: whether anybody did."""
+        """Pages for all that need one; who comes last gives way: whether anybody did."""
         at, gone = 0, False
         while at < len(self.running):
             answer = self.running[at]
@@ -254,8 +257,7 @@ class Scheduler:
                 last = self.running.pop()
                 self._release(last, known=True)
                 last.preemptions += 1
-                last.recomputed += last.held
-                last.held = 0
+                last.lost, last.held = last.held, 0
                 self._queue(last)
                 gone = True
             else:
@@ -270,14 +272,12 @@ class Scheduler:
         left = self.policy.token_budget - sum(a.todo for a in self.running)
         while self._waiting and len(self.running) < self.capacity.max_sequences and left > 0:
             answer = self._waiting[0][1]
-            start = self.prefixes.find(answer)
-            if not self._fits(answer, start):
-                # Nobody will ever give memory back: what is kept of its own past may be in its way.
-                start = self.prefixes.nothing
-                if self.running or not self._fits(answer, start):
-                    break
+            starts = self.prefixes.starts(answer, alone=not self.running)
+            fitting = [start for start in starts if self._fits(answer, start)]
+            if not fitting:
+                break
             heappop(self._waiting)
-            self._start(answer, start, self._set_aside(answer))
+            self._start(answer, fitting[0], self._set_aside(answer))
             left -= answer.todo
 
     def _start(self, answer: Answer, start: Start, tokens: int) -> None:
@@ -285,8 +285,8 @@ class Scheduler:
         self.prefixes.begin(answer, start)
         if answer.hit is None:
             answer.hit = min(start.tokens, len(answer.request.prompt))
-        elif answer.preemptions:
-            answer.recomputed -= start.tokens
+        answer.recomputed += max(0, answer.lost - start.tokens)
+        answer.lost = 0
         wanted = self.capacity.pages_of(tokens)
         own = tuple([w - s for w, s in zip(wanted, answer.shared, strict=True)])
         taken = self.prefixes.cached.take(self.ledger.with_slot(own))

@@ -68,7 +68,7 @@ class Unspoken(Sequence[int]):
 class Request:
     """What a user asks for.
 
-    prompt: tokens; on a clock, which looks at none, `Unspoken` ones or anything of that length.
+    prompt: tokens; on a clock, which asks only what is equal, `Unspoken` ones will do.
     max_new_tokens: an answer ends there, or with the token `stop`. answers: to the one prompt, each
     with random numbers of its own. arrival_s: on the server's clock. priority: higher ones are
     admitted first and preempted last. name, group: for its user.
@@ -87,6 +87,13 @@ class Request:
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise UserError("a prompt is empty; give every request at least one token")
+        if not isinstance(self.prompt, Unspoken):
+            try:
+                array("q", self.prompt)
+            except (TypeError, OverflowError) as why:
+                raise UserError(
+                    f"a prompt is not made of token ids ({why}); give integers"
+                ) from None
         at_least(self, 1, "max_new_tokens", "answers")
         at_least(self, 0, "arrival_s")
 
@@ -104,7 +111,8 @@ class Answer:
     there are. held: tokens that the state holds, of the prompt and of those. pages: that the
     scheduler has set aside for it alone, of each table; shared: those of prefixes that it uses
     beside; room: tokens that fit into both. hit: tokens of its prompt that were found computed.
-    recomputed: tokens that were held when it was preempted and not found again, all times together.
+    lost: tokens that it held when it was preempted last; recomputed: those of them that were not
+    found again, all times together. inherited: of a fork on a clock, names of what it began with.
     leader: the first answer to the same request, None for itself; copy: which answer to it this is.
     copies: of a leader, how many there have been. siblings: of a leader, the others.
     """
@@ -122,7 +130,9 @@ class Answer:
     copy: int = 0
     copies: int = 1
     siblings: tuple["Answer", ...] = ()
+    inherited: tuple[tuple[str, int], ...] = ()
     preemptions: int = 0
+    lost: int = 0
     recomputed: int = 0
     ending: Ending | None = None
     note: str = ""
@@ -162,10 +172,16 @@ class Answer:
         return [*prompt[self.held :], *self.tokens[: end - len(prompt)]]
 
     @property
-    def name(self) -> str:
-        """What stands for its tokens where none are made: equal ones are the same tokens."""
-        alike = self.copy == 0 or self.request.sampling.greedy
-        return f"answer {self.request.name}" + ("" if alike else f" {self.copy}")
+    def pieces(self) -> tuple[tuple[str, int], ...]:
+        """What stands for its tokens where none are made (`Unspoken`): equal answers have equal
+        names.
+        """
+        request = self.request
+        name = f"answer {request.name}"
+        if not request.sampling.greedy:
+            name += f" {request.sampling.seed} {self.copy}"
+        began = sum(count for _, count in self.inherited)
+        return (*self.inherited, (name, self.made - began))
 
     @property
     def known(self) -> int:
@@ -179,7 +195,7 @@ class Answer:
         prompt = self.request.prompt
         if isinstance(prompt, Unspoken):
             if end > len(prompt):
-                prompt = Unspoken([*prompt.pieces, (self.name, self.made)])
+                prompt = Unspoken([*prompt.pieces, *self.pieces])
             return prompt.told(begin, end)
         size = len(prompt)
         tokens = [*prompt[begin:end], *self.tokens[max(0, begin - size) : max(0, end - size)]]

@@ -93,6 +93,8 @@ class Server:
         executor.require(scheduler.capacity)
         self.scheduler = scheduler
         self.executor = executor
+        #: Whoever reads it empties it.
+        self.cancelled: list[Answer] = []
 
     def submit(self, request: Request) -> Answer:
         """Queue a request; its answer fills as steps are taken, or is refused at once.
@@ -120,6 +122,7 @@ class Server:
             self.scheduler.cancel(answer)
             self._follow()
             answer.ended_s = self.executor.now_s()
+            self.cancelled.append(answer)
 
     def step(self, until_s: float = math.inf) -> Turn | None:
         """One step, or on a clock several that are alike, up to a point in time; None when idle.
@@ -193,9 +196,10 @@ class Source(Protocol):
 def drive(
     server: Server, source: Source, on_turn: Callable[[Turn], object] | None = None
 ) -> list[Answer]:
-    """Serve all requests of a source; the answers in the order of their arrival.
+    """Serve all requests of a source; the answers in the order of their arrival, forks apart.
 
-    on_turn: called after every step. Whatever ends it early, nothing stays held.
+    on_turn: called after every step; it may cancel answers and fork them. Whatever ends it early,
+    nothing stays held.
     """
     answers: list[Answer] = []
     try:
@@ -217,6 +221,9 @@ def drive(
                 source.ended(answer, turn.ended_s)
             if on_turn is not None:
                 on_turn(turn)
+            while server.cancelled:
+                answer = server.cancelled.pop()
+                source.ended(answer, turn.ended_s)
     finally:
         server.close()
 

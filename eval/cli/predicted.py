@@ -66,6 +66,8 @@ def draw_serving(rows: Sequence[Prediction], path: Path) -> None:
     """
     require_picture(path)
     several = len({row.get("checkpoint_every") for row in rows} - {None}) > 1
+    if several and len({row.get("arrival_req_per_s") for row in rows}) > 1:
+        raise UserError("a picture shows several arrival rates or several intervals; give one list")
     _save(prefix_chart(rows) if several else serving_chart(rows), path)
 
 
@@ -75,7 +77,10 @@ def prefix_chart(rows: Sequence[Prediction]) -> alt.FacetChart:
     """
     table = pd.DataFrame(rows)
     if "hit_rate" not in table:
-        raise UserError("a picture of checkpoint intervals needs a cache; add --prefix-cache")
+        raise UserError(
+            "a picture of checkpoint intervals needs a cache and answers; add --prefix-cache, or "
+            "see why no request was served"
+        )
     table = table.dropna(subset=["hit_rate"]).reset_index(drop=True)
     # Where the interval changes nothing, as for rows alone, one point stands for all.
     at = ["arch", "hardware", "hit_rate", "cached_state_bytes"]

@@ -128,8 +128,8 @@ def serve(
 
 
 def _interval(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise UserError(f"checkpoint_every '{text}' must be a number of tokens, 0 or more")
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise UserError(f"checkpoint_every '{text}' must be a number of tokens, 0 to 999999999")
     return int(text)
 
 

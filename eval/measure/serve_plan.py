@@ -189,8 +189,9 @@ def _saturated(answers: Sequence[Answer]) -> bool:
     last_s = max(a.request.arrival_s for a in answers)
     if last_s == 0:
         return False
-    waiting = sum(a.admitted_s is not None and a.admitted_s > last_s for a in answers)
-    return waiting > max(1, TOO_MANY * len(answers))
+    asked = [a for a in answers if a.leader is None]
+    waiting = sum(a.admitted_s is not None and a.admitted_s > last_s for a in asked)
+    return waiting > max(1, TOO_MANY * len(asked))
 
 
 def loads(

@@ -58,19 +58,19 @@ class Log:
         self._held_s += span_s * held
         capacity = self.scheduler.capacity
         growing = [key.every for key in capacity.pages if key.window is None]
+        copies = _mean(batch.memory.copies, batch.grown.copies)
         for at, key in enumerate(capacity.pages):
-            # Of tables that grow with the context the one with most rows speaks for all.
-            if key.window is not None or key.every > min(growing):
-                continue
-            # Rows that several share are counted with those that they have for themselves.
-            pages = sum(a.pages[at] + a.shared[at] for a in answers)
-            pages += sum(capacity.pages_of(a.held)[at] for a in turn.ended)
-            self._paged_s += span_s * pages * capacity.page_size * key.every
-            break
+            # Of tables that grow with the context the one with most rows speaks for all; rows that
+            # several share are counted with those that they have for themselves.
+            if key.window is None and key.every == min(growing):
+                self._paged_s += span_s * copies[at] * capacity.page_size * key.every
+                break
         if capacity.page_bytes.keys() == capacity.pages.keys():
-            self._used_byte_s += span_s * capacity.bytes_of(batch.memory.used)
-            self._copied_byte_s += span_s * capacity.bytes_of(batch.memory.copies)
-            self._cached_byte_s += span_s * capacity.bytes_of(batch.memory.idle)
+            used = _mean(batch.memory.used, batch.grown.used)
+            idle = _mean(batch.memory.idle, batch.grown.idle)
+            self._used_byte_s += span_s * capacity.bytes_of(used)
+            self._copied_byte_s += span_s * capacity.bytes_of(copies)
+            self._cached_byte_s += span_s * capacity.bytes_of(idle)
         if self.keep_schedule:
             ran = [(a.number, 1) for a in batch.decode]
             ran += [(a.number, count) for a, count in batch.chunks]
@@ -81,9 +81,11 @@ class Log:
 
         Figures that nothing was measured for are left out.
         """
-        ended = [a for a in answers if a.ending in (Ending.LENGTH, Ending.STOP)]
-        found: dict[str, float] = {"served_requests": len(ended)}
-        found["refused_requests"] = sum(a.ending is Ending.REFUSED for a in answers)
+        ended = [a for a in answers if _is_whole(a)]
+        asked = [(a, *a.siblings) for a in answers if a.leader is None]
+        served = [family for family in asked if all(_is_whole(a) for a in family)]
+        found: dict[str, float] = {"served_requests": len(served)}
+        found["refused_requests"] = sum(f[0].ending is Ending.REFUSED for f in asked)
         if not ended:
             return found
         began_s = min(a.request.arrival_s for a in answers)
@@ -96,8 +98,9 @@ class Log:
         tpot = (e2e - ttft)[several] / (made[several] - 1)
         met = ttft * 1e3 <= limits.ttft_ms
         met[several] &= tpot * 1e3 <= limits.tpot_ms
-        found["request_per_s"] = len(ended) / span_s
-        found["goodput_req_per_s"] = float(met.sum()) / span_s
+        good = {a for a, kept in zip(ended, met, strict=True) if kept}
+        found["request_per_s"] = len(served) / span_s
+        found["goodput_req_per_s"] = sum(good.issuperset(f) for f in served) / span_s
         found["output_tok_per_s"] = float(made.sum()) / span_s
         if tpot.size:
             found["output_tok_per_s_per_user"] = float(np.mean(1 / tpot))
@@ -117,8 +120,8 @@ class Log:
             whole = self._running_s * self.scheduler.capacity.max_context
             found["page_waste_contiguous"] = 1 - self._held_s / whole
         if self.scheduler.policy.prefix_cache:
-            asked = sum(len(a.request.prompt) for a in ended)
-            found["hit_rate"] = sum(a.hit or 0 for a in ended) / asked
+            tokens = sum(len(a.request.prompt) for a in ended)
+            found["hit_rate"] = sum(a.hit or 0 for a in ended) / tokens
             found["cached_state_bytes"] = self._cached_byte_s / self.busy_s
         if self._copied_byte_s and self.scheduler.policy.shares:
             found["shared_state"] = 1 - self._used_byte_s / self._copied_byte_s
@@ -133,6 +136,15 @@ def weighted_percentile(values: np.ndarray, weights: np.ndarray, q: float) -> fl
     share = np.cumsum(weights[order]) / weights.sum()
     at = int(np.searchsorted(share, q / 100 - 1e-12))
     return float(values[order][min(at, len(order) - 1)])
+
+
+def _mean(before: Sequence[int], after: Sequence[int]) -> list[float]:
+    """Of what grows evenly while steps are taken in a row."""
+    return [(b + a) / 2 for b, a in zip(before, after, strict=True)]
+
+
+def _is_whole(answer: Answer) -> bool:
+    return answer.ending in (Ending.LENGTH, Ending.STOP)
 
 
 def _s(moment: float | None) -> float:

@@ -2,7 +2,7 @@
 
 A workload is drawn once from its seed, request by request, whatever serves it: an engine and a
 clock get the same lengths at the same times. What a prompt says comes from a `Voice`: token ids for
-an engine, a range of the right length for a clock, which looks at none.
+an engine, their origin for a clock, which asks only what is equal.
 """
 
 import hashlib
@@ -253,6 +253,9 @@ class Users:
     def ended(self, answer: Answer, now_s: float) -> None:
         """An answer has ended; when all to its prompt have, its user thinks, and goes on."""
         request = answer.request
+        if answer.leader is not None and answer not in answer.leader.siblings:
+            # A fork: it was not the user who asked for it.
+            return
         self._open[request.name] -= 1
         if self._open[request.name]:
             return
@@ -263,7 +266,7 @@ class Users:
         if first.ending is Ending.LENGTH and turn + 1 < len(talk.turns):
             said: Sequence[int] = first.tokens
             if isinstance(request.prompt, Unspoken):
-                said = Unspoken([(first.name, first.made)])
+                said = Unspoken(first.pieces)
             self._push(talk, turn + 1, at, joined([request.prompt, said]))
         elif self._idle:
             self._push(self._idle.pop(), 0, at, ())

@@ -12,6 +12,7 @@ from infer.engine import Engine
 from infer.kept import keep, resume
 from infer.pages import TableKey
 from infer.policy import Policy
+from infer.sampling import Sampling
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending, Request, Unspoken
 from tests.infer.serving import CHECKPOINTS, PAGE, request_of, served_model, server_of
@@ -80,7 +81,7 @@ def test_tokens_and_their_names_find_the_same() -> None:
 def test_an_answer_goes_on_where_its_last_turn_ended() -> None:
     for scheduler in (scheduler_of(), scheduler_of(slots=6), scheduler_of(slots=6, window=20)):
         first = answered(scheduler, said(("a", 13)), new=10)
-        turn = Unspoken([*first.request.prompt.pieces, (first.name, 10), ("b", 5)])  # type: ignore[attr-defined]
+        turn = Unspoken([*first.request.prompt.pieces, *first.pieces, ("b", 5)])  # type: ignore[attr-defined]
         # Of the ten tokens the last was not computed.
         assert answered(scheduler, turn).hit == 22
 
@@ -197,6 +198,65 @@ def test_nothing_leaks_after_ten_thousand_requests_that_share() -> None:
     assert tuple(scheduler.ledger.free) == scheduler.ledger.total
     forgotten = {*changes.forgotten, *scheduler.changes().forgotten}
     assert {unit for _, unit in changes.kept} == forgotten
+
+
+def test_a_checkpoint_makes_way_for_the_sequence_that_goes_on_from_it() -> None:
+    """As many slots as sequences, and one runs for long: a hit waits no longer than a miss."""
+    waited = []
+    for prompt in (said(("a", 30), ("c", 3)), said(("b", 33))):
+        scheduler = scheduler_of(slots=4, budget=40, every=8)
+        for _ in range(4):
+            answered(scheduler, said(("a", 30)))
+        for name in "xyz":
+            scheduler.add(Request(prompt=said((name, 9)), max_new_tokens=100))
+        scheduler.next()
+        last = scheduler.add(Request(prompt=prompt, max_new_tokens=1))
+        steps = 0
+        while last.ending is None:
+            batch = scheduler.next()
+            assert batch is not None
+            scheduler.done(batch)
+            steps += 1
+        waited.append(steps)
+        if not waited[1:]:
+            assert last.hit == 30
+    assert waited[0] <= waited[1] < 10
+
+
+def test_what_was_kept_for_nobody_is_not_remembered_either() -> None:
+    scheduler = scheduler_of(cache=False)
+    for n in range(2000):
+        scheduler.add(Request(prompt=said((str(n), 20)), max_new_tokens=2, answers=3))
+        while (batch := scheduler.next()) is not None:
+            scheduler.done(batch)
+        scheduler.changes()
+    cached = scheduler.prefixes.cached
+    assert not cached.nodes and not cached.points
+    assert len(cached._old_points) < 300
+    assert not scheduler.prefixes._pasts and not scheduler.prefixes._waits
+
+
+def test_a_drawn_fork_finds_what_it_began_with() -> None:
+    for scheduler in (scheduler_of(), scheduler_of(slots=6)):
+        parent = scheduler.add(
+            Request(prompt=said(("a", 20)), max_new_tokens=40, sampling=Sampling(temperature=1.0))
+        )
+        for _ in range(20):
+            batch = scheduler.next()
+            assert batch is not None
+            scheduler.done(batch)
+        child = scheduler.fork(parent)
+        scheduler.next()
+        assert child.held == parent.held == 39
+        assert child.told(0, 39) == parent.told(0, 39)
+        child.made = parent.made = 30
+        assert child.told(0, 50) != parent.told(0, 50)
+
+
+def test_prompts_that_are_not_tokens_are_refused_at_once() -> None:
+    for prompt in ("text", [None], [1 << 63]):
+        with pytest.raises(UserError, match="a prompt is not made of token ids"):
+            Request(prompt=prompt, max_new_tokens=1)  # type: ignore[arg-type]
 
 
 # -- on an engine --------------------------------------------------------------------------------
