@@ -11,7 +11,7 @@ from infer.counted import Counted
 from infer.engine import Engine
 from infer.graphs import GraphedStep
 from tests.infer.recorded import Again
-from tests.infer.test_machine import CONTEXT, KINDS, SLOTS, Machine, drive
+from tests.infer.test_machine import CONTEXT, KEPT, KINDS, SLOTS, Machine, drive
 from tests.kernels.interpreter import interpreted
 
 
@@ -29,7 +29,7 @@ class CompiledMachine(Machine):
         if self.kind not in self.engines:
             self.engines[self.kind] = Engine(
                 self.model, max_sequences=SLOTS, max_context=CONTEXT, page_size=4,
-                lookback=self.lookback, compiled=True,
+                lookback=self.lookback, kept=KEPT, compiled=True,
             )  # fmt: skip
         store = self.engines[self.kind].store
         # Which page is taken next must not depend on the histories before: it decides what a
