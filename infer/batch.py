@@ -10,8 +10,7 @@ from infer.sequence import Answer
 
 #: Chunks are padded to one step where that computes at most this many times what they hold.
 PADDED = 1.25
-
-
+#: Before anybody has looked.
 NOBODY = Memory((), (), ())
 
 
@@ -65,8 +64,8 @@ class Changes:
     """What a scheduler has decided about state; in this order.
 
     kept: parts of pasts to hold from now on, and of whom. twice: pages of answers that are the same
-    as kept ones, and of which one will do. released: answers whose own state is
-    needed no more. started: answers that begin, and from where. forgotten: parts to let go of.
+    as kept ones, and of which one will do. released: answers whose own state is needed no more.
+    started: answers that begin, and from where. forgotten: parts to let go of.
     """
 
     kept: list[tuple[Answer, Unit]] = field(default_factory=list)

@@ -15,6 +15,11 @@ class Counted:
         #: Numbers that somebody holds.
         self.used = 0
 
+    @property
+    def free(self) -> int:
+        """How many numbers nobody holds."""
+        return len(self._free)
+
     def take(self, wanted: int) -> int | None:
         """Hold `wanted` if it is free, else any free number; None where there is none."""
         if wanted not in self._free:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from archs.spec import Replay
 from infer.counted import Counted
-from infer.slots import ZERO, State
+from infer.pages import StoreFullError
+from infer.slots import FULL, ZERO, State
 
 
 @dataclass(slots=True)
@@ -105,7 +106,16 @@ class RingTable:
         self, sequences: Sequence[int], lengths: Sequence[int], counts: Sequence[int],
         new_tokens: int,
     ) -> RingChange:  # fmt: skip
-        """Give each sequence that gets tokens a slot of its own."""
+        """Give each sequence that gets tokens a slot of its own.
+
+        Raises StoreFullError; nothing has changed then.
+        """
+        fresh = sum(
+            count > 0 and not self._is_own(self.values[s].slot)
+            for s, count in zip(sequences, counts, strict=True)
+        )
+        if fresh > self._slots.free:
+            raise StoreFullError(FULL.format(self.spare))
         change, replay = RingChange(), self.replay
         held = [n - self.values[s].length for s, n in zip(sequences, lengths, strict=True)]
         change.whole = any(map(replay.overflows, held, counts)) or replay.overflows(0, new_tokens)
@@ -131,14 +141,17 @@ class RingTable:
         return change
 
     def _own(self, sequence: int, slot: int, change: RingChange) -> int:
-        if slot != ZERO and self._slots.refs[slot] == 1:
+        if self._is_own(slot):
             return slot
         fresh = self._slots.take(ZERO + 1 + sequence)
-        # Sequences hold one slot each, and there are as many.
         assert fresh is not None
         self._drop(slot)
         change.copies.append((slot, fresh))
         return fresh
+
+    def _is_own(self, slot: int) -> bool:
+        """Whether one sequence alone holds a slot."""
+        return slot != ZERO and self._slots.refs[slot] == 1
 
     def settle(self, change: RingChange) -> None:
         """The step is done."""

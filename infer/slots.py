@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 from archs.spec import RECURRENT_LIMIT, kept_states
 from infer.counted import Counted
+from infer.pages import StoreFullError
 
+FULL = (
+    "all slots are in use: kept parts of pasts hold some beside those of sequences; forget one, or "
+    "open the store with more than kept={}"
+)
 #: The slot of zeros, which every empty sequence reads; nobody writes to it.
 ZERO = 0
 
@@ -130,7 +135,10 @@ class SlotTable:
         self.states[sequence] = kept
 
     def reserve(self, sequence: int, length: int, new: int, step: int, change: SlotChange) -> None:
-        """Find slots for the values after `new` of a step's `step` tokens; adds to `change`."""
+        """Find slots for the values after `new` of a step's `step` tokens; adds to `change`.
+
+        Raises StoreFullError; nothing of this sequence has changed then.
+        """
         held, write = self.states[sequence], [-1] * step
         change.write.append(write)
         if new == 0:
@@ -158,6 +166,7 @@ class SlotTable:
         slot = held[-1].slot
         if self._is_own(slot):
             return Moved(held, written=[State(end, slot)], reused={slot})
+        self._require_free(1)
         self._drop(held)
         fresh = self._take(ZERO + 1 + sequence)
         return Moved(held, written=[State(end, fresh)], taken=[fresh], parted=held)
@@ -175,6 +184,7 @@ class SlotTable:
                 room.append(state)
             else:
                 moved.parted.append(state)
+        self._require_free(kept - len(room))
         # What the step reads gives way to its last value alone.
         read = room.pop() if room and room[-1] == held[-1] else None
         moved.parted += room[kept:]
@@ -230,9 +240,13 @@ class SlotTable:
 
     def _take(self, wanted: int) -> int:
         slot = self._slots.take(wanted)
-        # Sequences hold at most `share` slots each, and there are as many for each.
         assert slot is not None
         return slot
+
+    def _require_free(self, wanted: int) -> None:
+        """Raise StoreFullError unless so many slots are free."""
+        if self._slots.free < wanted:
+            raise StoreFullError(FULL.format(self.spare))
 
     def _drop(self, states: Sequence[State]) -> None:
         for state in states:

@@ -238,11 +238,9 @@ def _batch_trade(found: Evidence) -> Found:
 
 
 def _serving(found: Evidence) -> Found:
-    gains = found.served("batching_gain")
-    if gains.empty:
+    best = _best(found, "batching_gain")
+    if best.empty:
         return "not measured", "it needs a [[serve]] with batching continuous and static"
-    # Of several workloads, and of several runs of one, the largest gain of each architecture.
-    best = gains.groupby("arch", sort=False)["value"].max()
     equal = found.served("batching_gain_equal_steps")["value"].max()
     slowest = best.min()
     throughput: Verdict = (
@@ -276,31 +274,36 @@ def _paging(found: Evidence, told: list[str]) -> Verdict:
 
 
 def _prefixes(found: Evidence, told: list[str]) -> Verdict:
-    hits = found.served("hit_rate")
+    hits = _best(found, "hit_rate")
     if hits.empty:
         told.append("prefixes not measured: that takes a [[serve]] with prefix_cache")
         return "not measured"
-    best = hits.groupby("arch", sort=False)["value"].max()
-    verdict: Verdict = "supported" if best.min() > 0 else "conditional"
-    told.append(
-        f"prefixes {verdict}: {best.min():.0%} ({best.idxmin()}) to {best.max():.0%} "
-        f"({best.idxmax()}) of the tokens of prompts were found computed"
-    )
-    return verdict
+    what = "of the tokens of prompts were found computed"
+    return _tell("prefixes", f"{_span(hits)} {what}", hits, told)
 
 
 def _copies(found: Evidence, told: list[str]) -> Verdict:
-    saved = found.served("shared_state")
-    # What has no rows, or only a window of them, has nothing to share.
-    best = saved.groupby("arch", sort=False)["value"].max() if len(saved) else saved["value"]
-    if not len(best) or best.max() <= 0:
+    saved = _best(found, "shared_state")
+    if saved.empty or saved.max() <= 0:
         told.append("copy-on-write not measured: that takes a workload with several answers")
         return "not measured"
+    what = "of the state that copies would take"
+    return _tell("copy-on-write", f"sharing saves {_span(saved)} {what}", saved, told)
+
+
+def _best(found: Evidence, measure: str) -> "pd.Series[float]":
+    """Of several workloads, and of several runs of one, the largest value of each architecture."""
+    return found.served(measure).groupby("arch", sort=False)["value"].max()
+
+
+def _span(best: "pd.Series[float]") -> str:
+    return f"{best.min():.0%} ({best.idxmin()}) to {best.max():.0%} ({best.idxmax()})"
+
+
+def _tell(part: str, what: str, best: "pd.Series[float]", told: list[str]) -> Verdict:
+    """Supported where it holds for all: what remembers no rows, say, has none to share."""
     verdict: Verdict = "supported" if best.min() > 0 else "conditional"
-    told.append(
-        f"copy-on-write {verdict}: sharing saves {best.min():.0%} ({best.idxmin()}) to "
-        f"{best.max():.0%} ({best.idxmax()}) of the state that copies would take"
-    )
+    told.append(f"{part} {verdict}: {what}")
     return verdict
 
 

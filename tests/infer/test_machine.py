@@ -153,7 +153,7 @@ class Machine(RuleBasedStateMachine):
             self.told[slot] = self.told[slot][:length]
             self.go_on(slot)
 
-    @precondition(lambda self: self.told and len(self.kept) < KEPT)
+    @precondition(lambda self: self.told and len(self.kept) < 2 * KEPT)
     @rule(data=st.data())
     def keep(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.told)))
