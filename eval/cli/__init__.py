@@ -9,8 +9,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 #: The shell's exit code for a process that Ctrl-C ended.
@@ -19,13 +19,26 @@ INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Run the command that `sys.argv` holds."""
-    code, message = _outcome()
+    code, message = _outcome(_Interrupts())
     if message:
         print("decodebench:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 
-def _outcome() -> tuple[int, str]:
+class _Interrupts:
+    """Whether Ctrl-C came: libraries that it meets in their import may raise something else."""
+
+    def __init__(self) -> None:
+        self.came = False
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+def _outcome(interrupts: _Interrupts) -> tuple[int, str]:
     """Exit code, and the line that says why it is not zero."""
     try:
         for stream in (sys.stdout, sys.stderr):
@@ -38,19 +51,22 @@ def _outcome() -> tuple[int, str]:
         code = run_app()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
+        if interrupts.came or isinstance(error, KeyboardInterrupt):
+            return _interrupted()
         return _verdict(error)
-    return _verdict(KeyboardInterrupt()) if code == INTERRUPTED else (code, "")
+    return _interrupted() if code == INTERRUPTED else (code, "")
+
+
+def _interrupted() -> tuple[int, str]:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told = "interrupted; finished points are kept, run the same command again to go on"
+    return INTERRUPTED, told
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """What an exception means to the shell and to people; raised again where it is a defect."""
     from archs.errors import UserError
 
-    # Libraries that are interrupted while they are imported may raise something else.
-    if any(isinstance(e, KeyboardInterrupt) for e in _chain(error)):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        told = "interrupted; finished points are kept, run the same command again to go on"
-        return INTERRUPTED, told
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, OSError):
@@ -64,12 +80,6 @@ def _verdict(error: BaseException) -> tuple[int, str]:
             return 1, ""
         return 2, str(refused(error, error.filename or "the output", "used"))
     raise error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _require_own_packages() -> None:

@@ -106,3 +106,26 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(delay_s: float) -> None
         # By the signal, where Python ran a string when it came.
         assert begun.returncode in (130, -signal.SIGINT)
         assert shown.startswith("decodebench: interrupted") and shown.count("\n") == 1
+
+
+def test_ctrl_c_that_a_library_turned_into_something_else_is_one_line() -> None:
+    """As C extensions do whose import fails: what they raise does not name the interrupt."""
+    code = """
+import os, signal, sys
+class Extension:
+    def find_spec(self, name, path, target=None):
+        if name != "eval.cli.app":
+            return None
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        raise ImportError("initialization failed")
+sys.meta_path.insert(0, Extension())
+from eval.cli import main
+main()"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "archs"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("decodebench: interrupted") and done.stderr.count("\n") == 1
