@@ -38,10 +38,11 @@ class Pages:
     sinks: int
     ends: Tensor | None = None
 
-    def rows_at(self, new_tokens: int, bound: int) -> tuple[Tensor, Tensor]:
-        """Pool rows that hold all that the new tokens may see, and their positions, int64 [B, S].
+    def pages_at(self, new_tokens: int, bound: int) -> tuple[Tensor, Tensor]:
+        """Pool pages that hold all that the new tokens may see, int64 [B, P], and the positions of
+        their rows, int64 [B, P * page_size].
 
-        Whole pages: what nobody may see is among them. bound: most rows that a sequence has.
+        What nobody may see is among them. bound: most rows that a sequence has.
         """
         size, most, device = self.page_size, self.table.shape[1], self.table.device
         pages = torch.arange(min(-(-bound // size), most), device=device)[None]
@@ -59,10 +60,9 @@ class Pages:
                 pages = torch.cat((sunk, near), 1).clamp(max=most - 1)
         pages = pages.expand(self.table.shape[0], -1)
         offsets = torch.arange(size, device=device)
-        rows = self.table.long().gather(1, pages)[..., None] * size + offsets
         positions = pages[..., None] * size + offsets
         positions = positions.masked_fill(again.expand_as(pages)[..., None], NEVER)
-        return rows.flatten(1), positions.flatten(1)
+        return self.table.long().gather(1, pages), positions.flatten(1)
 
     def mask_of(self, rows_at: Tensor, new_tokens: int) -> Tensor:
         """bool [B, 1, K, S]: which rows, at positions [1 or B, S], each new token may see."""
@@ -121,21 +121,25 @@ class PagedSeen:
     @property
     def gathered(self) -> bool:
         """Whether rows or their mask have been asked for."""
-        return "_rows_at" in self.__dict__
+        return "_pages_at" in self.__dict__
 
     @cached_property
-    def _rows_at(self) -> tuple[Tensor, Tensor]:
-        return self.pages.rows_at(self.new_tokens, self.length)
+    def _pages_at(self) -> tuple[Tensor, Tensor]:
+        return self.pages.pages_at(self.new_tokens, self.length)
 
     @cached_property
     def rows(self) -> Tensor:
         """[B, *planes, S, row]: a copy of the pages."""
-        return self.pages.pool[..., self._rows_at[0], :].movedim(-3, 0)
+        pages = self._pages_at[0]
+        paged = self.pages.pool.unflatten(-2, (-1, self.pages.page_size))
+        # Whole pages by one index: a fourth of the time that single rows take on a CPU.
+        found = paged.index_select(-3, pages.flatten()).unflatten(-3, pages.shape)
+        return found.flatten(-3, -2).movedim(-3, 0)
 
     @cached_property
     def mask(self) -> Tensor:
         """bool [B, 1, K, S]."""
-        return self.pages.mask_of(self._rows_at[1], self.new_tokens)
+        return self.pages.mask_of(self._pages_at[1], self.new_tokens)
 
 
 Rows = Seen | PagedSeen

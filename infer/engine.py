@@ -17,6 +17,7 @@ from archs.errors import UserError
 from infer.clock import StepClock
 from infer.compiled import CompiledStep
 from infer.graphs import GraphedStep
+from infer.memory import keep_freed
 from infer.pages import TableKey
 from infer.plan import StepPlan
 from infer.sampling import Sampler, Sampling, fed, require_tokens
@@ -89,6 +90,8 @@ class Engine:
     ) -> None:
         backend = backend or model.backend
         self.device = model.embedding.weight.device
+        if self.device.type == "cpu":
+            keep_freed()
         self.prefill_chunk = prefill_chunk
         self.backend = backend
         plain = backend == "torch"

@@ -1,14 +1,36 @@
-"""How much memory is free, and one clear refusal before an allocation that cannot fit."""
+"""How much memory is free, one clear refusal before an allocation that cannot fit, and what the
+allocator does with memory that a step has used.
+"""
 
+import ctypes
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from archs.errors import UserError
 
+#: Options of mallopt (malloc.h), and the largest block that glibc does not map by itself.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT = 32 << 20
+MOST = 2**31 - 1
+
 
 class DoesNotFitError(UserError):
     """A request for more memory than there is."""
+
+
+@cache
+def keep_freed() -> bool:
+    """Let this process keep blocks of up to 32 MiB that it frees; False where no glibc is.
+
+    By itself glibc gives them back or keeps them, as the heap happens to lie: gathering the rows of
+    eight sequences, step by step into new memory, took 16 ms or 70 ms, the kernel's clearing pages.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, MOST))
 
 
 def free_bytes(device: torch.device) -> int | None:

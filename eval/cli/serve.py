@@ -19,7 +19,7 @@ COLUMNS = (
 )  # fmt: skip
 MEASURED = (
     "arch", "options", "request_per_s", "goodput_req_per_s", "output_tok_per_s",
-    "output_tok_per_s_pred", "ttft_p50_ms", "ttft_p50_pred_ms", "tpot_p50_ms", "tpot_p50_pred_ms",
+    "output_tok_per_s_sim", "ttft_p50_ms", "ttft_p50_sim_ms", "tpot_p50_ms", "tpot_p50_sim_ms",
     "running_sequences", "page_waste", "hit_rate", "shared_state", "tokens_per_verification",
     "preemptions", "host_share", "status", "note",
 )  # fmt: skip
@@ -123,7 +123,7 @@ def serve(
     shown = [{name: row[name] for name in MEASURED if name in row} for row in rows]
     show(rows if json_ else shown, json_)
     if not json_:
-        out.print("measured; _pred: the same schedule on the predicted clock of this machine")
+        out.print("measured; _sim: the same schedule on a clock of the engine's own steps")
     leave(str(row["status"]) for row in rows)
 
 

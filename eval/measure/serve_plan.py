@@ -120,6 +120,10 @@ class ServePlan:
             drafts=self.drafts,
         )  # fmt: skip
 
+    def shares(self, workload: Workload) -> bool:
+        """Whether sequences hold pages that others computed."""
+        return self.prefix_cache or workload.answers > 1
+
     def context(self, workload: Workload) -> int:
         """Tokens of a sequence at most, in whole pages."""
         # An answer near its end may be drafted beyond it.

@@ -1,7 +1,8 @@
 """Serving on an engine: a workload under a scheduler, with what a clock predicts of it beside.
 
 Correctness first: extend must equal forward, and some of the greedy answers must be those that the
-same engine gives to their requests alone. Policies take turns on one engine.
+same engine gives to their requests alone. Policies take turns on one engine. Two clocks run the
+same schedule: by the roofline's times, and by those of the engine's own steps, taken beforehand.
 """
 
 import statistics
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 
-from archs.backbone import Model
 from archs.backends import NoFormError, resolve_backend
 from archs.checks import parse
 from eval.measure.cell_rows import load_rows
@@ -29,6 +29,7 @@ from eval.measure.served import Limits
 from eval.measure.site import Failure, Site, about, spec_of
 from eval.measure.speculation import TIE, tie_gap
 from eval.measure.workload import Voice, Workload, random_voice, silent_voice
+from eval.predict.calibration import calibrate
 from eval.predict.calls import CountCalls
 from eval.predict.machine import Roofline
 from eval.predict.neighbours import Neighbours
@@ -85,14 +86,16 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     voice = random_voice(model.vocab_size)
     warm_up(engine)
     with Neighbours() as others:
+        rates = site.roofline(batch_sizes(capacity.max_sequences))
         runs = _Runs(engine, capacity, plan, voice)
+        runs.calibrate(rates, shared=plan.shares(workload))
         turns = list(product(range(plan.repeats), plan.batching))
         for number, (_, batching) in enumerate(turns):
             watch.at(number / len(turns), batching)
             runs.take(batching, workload)
         rates = site.roofline(batch_sizes(capacity.max_sequences), again=True)
     _require_answers(engine, runs, about(spec, model, **told))
-    rows = runs.rows(model, rates)
+    rows = runs.rows(rates)
     return Found(
         about=about(spec, model, **told), rows=(*rows, *load_rows(others.share)),
     )  # fmt: skip
@@ -129,6 +132,25 @@ class _Runs:
         self.plan = plan
         self.found: list[_Run] = []
         self._voice = voice
+        self._engines_own: StepTimes | None = None
+
+    def calibrate(self, rates: Roofline, *, shared: bool) -> None:
+        """Time the engine's steps for the clock that keeps its time."""
+        if not self.plan.drafts:
+            times = self._times(rates)
+            self._engines_own = times.calibrated(
+                calibrate(
+                    self.engine, times.rectangle_ms, token_budget=self.plan.token_budget,
+                    shared=shared,
+                )
+            )  # fmt: skip
+
+    def _times(self, rates: Roofline) -> StepTimes:
+        return StepTimes(
+            self.engine.model, rates, max_context=self.capacity.max_context,
+            padded=self.engine.graphed is not None, calls=ragged_calls(self.engine),
+            to_longest=self.engine.backend == "torch",
+        )  # fmt: skip
 
     def take(self, batching: str, workload: Workload) -> None:
         """Serve the workload by one policy, at each of the plan's loads."""
@@ -151,12 +173,12 @@ class _Runs:
         drafter = PromptLookup(device=self.engine.device)
         return SpeculatingExecutor(self.engine, drafter, drafts=self.plan.drafts)
 
-    def rows(self, model: Model, rates: Roofline) -> list[Row]:
-        """The figures of every run, and of the same one on the predicted clock."""
-        times = StepTimes(
-            model, rates, max_context=self.capacity.max_context,
-            padded=self.engine.graphed is not None, calls=ragged_calls(self.engine),
-        )  # fmt: skip
+    def rows(self, rates: Roofline) -> list[Row]:
+        """The figures of every run, and of the same one on the clocks."""
+        # A clock makes no tokens, so it cannot know which drafts are right.
+        clocks: dict[str, StepTimes] = {}
+        if self._engines_own is not None:
+            clocks = {"pred": self._times(rates), "sim": self._engines_own}
         rows: list[Row] = []
         for words, repeats in self._by_words().items():
             run = repeats[0]
@@ -167,18 +189,16 @@ class _Runs:
                 Row(measure=name, value=statistics.median(f[name] for f in figures), **at)
                 for name in figures[0] if all(name in f for f in figures)
             ]  # fmt: skip
-            if self.plan.drafts:
-                # A clock makes no tokens, so it cannot know which drafts are right.
-                continue
-            clocked = serve(
-                ClockExecutor(times), self.capacity, self.plan.policy(run.batching), run.load,
-                silent_voice,
-            )  # fmt: skip
-            predicted = clocked.log.figures(clocked.answers, self.plan.limits)
-            rows += [
-                Row(measure=_pred(name), value=predicted[name], **at)
-                for name in PREDICTED if name in predicted
-            ]  # fmt: skip
+            for clock, times in clocks.items():
+                clocked = serve(
+                    ClockExecutor(times), self.capacity, self.plan.policy(run.batching), run.load,
+                    silent_voice,
+                )  # fmt: skip
+                predicted = clocked.log.figures(clocked.answers, self.plan.limits)
+                rows += [
+                    Row(measure=_by(clock, name), value=predicted[name], **at)
+                    for name in PREDICTED if name in predicted
+                ]  # fmt: skip
         return [*rows, *self._gain_rows()]
 
     def _by_words(self) -> dict[str, list[_Run]]:
@@ -207,8 +227,9 @@ class _Runs:
         ]  # fmt: skip
 
 
-def _pred(name: str) -> str:
-    return f"{name.removesuffix('_ms')}_pred_ms" if name.endswith("_ms") else f"{name}_pred"
+def _by(clock: str, name: str) -> str:
+    """The name of a measure on a clock; units come last."""
+    return f"{name.removesuffix('_ms')}_{clock}_ms" if name.endswith("_ms") else f"{name}_{clock}"
 
 
 def warm_up(engine: Engine) -> None:

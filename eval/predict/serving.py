@@ -9,14 +9,16 @@ it, not with its tokens.
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
 from archs.backbone import Block, Model, first_layers
 from archs.checks import require_at_least
 from archs.cost import Cost, Step
+from eval.predict.calibration import Calibration
 from eval.predict.machine import Roofline
 from eval.predict.roofline import step_ms
 from infer.batch import Batch, Changes
@@ -36,17 +38,21 @@ class StepTimes:
     max_context: of a sequence. host_ms: of the host's own work for a step, added to each. padded:
     whether batches are padded to buckets, as captured steps are (`infer.graphs`). calls: torch
     operations of a decode step as written; None: one for each operation of the cost model.
+    to_longest: whether as many rows are read of every sequence as of the longest, as torch's forms
+    do.
     """
 
     def __init__(
         self, model: Model, rates: Roofline, *, max_context: int, host_ms: float = 0.0,
-        padded: bool = True, calls: int | None = None,
+        padded: bool = True, calls: int | None = None, to_longest: bool = False,
     ) -> None:  # fmt: skip
         require_at_least("host_ms", host_ms, 0)
         self.max_context = max_context
         self.host_ms = host_ms
         self._rates = rates
         self._padded = padded
+        self._to_longest = to_longest
+        self._calibration: Calibration | None = None
         self._rest, self._layers = _apart(model)
         # What is dispatched beside the operations that the cost model knows.
         known = len(model.cost(PROBES[0]).ops)
@@ -59,9 +65,17 @@ class StepTimes:
         self._at = cache(self._uniform_ms)
         self._sums = cache(self._summed_ms)
 
+    def calibrated(self, found: Calibration) -> Self:
+        """The same, with the ratios of an engine's times to these."""
+        times = copy(self)
+        times._calibration = found
+        times._at = cache(times._uniform_ms)
+        times._sums = cache(times._summed_ms)
+        return times
+
     def rectangle_ms(self, contexts: Sequence[int], new_tokens: int) -> float:
         """Time of extending sequences that hold so many tokens by `new_tokens` each."""
-        batch = self._batch(len(contexts))
+        batch, contexts = self._batch(len(contexts)), self._read(contexts)
         low, high = _neighbours(new_tokens)
         times = self._at(batch, low)[contexts]
         if high > low:
@@ -73,7 +87,8 @@ class StepTimes:
     def decode_ms(self, contexts: Sequence[int]) -> Callable[[int], float]:
         """The time of the next n decode steps of sequences that hold so many tokens."""
         sums = self._sums(self._batch(len(contexts)))
-        held, count = np.asarray(contexts), len(contexts)
+        held = np.asarray(self._read(contexts))
+        count = len(held)
         began = float(np.add.reduce(sums[held])) / count
 
         def spent_ms(times: int) -> float:
@@ -85,6 +100,10 @@ class StepTimes:
     def _batch(self, count: int) -> int:
         return bucket(count) if self._padded else count
 
+    def _read(self, contexts: Sequence[int]) -> Sequence[int]:
+        """Contexts whose mean time is the step's."""
+        return [max(contexts)] if self._to_longest else contexts
+
     def _uniform_ms(self, batch: int, new_tokens: int) -> np.ndarray:
         """Times of a uniform step by the tokens held before it."""
         times = []
@@ -92,7 +111,11 @@ class StepTimes:
             step = Step(batch, new_tokens, at)
             layers = sum(n * step_ms(layer.cost(step), self._rates) for layer, n in self._layers)
             times.append(step_ms(self._rest.cost(step), self._rates) + layers + self._more_ms)
-        return np.interp(np.arange(self.max_context + 1), self._points, times)
+        held = np.arange(self.max_context + 1)
+        found = np.interp(held, self._points, times)
+        if self._calibration is not None:
+            found *= self._calibration.ratios(batch, new_tokens, held)
+        return found
 
     def _summed_ms(self, batch: int) -> np.ndarray:
         """Times of all decode steps from an empty sequence to one of so many tokens."""

@@ -56,6 +56,11 @@ class Figures:
         return self._settings("speculate", "speedup")
 
     @cached_property
+    def served_settings(self) -> list[Setting]:
+        """Settings of servers, in the same order."""
+        return self._settings("serve", "output_tok_per_s")
+
+    @cached_property
     def declared_settings(self) -> list[Setting]:
         """Settings of untimed figures: those of decode, then those of declarations alone."""
         return [*self.settings, *self._settings("cost", "state_bytes")]
@@ -68,19 +73,26 @@ class Figures:
 
     def at(self, setting: Setting, *measures: str, stage: str = "decode") -> pd.DataFrame:
         """Rows of arch, batch, context with a column for each measure (all present)."""
+        return self._pivot(self._rows_at(setting, stage), ["arch", "batch", "context"], measures)
+
+    def _rows_at(self, setting: Setting, stage: str) -> pd.DataFrame:
         rows = self._good[self._good["stage"] == stage]
         for name, value in setting._asdict().items():
             rows = rows[rows[name] == value]
-        return self._pivot(rows, ["arch", "batch", "context"], measures)
+        return rows
+
+    def served(self, setting: Setting, *measures: str) -> pd.DataFrame:
+        """Servers: rows of arch, options (the load and the policy) and a column for each measure
+        (all present).
+        """
+        return self._pivot(self._rows_at(setting, "serve"), ["arch", "options"], measures)
 
     def speculated(self, setting: Setting) -> pd.DataFrame:
         """Greedy speculation: rows of arch, batch, context, how (what drafts, and what rolls back),
         drafts, and the speed-up, measured and predicted.
         """
         measures = ["speedup", "speedup_pred"]
-        rows = self._good[self._good["stage"] == "speculate"]
-        for name, value in setting._asdict().items():
-            rows = rows[rows[name] == value]
+        rows = self._rows_at(setting, "speculate")
         rows = rows[rows["measure"].isin(measures)].dropna(subset=["batch", "context"])
         words = [dict(w.partition("=")[::2] for w in str(o).split()) for o in rows["options"]]
         rows = rows.assign(
@@ -154,7 +166,7 @@ class Figures:
         table = over_seeds(rows, [*keys, "measure"])
         table = table.pivot(index=keys, columns="measure", values="value")
         table = table.reindex(columns=list(measures)).dropna().reset_index()
-        return table.astype({key: int for key in keys if key != "arch"})
+        return table.astype({key: int for key in keys if key in ("batch", "context")})
 
 
 def _further(words: dict[str, str]) -> list[str]:

@@ -109,6 +109,9 @@ def write_run(
                 arch=arch, stage="speculate", scale="tiny", batch=batch, options={"drafts": drafts}
             )
             results.append(cell, *_speculate(arch, batch, drafts))
+        for workload in ("chat", "turns"):
+            cell = Point(arch=arch, stage="serve", scale="70m", options={"workload": workload})
+            results.append(cell, *_serve(arch, workload))
     results.write(folder)
     return folder
 
@@ -124,6 +127,19 @@ def _speculate(arch: str, batch: int, drafts: int) -> tuple[About, list[Row]]:
         Row(measure="lossless", value=1.0, n=batch, **at),
     ]
     return replace(_about(arch, "tiny"), options=f"draft=context drafts={drafts}"), rows
+
+
+def _serve(arch: str, workload: str) -> tuple[About, list[Row]]:
+    """A clock that is some percent fast, the more so for a first token."""
+    rate, off = 100 * QUALITY[arch], 1.05 if workload == "chat" else 1.1
+    rows = [
+        Row(measure="output_tok_per_s", value=rate, n=8),
+        Row(measure="output_tok_per_s_sim", value=rate * off, n=8),
+        Row(measure="output_tok_per_s_pred", value=rate * off**3, n=8),
+        Row(measure="ttft_p50_ms", value=3e4 / rate, n=8),
+        Row(measure="ttft_p50_sim_ms", value=3e4 / rate / off**2, n=8),
+    ]
+    return replace(_about(arch, "70m"), options=f"workload={workload} batching=continuous"), rows
 
 
 def _about(arch: str, scale: str) -> About:

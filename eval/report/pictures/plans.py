@@ -15,7 +15,7 @@ import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
-from eval.report.pictures import charts, speculation, tradeoffs
+from eval.report.pictures import charts, serving, speculation, tradeoffs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,15 +33,15 @@ class Plan(NamedTuple):
     """How a picture is made: its builder, what it needs, and how to read it.
 
     build: a chart, None where something was not measured, or why there is nothing to draw.
-    of: timings and speculation have a picture for each machine, tasks one for each, declarations
-      one for a setting, models one.
+    of: timings, speculation and servers have a picture for each machine, tasks one for each,
+      declarations one for a setting, models one.
     """
 
     title: str
     build: Callable[..., alt.LayerChart | str | None]
     needs: str
     how_to_read: str
-    of: Literal["timings", "speculation", "declarations", "models", "tasks"] = "timings"
+    of: Literal["timings", "speculation", "servers", "declarations", "models", "tasks"] = "timings"
 
 
 PLANS: dict[str, Plan] = {
@@ -107,6 +107,15 @@ PLANS: dict[str, Plan] = {
         "drafts more than is accepted; a dashed one that lies lower says that a batch has less "
         "time to give away. The pointer shows what was predicted.",
         of="speculation",
+    ),
+    "served-simulated": Plan(
+        "Servers on a clock against servers", serving.simulated_against_served,
+        "output_tok_per_s and output_tok_per_s_sim of servers",
+        "Each point is one load and policy: the server's figure over that of the same schedule on "
+        "a clock that knows the engine's single steps. At 1 the two agree; throughput should lie "
+        "in the dark band (±15 %), the time to the first token in the light one (±25 %). What is "
+        "off is the server's own: a host that is late, sequences that lie apart.",
+        of="servers",
     ),
     "loss-position": Plan(
         "Loss by position", charts.loss_against_mean, "loss_at_position",
@@ -176,6 +185,7 @@ def _settings(f: Figures, plan: Plan) -> Iterable[tuple[str, Sequence[tuple[obje
         return [(task, [(task,)]) for task in f.tasks]
     if plan.of == "declarations":
         return [("", [(s,) for s in f.declared_settings])]
-    timed = f.speculated_settings if plan.of == "speculation" else f.settings
+    apart = {"speculation": f.speculated_settings, "servers": f.served_settings}
+    timed = apart.get(plan.of, f.settings)
     machines = dict.fromkeys(s.hardware for s in timed)
     return [(m, [(s,) for s in timed if s.hardware == m]) for m in machines]
