@@ -22,6 +22,8 @@ from infer.sampling import Sampler, Sampling
 from infer.store import StateStore
 
 REPEATS = 3
+#: Of decode steps in a row the last is timed: all but a server's first are behind another.
+DECODED = 2
 #: Every batch up to this one is timed, then doublings.
 EACH = 8
 #: Widths of chunks that are timed, up to the token budget.
@@ -62,7 +64,8 @@ def calibrate(
     most, longest = len(engine.store.lengths), engine.store.max_context
     decode: dict[int, dict[int, float]] = {}
     for batch in _batches(most):
-        for held in (batch, longest // 2, longest - REPEATS - 1):
+        contexts = {batch - 1, longest // 2, longest - DECODED}
+        for held in sorted(n for n in contexts if batch <= n + 1 <= longest):
             ratio = _ratio(engine, predicted, [held - n for n in range(batch)], 1, shared)
             if ratio is not None:
                 decode.setdefault(batch, {})[held] = ratio
@@ -87,12 +90,12 @@ def _ratio(
     """Of the median of some equal steps; None where the store has no room for them."""
     tokens = torch.zeros(len(held), new_tokens, dtype=torch.int64, device=engine.device)
     sampler = Sampler(Sampling(), engine.device, backend=engine.backend)
+    steps = DECODED if new_tokens == 1 else 1
     ratios = []
     try:
         for repeat in range(REPEATS + 1):
             with _holding(engine.store, held, shared) as sequences:
-                # Behind another step, as all but a server's first are.
-                for _ in range(2 if new_tokens == 1 else 1):
+                for _ in range(min(steps, engine.store.max_context - max(held))):
                     began = time.perf_counter()
                     sampler(engine.extend_last(sequences, tokens), None).tolist()
                     spent_ms = (time.perf_counter() - began) * 1e3

@@ -257,18 +257,26 @@ def _serving(found: Evidence) -> Found:
 
 
 def _paging(found: Evidence, told: list[str]) -> Verdict:
-    paged, whole = (found.served(f"page_waste{more}") for more in ("", "_contiguous"))
+    """Removed is what pages waste less than half as much as whole contexts on the same load."""
     paged, whole = (
-        rows[rows["options"].str.contains("batching=continuous")] for rows in (paged, whole)
+        found.served(f"page_waste{more}").groupby(["arch", "options"])["value"].mean()
+        for more in ("", "_contiguous")
     )
-    if whole.empty:
+    paged = paged[[("batching=continuous" in options) for _, options in paged.index]]
+    if paged.empty:
         told.append("fragmentation not measured")
         return "not measured"
-    most, least = paged["value"].max(), whole["value"].min()
-    verdict: Verdict = "supported" if most < least / 2 else "refuted"
+    whole = whole[paged.index]
+    removed = paged < whole / 2
+    verdict: Verdict = (
+        "supported" if removed.all() else "conditional" if removed.any() else "refuted"
+    )
+    arch, load = (paged / whole).idxmax()
     told.append(
-        f"fragmentation {verdict}: pages waste at most {most:.0%} of their rows, whole contexts "
-        f"{least:.0%} or more"
+        f"fragmentation {verdict}: pages waste {paged.min():.0%} to {paged.max():.0%} of their "
+        f"rows, whole contexts {whole.min():.0%} to {whole.max():.0%}; pages save least on "
+        f"{load.split()[0].removeprefix('workload=')} ({arch}): {paged[arch, load]:.0%} against "
+        f"{whole[arch, load]:.0%}"
     )
     return verdict
 

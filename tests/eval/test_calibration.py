@@ -9,7 +9,7 @@ import torch
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.predict.accelerators import hardware_of
-from eval.predict.calibration import REPEATS, Calibration, calibrate
+from eval.predict.calibration import Calibration, calibrate
 from eval.predict.serving import StepTimes
 from infer.engine import Engine
 from infer.memory import keep_freed
@@ -74,7 +74,7 @@ def test_every_batch_and_width_is_timed_and_nothing_stays_held(arch: str, shared
 
     found = calibrate(engine, predicted, token_budget=24, shared=shared)
     assert {batch: [*at] for batch, at in found.decode.items()} == {
-        n: [n, 32, 64 - REPEATS - 1] for n in (1, 2, 3)
+        n: [n - 1, 32, 62] for n in (1, 2, 3)
     }
     assert {width: [*at] for width, at in found.chunks.items()} == {
         2: [0, 31], 8: [0, 28], 24: [0, 20],
@@ -91,9 +91,19 @@ def test_every_batch_and_width_is_timed_and_nothing_stays_held(arch: str, shared
 def test_contexts_without_room_are_left_out() -> None:
     engine = engine_of("gqa", pages=10)
     found = calibrate(engine, lambda held, new: 1.0, token_budget=8, shared=False)
-    assert [*found.decode[1]] == [1, 32, 60]
-    assert [*found.decode[2]] == [2, 32]
-    assert [*found.decode[3]] == [3]
+    assert [*found.decode[1]] == [0, 32, 62]
+    assert [*found.decode[2]] == [1, 32]
+    assert [*found.decode[3]] == [2]
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_the_shortest_context_is_timed_as_far_as_it_goes(longest: int) -> None:
+    model = ModelSpec(arch="gqa", scale=SMALL, hidden=16).build()
+    engine = Engine(model, max_sequences=3, max_context=longest, page_size=1, backend="torch")
+    found = calibrate(engine, lambda held, new: 1.0, token_budget=8, shared=False)
+    assert found.ratios(3, 1, np.array([0])) > 0
+    assert [*found.decode] == [*range(1, longest + 1)]
+    assert (2 in found.chunks) == (longest > 1)
 
 
 def test_this_process_keeps_what_it_frees() -> None:

@@ -103,7 +103,9 @@ def test_speed_ups_decide_the_claim_on_speculation(long: pd.DataFrame) -> None:
     assert verdicts(wrong)[12].verdict == "refuted"
 
 
-def with_servers(long: pd.DataFrame, gains: dict[str, float], **more: float) -> pd.DataFrame:
+def with_servers(
+    long: pd.DataFrame, gains: dict[str, float], *, page_waste: float = 0.08, **more: float
+) -> pd.DataFrame:
     """The table with servers of these gains of continuous over static batching."""
     base = long[long["measure"] == "bits_per_byte"].iloc[:1]
     made = []
@@ -111,7 +113,7 @@ def with_servers(long: pd.DataFrame, gains: dict[str, float], **more: float) -> 
         for measure, value, words in (
             ("batching_gain", gain, ""),
             ("batching_gain_equal_steps", 1.7, ""),
-            ("page_waste", 0.08, " batching=continuous"),
+            ("page_waste", page_waste, " batching=continuous"),
             ("page_waste_contiguous", 0.66, " batching=continuous"),
             ("page_waste", 0.5, " batching=static"),
             *((name, value, " batching=continuous") for name, value in more.items()),
@@ -131,7 +133,7 @@ def test_servers_decide_the_claim_on_batching(long: pd.DataFrame) -> None:
     assert claim.verdict == "conditional"
     assert "throughput conditional" in claim.evidence
     assert "1.40 (gdn) to 1.60 (gqa) times; steps of equal time would give 1.70" in claim.evidence
-    assert "pages waste at most 8% of their rows, whole contexts 66% or more" in claim.evidence
+    assert "fragmentation supported: pages waste 8% to 8% of their rows" in claim.evidence
     assert "prefixes not measured" in claim.evidence
     assert "copy-on-write not measured" in claim.evidence
     assert verdicts(with_servers(long, {"gqa": 0.9}))[14].verdict == "refuted"
@@ -150,6 +152,17 @@ def test_each_part_of_the_claim_on_servers_has_its_verdict(long: pd.DataFrame) -
     assert "prefixes conditional: 0% (gqa)" in missed.evidence
     assert told({"gqa": 2.1}, hit_rate=0.8, shared_state=0.0).verdict == "conditional"
     assert told({"gqa": 1.6}, hit_rate=0.8, shared_state=0.4).verdict == "conditional"
+
+
+def test_pages_are_held_to_whole_contexts_on_the_same_load(long: pd.DataFrame) -> None:
+    """A load of answers shorter than a page says nothing of the others."""
+    short = with_servers(long, {"gqa": 2.1}, page_waste=0.5)
+    assert "fragmentation refuted" in verdicts(short)[14].evidence
+    loads = [with_servers(long, {"mla": 2.1}), short[short["stage"] == "serve"]]
+    claim = verdicts(pd.concat(loads, ignore_index=True))[14]
+    assert claim.verdict == "conditional"
+    assert "fragmentation conditional: pages waste 8% to 50% of their rows" in claim.evidence
+    assert "pages save least on uneven (gqa): 50% against 66%" in claim.evidence
 
 
 def test_without_figures_claims_on_figures_are_not_measured(long: pd.DataFrame) -> None:
