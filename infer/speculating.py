@@ -9,14 +9,15 @@ import time
 from collections.abc import Sequence
 
 from archs.errors import UserError
-from infer.batch import Changes
+from infer.batch import Batch, Changes
 from infer.capacity import Capacity
 from infer.clock import StepClock
 from infer.draft_length import Fixed
 from infer.drafts import Drafter
 from infer.engine import Engine
+from infer.executor import EngineExecutor, Rule
 from infer.sequence import Answer
-from infer.server import EngineExecutor, Rule
+from infer.server import Ran
 from infer.speculate import Stream, advance, require_fit
 
 
@@ -47,17 +48,17 @@ class SpeculatingExecutor(EngineExecutor):
                 self.drafter.release(stream.sequence)
         super().follow(changes)
 
-    def _decode(self, answers: Sequence[Answer]) -> dict[Answer, list[int]]:
+    def run(self, batch: Batch, times: int, until_s: float) -> Ran:
+        """As `Executor.run`, once; a round for each rule of sampling."""
         # A first token follows from a prompt, in whatever chunks that was read.
-        first = [a for a in answers if a.made == 0]
-        tokens = super()._decode(first) if first else {}
+        tokens = self._plain([a for a in batch.decode if a.made == 0], batch)
         alike: dict[Rule, list[Answer]] = {}
-        for answer in answers:
+        for answer in batch.decode:
             if answer.made:
                 alike.setdefault(answer.request.sampling.rule, []).append(answer)
         for members in alike.values():
             tokens |= self._round(members)
-        return tokens
+        return Ran(1, tokens)
 
     def _round(self, answers: Sequence[Answer]) -> dict[Answer, list[int]]:
         streams = [self._stream_of(a) for a in answers]

@@ -40,9 +40,9 @@ from eval.results.rows import About, Found, Row, Status
 from infer.capacity import Capacity
 from infer.drafts import PromptLookup
 from infer.engine import Engine
+from infer.executor import EngineExecutor
 from infer.graphs import CAPTURE_AFTER, bucket
 from infer.sequence import Answer, Ending
-from infer.server import EngineExecutor
 from infer.speculating import SpeculatingExecutor
 
 #: Greedy answers that are held to what the engine gives to their requests alone.

@@ -14,10 +14,11 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from infer.capacity import Capacity
 from infer.engine import Engine
+from infer.executor import EngineExecutor
 from infer.policy import Policy
 from infer.scheduler import Scheduler
 from infer.sequence import Request
-from infer.server import EngineExecutor, Server
+from infer.server import Server
 from infer.store import StateStore
 
 ARCH, SCALE, BATCH = "gdn:gqa=3:1", "1b", 64

@@ -271,7 +271,7 @@ def _paging(found: Evidence, told: list[str]) -> Verdict:
     verdict: Verdict = (
         "supported" if removed.all() else "conditional" if removed.any() else "refuted"
     )
-    arch, load = (paged / whole).idxmax()
+    arch, load = map(str, paged.index[int((paged / whole).to_numpy().argmax())])
     told.append(
         f"fragmentation {verdict}: pages waste {paged.min():.0%} to {paged.max():.0%} of their "
         f"rows, whole contexts {whole.min():.0%} to {whole.max():.0%}; pages save least on "

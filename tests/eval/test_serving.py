@@ -30,9 +30,10 @@ from eval.results.rows import Found, Status, records
 from infer.batch import Batch
 from infer.capacity import Capacity
 from infer.engine import Engine
+from infer.executor import EngineExecutor
 from infer.policy import Policy
 from infer.sequence import Answer
-from infer.server import EngineExecutor, Ran
+from infer.server import Ran
 from kernels.sampling.nucleus import NO_TOKEN
 from tests.eval.synthetic import HERE
 

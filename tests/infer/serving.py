@@ -12,11 +12,12 @@ from infer.clock import StepClock
 from infer.draft_length import Fixed
 from infer.drafts import PromptLookup
 from infer.engine import Engine
+from infer.executor import EngineExecutor
 from infer.policy import Policy
 from infer.sampling import Sampler, Sampling, stream
 from infer.scheduler import SCHEDULERS
 from infer.sequence import Answer, Request
-from infer.server import EngineExecutor, Server
+from infer.server import Server
 from infer.speculate import Stream, advance
 from infer.speculating import SpeculatingExecutor
 from tests.infer.speculating import lively

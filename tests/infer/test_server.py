@@ -21,11 +21,12 @@ from archs.errors import UserError
 from infer.capacity import Capacity
 from infer.drafts import ModelDrafter, PromptLookup
 from infer.engine import Engine
+from infer.executor import EngineExecutor
 from infer.graphs import GraphedStep
 from infer.policy import Policy
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending
-from infer.server import EngineExecutor, Ran, Server
+from infer.server import Ran, Server
 from infer.speculating import SpeculatingExecutor
 from tests.infer.recorded import Again
 from tests.infer.serving import (

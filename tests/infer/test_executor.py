@@ -1,0 +1,52 @@
+"""A server's steps on an engine: the device is waited for once in each."""
+
+import pytest
+import torch
+
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
+from infer.capacity import Capacity
+from infer.engine import Engine
+from infer.executor import EngineExecutor
+from infer.policy import Policy
+from infer.sampling import Sampling
+from infer.scheduler import Scheduler
+from infer.sequence import Request
+from infer.server import Server
+
+SMALL = get_scale("tiny").with_options(
+    {"d_model": 64, "head_dim": 32, "n_layers": 2, "vocab_size": 31, "seq_len": 16}
+)
+
+
+def test_tokens_are_read_once_when_all_of_a_step_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Decode of two rules of sampling, a prompt's end and a chunk in its middle, in one step."""
+    model = ModelSpec(arch="gqa", scale=SMALL, hidden=16).build().eval()
+    capacity = Capacity.of(model.state_specs(), max_sequences=4, max_context=64, page_size=8)
+    engine = Engine(model, max_sequences=4, max_context=64, page_size=8, pages=capacity.pages)
+    server = Server(Scheduler(capacity, Policy(token_budget=16)), EngineExecutor(engine))
+    drawn = Sampling(temperature=0.8)
+    server.submit(Request(prompt=[1, 2], max_new_tokens=9))
+    server.submit(Request(prompt=[3], max_new_tokens=9, sampling=drawn))
+    server.step()
+    last = server.submit(Request(prompt=[4] * 5, max_new_tokens=3, sampling=drawn))
+    long = server.submit(Request(prompt=[5] * 40, max_new_tokens=3))
+    told: list[str] = []
+    extend_last, tolist = engine.extend_last, torch.Tensor.tolist
+
+    def extending(*given: object) -> torch.Tensor:
+        told.append("step")
+        return extend_last(*given)  # type: ignore[arg-type]
+
+    def reading(tensor: torch.Tensor) -> object:
+        told.append("read")
+        return tolist(tensor)
+
+    monkeypatch.setattr(engine, "extend_last", extending)
+    monkeypatch.setattr(torch.Tensor, "tolist", reading)
+    turn = server.step()
+    assert turn is not None and len(turn.batch.decode) == 2 and len(turn.batch.chunks) == 2
+    assert told == ["step"] * (1 + len([*turn.batch.chunk_groups()])) + ["read"]
+    assert (last.made, long.made, long.held) == (1, 0, 9)
