@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -137,3 +138,18 @@ def _in_rounds(
             if stop in made:
                 break
     return tokens
+
+
+def drain(server: Any) -> None:
+    while server.step() is not None:
+        pass
+
+
+def require_nothing_held(server: Any, engine: Engine) -> None:
+    assert server.scheduler.idle
+    assert not any(server.scheduler.ledger.used)
+    server.close()
+    assert not server.executor._kept
+    assert not server.scheduler.prefixes.cached.nodes
+    assert server.scheduler.free_pages == tuple(server.scheduler.capacity.pages.values())
+    assert engine.store.allocated_bytes == 0

@@ -18,17 +18,14 @@ from hypothesis.stateful import (
 )
 
 from archs.errors import UserError
-from infer.capacity import Capacity
 from infer.drafts import ModelDrafter, PromptLookup
 from infer.engine import Engine
 from infer.executor import EngineExecutor
-from infer.graphs import GraphedStep
 from infer.policy import Policy
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending
 from infer.server import Ran, Server
 from infer.speculating import SpeculatingExecutor
-from tests.infer.recorded import Again
 from tests.infer.serving import (
     BUDGET,
     PAGE,
@@ -36,27 +33,13 @@ from tests.infer.serving import (
     alone,
     alone_from,
     capacity_of,
+    drain,
     request_of,
+    require_nothing_held,
     served_model,
     server_of,
 )
-from tests.infer.test_machine import CONTEXT, KINDS, model_of
-from tests.kernels.interpreter import interpreted
-
-
-def drain(server: Any) -> None:
-    while server.step() is not None:
-        pass
-
-
-def require_nothing_held(server: Any, engine: Engine) -> None:
-    assert server.scheduler.idle
-    assert not any(server.scheduler.ledger.used)
-    server.close()
-    assert not server.executor._kept
-    assert not server.scheduler.prefixes.cached.nodes
-    assert server.scheduler.free_pages == tuple(server.scheduler.capacity.pages.values())
-    assert engine.store.allocated_bytes == 0
+from tests.infer.test_machine import CONTEXT, KINDS
 
 
 class Company(RuleBasedStateMachine):
@@ -364,37 +347,3 @@ def test_engines_with_less_than_the_scheduler_hands_out_are_refused(more: dict[s
     engine = Engine(model, **options)
     with pytest.raises(UserError, match="does not hold what the scheduler may hand out"):
         Server(Scheduler(capacity, Policy(token_budget=BUDGET)), EngineExecutor(engine))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["rows", "window 9", "state and rows"])
-def test_kernels_and_graphs_serve_the_same_answers(kind: str) -> None:
-    """In Triton's interpreter; decode steps are recorded, and replayed in padded batches."""
-    requests = [request_of(n, 3 + 4 * n, 9 - n) for n in range(5)]
-    with interpreted():
-        served = {}
-        for backend in ("torch", "triton"):
-            model = model_of(kind).use(backend)
-            capacity = replace(
-                Capacity.of(
-                    model.state_specs(), max_sequences=SEQUENCES, max_context=48, page_size=16
-                ),
-                pages={key: 6 for key in capacity_of(model).pages},
-            )  # fmt: skip
-            engine = Engine(
-                model, max_sequences=SEQUENCES, max_context=48, page_size=16,
-                pages=capacity.pages, backend=backend,
-            )  # fmt: skip
-            if backend == "triton":
-                engine.graphed = GraphedStep(model, engine.store, recorder=Again)
-            server = Server(
-                Scheduler(capacity, Policy(token_budget=BUDGET)), EngineExecutor(engine)
-            )
-            answers = [server.submit(r) for r in requests]
-            drain(server)
-            require_nothing_held(server, engine)
-            served[backend] = [a.tokens for a in answers]
-            if engine.graphed is not None:
-                assert engine.graphed._graphs
-    assert served["triton"] == served["torch"]
