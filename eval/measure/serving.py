@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ from eval.predict.machine import Roofline
 from eval.predict.neighbours import Neighbours
 from eval.predict.roofline import resident_bytes
 from eval.predict.serving import ClockExecutor, StepTimes
+from eval.results.measures import on_clock
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
 from infer.capacity import Capacity
@@ -176,7 +177,7 @@ class _Runs:
     def rows(self, rates: Roofline) -> list[Row]:
         """The figures of every run, and of the same one on the clocks."""
         # A clock makes no tokens, so it cannot know which drafts are right.
-        clocks: dict[str, StepTimes] = {}
+        clocks: dict[Literal["pred", "sim"], StepTimes] = {}
         if self._engines_own is not None:
             clocks = {"pred": self._times(rates), "sim": self._engines_own}
         rows: list[Row] = []
@@ -196,7 +197,7 @@ class _Runs:
                 )  # fmt: skip
                 predicted = clocked.log.figures(clocked.answers, self.plan.limits)
                 rows += [
-                    Row(measure=_by(clock, name), value=predicted[name], **at)
+                    Row(measure=on_clock(name, clock), value=predicted[name], **at)
                     for name in PREDICTED if name in predicted
                 ]  # fmt: skip
         return [*rows, *self._gain_rows()]
@@ -225,11 +226,6 @@ class _Runs:
                 note=f"{ratios[0]:.2f} to {ratios[-1]:.2f}", **at),
             Row(measure="batching_gain_equal_steps", value=uneven(lengths, at["batch"]), **at),
         ]  # fmt: skip
-
-
-def _by(clock: str, name: str) -> str:
-    """The name of a measure on a clock; units come last."""
-    return f"{name.removesuffix('_ms')}_{clock}_ms" if name.endswith("_ms") else f"{name}_{clock}"
 
 
 def warm_up(engine: Engine) -> None:

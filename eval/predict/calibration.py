@@ -7,7 +7,6 @@ a server and its clock is the server's own: what company costs, gathers, the hos
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from math import log
 import numpy as np
 import torch
 
+from eval.predict.machine import now_s
 from infer.engine import Engine
 from infer.pages import StoreFullError
 from infer.sampling import Sampler, Sampling
@@ -96,9 +96,10 @@ def _ratio(
         for repeat in range(REPEATS + 1):
             with _holding(engine.store, held, shared) as sequences:
                 for _ in range(min(steps, engine.store.max_context - max(held))):
-                    began = time.perf_counter()
+                    # What filled the sequences may still be under way.
+                    began = now_s(engine.device)
                     sampler(engine.extend_last(sequences, tokens), None).tolist()
-                    spent_ms = (time.perf_counter() - began) * 1e3
+                    spent_ms = (now_s(engine.device) - began) * 1e3
                 if repeat:
                     ratios.append(spent_ms / predicted(held, new_tokens))
     except StoreFullError:

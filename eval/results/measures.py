@@ -168,3 +168,8 @@ MEASURES: dict[str, Measure] = {
     "matrix_flops_per_s": Measure("FLOP/s", "higher", "measured matrix rate"),
     "ridge_flop_per_byte": Measure("FLOP/byte", None, "matrix rate / copy or read bandwidth"),
 }
+
+
+def on_clock(measure: str, clock: Literal["pred", "sim"]) -> str:
+    """The name of what a clock says of a measure: its unit stays last."""
+    return f"{measure[:-3]}_{clock}_ms" if measure.endswith("_ms") else f"{measure}_{clock}"

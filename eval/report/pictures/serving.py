@@ -7,6 +7,7 @@ from eval.report.figures import Figures, Setting
 from eval.report.pictures.canvas import themed
 from eval.report.pictures.marks import Chart, tips
 from eval.report.pictures.palette import FAINT, INK
+from eval.results.measures import on_clock
 
 #: Measures beside the bound on their error, and what they are called.
 COMPARED = {
@@ -21,16 +22,16 @@ def simulated_against_served(f: Figures, setting: Setting) -> Chart | None:
     """Each server's figures over those of its clock, by architecture."""
     parts, errors = [], []
     for measure, (_, what) in COMPARED.items():
-        clocked = _on(measure, "sim")
+        clocked = on_clock(measure, "sim")
         data = f.served(setting, measure, clocked)
         if data.empty:
             continue
         data = data.assign(ratio=data[measure] / data[clocked], what=what)
         errors.append(f"{what} {_off(data['ratio'])}")
         parts.append(data[["arch", "options", "ratio", "what"]])
-        predicted = f.served(setting, measure, _on(measure, "pred"))
+        predicted = f.served(setting, measure, on_clock(measure, "pred"))
         if not predicted.empty:
-            alone = predicted[measure] / predicted[_on(measure, "pred")]
+            alone = predicted[measure] / predicted[on_clock(measure, "pred")]
             errors[-1] += f" ({_off(alone)} by the roofline alone)"
     if not parts:
         return None
@@ -57,11 +58,6 @@ def simulated_against_served(f: Figures, setting: Setting) -> Chart | None:
         bands[0] + bands[1] + even.encode(alt.X("ratio:Q", scale=x)) + points,
         "Servers against their clock", "median error: " + " · ".join(errors), str(setting),
     )  # fmt: skip
-
-
-def _on(measure: str, clock: str) -> str:
-    """The measure of the same on a clock; units come last."""
-    return f"{measure[:-3]}_{clock}_ms" if measure.endswith("_ms") else f"{measure}_{clock}"
 
 
 def _off(ratios: "pd.Series[float]") -> str:
