@@ -16,7 +16,8 @@ from eval.report.pictures.plans import PLANS, pictures
 __all__ = [
     "crossings", "intensity_against_context", "latency_against_context", "loss_against_size",
     "loss_by_position", "predicted_against_measured", "quality_against_state", "roofline",
-    "sequences_against_context", "slope_against_state", "speedup_against_drafts", "task",
+    "sequences_against_context", "simulated_against_served", "slope_against_state",
+    "speedup_against_drafts", "task",
     "throughput_against_latency", "without_state",
 ]  # fmt: skip
 
@@ -43,6 +44,7 @@ intensity_against_context = _plot("intensity")
 loss_against_size = _plot("ladder")
 predicted_against_measured = _plot("predicted-measured")
 speedup_against_drafts = _plot("speculation")
+simulated_against_served = _plot("served-simulated")
 
 
 def loss_by_position(results: pd.DataFrame, *, from_mean: bool = False) -> alt.LayerChart:

@@ -18,6 +18,8 @@ from tests.eval.synthetic import write_run
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "eval.cli"]
+#: A shell's background jobs, which these tests may be, ignore Ctrl-C.
+HEEDING = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 
 
 def process(*arguments: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
@@ -93,7 +95,7 @@ def test_an_output_that_takes_nothing_is_one_line_or_silence(target: str, tmp_pa
 @pytest.mark.parametrize("delay_s", [0.2, 0.5, 0.9, 1.4])
 def test_ctrl_c_while_libraries_are_imported_is_one_line(delay_s: float) -> None:
     """Waits until Python itself has begun, which nobody guards."""
-    code = "print('up', flush=True)\nfrom eval.cli import main\nmain()"
+    code = HEEDING + "print('up', flush=True)\nfrom eval.cli import main\nmain()"
     with subprocess.Popen(
         [sys.executable, "-c", code, "predict"], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -110,8 +112,10 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(delay_s: float) -> None
 
 def test_ctrl_c_that_a_library_turned_into_something_else_is_one_line() -> None:
     """As C extensions do whose import fails: what they raise does not name the interrupt."""
-    code = """
-import os, signal, sys
+    code = (
+        HEEDING
+        + """
+import os, sys
 class Extension:
     def find_spec(self, name, path, target=None):
         if name != "eval.cli.app":
@@ -124,6 +128,7 @@ class Extension:
 sys.meta_path.insert(0, Extension())
 from eval.cli import main
 main()"""
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "archs"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -30,7 +30,7 @@ from eval.results.rows import Found, Status, records
 from infer.batch import Batch
 from infer.capacity import Capacity
 from infer.engine import Engine
-from infer.executor import EngineExecutor
+from infer.executor import Chosen, EngineExecutor
 from infer.policy import Policy
 from infer.sequence import Answer
 from infer.server import Ran
@@ -329,10 +329,9 @@ def test_an_answer_that_depends_on_its_company_fails_the_point(
 
     def confused(
         self: EngineExecutor, logits: torch.Tensor, asked: Sequence[tuple[int, Answer]]
-    ) -> dict[Answer, int]:
-        found = sample(self, logits, asked)
+    ) -> list[Chosen]:
         # The logits of a neighbour, as if a page had been lent twice.
-        return dict(zip(found, [*found.values()][::-1], strict=True))
+        return [(members, tokens.flip(0)) for members, tokens in sample(self, logits, asked)]
 
     monkeypatch.setattr(EngineExecutor, "_sample", confused)
     failure = measured().failure
@@ -342,9 +341,12 @@ def test_an_answer_that_depends_on_its_company_fails_the_point(
 
 
 def test_answers_that_fail_fail_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        EngineExecutor, "_sample", lambda self, logits, asked: {a: [NO_TOKEN] for _, a in asked}
-    )
+    def without(
+        self: EngineExecutor, logits: torch.Tensor, asked: Sequence[tuple[int, Answer]]
+    ) -> list[Chosen]:
+        return [([answer for _, answer in asked], torch.full((len(asked),), NO_TOKEN))]
+
+    monkeypatch.setattr(EngineExecutor, "_sample", without)
     failure = measured().failure
     assert failure is not None
     assert failure.status == Status.NAN
