@@ -17,8 +17,7 @@ __all__ = [
     "crossings", "intensity_against_context", "latency_against_context", "loss_against_size",
     "loss_by_position", "predicted_against_measured", "quality_against_state", "roofline",
     "sequences_against_context", "simulated_against_served", "slope_against_state",
-    "speedup_against_drafts", "task",
-    "throughput_against_latency", "without_state",
+    "speedup_against_drafts", "task", "throughput_against_latency", "without_state",
 ]  # fmt: skip
 
 
