@@ -25,7 +25,7 @@ def keep_freed() -> bool:
     """Let this process keep blocks of up to 32 MiB that it frees; False where no glibc is.
 
     By itself glibc gives them back or keeps them, as the heap happens to lie: gathering the rows of
-    eight sequences, step by step into new memory, took 16 ms or 70 ms, the kernel's clearing pages.
+    six sequences, layer by layer into new memory, took 16 ms or 70 ms, the kernel's clearing pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
