@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.backends import BACKENDS
 from archs.cost import Cost, OpCost, Step
@@ -20,6 +19,7 @@ from archs.errors import UserError, unknown_name
 from archs.layers import NORM_EPS, Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
 from archs.ops.dense import product
+from archs.ops.matrix import Matrix, Weight, declared_bytes, rows_of, storage_of, weights_of
 from archs.spec import StateSpec
 from archs.state import LayerState
 
@@ -108,6 +108,8 @@ class Model(nn.Module):
         self.norm = RMSNorm(d_model, norm_eps)
         self.head = None if tied else Projection(d_model, vocab_size)
         self.vocab_size = vocab_size
+        #: The name of the format of the weights (`archs.weights`); "": plain numbers.
+        self.weight_format = ""
         self._widths = widths
 
     @property
@@ -118,9 +120,9 @@ class Model(nn.Module):
         return self._widths[0]
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Weight:
         """What makes logits of hidden states, [V, D]."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.embedding.weight if self.head is None else self.head.stored
 
     def use(self, backend: str) -> "Model":
         """Run all operations in their forms for `backend` (`archs.backends`), in place."""
@@ -148,7 +150,7 @@ class Model(nn.Module):
         `require_hidden`.
         """
         self.require_hidden(tokens, hidden)
-        return F.embedding(tokens, self.embedding.weight)
+        return rows_of(self.embedding.weight, tokens)
 
     def require_hidden(self, tokens: Tensor, hidden: Tensor | None) -> None:
         """Raise UserError for hidden states that this model does not read, or lacks."""
@@ -218,20 +220,18 @@ class Model(nn.Module):
 
     def cost(self, step: Step, *, all_logits: bool = False) -> Cost:
         """FLOPs and bytes of one step; the head runs on each sequence's last token by default."""
-        weight = self.embedding.weight
-        d_model = weight.shape[1]
+        vocabulary, d_model = self.embedding.weight.shape
         rows = step.tokens if all_logits else step.batch
-        embed = OpCost(
-            name="embedding rows", weight_bytes=step.tokens * d_model * weight.element_size()
-        )
+        table, of_head = declared_bytes(self.embedding.weight), self.head_weight
+        embed = OpCost(name="embedding rows", weight_bytes=step.tokens * table // vocabulary)
         norm = OpCost(
             name="final norm",
             vector_flops=4 * step.tokens * d_model,
             weight_bytes=self.norm.weight.nbytes,
         )
         head = OpCost(
-            name="head", matrix_flops=2 * rows * weight.numel(),
-            weight_bytes=self.head_weight.nbytes, rows=rows,
+            name="head", matrix_flops=2 * rows * of_head.numel(),
+            weight_bytes=declared_bytes(of_head), rows=rows, storage=storage_of(of_head),
         )  # fmt: skip
         return Cost.total(
             [Cost.of(embed), *(b.cost(step) for b in self.layers), Cost.of(norm, head)]
@@ -240,7 +240,7 @@ class Model(nn.Module):
     def non_embedding_parameters(self) -> int:
         """Parameters apart from the embedding and the head."""
         apart = {id(self.embedding.weight), id(self.head_weight)}
-        return sum(p.numel() for p in self.parameters() if id(p) not in apart)
+        return sum(p.numel() for p in weights_of(self) if id(p) not in apart)
 
     def state_bytes(
         self, context: int, *, page_size: int = 1, lookback: int = 0, replay: int = 0
@@ -331,6 +331,9 @@ def cast(model: Built, dtype: torch.dtype) -> Built:
     for name, parameter in model.named_parameters():
         if name not in delicate:
             parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Matrix):
+            module.give(dtype)
     return model
 
 
@@ -345,6 +348,9 @@ def lay_out(model: Model, rows: int) -> Model:
     the rate; with more rows, in bfloat16 and on other devices row-major wins.
     """
     for weight in _matrices(model):
+        if isinstance(weight, Matrix):
+            weight.lay_out()
+            continue
         turned = column_major(rows, weight)
         if turned != weight.t().is_contiguous():
             data = weight.data
@@ -358,12 +364,12 @@ def column_major(rows: int, weight: Tensor) -> bool:
     return narrow and weight.device.type == "cpu"
 
 
-def _matrices(model: Model) -> Iterator[Tensor]:
+def _matrices(model: Model) -> Iterator[Weight]:
     if model.head is None:
         yield model.embedding.weight
     for module in model.modules():
         if isinstance(module, Projection):
-            yield module.weight
+            yield module.stored
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -56,6 +56,7 @@ class OpCost:
     """FLOPs and bytes of one named operation, for the whole batch.
 
     rows: of a product with weights, the rows they are multiplied with; 0 where it is none.
+    storage: the format of the weights where it is none of plain numbers.
     """
 
     name: str
@@ -65,6 +66,7 @@ class OpCost:
     state_read_bytes: int = 0
     state_write_bytes: int = 0
     rows: int = 0
+    storage: str = ""
 
     @property
     def flops(self) -> int:
@@ -134,10 +136,13 @@ class Cost:
 
 @runtime_checkable
 class Stored(Protocol):
-    """A linear layer that says how its weights are stored."""
+    """A linear layer that says how its weights are stored: their bytes, and a format's name."""
 
     @property
-    def format(self) -> Format: ...
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def storage(self) -> str: ...
 
 
 def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
@@ -147,13 +152,17 @@ def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
     their dtype.
     """
     weights, bias = layer.in_features * layer.out_features, layer.bias
-    stored = layer.format if isinstance(layer, Stored) else Format.of(layer.weight.dtype)
+    if isinstance(layer, Stored):
+        stored, storage = layer.weight_bytes, layer.storage
+    else:
+        stored, storage = Format.of(layer.weight.dtype).nbytes(weights), ""
     return OpCost(
         name=name,
         matrix_flops=2 * tokens * weights,
         vector_flops=0 if bias is None else tokens * bias.numel(),
-        weight_bytes=stored.nbytes(weights) + (0 if bias is None else bias.nbytes),
+        weight_bytes=stored + (0 if bias is None else bias.nbytes),
         rows=tokens,
+        storage=storage,
     )
 
 

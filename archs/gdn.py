@@ -82,7 +82,8 @@ class GatedDeltaNet(Mixer):
         keys = config.key_heads * config.key_dim
         values = config.value_heads * config.value_dim
         heads = config.value_heads
-        self.q_k_v_z_b_a = Projection(place.d_model, keys, keys, values, values, heads, heads)
+        sizes = (keys, keys, values, values, heads, heads)
+        self.q_k_v_z_b_a = Projection(place.d_model, *sizes, gates=(4, 5))
         self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, config.conv_width))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))

@@ -124,7 +124,7 @@ class Attention(Mixer):
         """x: [B, K, D] -> [B, K, D]."""
         c = self.config
         q, seen = project_append(
-            x, self.qkv.weight, state, "kv", kv_heads=c.kv_heads, head_dim=c.head_dim,
+            x, self.qkv.stored, state, "kv", kv_heads=c.kv_heads, head_dim=c.head_dim,
             theta=c.rope_theta, backend=self.backend,
         )  # fmt: skip
         return self._attend(q, seen)

@@ -9,13 +9,13 @@ are the trunk's. It is trained with the trunk (`train.heads`) and drafts for it
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.backbone import Block, Model
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.errors import UserError
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer
+from archs.ops.matrix import rows_of
 
 #: What a head is called as a draft, as a trunk's part while both are trained, and in a checkpoint.
 HEAD = "mtp"
@@ -47,6 +47,7 @@ class HeadModel(Model):
         self.blocks = nn.ModuleList([head.block])
         self.norm = head.norm
         self.vocab_size = trunk.vocab_size
+        self.weight_format = trunk.weight_format
         mlp = head.block.mlp
         self._widths = [0 if mlp is None else mlp.hidden]
         self.use(trunk.backend)
@@ -55,7 +56,7 @@ class HeadModel(Model):
         """As `Model.embed`."""
         self.require_hidden(tokens, hidden)
         assert hidden is not None
-        embedded = F.embedding(tokens, self.embedding.weight)
+        embedded = rows_of(self.embedding.weight, tokens)
         return self.join(torch.cat((self.norm_hidden(hidden), self.norm_token(embedded)), -1))
 
     def require_hidden(self, tokens: Tensor, hidden: Tensor | None) -> None:

@@ -4,13 +4,15 @@ Projections that read the same input are one matrix (`Projection`): fewer launch
 and the optimiser still sees the parts by their `sizes`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from archs.cost import Cost, OpCost, Step, linear_cost
-from archs.formats import Format
 from archs.ops import dense
 from archs.ops.dense import Input, Unnormed, norm_swiglu, product
+from archs.ops.matrix import Matrix, Weight, declared_bytes, storage_of
 
 #: What norms add to a mean square where nothing else is said.
 NORM_EPS = 1e-5
@@ -54,20 +56,45 @@ class RMSNorm(Leaf, nn.Module):
 
 
 class Projection(Leaf, nn.Linear):
-    """Several projections of one input as one matrix; no bias. [..., D] -> [..., sum(sizes)]."""
+    """Several projections of one input as one matrix; no bias. [..., D] -> [..., sum(sizes)].
+
+    residual: it writes into the residual stream: initialised (2L)^-0.5 smaller.
+    gates: which of `sizes` give decays, gates of states or step sizes: stored in few bits only
+      where somebody asks for that.
+    plain: other products than `forward` read the weights: they stay plain numbers.
+    """
 
     backend: str = "torch"
 
-    def __init__(self, d_in: int, *sizes: int, residual: bool = False) -> None:
+    def __init__(
+        self, d_in: int, *sizes: int, residual: bool = False, gates: Sequence[int] = (),
+        plain: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(d_in, sum(sizes), bias=False)
         self.sizes = sizes
-        #: Writes into the residual stream: initialised (2L)^-0.5 smaller.
         self.residual = residual
+        self.gates = tuple(gates)
+        self.plain = plain
 
     @property
-    def format(self) -> Format:
-        """How the weights are stored, which is what a step reads of them."""
-        return Format.of(self.weight.dtype)
+    def stored(self) -> Weight:
+        """The weights [N, D], plain or packed."""
+        return self.weight
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the format of the weights says, which is what a step reads of them."""
+        return declared_bytes(self.stored)
+
+    @property
+    def storage(self) -> str:
+        """The name of the format that decides how fast the weights are read; "" for plain ones."""
+        return storage_of(self.stored)
+
+    def store(self, weight: Matrix | nn.Parameter) -> None:
+        """Hold the weights in another way."""
+        del self.weight
+        self.weight = weight  # type: ignore[assignment]
 
     def __call__(self, x: Input) -> Tensor:
         """`forward`, called directly."""
@@ -75,7 +102,7 @@ class Projection(Leaf, nn.Linear):
 
     def forward(self, x: Input) -> Tensor:
         """x: [..., D] -> [..., sum(sizes)]."""
-        return product(x, self.weight, backend=self.backend)
+        return product(x, self.stored, backend=self.backend)
 
 
 class SwiGLU(nn.Module):
@@ -91,7 +118,7 @@ class SwiGLU(nn.Module):
 
     def after(self, x: Unnormed) -> Tensor:
         """The MLP of norm(x). [B, T, D] -> [B, T, D]."""
-        return self.down(norm_swiglu(x, self.gate_up.weight, backend=self.backend))
+        return self.down(norm_swiglu(x, self.gate_up.stored, backend=self.backend))
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

@@ -80,7 +80,8 @@ class Mamba2(Mixer):
         self.inner = config.n_heads * config.head_dim
         shared = config.groups * config.state_dim
         heads = config.n_heads
-        self.z_x_b_c_dt = Projection(place.d_model, self.inner, self.inner, shared, shared, heads)
+        sizes = (self.inner, self.inner, shared, shared, heads)
+        self.z_x_b_c_dt = Projection(place.d_model, *sizes, gates=(4,))
         self.conv_weight = nn.Parameter(torch.empty(self.inner + 2 * shared, config.conv_width))
         self.conv_bias = nn.Parameter(torch.empty(self.inner + 2 * shared))
         self.dt_bias = nn.Parameter(torch.empty(heads))

@@ -117,7 +117,7 @@ class LatentAttention(Mixer):
             self.q_norm = RMSNorm(c.q_rank, eps=1e-6)
             self.q_up = Projection(c.q_rank, *query)
         self.kv_norm = RMSNorm(c.rank, eps=1e-6)
-        self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim)
+        self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim, plain=True)
         self.out = Projection(heads * c.v_dim, place.d_model, residual=True)
 
     def _down(self, x: Input) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file that holds a run and says what it is.
 
 Tensors are named `model.*`, `optimizer.*` and `rng.*`; the header carries JSON metadata from
-which the model is rebuilt without any other file. Nothing is unpickled, and no code is loaded
-because a checkpoint names it. Writing is atomic (`archs.files`), so a kill or a full disk leaves
-the earlier checkpoint intact.
+which the model is rebuilt without any other file, the format of packed weights included. Nothing
+is unpickled, and no code is loaded because a checkpoint names it. Writing is atomic
+(`archs.files`), so a kill or a full disk leaves the earlier checkpoint intact.
 """
 
 import hashlib
@@ -18,13 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from archs.backbone import Model
+from archs.backbone import Model, cast
 from archs.checks import parse
 from archs.errors import UserError
 from archs.files import make_folder, write
 from archs.heads import HEAD, HeadModel
 from archs.layers import NORM_EPS
 from archs.registry import ModelSpec, names_in, source_digest
+from archs.storage import store
+from archs.weights import PLAIN_WEIGHTS, WeightFormat
 from train.optim import Optimizer
 from train.recipe import LATER, UNHASHED, Recipe
 
@@ -100,12 +102,23 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a checkpoint says about itself."""
+    """What a checkpoint says about itself. weights: the format that its model's weights are packed
+    in (`archs.weights`); "": plain numbers.
+    """
 
     identity: Identity
     config_hash: str
     progress: Progress
     torch_version: str
+    weights: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """As plain JSON values, the header of a file."""
+        values = {
+            **self.identity.to_dict(), "config_hash": self.config_hash,
+            "progress": asdict(self.progress), "torch_version": self.torch_version,
+        }  # fmt: skip
+        return values | ({"weights": self.weights} if self.weights else {})
 
 
 def save_checkpoint(
@@ -118,19 +131,29 @@ def save_checkpoint(
     device = model.embedding.weight.device
     if device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    description = {
-        **identity.to_dict(),
-        "config_hash": identity.config_hash,
-        "progress": asdict(progress),
-        "torch_version": str(torch.__version__),
-    }
-    metadata = {"format": FORMAT, "checkpoint": json.dumps(description)}
+    version = str(torch.__version__)
+    _write(path, tensors, Metadata(identity, identity.config_hash, progress, version))
+
+
+def save_compressed(path: Path, model: Model, parent: Path) -> None:
+    """Write a model whose weights are packed, made from the checkpoint `parent`, to `path`.
+
+    It can be loaded, and not be trained on; a head that was trained with the model stays as it is.
+    Raises UserError as `save_checkpoint` and where `parent` is none of ours.
+    """
+    metadata, heads = _read(parent, f"model.{HEAD}.")
+    tensors = heads | {f"model.{k}": v for k, v in model.state_dict().items()}
+    _write(path, tensors, replace(metadata, weights=model.weight_format))
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    header = {"format": FORMAT, "checkpoint": json.dumps(metadata.describe())}
     # Cloned row-major: safetensors takes no views into one storage, and an engine may have laid
     # the model's matrices out column-major.
     rows = {k: v.detach().cpu() for k, v in tensors.items()}
     rows = {k: v.clone(memory_format=torch.contiguous_format) for k, v in rows.items()}
     make_folder(path.parent)
-    write(path, save(rows, metadata))
+    write(path, save(rows, header))
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -145,6 +168,11 @@ def resume(path: Path, model: Model, optimizer: Optimizer, identity: Identity) -
     """
     metadata, tensors = _read(path, "all")
     _require_same(path, metadata, identity)
+    if metadata.weights:
+        raise UserError(
+            f"{path} holds weights packed as {metadata.weights}, which cannot be trained on; train "
+            "on from the checkpoint that they were made of"
+        )
     weights = _under("model.", tensors)
     _require_fit(path, model, weights)
     _load_weights(model, weights)
@@ -167,6 +195,7 @@ def load_model(
 ) -> Model:
     """The trained model, rebuilt from the checkpoint alone.
 
+    dtype: of all that is not packed, and what is computed in.
     arch: the architecture file, to be named by the user if the run was trained from one, since
         a checkpoint alone must not make code run.
     Raises UserError on damaged or foreign files and on tensors that do not fit.
@@ -175,10 +204,22 @@ def load_model(
     spec = _spec(path, metadata, arch)
     weights = _under("model.", tensors)
     weights = {k: v for k, v in weights.items() if not k.startswith(f"{HEAD}.")}
-    _require_fit(path, spec.outline(dtype), weights)
-    model = spec.build(device=device, dtype=dtype)
+    model = _outline(path, spec, metadata.weights)
+    _require_fit(path, model, weights)
+    model = cast(model, dtype).to_empty(device=device)
     _load_weights(model, weights)
     return model
+
+
+def _outline(path: Path, spec: ModelSpec, weights: str) -> Model:
+    """A checkpoint's model without storage."""
+    model = spec.outline()
+    if not weights:
+        return model
+    try:
+        return store(model, WeightFormat.named(weights))
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None
 
 
 def load_head(path: Path, trunk: Model, spec: ModelSpec | None = None) -> HeadModel:
@@ -259,6 +300,7 @@ def _read(path: Path, wanted: str) -> tuple[Metadata, dict[str, Tensor]]:
             config_hash=str(values["config_hash"]),
             progress=parse(Progress, values["progress"], "progress"),
             torch_version=str(values["torch_version"]),
+            weights=str(values.get("weights", "")),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
@@ -303,13 +345,19 @@ def _name(identity: Identity) -> str:
 def _require_fit(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     for name in sorted({*own, *weights}):
-        there = tuple(weights[name].shape) if name in weights else "absent"
-        here = tuple(own[name].shape) if name in own else "absent"
+        there = _form(weights[name]) if name in weights else "absent"
+        here = _form(own[name]) if name in own else "absent"
         if there != here:
             raise UserError(
                 f"{path} does not fit the model: {name} is {there} there and {here} here; load it "
                 "with the architecture it was trained with"
             )
+
+
+def _form(tensor: Tensor) -> str:
+    """What must be equal for a tensor to take another's place: codes must not be cast."""
+    plain = tensor.dtype in PLAIN_WEIGHTS.values() or tensor.dtype == torch.float64
+    return f"{tuple(tensor.shape)}" + ("" if plain else f" of {str(tensor.dtype)[6:]}")
 
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

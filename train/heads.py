@@ -14,6 +14,7 @@ from torch import Tensor
 
 from archs.backbone import Model, initialise, require_exit
 from archs.heads import HEAD, HeadModel, MultiTokenHead
+from archs.ops.matrix import dense
 from archs.registry import ModelSpec
 from kernels.loss.cross_entropy import IGNORED, linear_cross_entropy
 from train.recipe import Recipe
@@ -50,7 +51,8 @@ def loss_of(recipe: Recipe) -> LossFunction:
 
 
 def _loss(model: Model, hidden: Tensor, targets: Tensor) -> Tensor:
-    return linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, targets.flatten())
+    head = dense(model.head_weight)
+    return linear_cross_entropy(hidden.flatten(0, 1), head, targets.flatten())
 
 
 def _second_token(model: Model, hidden: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import everywhere
+from archs.ops.matrix import Matrix, Weight
 from kernels.norm import torch as norm
 from kernels.norm.torch import OutputNorm
 
@@ -57,8 +58,11 @@ MOST_ROWS = 16
 Input = Tensor | Unnormed
 
 
-def product(x: Input, weight: Tensor, *, backend: str) -> Tensor:
+def product(x: Input, weight: Weight, *, backend: str) -> Tensor:
     """x Wᵀ. [..., D] with [N, D] -> [..., N]. An `Unnormed` x is normed on the way."""
+    if isinstance(weight, Matrix):
+        normed = x.normed(backend=backend) if isinstance(x, Unnormed) else x
+        return weight.product(normed, backend=backend)
     if isinstance(x, Unnormed):
         return _NORM_PRODUCT[backend](x, weight)
     return _PRODUCT[backend](x, weight)
@@ -73,11 +77,13 @@ def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
     return _BY_HEAD[backend](x, weight)
 
 
-def norm_swiglu(x: Unnormed, weight: Tensor, *, backend: str) -> Tensor:
+def norm_swiglu(x: Unnormed, weight: Weight, *, backend: str) -> Tensor:
     """SwiGLU of norm(x) Wᵀ, the way into a gated MLP.
 
     weight: [2F, D], the gate first. Returns [..., F].
     """
+    if isinstance(weight, Matrix):
+        return swiglu(product(x, weight, backend=backend), backend=backend)
     return _NORM_SWIGLU[backend](x, weight)
 
 

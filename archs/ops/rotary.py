@@ -10,13 +10,14 @@ from torch import Tensor
 
 from archs.backends import everywhere
 from archs.ops.dense import Input, Unnormed, product
+from archs.ops.matrix import Weight
 from archs.state import LayerState, Pages, Rows
 from kernels.norm.torch import rms_norm
 from kernels.rope.torch import rotate
 
 
 def project_append(
-    x: Input, weight: Tensor, state: LayerState, name: str, *, kv_heads: int, head_dim: int,
+    x: Input, weight: Weight, state: LayerState, name: str, *, kv_heads: int, head_dim: int,
     theta: float, backend: str,
 ) -> tuple[Tensor, Rows]:  # fmt: skip
     """Project to queries, keys and values, rotate the former two, store the latter two, and say
@@ -47,7 +48,7 @@ def append_latent(
 
 
 def _append_torch(
-    x: Input, weight: Tensor, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
+    x: Input, weight: Weight, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
 ) -> tuple[Tensor, Rows]:
     qkv = product(x, weight, backend="torch").view(*x.shape[:2], -1, dim)
     return _rotate_append(qkv, state, name, kv_heads, theta)
@@ -63,10 +64,10 @@ def _rotate_append(
 
 
 def _append_triton(
-    x: Input, weight: Tensor, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
+    x: Input, weight: Weight, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
 ) -> tuple[Tensor, Rows]:
     pages = state.pages(name, weight.dtype)
-    if pages is not None and isinstance(x, Unnormed):
+    if pages is not None and isinstance(x, Unnormed) and isinstance(weight, Tensor):
         q = _in_one_launch(x, weight, pages, state.rotary(dim, theta))
         if q is not None:
             return q, state.written(name)

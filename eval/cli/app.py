@@ -12,6 +12,7 @@ from rich.text import Text
 
 from archs.backends import BACKENDS
 from archs.errors import UserError
+from eval.cli import compress as cli_compress
 from eval.cli import kernels as cli_kernels
 from eval.cli import read as cli_read
 from eval.cli import serve as cli_serve
@@ -37,6 +38,11 @@ UsageError: Any = typer.BadParameter.__base__
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Backend = Annotated[str, typer.Option(help="auto, " + ", ".join(BACKENDS) + ".")]
+
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(help="How weights are stored: bfloat16, int8, int4-g64,head:int8; repeatable."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -209,6 +215,7 @@ def bench(
     replay: Annotated[
         int, typer.Option(help="Compute recurrent states from so many inputs; 0: write them.")
     ] = 0,
+    weights: Weights = None,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
@@ -219,7 +226,7 @@ def bench(
     rows = bench_archs(
         arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
         steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
-        compiled=compiled, counters=counters, replay=replay,
+        compiled=compiled, counters=counters, replay=replay, weights=weights or [""],
         progress=Progress(err, quiet=json_, lines=True),
     )  # fmt: skip
     show_timings(rows, json_, counted=counters)
@@ -249,8 +256,8 @@ def quality(
 
 for command in (
     cli_read.archs, cli_read.predict, cli_read.crossover,
-    cli_read.isoquality, cli_speculate.speculate, cli_serve.serve, cli_read.report,
-    cli_read.leaderboard, cli_read.claims, cli_kernels.kernels, cli_read.doctor,
+    cli_read.isoquality, cli_speculate.speculate, cli_compress.compress, cli_serve.serve,
+    cli_read.report, cli_read.leaderboard, cli_read.claims, cli_kernels.kernels, cli_read.doctor,
 ):  # fmt: skip
     app.command()(command)
 

@@ -81,7 +81,8 @@ def train_one(
 def bench_archs(
     archs: Sequence[str], *, scale: str, batches: Sequence[int], contexts: Sequence[int],
     steps: int, prompt: int, device: torch.device, backend: str = "auto", compiled: bool = False,
-    counters: bool = False, replay: int = 0, progress: Progress | None = None,
+    counters: bool = False, replay: int = 0, weights: Sequence[str] = ("",),
+    progress: Progress | None = None,
 ) -> list[dict[str, object]]:  # fmt: skip
     """Decode timings, a row per architecture, batch and context (`eval.measure.steps`).
 
@@ -89,21 +90,27 @@ def bench_archs(
     progress: where to tell which architecture is at work; None: nowhere.
     counters: also bytes and FLOPs of a step by the GPU's counters.
     replay: inputs in a ring from which recurrent states are computed anew; 0: none.
+    weights: formats that weights are stored in, one after the other; "": as `DecodePlan`'s.
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
     Contexts whose state does not fit in memory are rows of status "oom". Raises UserError on counts
     that time nothing, on a backend that this device cannot run, and where nothing fits.
     """
     resolve_backend(backend, device)
-    for name, values in (("archs", archs), ("batches", batches), ("contexts", contexts)):
+    lists = {"archs": archs, "batches": batches, "contexts": contexts, "weights": weights}
+    for name, values in lists.items():
         require_some(name, values)
-    plan = DecodePlan(
-        scale=scale, batches=tuple(batches), contexts=tuple(contexts), steps=steps, prompt=prompt,
-        compiled=compiled, backend=backend, counters=counters, replay=replay,
-    )  # fmt: skip
+    plans = [
+        DecodePlan(
+            scale=scale, batches=tuple(batches), contexts=tuple(contexts), steps=steps,
+            prompt=prompt, compiled=compiled, backend=backend, counters=counters, replay=replay,
+            weights=stored,
+        )
+        for stored in weights
+    ]  # fmt: skip
     site = Site(None, device)
     wanted = [
         decode_point(ModelSpec(arch=arch, scale=get_scale(scale)), plan, batch, device.type)
-        for arch, batch in product(archs, batches)
+        for arch, plan, batch in product(archs, plans, batches)
     ]
     rows: list[dict[str, object]] = []
     progress = progress or Progress(Console(), quiet=True)

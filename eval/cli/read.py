@@ -58,6 +58,9 @@ def predict(
     dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
     launch_us: Launch = None,
     price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
+    weights: Annotated[
+        str, typer.Option(help="How weights are stored: int8, int4-g64; default: --dtype.")
+    ] = "",
     by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
     picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
@@ -92,6 +95,7 @@ def predict(
         rows = _fit(
             names, tpot, memory, scale=scale, hardware=parts, contexts=parse_counts(context),
             dtype=dtype, launch_us=launch_us, price_per_hour=prices_of(price, parts),
+            weights=weights,
             **{k: v for k, v in (("gpus", gpus), ("reserve", reserve)) if v is not None},
         )  # fmt: skip
         if out_file:
@@ -109,10 +113,12 @@ def predict(
     if by_op and (price or picture):
         raise UserError("--by-op has no price and no picture; leave out --price and --picture")
     if by_op:
-        rows = predict_ops(*grid, dtype=dtype, launch_us=launch_us)
+        rows = predict_ops(*grid, dtype=dtype, launch_us=launch_us, weights=weights)
     else:
         prices = prices_of(price, parts)
-        rows = predict_steps(*grid, dtype=dtype, launch_us=launch_us, price_per_hour=prices)
+        rows = predict_steps(
+            *grid, dtype=dtype, launch_us=launch_us, price_per_hour=prices, weights=weights
+        )
     if out_file:
         write_csv(pd.DataFrame(rows), out_file)
     if picture:

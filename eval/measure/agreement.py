@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from archs.backbone import Model
 from archs.backends import NoFormError
 from archs.mixer import Shared
+from archs.ops.matrix import dense, rows_of
 from infer.engine import PAGE_SIZE, Engine
 
 #: Largest error that is rounding whatever the model: orders of summation differ between forms.
@@ -159,14 +160,14 @@ def exact_logits(model: Model, ids: Tensor, first: int) -> Tensor:
     ids: int64 [B, T]; returns [B, T - first, V]. One block's weights are widened at a time.
     """
     wide = torch.promote_types(model.embedding.weight.dtype, torch.float32)
-    x, residual = model.embedding(ids).to(wide), None
+    x, residual = rows_of(model.embedding.weight, ids, wide), None
     shared: Shared = {}
     for block in model.layers:
         with _widened(block, wide):
             x, residual = block(x, residual, shared)
     with _widened(model.norm, wide):
         hidden = model.norm.after(x, residual)[0]
-    return F.linear(hidden[:, first:], model.head_weight.to(wide))
+    return F.linear(hidden[:, first:], dense(model.head_weight, wide))
 
 
 @contextmanager

@@ -25,7 +25,9 @@ STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """A decode step: which model, how it is run, at which batch and context."""
+    """A decode step: which model, how its weights are stored (`DecodePlan.weights`), how it is run,
+    at which batch and context.
+    """
 
     spec: ModelSpec
     dtype: torch.dtype
@@ -33,6 +35,7 @@ class Work:
     compiled: bool
     batch: int
     context: int
+    weights: str = ""
 
     def to_json(self) -> str:
         """One line of text; `from_json` restores the work."""
@@ -92,7 +95,7 @@ def product(device: torch.device) -> None:
 @torch.inference_mode()
 def steps(device: torch.device, work: Work) -> None:
     """`STEPS` decode steps of warm work."""
-    model = build_to_serve(work.spec, device, work.dtype)
+    model = build_to_serve(work.spec, device, work.dtype, work.weights)
     decode = Decoding(
         model, batch=work.batch, max_context=work.context + WARMUP + STEPS, backend=work.backend,
         compiled=work.compiled, graphs=False,

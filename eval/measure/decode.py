@@ -16,6 +16,8 @@ import torch
 from archs.backbone import Model
 from archs.cost import Cost, Step
 from archs.registry import ModelSpec
+from archs.storage import store
+from archs.weights import WeightFormat
 from eval.predict.calls import CountCalls
 from eval.predict.machine import now_s
 from infer.clock import StepClock
@@ -61,11 +63,19 @@ class DecodeTiming:
         return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def build_to_serve(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Model:
-    """A model with random weights. Raises DoesNotFitError before memory runs out."""
+def build_to_serve(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, weights: str = ""
+) -> Model:
+    """A model with random weights, stored in a format (`archs.weights`) where one is named.
+
+    Raises DoesNotFitError before memory runs out: while they are stored, they are plain numbers.
+    """
+    stored = WeightFormat.named(weights) if weights else None
+    dtype = dtype if stored is None else stored.dtype
     weight_bytes = sum(p.nbytes for p in spec.outline(dtype).parameters())
     require_memory(weight_bytes, device, f"{spec.arch} at scale {spec.scale.name}")
-    return spec.build(device=str(device), dtype=dtype).eval()
+    model = spec.build(device=str(device), dtype=dtype).eval()
+    return model if stored is None else store(model, stored)
 
 
 class Decoding:

@@ -1,4 +1,4 @@
-"""What a suite asks of its models in decode: timed steps, and speculation."""
+"""What a suite asks of its models in decode: timed steps, speculation, weights in few bits."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from archs.errors import UserError, unknown_name
 from archs.heads import HEAD
 from archs.sizes import get_scale
 from archs.spec import require_replay
+from archs.weights import WeightFormat
 from infer.draft_length import require_drafts
 from infer.sampling import Sampling
 
@@ -28,6 +29,8 @@ class DecodePlan:
     counters: also measure bytes and FLOPs of a step by the GPU's counters (`counters`).
     replay: inputs in a ring from which recurrent states are computed anew; 0: they are written at
       every step.
+    weights: the format that weights are stored in (`archs.weights`); "": plain numbers, float32 on
+      a CPU and bfloat16 on a GPU.
     """
 
     scale: str
@@ -40,10 +43,12 @@ class DecodePlan:
     backend: str = AUTO
     counters: bool = False
     replay: int = 0
+    weights: str = ""
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
         _require_replay(self, 0)
+        require_untrained(self.weights)
         if self.counters and self.replay:
             raise UserError("counters=true counts steps that are alike, without replay; take one")
         require_backend(self.backend)
@@ -114,12 +119,45 @@ class SpeculatePlan:
         return arch, scale
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressPlan:
+    """The trained models with their weights stored in each of these formats (`archs.weights`).
+
+    weights: formats, with the way their codes are chosen; plain ones are what others are held
+      against. archs: of the suite (none: all). calibration: sequences of training text, as long as
+      those trained on, that codes are chosen by, where the way needs them. steps: timed decode
+      steps of one sequence. backend: as `DecodePlan`'s.
+    """
+
+    weights: tuple[str, ...]
+    archs: tuple[str, ...] = ()
+    calibration: int = 64
+    steps: int = 32
+    backend: str = AUTO
+
+    def __post_init__(self) -> None:
+        require_backend(self.backend)
+        some(self, "weights")
+        at_least(self, 1, "calibration", "steps")
+        for name in self.weights:
+            WeightFormat.named(name)
+
+
 def _require_replay(plan: "DecodePlan | SpeculatePlan", lookback: int) -> None:
     """Raise UserError for rings too short for so many tokens, or beside compiled steps."""
     require_replay(plan.replay, lookback)
     if plan.replay and plan.compiled:
         raise UserError(
             f"replay={plan.replay} with compiled=true: compiled steps keep copies; take one"
+        )
+
+
+def require_untrained(weights: str) -> None:
+    """Raise UserError for a format of weights that random ones cannot be stored in."""
+    if weights and (method := WeightFormat.named(weights).method):
+        raise UserError(
+            f"weights='{weights}': {method} chooses codes by a trained model's activations, and "
+            "these weights are random; leave the method out"
         )
 
 

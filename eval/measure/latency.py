@@ -8,6 +8,7 @@ import torch
 from archs.backbone import Model, replays
 from archs.backends import NoFormError, resolve_backend
 from archs.checks import parse
+from archs.ops.matrix import storages_of
 from eval.measure.cell_rows import counted_rows, load_rows, median_row, timing_rows
 from eval.measure.counted import Work
 from eval.measure.decode import decode_cost, measure_ttft_ms, measure_what_fits
@@ -15,6 +16,7 @@ from eval.measure.decode_plans import DecodePlan
 from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, serving_dtype, spec_of
 from eval.predict.neighbours import Neighbours
+from eval.predict.roofline import resident_bytes
 from eval.results.point import Point
 from eval.results.rows import Found, Row, Status, Steps
 from infer.engine import Engine
@@ -24,7 +26,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     """Latency is measured only of a model whose extend equals its parallel form."""
     plan = parse(DecodePlan, point.options, f"the options of {point.key}")
     spec, batch = spec_of(point), point.batch
-    model = site.to_serve(spec)
+    model = site.to_serve(spec, plan.weights)
     backend = resolve_backend(plan.backend, site.device)
     label = "torch-compile" if plan.compiled else backend
     options = f"replay={plan.replay}" if replays(model, plan.replay) else ""
@@ -49,7 +51,9 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
             model, batch=batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
             compiled=plan.compiled, replay=plan.replay,
         )  # fmt: skip
-        rates = site.roofline((batch,), again=True)
+        rates = site.roofline(
+            (batch,), again=True, dtype=model.norm.weight.dtype, storages=storages_of(model)
+        )
     rows += load_rows(others.share, batch=batch)
     rows += [
         Row(measure="tpot_ms", status=Status.OOM, batch=batch, context=context, note=note)
@@ -61,6 +65,8 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     for timing in timings:
         cost = decode_cost(model, timing.batch, timing.context, plan.replay)
         rows += timing_rows(timing, cost, rates)
+        rows.append(Row(measure="held_weight_bytes", value=resident_bytes(model),
+                        batch=batch, context=timing.context))  # fmt: skip
     rate = f"{1e3 * batch / timings[0].tpot_ms:.0f} tok/s"
     watch.at(0.7, ", ".join(filter(None, (rate, others.word))))
     if plan.prompt:
@@ -80,7 +86,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         watch.at(0.9, "counters")
         for timing in timings:
             work = Work(
-                spec=spec, dtype=serving_dtype(site.device), backend=backend,
+                spec=spec, dtype=serving_dtype(site.device), weights=plan.weights, backend=backend,
                 compiled=plan.compiled, batch=batch, context=timing.context,
             )  # fmt: skip
             rows += counted_rows(site.counters.count(work), work)

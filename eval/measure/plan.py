@@ -10,7 +10,7 @@ from typing import Any
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.measure.cost import CONTEXTS
-from eval.measure.decode_plans import DecodePlan, SpeculatePlan
+from eval.measure.decode_plans import CompressPlan, DecodePlan, SpeculatePlan
 from eval.measure.serve_plan import ServePlan, batch_sizes
 from eval.measure.suite import CorpusPlan, QualityPlan, Suite, TrainPlan, without_later
 from eval.measure.trained import Source
@@ -37,6 +37,7 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
         for seed, scale, arch in product(train.seeds, train.scales, suite.archs):
             yield _trained(suite, arch, scale, seed, device)
         yield from _speculations(suite, device)
+        yield from _compressions(suite, device)
     for task in suite.asked:
         for seed, arch in product(task.seeds, suite.archs):
             spec = task.model(arch, suite.overrides)
@@ -75,6 +76,29 @@ def _speculations(suite: Suite, device: str) -> Iterator[Point]:
             spec = suite.trained_model(arch, suite.train.scale, suite.corpus.vocab_size)
             target = source(arch, suite.train.scale)
             yield from speculate_points(spec, target, draft, suite.corpus, plan, seed, device)
+
+
+def _compressions(suite: Suite, device: str) -> Iterator[Point]:
+    """The trained models of the suite's own scale in each format, seed by seed."""
+    train = suite.train
+    assert train is not None
+    quality = suite.quality or QualityPlan()
+    for plan, seed in product(suite.compress, train.seeds):
+        for arch in plan.archs or suite.archs:
+            spec = suite.trained_model(arch, train.scale, suite.corpus.vocab_size)
+            source = Source(point=asdict(_trained(suite, arch, train.scale, seed, device)))
+            yield from compress_points(spec, source, suite.corpus, plan, quality, seed, device)
+
+
+def compress_points(
+    spec: ModelSpec, source: Source, corpus: CorpusPlan, plan: CompressPlan, quality: QualityPlan,
+    seed: int, device: str,
+) -> Iterator[Point]:  # fmt: skip
+    """One trained model in each of the plan's formats."""
+    for weights in plan.weights:
+        own = replace(plan, weights=(weights,), archs=())
+        options = {"source": source, "corpus": corpus, "plan": own, "quality": quality}
+        yield _of(spec, "compress", device, spec.scale.name, _plain(options), batch=1, seed=seed)
 
 
 def speculate_points(
@@ -177,6 +201,8 @@ def weight(point: Point, trained_scales: list[str]) -> float:
             return 0.02 * options["steps"]
         case "speculate":
             return 0.1 * options["plan"]["new_tokens"] * len(options["plan"]["contexts"])
+        case "compress":
+            return 1.5
         case "serve":
             plan = options["plan"]
             runs = len(plan["batching"]) * plan["repeats"]

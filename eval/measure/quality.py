@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model
+from archs.ops.matrix import dense
 from eval.results.statistics import Estimate, weighted_mean
 from kernels.loss.cross_entropy import token_losses
 from train.tokens import IGNORED, Part, TokenSet, held_out_batches
@@ -28,12 +29,13 @@ def _scored(
     device = model.embedding.weight.device
     batch = max(1, 4096 // seq_len)
     with torch.inference_mode():
+        head = dense(model.head_weight)
         for rows in held_out_batches(
             tokens, part=part, seq_len=seq_len, batch=batch, max_tokens=max_tokens
         ):
             hidden = model.hidden_states(rows.inputs.to(device))
             targets = rows.targets.to(device)
-            losses = token_losses(hidden.flatten(0, 1), model.head_weight, targets.flatten())
+            losses = token_losses(hidden.flatten(0, 1), head, targets.flatten())
             yield losses.view_as(targets).cpu(), rows.targets, rows.document
 
 

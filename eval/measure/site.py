@@ -13,6 +13,7 @@ import torch
 from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
+from archs.ops.matrix import weights_of
 from archs.registry import ModelSpec, folder_name
 from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.measure.counters import Counters
@@ -63,7 +64,8 @@ def about(spec: ModelSpec, model: Model, **more: Any) -> About:
     return About(
         pattern=" ".join(layer.mixer for layer in spec.layer_specs()),
         family=state_family(model.state_specs()),
-        params=sum(p.numel() for p in model.parameters()),
+        params=sum(w.numel() for w in weights_of(model)),
+        weight_format=model.weight_format,
         dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
         **more,
     )
@@ -89,7 +91,7 @@ class Site:
         self.device = device
         self.cache = cache
         self.deadline = deadline
-        self._roofline = roofline
+        self._rooflines = {} if roofline is None else {roofline.dtype: roofline}
         self._tokens: dict[tuple[str, int], TokenSet] = {}
         self._served: tuple[str, Model] | None = None
         self._agreed: dict[tuple[object, ...], Agreement] = {}
@@ -108,29 +110,38 @@ class Site:
             self._tokens[corpus, vocab_size] = held
         return held
 
-    def roofline(self, rows: Sequence[int], *, again: bool = False) -> Roofline:
+    def roofline(
+        self, rows: Sequence[int], *, again: bool = False, dtype: torch.dtype | None = None,
+        storages: Sequence[str] = ("",),
+    ) -> Roofline:  # fmt: skip
         """This machine's rates, with products of as many rows, each measured once; its ceilings the
         highest of those measured then and beside each timing since.
 
-        again: beside a timing, the ceilings are measured once more.
+        again: beside a timing, the ceilings are measured once more. dtype: None: that which is
+        served. storages: the formats of the products' weights (`archs.weights`).
         """
-        if self._roofline is None:
-            self._roofline = measure_roofline(self.device, serving_dtype(self.device), rows)
-        known = with_products(self._roofline, self.device, rows)
-        self._roofline = measured_again(known, self.device) if again else known
-        return self._roofline
+        dtype = dtype or serving_dtype(self.device)
+        known = self._rooflines.get(dtype)
+        if known is None:
+            known = measure_roofline(self.device, dtype, rows)
+        known = with_products(known, self.device, rows, storages)
+        self._rooflines[dtype] = measured_again(known, self.device) if again else known
+        return self._rooflines[dtype]
 
     @cached_property
     def counters(self) -> Counters:
         """The device's counters, calibrated once."""
         return Counters(self.device)
 
-    def to_serve(self, spec: ModelSpec) -> Model:
-        """A model with random weights; the last one is kept. Raises DoesNotFitError."""
-        known = _identity(spec)
+    def to_serve(self, spec: ModelSpec, weights: str = "") -> Model:
+        """A model with random weights, stored in a format where one is named; the last one is kept.
+
+        Raises DoesNotFitError.
+        """
+        known = f"{_identity(spec)} {weights}"
         if self._served is None or self._served[0] != known:
             self.release()
-            made = build_to_serve(spec, self.device, serving_dtype(self.device))
+            made = build_to_serve(spec, self.device, serving_dtype(self.device), weights)
             self._served = known, made
         return self._served[1]
 
@@ -146,7 +157,8 @@ class Site:
     ) -> Agreement:  # fmt: skip
         """As `eval.measure.agreement`, found once for all that it holds for. Raises NoFormError."""
         length, company = telling_length(model, context), min(batch, COMPANY)
-        known = _identity(spec), length, company, backend, compiled, replay
+        stored = str(model.norm.weight.dtype), model.weight_format
+        known = _identity(spec), *stored, length, company, backend, compiled, replay
         if known not in self._agreed:
             self._agreed[known] = agreement(
                 model, context=context, batches=(batch,), backend=backend, compiled=compiled,
@@ -164,6 +176,15 @@ class Site:
         self.require_room(spec, recipe)
         model = spec.build(seed=recipe.seed, device=str(self.device))
         return model.use(resolve_backend(backend, self.device))
+
+    def keep_at(self, folder: Path | None) -> None:
+        """Keep the next point's checkpoint in a folder of its own; None: nowhere."""
+        self._checkpoint_folder = folder
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a place for checkpoints."""
+        return self.folder is not None or self._checkpoint_folder is not None
 
     def work_folder(self, point: Point) -> Path:
         """Where a point keeps its checkpoints. Raises ValueError where nothing is kept."""

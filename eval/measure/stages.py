@@ -10,7 +10,17 @@ from contextlib import suppress
 
 from archs.errors import UserError
 from archs.files import REFUSALS, refused
-from eval.measure import cost, hardware, latency, score, serving, speculation, task, text
+from eval.measure import (
+    compressing,
+    cost,
+    hardware,
+    latency,
+    score,
+    serving,
+    speculation,
+    task,
+    text,
+)
 from eval.measure.decode import out_of_memory
 from eval.measure.progress import Silent, Watch
 from eval.measure.site import Failure, Site
@@ -27,6 +37,7 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "task": task.measure,
     "decode": latency.measure,
     "speculate": speculation.measure,
+    "compress": compressing.measure,
     "serve": serving.measure,
 }
 

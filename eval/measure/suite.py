@@ -8,7 +8,7 @@ when it is read.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from archs.errors import UserError, unknown_name
 from archs.files import read_toml
 from archs.registry import ModelSpec, entry_of, layer_names, pattern_of
 from archs.sizes import Scale, get_scale
-from eval.measure.decode_plans import DecodePlan, SpeculatePlan, require_backend
+from eval.measure.decode_plans import CompressPlan, DecodePlan, SpeculatePlan, require_backend
 from eval.measure.serve_plan import ServePlan
 from eval.tasks import Task, task_named
 from train.corpus import check_spec
@@ -143,6 +143,7 @@ class Suite:
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     decode: tuple[DecodePlan, ...] = ()
     speculate: tuple[SpeculatePlan, ...] = ()
+    compress: tuple[CompressPlan, ...] = ()
     serve: tuple[ServePlan, ...] = ()
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -162,6 +163,10 @@ class Suite:
                 )
         for plan in self.speculate:
             self._require_trained(plan)
+        for packing in self.compress:
+            if self.train is None:
+                raise UserError("compress needs trained models; add a [train] section")
+            self._require_named("compress", packing.archs)
         for spec in self._models():
             try:
                 spec.outline()
@@ -181,16 +186,20 @@ class Suite:
                 "mtp_weight in [train], 0.3 say"
             )
         drafting = plan.drafting
-        for arch in (*plan.targets, *([drafting[0]] if drafting else [])):
-            if arch not in self.archs:
-                raise UserError(
-                    f"speculate names '{arch}', which the suite does not train; add it to archs"
-                )
+        self._require_named("speculate", (*plan.targets, *([drafting[0]] if drafting else [])))
         if drafting and drafting[1] not in self.trained_scales:
             raise UserError(
                 f"speculate drafts by '{plan.draft}', and the suite trains at "
                 f'{", ".join(self.trained_scales)}; add ladder = ["{drafting[1]}"] to [train]'
             )
+
+    def _require_named(self, section: str, archs: Iterable[str]) -> None:
+        """Raise UserError for an architecture that a section names and the suite does not have."""
+        for arch in archs:
+            if arch not in self.archs:
+                raise UserError(
+                    f"{section} names '{arch}', which the suite does not train; add it to archs"
+                )
 
     @property
     def mixers(self) -> set[str]:
@@ -211,9 +220,15 @@ class Suite:
             if plan.drafting is None or plan.drafting[0] in archs
             if not plan.targets or set(plan.targets) & set(archs)
         )
-        return replace(
-            self, archs=tuple(archs), tasks=tasks, overrides=overrides, speculate=speculate
+        compress = tuple(
+            replace(plan, archs=tuple(a for a in plan.archs if a in archs))
+            for plan in self.compress
+            if not plan.archs or set(plan.archs) & set(archs)
         )
+        return replace(
+            self, archs=tuple(archs), tasks=tasks, overrides=overrides, speculate=speculate,
+            compress=compress,
+        )  # fmt: skip
 
     @property
     def asked(self) -> list[Task]:
@@ -263,9 +278,9 @@ class Suite:
         What came later is left out where it is empty, so that hashes of before hold.
         """
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
-        plan = {k: v for k, v in plan.items() if v or k not in ("speculate", "serve")}
+        plan = {k: v for k, v in plan.items() if v or k not in ("speculate", "serve", "compress")}
         for name in {"decode", "speculate"} & plan.keys():
-            plan[name] = [without_later(steps, ("replay",)) for steps in plan[name]]
+            plan[name] = [without_later(steps, ("replay", "weights")) for steps in plan[name]]
         plan["train"] = plan["train"] and without_later(plan["train"], LATER)
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -3,14 +3,15 @@
 No datasheet gives the cost of a launch: every part takes the one measured on an H100.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from archs.checks import require_at_least
 from archs.errors import UserError, unknown_name
-from eval.predict.machine import ProductRate, Roofline, measure_roofline
+from archs.weights import WeightFormat
+from eval.predict.machine import ProductRate, Roofline, measure_roofline, with_products
 from eval.results.accelerators import ACCELERATORS, Accelerator, Link
 from infer.memory import free_bytes
 
@@ -46,13 +47,16 @@ def hardware_of(
     dtype: str = "bfloat16",
     batches: Iterable[int] = (1,),
     launch_us: float | None = None,
+    stored: WeightFormat | None = None,
 ) -> Hardware:
-    """A part of the table, or this machine, measured now (a CPU always in float32).
+    """A part of the table, or this machine, measured now (a CPU in float32, unless it is told how
+    weights are stored).
 
     batches: the rows of products that are measured. launch_us: fixed overhead of every operation,
-    instead of the measured one. Raises UserError on an unknown part or dtype.
+    instead of the measured one. stored: the weights' format, whose products are measured, too.
+    Raises UserError on an unknown part or dtype.
     """
-    part = _hardware_of(key, dtype, batches)
+    part = _hardware_of(key, dtype, list(batches), stored)
     if launch_us is None:
         return part
     require_at_least("launch_us", launch_us, 0)
@@ -61,13 +65,17 @@ def hardware_of(
     return replace(part, roofline=roofline, launches_from="given")
 
 
-def _hardware_of(key: str, dtype: str, batches: Iterable[int]) -> Hardware:
+def _hardware_of(
+    key: str, dtype: str, batches: Sequence[int], stored: WeightFormat | None
+) -> Hardware:
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     if key == THIS_MACHINE:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        served = DTYPES[dtype] if device.type == "cuda" else torch.float32
-        measured = measure_roofline(device, served, list(batches))
+        told = stored is not None or device.type == "cuda"
+        measured = measure_roofline(device, DTYPES[dtype] if told else torch.float32, batches)
+        if stored is not None:
+            measured = with_products(measured, device, batches, stored.storages)
         return Hardware(key, measured, free_bytes(device) or 0, "this machine, measured now")
     if key not in ACCELERATORS:
         raise unknown_name("hardware", key, [*ACCELERATORS, THIS_MACHINE])

@@ -20,9 +20,11 @@ from eval.predict.roofline import (
     CONTEXTS,
     SCALE,
     Prediction,
+    outline_on,
     require_grid,
     require_prices,
     room,
+    stored_as,
     usd_per_million_tok,
 )
 from eval.predict.split import Split
@@ -42,13 +44,13 @@ def fit(
     hardware: Iterable[str] = ("h100",), contexts: Iterable[int] = CONTEXTS,
     memory_bytes: float | None = None, gpus: int = MOST_GPUS, reserve: float = RESERVE,
     dtype: str = "bfloat16", launch_us: float | None = None,
-    price_per_hour: Mapping[str, float] | None = None,
+    price_per_hour: Mapping[str, float] | None = None, weights: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, part and context, the best of each context first.
 
     tpot_ms: the limit. memory_bytes: of each GPU at most this much is used; None: all there is.
     gpus: most of them that one model is split over. reserve: share of memory that is kept free.
-    price_per_hour: of one GPU, by hardware key.
+    price_per_hour: of one GPU, by hardware key. weights: as `predict`'s.
 
     `rank` is by tokens per second and GPU, or by $ where every part has a price. `least_gpus` is
     the fewest GPUs that keep the limit at all. `limited_by` says what keeps the batch from being
@@ -72,11 +74,12 @@ def fit(
         require_positive("memory_bytes", memory_bytes)
     shape = get_scale(scale)
     rows: list[Prediction] = []
-    for part in (hardware_of(key, dtype, MEASURED_ROWS, launch_us) for key in hardware):
+    stored, dtype = stored_as(weights, dtype)
+    for part in (hardware_of(key, dtype, MEASURED_ROWS, launch_us, stored) for key in hardware):
         held = min(part.memory_bytes, memory_bytes or part.memory_bytes)
         part = replace(part, memory_bytes=int(held * (1 - reserve)))
         for arch in archs:
-            model = ModelSpec(arch=arch, scale=shape).outline(part.roofline.dtype)
+            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored)
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             for context in contexts:
                 options = [
@@ -155,12 +158,14 @@ def largest(holds: Callable[[int], bool], most: int, edges: Iterable[int] = ()) 
 
 def rate_edges(part: Hardware) -> list[int]:
     """The largest batches whose products still take the rate of fewer rows."""
-    rates = sorted(part.roofline.products, key=lambda rate: rate.rows)
-    edges = []
-    for fewer, more in pairwise(rates):
-        edge = isqrt(fewer.rows * more.rows)
-        edges.append(edge if part.roofline.product(edge) == fewer else edge - 1)
-    return edges
+    products = part.roofline.products
+    edges = set()
+    for storage in {rate.storage for rate in products}:
+        rates = sorted((p for p in products if p.storage == storage), key=lambda rate: rate.rows)
+        for fewer, more in pairwise(rates):
+            edge = isqrt(fewer.rows * more.rows)
+            edges.add(edge if part.roofline.product(edge, storage) == fewer else edge - 1)
+    return sorted(edges)
 
 
 def _usd(row: Prediction, price_per_hour: float) -> float | None:

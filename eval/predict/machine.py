@@ -13,7 +13,7 @@ a warm-up.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import log
@@ -24,6 +24,9 @@ from torch import Tensor
 from archs.backbone import column_major
 from archs.backends import why_unusable
 from archs.ops.dense import product
+from archs.ops.matrix import Weight
+from archs.packed import Packed, nearest
+from archs.weights import Number
 from eval.predict.calls import IdleLayer
 from eval.predict.cold import time_cold
 from eval.predict.neighbours import BUSY, Neighbours
@@ -42,11 +45,15 @@ MOST_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class ProductRate:
-    """A GEMM of `rows` rows: its launch, and the bandwidth beyond it."""
+    """A GEMM of `rows` rows: its launch, and the bandwidth beyond it.
+
+    storage: the format of the weights where it is none of plain numbers (`archs.weights`).
+    """
 
     rows: int
     bytes_per_s: float
     launch_us: float = 0.0
+    storage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +92,33 @@ class Roofline:
             matrix_flops_per_s=max(self.matrix_flops_per_s, other.matrix_flops_per_s),
         )
 
-    def time_ms(self, flops: float, moved_bytes: float, rows: int = 0) -> float:
+    def time_ms(self, flops: float, moved_bytes: float, rows: int = 0, storage: str = "") -> float:
         """Time of moving and computing at these rates; rows: M of a GEMM, else 0."""
-        work_s = max(flops / self.matrix_flops_per_s, moved_bytes / self.bytes_per_s(rows))
-        return work_s * 1e3 + self.launch_us(rows) / 1e3
+        bytes_per_s = self.bytes_per_s(rows, storage)
+        work_s = max(flops / self.matrix_flops_per_s, moved_bytes / bytes_per_s)
+        return work_s * 1e3 + self.launch_us(rows, storage) / 1e3
 
-    def launch_us(self, rows: int = 0) -> float:
+    def launch_us(self, rows: int = 0, storage: str = "") -> float:
         """Fixed overhead of an operation; rows: M of a GEMM, else 0."""
-        product = self.product(rows)
+        product = self.product(rows, storage)
         return self.call_us if product is None else product.launch_us
 
-    def bytes_per_s(self, rows: int = 0) -> float:
+    def bytes_per_s(self, rows: int = 0, storage: str = "") -> float:
         """The bandwidth that an operation can reach; without rows, that of a GEMM of one row."""
-        product = self.product(rows or 1)
+        product = self.product(rows or 1, storage)
         return self.copy_bytes_per_s if product is None else product.bytes_per_s
 
-    def product(self, rows: int) -> ProductRate | None:
-        """The rate of the GEMM with the nearest number of rows; None without rates, or rows."""
+    def product(self, rows: int, storage: str = "") -> ProductRate | None:
+        """The rate of the GEMM with the nearest number of rows; None without rates, or rows.
+
+        Weights of a format that was not measured are read as fast as plain ones: a datasheet's
+        bandwidth says no more.
+        """
         if not rows:
             return None
-        return min(self.products, key=lambda p: abs(log(p.rows / rows)), default=None)
+        same = [p for p in self.products if p.storage == storage]
+        same = same or [p for p in self.products if not p.storage]
+        return min(same, key=lambda p: abs(log(p.rows / rows)), default=None)
 
 
 def measure_roofline(
@@ -112,7 +126,7 @@ def measure_roofline(
     dtype: torch.dtype = torch.float32,
     rows: Sequence[int] = (1,),
 ) -> Roofline:
-    """Measure copies, reads, a square GEMM, and GEMMs of each of `rows` rows.
+    """Measure copies, reads, a square GEMM, and GEMMs of each of `rows` rows with plain weights.
 
     On a busy machine up to `ATTEMPTS` times, and what was measured at the quietest counts.
     """
@@ -134,14 +148,20 @@ def measured_again(known: Roofline, device: torch.device) -> Roofline:
     return known.raised(_ceilings(device, known.dtype, FEW_REPEATS))
 
 
-def with_products(known: Roofline, device: torch.device, rows: Sequence[int]) -> Roofline:
-    """These rates with those of GEMMs of each of `rows` rows, measured where missing."""
-    lacking = set(_timed_rows(rows)) - {p.rows for p in known.products}
+def with_products(
+    known: Roofline, device: torch.device, rows: Sequence[int], storages: Iterable[str] = ("",)
+) -> Roofline:
+    """These rates with those of GEMMs of each of `rows` rows with weights of each of these formats,
+    measured where missing.
+    """
+    wanted = {(n, storage) for n in _timed_rows(rows) for storage in storages}
+    lacking = sorted(wanted - {(p.rows, p.storage) for p in known.products})
     if not lacking:
         return known
     with torch.inference_mode():
-        made = [_product_rate(n, device, known.dtype) for n in lacking]
-    return replace(known, products=tuple(sorted((*known.products, *made), key=lambda p: p.rows)))
+        made = [_product_rate(n, device, known.dtype, storage) for n, storage in lacking]
+    ordered = sorted((*known.products, *made), key=lambda p: (p.storage, p.rows))
+    return replace(known, products=tuple(ordered))
 
 
 def _timed_rows(rows: Sequence[int]) -> list[int]:
@@ -189,13 +209,13 @@ def _call_us(device: torch.device, dtype: torch.dtype) -> float:
     return 1e6 * _each_s([layer] * SMALL_MATRICES, device) / layer.calls
 
 
-def _product_rate(rows: int, device: torch.device, dtype: torch.dtype) -> ProductRate:
+def _product_rate(
+    rows: int, device: torch.device, dtype: torch.dtype, storage: str = ""
+) -> ProductRate:
     """The line through the times of a small and a large product: launch and bandwidth."""
     nbytes, times_s = [], []
     for side, count in zip(SIDES[device.type], (SMALL_MATRICES, 2), strict=True):
-        weights = [torch.randn(side, side, dtype=dtype, device=device) for _ in range(count)]
-        if column_major(rows, weights[0]):
-            weights = [w.t() for w in weights]
+        weights = [_weight(side, device, dtype, storage, rows) for _ in range(count)]
         x = torch.randn(rows, side, dtype=dtype, device=device)
         times_s.append(_each_s([_product_of(x, w) for w in weights], device))
         nbytes.append(weights[0].nbytes)
@@ -203,11 +223,22 @@ def _product_rate(rows: int, device: torch.device, dtype: torch.dtype) -> Produc
     bytes_per_s = (nbytes[1] - nbytes[0]) / max(times_s[1] - times_s[0], 1e-9)
     launch_s = times_s[0] - nbytes[0] / bytes_per_s
     if launch_s < 0:
-        return ProductRate(rows, nbytes[1] / times_s[1])
-    return ProductRate(rows, bytes_per_s, launch_s * 1e6)
+        return ProductRate(rows, nbytes[1] / times_s[1], storage=storage)
+    return ProductRate(rows, bytes_per_s, launch_s * 1e6, storage)
 
 
-def _product_of(x: Tensor, weight: Tensor) -> Callable[[], object]:
+def _weight(side: int, device: torch.device, dtype: torch.dtype, storage: str, rows: int) -> Weight:
+    """A random square matrix, as a model that steps so many rows holds it."""
+    weight = torch.randn(side, side, dtype=dtype, device=device)
+    if not storage:
+        return weight.t() if column_major(rows, weight) else weight
+    number = Number.named(storage)
+    packed = Packed(nearest(weight.float(), number), number, side, dtype)
+    packed.lay_out()
+    return packed
+
+
+def _product_of(x: Tensor, weight: Weight) -> Callable[[], object]:
     # As our own model's step makes it.
     own = x.is_cuda and why_unusable(x.device) is None
     return partial(product, x, weight, backend="triton" if own else "torch")

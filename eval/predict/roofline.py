@@ -12,8 +12,11 @@ from archs.backbone import Model
 from archs.checks import require_at_least, require_positive, require_some
 from archs.cost import Cost, OpCost, Step
 from archs.errors import UserError, unknown_name
+from archs.ops.matrix import weights_of
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.storage import store
+from archs.weights import WeightFormat
 from eval.predict.accelerators import Hardware, hardware_of
 from eval.predict.machine import Roofline
 
@@ -28,9 +31,12 @@ def predict(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
     launch_us: float | None = None, price_per_hour: Mapping[str, float] | None = None,
+    weights: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, hardware, batch and context, with the Measures' names.
 
+    weights: the format that they are stored in (`archs.weights`), which says the dtype of all
+    else, too; "": plain numbers of `dtype`.
     launch_us: fixed overhead of every operation; None: the measured one
     (`launches_from`). price_per_hour: by hardware key.
     `fits` says whether weights and states of the batch fit in the part's memory,
@@ -41,7 +47,7 @@ def predict(
     prices = price_per_hour or {}
     require_prices(prices, hardware)
     rows = []
-    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us)
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights)
     for arch, model, part, step in grid:
         cost = model.cost(step)
         state_bytes = model.state_bytes(step.context)
@@ -49,6 +55,7 @@ def predict(
         row: Prediction = {
             "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
             "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
+            "weight_format": model.weight_format,
             "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
             "step_bytes": cost.bytes, "step_flops": cost.flops,
             "arith_intensity_pred": cost.intensity_flop_per_byte,
@@ -85,7 +92,7 @@ def served(
 def predict_ops(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
-    launch_us: float | None = None,
+    launch_us: float | None = None, weights: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per operation of a step; equal ones of different layers are added up.
 
@@ -93,7 +100,7 @@ def predict_ops(
     a bare product with weights, none where every sequence brings bytes of its own.
     """
     rows: list[Prediction] = []
-    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us)
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights)
     for arch, model, part, step in grid:
         ops = Counter(model.cost(step).ops)
         for op, count in ops.items():
@@ -115,19 +122,35 @@ def predict_ops(
 
 def _grid(
     archs: Iterable[str], scale: str, hardware: Iterable[str], batches: Iterable[int],
-    contexts: Iterable[int], dtype: str, launch_us: float | None,
+    contexts: Iterable[int], dtype: str, launch_us: float | None, weights: str,
 ) -> Iterator[tuple[str, Model, Hardware, Step]]:  # fmt: skip
     archs, hardware = list(archs), list(hardware)
     batches, contexts = list(batches), list(contexts)
     require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)
-    parts = [hardware_of(key, dtype, batches, launch_us) for key in hardware]
+    stored, dtype = stored_as(weights, dtype)
+    parts = [hardware_of(key, dtype, batches, launch_us, stored) for key in hardware]
     steps = [Step(b, 1, c) for b in batches for c in contexts]
     shape = get_scale(scale)
     for arch in archs:
         for part in parts:
-            model = ModelSpec(arch=arch, scale=shape).outline(part.roofline.dtype)
+            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored)
             for step in steps:
                 yield arch, model, part, step
+
+
+def stored_as(weights: str, dtype: str) -> tuple[WeightFormat | None, str]:
+    """The format of that name, None for "", and the dtype of all that it does not store.
+
+    Raises UserError on an unknown format.
+    """
+    stored = WeightFormat.named(weights) if weights else None
+    return stored, dtype if stored is None else str(stored.dtype).removeprefix("torch.")
+
+
+def outline_on(part: Hardware, spec: ModelSpec, stored: WeightFormat | None) -> Model:
+    """A model without storage in the dtype of a part's rates, its weights as they are stored."""
+    model = spec.outline(part.roofline.dtype)
+    return model if stored is None else store(model, stored)
 
 
 def require_grid(
@@ -150,7 +173,7 @@ def require_prices(prices: Mapping[str, float], hardware: Iterable[str]) -> None
 
 def op_ms(op: OpCost, roofline: Roofline) -> float:
     """Time of one operation, its launch included."""
-    return roofline.time_ms(op.flops, op.bytes, op.rows)
+    return roofline.time_ms(op.flops, op.bytes, op.rows, op.storage)
 
 
 def step_ms(cost: Cost, roofline: Roofline, *, calls: int | None = None) -> float:
@@ -166,9 +189,9 @@ def bound_by(cost: Cost, roofline: Roofline) -> str:
     """What most of the time goes to: weights, state, compute or launches."""
     spent = {"weights": 0.0, "state": 0.0, "compute": 0.0, "launches": 0.0}
     for op in cost.ops:
-        launch_ms = roofline.launch_us(op.rows) / 1e3
+        launch_ms = roofline.launch_us(op.rows, op.storage) / 1e3
         work_ms = op_ms(op, roofline) - launch_ms
-        memory_ms = op.bytes / roofline.bytes_per_s(op.rows) * 1e3
+        memory_ms = op.bytes / roofline.bytes_per_s(op.rows, op.storage) * 1e3
         spent["launches"] += launch_ms
         if work_ms > memory_ms * (1 + 1e-9):
             spent["compute"] += work_ms
@@ -189,8 +212,8 @@ def resident_bytes(model: Model, *, beside: Model | None = None) -> int:
     """Bytes of all weights in memory, whether a step reads them or not; beside another model, of
     those that it does not share.
     """
-    held = set() if beside is None else set(map(id, beside.parameters()))
-    return sum(p.nbytes for p in model.parameters() if id(p) not in held)
+    held = set() if beside is None else set(map(id, weights_of(beside)))
+    return sum(w.nbytes for w in weights_of(model) if id(w) not in held)
 
 
 def room(part: Hardware, weight_bytes: float, state_bytes: float) -> int | None:

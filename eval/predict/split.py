@@ -13,6 +13,7 @@ from math import ceil
 
 from archs.backbone import Block, Model
 from archs.cost import Cost, OpCost, Step, state_traffic
+from archs.ops.matrix import weights_of
 from archs.spec import StateSpec
 from eval.predict.accelerators import Hardware
 from eval.predict.roofline import step_ms
@@ -31,7 +32,8 @@ class Split:
     def weight_bytes(self) -> int:
         """Weights in the memory of each."""
         return sum(
-            ceil(p.nbytes / self.gpus) if p.dim() > 1 else p.nbytes for p in self.model.parameters()
+            ceil(w.nbytes / self.gpus) if len(w.shape) > 1 else w.nbytes
+            for w in weights_of(self.model)
         )
 
     def state_bytes(self, context: int) -> int:
@@ -80,11 +82,11 @@ class Split:
         link = self.part.link
         if self.gpus == 1 or link is None:
             return 0.0
-        weight = self.model.embedding.weight
-        row_bytes = batch * weight.element_size()
+        vocabulary, d_model = self.model.embedding.weight.shape
+        row_bytes = batch * self.model.norm.weight.element_size()
         reduces = 1 + sum(1 if block.mlp is None else 2 for block in self.model.layers)
-        reduce_us = all_reduce_us(link, self.gpus, row_bytes * weight.shape[1])
-        return (reduces * reduce_us + gather_us(link, self.gpus, row_bytes * weight.shape[0])) / 1e3
+        reduce_us = all_reduce_us(link, self.gpus, row_bytes * d_model)
+        return (reduces * reduce_us + gather_us(link, self.gpus, row_bytes * vocabulary)) / 1e3
 
 
 def all_reduce_us(link: Link, gpus: int, moved_bytes: float) -> float:

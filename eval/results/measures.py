@@ -145,6 +145,13 @@ MEASURES: dict[str, Measure] = {
     "gathered_bytes": Measure("byte", "lower", "rows it reads because its mixer picked them"),
     # cost of a step
     "weight_bytes": Measure("byte", "lower", "weights read in one step"),
+    "bits_per_byte_ratio": Measure(
+        "", "lower", "bits of held-out text over those of the same model in float32, by document"
+    ),
+    "bits_per_weight": Measure(
+        "bit", "lower", "bits of memory a weight, of all weights and their scales"
+    ),
+    "held_weight_bytes": Measure("byte", "lower", "all weights in memory, scales included"),
     "step_bytes": Measure("byte", "lower", "weights and state read, state written, in one step"),
     "step_flops": Measure("FLOP", "lower", "work of one step"),
     "step_calls": Measure("call", "lower", "torch operations dispatched in one step as written"),

@@ -67,6 +67,7 @@ class About:
     corpus: str = ""
     tokens: int = 0
     dtype: str = "float32"
+    weight_format: str = ""
     kernel_backend: str = "torch"
     options: str = ""
 
@@ -108,7 +109,7 @@ COLUMNS = [
 ]  # fmt: skip
 NUMBERS = ("value", "low", "high")
 #: Of the table that is written here (`eval.results.schema`).
-SCHEMA = 4
+SCHEMA = 5
 #: The measure under which a point that gave nothing is recorded.
 CELL_FAILED = "cell"
 #: Stages that train a model: their figures follow from a recipe, and they are not timed.

@@ -18,6 +18,7 @@ from eval.results.seeds import keys_of
 QUALIFIERS = (
     "stage",
     "dtype",
+    "weight_format",
     "kernel_backend",
     "hardware",
     "corpus",

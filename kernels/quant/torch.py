@@ -90,9 +90,13 @@ def round_narrow(weight: Tensor, bits: int, group: int) -> Rounded:
 
     Raises ValueError where `group` is no multiple of 8.
     """
-    runs = in_runs(weight, group)
-    scale, zero = grid(runs, bits)
-    return Rounded(pack(nearest(runs, scale, zero, bits).flatten(-2), bits), scale, zero)
+    return round_on(weight, *grid(in_runs(weight, group), bits), bits, group)
+
+
+def round_on(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int) -> Rounded:
+    """As `round_narrow`, on given scales and zero points [N, K' / group]."""
+    codes = nearest(in_runs(weight, group), scale, zero, bits)
+    return Rounded(pack(codes.flatten(-2), bits), scale, zero)
 
 
 def in_runs(weight: Tensor, group: int) -> Tensor:

@@ -12,9 +12,11 @@ from archs.cost import Step, linear_cost, state_traffic
 from archs.errors import UserError
 from archs.formats import Format
 from archs.layers import Projection
+from archs.packed import Packed, nearest
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import RECURRENT_LIMIT, FixedSpec, RowSpec, StateSpec, TensorSpec, kept_states
+from archs.weights import Number
 from infer.store import StateStore
 from tests.eval.test_conformance import DATA
 
@@ -220,11 +222,12 @@ def test_four_tokens_back_hold_five_values_at_1b(arch: str) -> None:
 
 
 def test_a_projection_is_read_in_the_format_that_it_names() -> None:
-    class Packed(Projection):
-        format = INT4
-
-    plain = linear_cost("plain", Projection(64, 32, 64).bfloat16(), 3)
-    packed = linear_cost("packed", Packed(64, 32, 64).bfloat16(), 3)
+    layer = Projection(64, 32, 64).bfloat16()
+    plain = linear_cost("plain", layer, 3)
+    number = Number.named("int4-g32")
+    layer.store(Packed(nearest(torch.randn(96, 64), number), number, 64, torch.bfloat16))
+    packed = linear_cost("packed", layer, 3)
+    assert (plain.storage, packed.storage) == ("", "int4-g32")
     assert plain.weight_bytes == 2 * 64 * 96
     # Four bits a weight, and a scale and a zero point of two bytes for every 32.
     assert packed.weight_bytes == 64 * 96 // 2 + 64 * 96 // 32 * 4

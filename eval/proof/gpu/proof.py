@@ -121,8 +121,8 @@ class Proof:
                     self.machine.append({"measure": measure, "value": value, **self._from})
             copy, matrix, call_us, read = (held[name] for name in RATES)
             by_rows = tuple(
-                ProductRate(rows, *(held[name] for name in names))
-                for rows, names in zip(PRODUCT_ROWS, products, strict=True)
+                ProductRate(rows, held[rate], held[launch])
+                for rows, (rate, launch) in zip(PRODUCT_ROWS, products, strict=True)
             )
             self._roofline = Roofline(copy, matrix, torch.bfloat16, by_rows, call_us, read)
         return self._roofline

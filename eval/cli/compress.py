@@ -1,0 +1,106 @@
+"""`decodebench compress`: a trained checkpoint with its weights stored in few bits."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from archs.errors import UserError
+from eval.cli.console import err
+from eval.cli.options import leave, resolve_device
+from eval.cli.show import Json, show
+
+#: The columns that people see.
+SHOWN = (
+    "arch", "weight_format", "bits_per_weight", "held_weight_bytes", "tpot_ms", "bits_per_byte",
+    "bits_per_byte_ratio", "low", "high", "status", "checkpoint", "note",
+)  # fmt: skip
+#: What a checkpoint is stored in before, the first row of every table.
+BEFORE = "float32"
+
+
+def compress(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of float32, or its folder.")],
+    weights: Annotated[
+        list[str],
+        typer.Option(help="int8, fp8, int4-g64, int3-g32-awq, int4-g64-gptq,...; repeatable."),
+    ],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Default: compressed/ beside the checkpoint.")
+    ] = None,
+    corpus: Annotated[str, typer.Option(help="The text it was trained on.")] = "sotu",
+    calibration: Annotated[
+        int, typer.Option(help="Sequences of training text that codes are chosen by.")
+    ] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Held-out tokens to score; 0: all.")] = 50_000,
+    arch: Annotated[str | None, typer.Option(help="The file it was trained from.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_: Json = False,
+) -> None:
+    """Store weights in few bits: a checkpoint for each format, with its loss, bytes and time."""
+    rows = compressed(
+        checkpoint, weights, out_dir, corpus=corpus, calibration=calibration,
+        max_tokens=max_tokens, arch=arch, device=resolve_device(device), quiet=json_,
+    )  # fmt: skip
+    shown = [{name: row[name] for name in SHOWN if name in row} for row in rows]
+    show(rows if json_ else shown, json_)
+    leave(str(row["status"]) for row in rows)
+
+
+def compressed(
+    checkpoint: Path, weights: list[str], out: Path | None, *, corpus: str, calibration: int,
+    max_tokens: int, arch: str | None, device: torch.device, quiet: bool,
+) -> list[dict[str, object]]:  # fmt: skip
+    """A row per format by our measures' names, the checkpoint as it is first. Raises UserError."""
+    from eval.measure.decode_plans import CompressPlan
+    from eval.measure.plan import compress_points, corpus_of
+    from eval.measure.progress import Progress
+    from eval.measure.site import Site
+    from eval.measure.stages import measure
+    from eval.measure.suite import QualityPlan
+    from eval.measure.trained import source_of
+    from eval.results.rows import Status
+    from train.checkpoint import read_metadata, read_spec
+    from train.corpus import check_spec
+    from train.loop import CHECKPOINT_NAME
+
+    check_spec(corpus)
+    source = source_of(checkpoint, arch)
+    given = Path(source.checkpoint)
+    metadata = read_metadata(given)
+    if metadata.weights:
+        raise UserError(
+            f"'{given}' holds weights packed as {metadata.weights} already; give the checkpoint "
+            "that they were made of"
+        )
+    wanted = CompressPlan(weights=tuple(weights), calibration=calibration)
+    formats = tuple(dict.fromkeys((BEFORE, *wanted.weights)))
+    points = compress_points(
+        read_spec(given, arch), source, corpus_of(metadata.identity, corpus),
+        replace(wanted, weights=formats), QualityPlan(max_tokens=max_tokens, reach=0),
+        metadata.identity.recipe.seed, device.type,
+    )  # fmt: skip
+    folder = out or given.parent / "compressed"
+    progress = Progress(err, quiet=quiet)
+    rows: list[dict[str, object]] = []
+    site = Site(None, device)
+    with progress.over(len(formats), len(formats), len(formats)):
+        for name, point in zip(formats, points, strict=True):
+            place = folder / re.sub(r"[,:]", "-", name)
+            site.keep_at(place if name in weights else None)
+            with progress.cell(f"compress {point.arch} {name}", 1.0) as watch:
+                found = measure(point, site, watch)
+            row: dict[str, object] = {"arch": point.arch, "weight_format": name}
+            figures: dict[str, Any] = {r.measure: r.value for r in found.rows}
+            score = next((r for r in found.rows if r.measure == "bits_per_byte_ratio"), None)
+            ends = {} if score is None else {"low": score.low, "high": score.high}
+            failure = found.failure
+            status = Status.OK if failure is None else failure.status
+            row |= {**figures, **ends, "status": status.value}
+            row["checkpoint"] = str(place / CHECKPOINT_NAME) if name in weights else str(given)
+            row["note"] = "" if failure is None else failure.note
+            rows.append(row)
+    return rows

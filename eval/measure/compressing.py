@@ -1,0 +1,146 @@
+"""A trained model with its weights stored in few bits: what that costs, and what it takes.
+
+Quality is that of the stored numbers, computed in float32, so that formats differ in nothing else;
+time per token is that of one sequence on the products that read them as they are stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from archs.backbone import Model, cast
+from archs.backends import NoFormError, resolve_backend
+from archs.checks import parse
+from archs.ops.matrix import storages_of, weights_of
+from archs.registry import ModelSpec
+from archs.weights import WeightFormat
+from eval.measure.agreement import agreement
+from eval.measure.cell_rows import load_rows, timing_rows
+from eval.measure.decode import decode_cost, measure_decode
+from eval.measure.decode_plans import CompressPlan
+from eval.measure.progress import Watch
+from eval.measure.quality import DocumentScore, document_scores
+from eval.measure.site import Failure, Site, about
+from eval.measure.suite import CorpusPlan, QualityPlan
+from eval.measure.text import quality_rows
+from eval.measure.trained import Source, Trained, trained
+from eval.predict.neighbours import Neighbours
+from eval.predict.roofline import resident_bytes
+from eval.results.point import Point
+from eval.results.rows import About, Found, Row, Status
+from eval.results.statistics import weighted_mean
+from train.checkpoint import save_compressed
+from train.compress import compress
+from train.loop import CHECKPOINT_NAME
+from train.tokens import Batches
+
+#: Seed of the calibration text, apart from those that models are trained with.
+CALIBRATION_SEED = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressOptions:
+    """plan: of one format."""
+
+    source: Source
+    corpus: CorpusPlan
+    plan: CompressPlan
+    quality: QualityPlan
+
+
+def measure(point: Point, site: Site, watch: Watch) -> Found:
+    """Bits per byte, bytes in memory and time per token of the model in the format.
+
+    Raises UserError on a format that the model's matrices do not take, and on a checkpoint whose
+    weights are packed already.
+    """
+    options = parse(CompressOptions, point.options, f"the options of {point.key}")
+    plan = options.plan
+    stored = WeightFormat.named(plan.weights[0])
+    given = trained(options.source, options.corpus, site, watch)
+    before = _scores(given.model, given, options.quality)
+    model = stored_model(given, stored, plan.calibration)
+    if site.keeps:
+        save_compressed(site.work_folder(point) / CHECKPOINT_NAME, model, given.checkpoint)
+    watch.at(0.3, "score")
+    seq_len = given.spec.scale.seq_len
+    backend = resolve_backend(plan.backend, site.device)
+    # Both figures are of one model: the columns say how it is stored and what it is served in.
+    told = about(
+        given.spec, model, kernel_backend=backend, corpus=options.corpus.spec, tokens=given.seen
+    )
+    rows = quality_rows(cast(model, torch.float32), given.tokens, seq_len, options.quality)
+    rows.append(ratio_row(before, _scores(model, given, options.quality)))
+    watch.at(0.7, "decode")
+    rows += _timed(cast(model, stored.dtype), given.spec, plan, site, backend, told)
+    return Found(about=told, rows=tuple(rows))
+
+
+def _scores(model: Model, given: Trained, quality: QualityPlan) -> list[DocumentScore]:
+    return document_scores(
+        model, given.tokens, part="test", seq_len=given.spec.scale.seq_len,
+        max_tokens=quality.max_tokens or None,
+    )  # fmt: skip
+
+
+def ratio_row(before: Sequence[DocumentScore], after: Sequence[DocumentScore]) -> Row:
+    """Bits after over bits before, with the interval over the documents that both are of."""
+    bits = np.array([score.bits for score in before])
+    ratios = np.array([score.bits for score in after]) / bits
+    if len(ratios) < 2:
+        return Row(measure="bits_per_byte_ratio", value=float(ratios.mean()), n=len(ratios))
+    found = weighted_mean(ratios, bits)
+    return Row(
+        measure="bits_per_byte_ratio", value=found.value, low=found.value - found.half,
+        high=found.value + found.half, n=len(ratios),
+    )  # fmt: skip
+
+
+def stored_model(given: Trained, stored: WeightFormat, calibration: int) -> Model:
+    """A trained model, stored anew in place; text that codes are chosen by is its own training's.
+
+    calibration: sequences of that text.
+    """
+    ids = None
+    if stored.method:
+        text = Batches(
+            given.tokens, batch=calibration, seq_len=given.spec.scale.seq_len,
+            seed=CALIBRATION_SEED,
+        )  # fmt: skip
+        ids = text.batch_at(0)[0].to(given.model.embedding.weight.device)
+    return compress(given.model, stored, ids)
+
+
+def _timed(
+    model: Model, spec: ModelSpec, plan: CompressPlan, site: Site, backend: str, told: About
+) -> list[Row]:
+    """Decode of one sequence at the trained length, once it is shown to be right."""
+    context = spec.scale.seq_len
+    try:
+        agreed = agreement(model, context=context, batches=(1,), backend=backend)
+    except NoFormError as why:
+        raise Failure(Status.UNSUPPORTED, told, str(why)) from None
+    rows = [
+        Row(measure="agreement_error", value=agreed.error),
+        Row(measure="agreement_limit", value=agreed.limit),
+    ]
+    if not agreed.holds:
+        raise Failure(Status.INCORRECT, told, agreed.why_not, withheld=rows)
+    with Neighbours() as others:
+        (timing,) = measure_decode(
+            model, batch=1, contexts=(context,), steps=plan.steps, backend=backend
+        )
+        rates = site.roofline(
+            (1,), again=True, dtype=model.norm.weight.dtype, storages=storages_of(model)
+        )
+    rows += load_rows(others.share, batch=1)
+    rows += timing_rows(timing, decode_cost(model, 1, timing.context), rates)
+    held = resident_bytes(model)
+    numbers = sum(weight.numel() for weight in weights_of(model))
+    return [
+        *rows,
+        Row(measure="held_weight_bytes", value=held, batch=1, context=timing.context),
+        Row(measure="bits_per_weight", value=8 * held / numbers),
+    ]

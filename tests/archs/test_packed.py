@@ -1,0 +1,124 @@
+"""Packed matrices against a float64 product: every format, layouts, odd shapes, extreme rows."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from archs.errors import UserError
+from archs.packed import Packed, Stacked, nearest
+from archs.weights import BY_ROW, NARROW_NAMES, Number
+from kernels.quant.torch import product_ref
+
+#: Relative to the largest result: products of bfloat16 are rounded once, dense ones in their dtype.
+LIMITS = {torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-14}
+FORMATS = (*BY_ROW, *NARROW_NAMES)
+SHAPES = [(48, 160), (33, 136), (16, 128)]
+
+
+def matrix(rows: int, columns: int) -> Tensor:
+    """Rows of zeros, of one value, with an outlier, with a group of zeros, tiny ones."""
+    weight = torch.randn(rows, columns)
+    weight[0] = 0
+    weight[1] = 0.37
+    weight[2, 5] = 300.0
+    weight[3, :32] = 0
+    weight[4] *= 1e-30
+    return weight
+
+
+def packed(name: str, weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> Packed:
+    number = Number.named(name)
+    return Packed(nearest(weight, number), number, weight.shape[1], dtype)
+
+
+def inputs(columns: int) -> Iterator[Tensor]:
+    for rows in ((1,), (2, 3), (17,), (130,)):
+        yield torch.randn(*rows, columns)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_are_those_of_the_numbers_that_are_stored(
+    name: str, shape: tuple[int, int]
+) -> None:
+    held = packed(name, matrix(*shape))
+    rounded, bits = held.rounded, held.number.bits
+    for laid_out in (False, True):
+        if laid_out:
+            held.lay_out()
+        for dtype, limit in LIMITS.items():
+            for x in inputs(shape[1]):
+                y = held.product(x.to(dtype), backend="torch")
+                expected = product_ref(x.to(dtype), rounded, bits)
+                assert y.dtype == dtype and y.shape == (*x.shape[:-1], shape[0])
+                error = (y.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+                assert error.max() < limit, (laid_out, dtype, x.shape)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layout_changes_no_number_and_no_size(name: str) -> None:
+    held = packed(name, matrix(48, 160))
+    dense, size, state = held.dense(torch.float64), held.nbytes, held.state_dict()
+    assert size == held.declared_bytes == held.number.nbytes(48, 160)
+    state = {key: value.clone() for key, value in state.items()}
+    for _ in range(2):
+        held.lay_out()
+        assert torch.equal(held.dense(torch.float64), dense) and held.nbytes == size
+    again = held.state_dict()
+    assert again.keys() == state.keys()
+    for key, value in state.items():
+        assert torch.equal(again[key].view(torch.uint8), value.view(torch.uint8)), key
+
+
+def test_four_bits_are_read_packed_on_a_cpu() -> None:
+    held = packed("int4-g32", matrix(48, 160))
+    before = held.codes.data_ptr()
+    held.lay_out()
+    assert held.zero is None and held.codes.data_ptr() != before
+    # Rows that torch's product does not take stay as files have them, as many bytes as declared.
+    odd = packed("int4-g32", matrix(33, 160))
+    odd.lay_out()
+    assert odd.zero is not None and odd.nbytes == odd.declared_bytes
+
+
+def test_factors_multiply_the_inputs() -> None:
+    weight, factors = torch.randn(32, 64), torch.rand(64) + 0.5
+    factors = factors.bfloat16().float()
+    number = Number.named("int4-g32")
+    held = Packed(nearest(weight / factors, number), number, 64, torch.float64, factors)
+    plain = Packed(nearest(weight / factors, number), number, 64, torch.float64)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    expected = plain.product(x * factors, backend="torch")
+    torch.testing.assert_close(held.product(x, backend="torch"), expected)
+    torch.testing.assert_close(x @ held.dense(torch.float64).t(), expected)
+    assert held.nbytes == held.declared_bytes == plain.nbytes + 2 * 64
+
+
+@pytest.mark.parametrize("name", [*BY_ROW])
+def test_rows_are_looked_up_by_number(name: str) -> None:
+    held = packed(name, matrix(40, 24), torch.float32)
+    index = torch.tensor([[3, 0], [39, 3]])
+    assert torch.equal(held.rows(index), held.dense(torch.float32)[index])
+    assert held.rows(index, torch.float64).dtype == torch.float64
+    with pytest.raises(ValueError, match="rows of int4-g32 cannot be read by number"):
+        packed("int4-g32", matrix(40, 32)).rows(index)
+
+
+def test_blocks_of_several_formats_are_one_matrix() -> None:
+    weight = matrix(48, 64)
+    parts = [packed("int4-g32", weight[:32]), weight[32:40].bfloat16(), packed("int8", weight[40:])]
+    held = Stacked(parts)
+    assert held.shape == (48, 64) and held.dtype == torch.bfloat16 and held.storage == "int4-g32"
+    assert held.declared_bytes == held.nbytes == sum(part.nbytes for part in parts)
+    held.lay_out()
+    x = torch.randn(2, 64).bfloat16()
+    expected = x.double() @ held.dense(torch.float64).t()
+    y = held.product(x, backend="torch")
+    assert (y.double() - expected).norm() / expected.norm() < LIMITS[torch.bfloat16]
+
+
+def test_groups_wider_than_a_row_are_refused() -> None:
+    with pytest.raises(UserError, match=r"groups of 128 columns, wider than .* \[8, 64\]; take"):
+        packed("int4-g128", torch.randn(8, 64))
