@@ -4,7 +4,7 @@ Projections that read the same input are one matrix (`Projection`): fewer launch
 and the optimiser still sees the parts by their `sizes`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +75,13 @@ class Projection(Leaf, nn.Linear):
         self.residual = residual
         self.gates = tuple(gates)
         self.plain = plain
+        #: What products see of the weights in training; None: the weights.
+        self.view: Callable[[Tensor], Tensor] | None = None
 
     @property
     def stored(self) -> Weight:
-        """The weights [N, D], plain or packed."""
-        return self.weight
+        """The weights [N, D] as products see them, plain or packed."""
+        return self.weight if self.view is None else self.view(self.weight)
 
     @property
     def weight_bytes(self) -> int:

@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from archs.errors import UserError
 from archs.ops.dense import product
 from archs.ops.matrix import Matrix, Weight
-from archs.ops.packed import cpu_product, cpu_takes, for_cpu, from_cpu, packed_product
+from archs.ops.packed import (
+    cpu_product,
+    cpu_takes,
+    for_cpu,
+    from_cpu,
+    int8_product,
+    packed_product,
+)
 from archs.weights import Number
 from kernels.quant.torch import (
     SCALE_DTYPE,
     Rounded,
     dense,
+    on_grid,
     pack,
     round_fp8,
     round_int8,
@@ -40,6 +48,13 @@ def require_group(number: Number, shape: Sequence[int]) -> None:
             f"weight format '{number.name}' has groups of {number.group} columns, wider than the "
             f"rows of a matrix {list(shape)}; take smaller groups, or a wider model"
         )
+
+
+def as_rounded(weight: Tensor, number: Number) -> Tensor:
+    """The numbers that `nearest` stores for a matrix [N, K], in its dtype."""
+    if number.group is not None:
+        return on_grid(weight, number.bits, number.group)
+    return dense(nearest(weight, number), number.bits, weight.shape[1], weight.dtype)
 
 
 class Packed(Matrix):
@@ -82,6 +97,8 @@ class Packed(Matrix):
         """As `Matrix.product`."""
         if self.inverse is not None:
             x = x * self.inverse.to(x.dtype)
+        if self.number.int8_inputs:
+            return int8_product(x, self.rounded, backend=backend)
         if self._ordered and x.dtype == SCALE_DTYPE:
             return cpu_product(x, self.codes, self.scale)
         return packed_product(x, self.rounded, self.number.bits, self._shape[1], backend=backend)

@@ -96,7 +96,7 @@ def _matrix(
     """The rows of a projection in blocks of equal formats."""
     parts: list[Weight] = []
     at = 0
-    for gates, sizes in _runs(projection):
+    for gates, sizes in runs(projection):
         rows = weight[at : at + sizes]
         number = stored.gates if gates else stored.matrices
         at += sizes
@@ -110,7 +110,7 @@ def _matrix(
     return parts[0] if len(parts) == 1 else Stacked(parts)
 
 
-def _runs(projection: Projection) -> Iterable[tuple[bool, int]]:
+def runs(projection: Projection) -> Iterable[tuple[bool, int]]:
     """Whether its next rows give gates, and how many they are."""
     marked = [(n in projection.gates, size) for n, size in enumerate(projection.sizes)]
     for gates, sizes in groupby(marked, lambda pair: pair[0]):

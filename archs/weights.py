@@ -23,12 +23,13 @@ PLAIN_WEIGHTS = {
 }  # fmt: skip
 #: Columns that share a scale, of integers of fewer than 8 bits.
 GROUPS = (32, 64, 128)
-#: One element a number, with a scale a row.
-BY_ROW = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+#: One element a number, with a scale a row; w8a8: rows of inputs, too, as they come.
+BY_ROW = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "w8a8": torch.int8}
+INT8_INPUTS = "w8a8"
 NARROW_NAMES = tuple(f"int{bits}-g{group}" for bits in reversed(NARROW) for group in GROUPS)
-#: How codes are chosen, and whether inputs are multiplied by factors for it; "": each number's
-#: nearest.
-METHODS = {"": False, "awq": True, "gptq": False}
+#: How codes are chosen, and whether inputs are multiplied by factors for it. "": each number's
+#: nearest; qat: the same, of weights that were trained to be rounded.
+METHODS = {"": False, "awq": True, "gptq": False, "qat": False}
 #: Parts of a model whose format may differ, beside its matrices.
 PARTS = ("head", "gates")
 #: What numbers that are not packed are stored in, beside some that are.
@@ -66,6 +67,11 @@ class Number:
         return self.name in PLAIN_WEIGHTS
 
     @property
+    def int8_inputs(self) -> bool:
+        """Whether rows of inputs are rounded to int8, too."""
+        return self.name == INT8_INPUTS
+
+    @property
     def narrow(self) -> bool:
         """Whether several numbers share a byte."""
         return self.group is not None
@@ -101,7 +107,12 @@ class WeightFormat:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise unknown_name("way to choose codes", self.method, [*filter(None, METHODS)])
-        if self.method and not self.matrices.narrow:
+        if self.method == "qat" and self.matrices.plain:
+            raise UserError(
+                f"'{self.matrices.name}-qat': plain numbers are not rounded; take "
+                f"{', '.join((*BY_ROW, *NARROW_NAMES))}"
+            )
+        if self.method not in ("", "qat") and not self.matrices.narrow:
             raise UserError(
                 f"'{self.matrices.name}-{self.method}': {self.method} chooses codes of integers of "
                 f"2 to 4 bits; take one of {', '.join(NARROW_NAMES)}"

@@ -66,7 +66,7 @@ def compress(model: Model, stored: WeightFormat, ids: Tensor | None = None) -> M
     ids: calibration text, int64 [B, T]; None where codes are the nearest ones. Raises UserError
     where text is missing or too short for the model's matrices, and as `store`.
     """
-    if not stored.method:
+    if stored.method not in WAYS:
         return store(model, stored)
     if ids is None:
         raise UserError(f"'{stored}' chooses codes by calibration text; give some, or leave out "

@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import everywhere
-from kernels.quant.torch import SCALE_DTYPE, Rounded, dense, unpack
+from kernels.quant.torch import SCALE_DTYPE, Rounded, dense, int8_rows, unpack
 
 #: Rows of the matrix that torch's 4-bit product takes at once, and groups that it knows.
 CPU_ROWS = 16
 CPU_GROUPS = (32, 64, 128, 256)
 #: Columns that its int8 product takes at once: with others it reads past a row's end.
 CPU_COLUMNS = 16
+#: Rows that torch's int8 product of int8 rows takes at least on a GPU.
+CUDA_ROWS = 17
 #: Rows of x from which making an int8 matrix dense first is faster than torch's packed product.
 MANY_ROWS = 128
 
@@ -39,6 +41,33 @@ def _packed_torch(x: Tensor, rounded: Rounded, bits: int, columns: int) -> Tenso
 
 
 _PACKED = everywhere("packed product", _packed_torch, _packed_torch)
+
+
+def int8_product(x: Tensor, rounded: Rounded, *, backend: str) -> Tensor:
+    """x Wᵀ with rows of x as int8, too, each by a scale of its own, and sums in int32.
+
+    x: [..., K]; W: int8, by rows -> [..., N], in x's dtype. The same in every dtype but for the
+    rounding of its result.
+    """
+    return _INT8[backend](x, rounded)
+
+
+def _int8_torch(x: Tensor, rounded: Rounded) -> Tensor:
+    codes, scale = int8_rows(x.reshape(-1, x.shape[-1]))
+    sums = _int_sums(codes, rounded.codes).to(scale.dtype)
+    return (sums * scale * rounded.scale.view(-1)).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _int_sums(codes: Tensor, weight: Tensor) -> Tensor:
+    """int32 [M, N] of int8 [M, K] and [N, K]."""
+    if not codes.is_cuda:
+        return torch._int_mm(codes, weight.t())
+    # The library's product on a GPU takes more than 16 rows, and multiples of 8 else.
+    rows = F.pad(codes, (0, 0, 0, max(0, CUDA_ROWS - len(codes))))
+    return torch._int_mm(rows, weight.t())[: len(codes)]
+
+
+_INT8 = everywhere("int8 product", _int8_torch, _int8_torch)
 
 
 def cpu_takes(rounded: Rounded, bits: int, dtype: torch.dtype) -> bool:

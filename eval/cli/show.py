@@ -30,7 +30,7 @@ KEYS = frozenset(
 TITLES = {
     "hardware": "on", "kernel_backend": "backend", "weight_format": "weights",
     "arith_intensity_pred": "FLOP/byte predicted", "arith_intensity_meas": "FLOP/byte measured",
-    "output_tok_per_s": "token/s",
+    "output_tok_per_s": "token/s", "compressed_bits_per_byte": "bits per byte",
     "output_tok_per_s_per_user": "token/s per user", "output_tok_per_s_per_gpu": "token/s per GPU",
     "compute_bound_batch": "compute-bound from batch", "max_sequences": "sequences that fit",
     "usd_per_million_tok": "$/Mtoken", "count": "×",

@@ -5,7 +5,10 @@ time per token is that of one sequence on the products that read them as they ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -17,23 +20,23 @@ from archs.ops.matrix import storages_of, weights_of
 from archs.registry import ModelSpec
 from archs.weights import WeightFormat
 from eval.measure.agreement import agreement
-from eval.measure.cell_rows import load_rows, timing_rows
+from eval.measure.cell_rows import estimate_row, load_rows, reporter, timing_rows
 from eval.measure.decode import decode_cost, measure_decode
 from eval.measure.decode_plans import CompressPlan
 from eval.measure.progress import Watch
-from eval.measure.quality import DocumentScore, document_scores
+from eval.measure.quality import DocumentScore, document_scores, over_documents
 from eval.measure.site import Failure, Site, about
 from eval.measure.suite import CorpusPlan, QualityPlan
-from eval.measure.text import quality_rows
 from eval.measure.trained import Source, Trained, trained
 from eval.predict.neighbours import Neighbours
 from eval.predict.roofline import resident_bytes
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
 from eval.results.statistics import weighted_mean
-from train.checkpoint import save_compressed
+from train.checkpoint import read_metadata, save_compressed
 from train.compress import compress
 from train.loop import CHECKPOINT_NAME
+from train.quantize_aware import tune
 from train.tokens import Batches
 
 #: Seed of the calibration text, apart from those that models are trained with.
@@ -60,7 +63,11 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     plan = options.plan
     stored = WeightFormat.named(plan.weights[0])
     given = trained(options.source, options.corpus, site, watch)
-    before = _scores(given.model, given, options.quality)
+    control = given.model
+    if stored.method == "qat":
+        control = _tuned(given, None, plan, point, site, watch)
+        given = replace(given, model=_tuned(given, stored, plan, point, site, watch))
+    before = _scores(control, given, options.quality)
     model = stored_model(given, stored, plan.calibration)
     if site.keeps:
         save_compressed(site.work_folder(point) / CHECKPOINT_NAME, model, given.checkpoint)
@@ -71,11 +78,34 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     told = about(
         given.spec, model, kernel_backend=backend, corpus=options.corpus.spec, tokens=given.seen
     )
-    rows = quality_rows(cast(model, torch.float32), given.tokens, seq_len, options.quality)
-    rows.append(ratio_row(before, _scores(model, given, options.quality)))
+    after = _scores(cast(model, torch.float32), given, options.quality)
+    scored = estimate_row("compressed_bits_per_byte", over_documents(after), context=seq_len)
+    rows = [scored, ratio_row(before, after)]
     watch.at(0.7, "decode")
     rows += _timed(cast(model, stored.dtype), given.spec, plan, site, backend, told)
     return Found(about=told, rows=tuple(rows))
+
+
+def _tuned(
+    given: Trained, stored: WeightFormat | None, plan: CompressPlan, point: Point, site: Site,
+    watch: Watch,
+) -> Model:  # fmt: skip
+    """A copy of the model, trained on; stored: seen rounded meanwhile. Raises Failure."""
+    model = deepcopy(given.model)
+    recipe = read_metadata(given.checkpoint).identity.recipe
+    with TemporaryDirectory() as folder:
+        result = tune(
+            model, given.tokens, recipe, Path(folder), spec=given.spec, steps=plan.qat_steps,
+            rate=plan.qat_rate, stored=stored, seed=CALIBRATION_SEED + point.seed,
+            progress=reporter(watch), deadline=site.deadline,
+        )  # fmt: skip
+    if result.status != "ok":
+        raise Failure(
+            Status.NAN, about(given.spec, given.model, corpus=given.tokens.name),
+            f"training on {result.status} at step {result.steps}",
+            stopped=result.status == "stopped",
+        )  # fmt: skip
+    return model.eval()
 
 
 def _scores(model: Model, given: Trained, quality: QualityPlan) -> list[DocumentScore]:

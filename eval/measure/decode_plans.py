@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from archs.backends import AUTO, BACKENDS
-from archs.checks import at_least, some
+from archs.checks import at_least, positive, some
 from archs.errors import UserError, unknown_name
 from archs.heads import HEAD
 from archs.sizes import get_scale
@@ -127,6 +127,8 @@ class CompressPlan:
       against. archs: of the suite (none: all). calibration: sequences of training text, as long as
       those trained on, that codes are chosen by, where the way needs them. steps: timed decode
       steps of one sequence. backend: as `DecodePlan`'s.
+    qat_steps, qat_rate: of training with rounded weights, and its learning rate as a share of the
+      model's own; a model that goes on as long without rounding is what it is held against.
     """
 
     weights: tuple[str, ...]
@@ -134,11 +136,14 @@ class CompressPlan:
     calibration: int = 64
     steps: int = 32
     backend: str = AUTO
+    qat_steps: int = 100
+    qat_rate: float = 0.25
 
     def __post_init__(self) -> None:
         require_backend(self.backend)
         some(self, "weights")
-        at_least(self, 1, "calibration", "steps")
+        at_least(self, 1, "calibration", "steps", "qat_steps")
+        positive(self, "qat_rate")
         for name in self.weights:
             WeightFormat.named(name)
 
@@ -156,8 +161,8 @@ def require_untrained(weights: str) -> None:
     """Raise UserError for a format of weights that random ones cannot be stored in."""
     if weights and (method := WeightFormat.named(weights).method):
         raise UserError(
-            f"weights='{weights}': {method} chooses codes by a trained model's activations, and "
-            "these weights are random; leave the method out"
+            f"weights='{weights}': {method} chooses codes of a trained model, and these weights "
+            "are random; leave it out"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.weights import WeightFormat
 from eval.measure.cost import CONTEXTS
 from eval.measure.decode_plans import CompressPlan, DecodePlan, SpeculatePlan
 from eval.measure.serve_plan import ServePlan, batch_sizes
@@ -202,7 +203,9 @@ def weight(point: Point, trained_scales: list[str]) -> float:
         case "speculate":
             return 0.1 * options["plan"]["new_tokens"] * len(options["plan"]["contexts"])
         case "compress":
-            return 1.5
+            plan = options["plan"]
+            aware = any(WeightFormat.named(name).method == "qat" for name in plan["weights"])
+            return 1.5 + 0.3 * aware * plan["qat_steps"]
         case "serve":
             plan = options["plan"]
             runs = len(plan["batching"]) * plan["repeats"]

@@ -18,6 +18,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.predict.accelerators import hardware_of
 from eval.predict.roofline import predict_ops
+from eval.proof.claims_compressed import few_bits
 from eval.report.evidence import Claim, Evidence, Verdict
 from eval.report.figures import Figures, exponent
 
@@ -359,6 +360,12 @@ CHECKS: tuple[tuple[int, str, Callable[[Evidence], Found]], ...] = (
     (7, "cross-layer attention halves the cache, not the reads", _cross_layer),
     (8, "a sliding window bounds the cache and loses distant information", _window),
     (9, "sparse attention keeps only selected tokens", _sparse),
+    (
+        10,
+        "quantization cuts memory and time by the ratio of precisions, loses at very few bits; "
+        "qat recovers that, activation-aware codes lose less",
+        few_bits,
+    ),
     (
         12,
         "speculative decoding is lossless and gives 2 to 4 times, best at 3 to 4 drafts",

@@ -7,8 +7,13 @@ from typing import Literal
 import pandas as pd
 
 from eval.report.figures import Figures
+from eval.results.statistics import student_t_mean
 
 Verdict = Literal["supported", "conditional", "refuted", "not measured"]
+
+
+def _by_arch(rows: pd.DataFrame) -> "pd.Series[float]":
+    return rows.groupby("arch", sort=False)["value"].mean()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,31 @@ class Evidence:
         long = self.figures.long
         rows = long[(long["stage"] == "serve") & (long["measure"] == measure)]
         return rows[rows["status"] == "ok"]
+
+    def ratios(self, weights: str) -> "pd.Series[float]":
+        """Bits of held-out text of each architecture with its weights stored in a format, over
+        those with plain ones; means over seeds.
+        """
+        return _by_arch(self._compressed("bits_per_byte_ratio", weights))
+
+    def more(self, weights: str, other: str) -> tuple[float, float, float] | None:
+        """By how much the bits of `weights` exceed those of `other`, relative to plain ones: mean
+        and 95 % interval over models (architectures and seeds), paired; None without two of them.
+        """
+        pairs = [
+            self._compressed("bits_per_byte_ratio", name).set_index(["arch", "seed"])["value"]
+            for name in (weights, other)
+        ]
+        apart = (pairs[0] - pairs[1]).dropna()
+        if len(apart) < 2:
+            return None
+        found = student_t_mean(list(apart))
+        return found.value, found.value - found.half, found.value + found.half
+
+    def _compressed(self, measure: str, weights: str) -> pd.DataFrame:
+        long = self.figures.long
+        rows = long[(long["stage"] == "compress") & (long["measure"] == measure)]
+        return rows[(rows["status"] == "ok") & (rows["weight_format"] == weights)]
 
     @property
     def lossless(self) -> bool | None:

@@ -24,12 +24,14 @@ class Setting(NamedTuple):
     hardware: str
     scale: str
     dtype: str
+    weight_format: str
     kernel_backend: str
     source: str
 
     def __str__(self) -> str:
         kernels = self.kernel_backend and f"{self.kernel_backend} kernels"
-        what = [self.dtype, kernels, self.source]
+        packed = self.weight_format and f"weights {self.weight_format}"
+        what = [self.dtype, packed, kernels, self.source]
         return " · ".join(w for w in (f"{self.scale} shapes", self.hardware, *what) if w)
 
 
@@ -86,6 +88,19 @@ class Figures:
         (all present).
         """
         return self._pivot(self._rows_at(setting, "serve"), ["arch", "options"], measures)
+
+    def compressed(self, *measures: str, stage: str = "compress") -> pd.DataFrame:
+        """Models whose weights are stored in several formats: rows of arch, scale, hardware,
+        weight_format ("float32" where they are plain) and a column for each measure (all present),
+        means over seeds; of decode, of its smallest batch and longest context.
+        """
+        rows = self._good[(self._good["stage"] == stage) & self._good["measure"].isin(measures)]
+        if stage == "decode" and not rows.empty:
+            rows = rows[rows["batch"] == rows["batch"].min()]
+            rows = rows[rows["context"] == rows["context"].max()]
+        plain = rows["weight_format"] == ""
+        rows = rows.assign(weight_format=rows["weight_format"].mask(plain, rows["dtype"]))
+        return self._pivot(rows, ["arch", "scale", "hardware", "weight_format"], measures)
 
     def speculated(self, setting: Setting) -> pd.DataFrame:
         """Greedy speculation: rows of arch, batch, context, how (what drafts, and what rolls back),

@@ -327,6 +327,8 @@ def column_names(rows: pd.DataFrame) -> "pd.Series[Any]":
     names = pd.Series("", index=rows.index, dtype="object")
     for (measure, scale), group in rows.groupby(["measure", "scale"], sort=False):
         varying = [q for q in QUALIFIERS if group[q].nunique(dropna=False) > 1]
+        if {"dtype", "weight_format"} <= set(varying) and _one_dtype_each(group):
+            varying.remove("dtype")
         if "stage" in varying and not _stages_collide(group):
             varying.remove("stage")
         if "tokens" in varying and UNTIL_SOLVED in set(group["stage"]):
@@ -343,6 +345,11 @@ def column_names(rows: pd.DataFrame) -> "pd.Series[Any]":
             )
             names[same.index] = str(Column(str(measure), str(scale), batch, context, extra))
     return names
+
+
+def _one_dtype_each(group: pd.DataFrame) -> bool:
+    """Whether the format of the weights tells the dtype."""
+    return bool((group.groupby("weight_format")["dtype"].nunique() == 1).all())
 
 
 def _stages_collide(group: pd.DataFrame) -> bool:

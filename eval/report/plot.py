@@ -14,10 +14,11 @@ from eval.report.pictures import charts
 from eval.report.pictures.plans import PLANS, pictures
 
 __all__ = [
-    "crossings", "intensity_against_context", "latency_against_context", "loss_against_size",
-    "loss_by_position", "predicted_against_measured", "quality_against_state", "roofline",
-    "sequences_against_context", "simulated_against_served", "slope_against_state",
-    "speedup_against_drafts", "task", "throughput_against_latency", "without_state",
+    "crossings", "intensity_against_context", "latency_against_context", "loss_against_bits",
+    "loss_against_size", "loss_by_position", "predicted_against_measured", "quality_against_state",
+    "roofline", "sequences_against_context", "simulated_against_served", "slope_against_state",
+    "speedup_against_drafts", "task", "throughput_against_latency", "time_against_bytes",
+    "without_state",
 ]  # fmt: skip
 
 
@@ -44,6 +45,8 @@ loss_against_size = _plot("ladder")
 predicted_against_measured = _plot("predicted-measured")
 speedup_against_drafts = _plot("speculation")
 simulated_against_served = _plot("served-simulated")
+loss_against_bits = _plot("bits-loss")
+time_against_bytes = _plot("time-bytes")
 
 
 def loss_by_position(results: pd.DataFrame, *, from_mean: bool = False) -> alt.LayerChart:

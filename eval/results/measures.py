@@ -145,6 +145,9 @@ MEASURES: dict[str, Measure] = {
     "gathered_bytes": Measure("byte", "lower", "rows it reads because its mixer picked them"),
     # cost of a step
     "weight_bytes": Measure("byte", "lower", "weights read in one step"),
+    "compressed_bits_per_byte": Measure(
+        "bit/byte", "lower", "bits per byte of a model whose weights are stored as its row says"
+    ),
     "bits_per_byte_ratio": Measure(
         "", "lower", "bits of held-out text over those of the same model in float32, by document"
     ),

@@ -134,6 +134,23 @@ def _row_scale(weight: Tensor, most: float) -> Tensor:
     return (weight.abs().amax(-1, keepdim=True) / most).to(SCALE_DTYPE)
 
 
+def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [M, K] as int8, each by a scale of its own, float32 [M, 1] (float64 of such rows)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale == 0, 0, wide / scale).round()
+    return codes.to(torch.int8), scale
+
+
+def on_grid(weight: Tensor, bits: int, group: int) -> Tensor:
+    """What `round_narrow` makes of a matrix [N, K], as numbers of its dtype; nothing is packed."""
+    runs = in_runs(weight, group)
+    scale, zero = grid(runs, bits)
+    steps = nearest(runs, scale, zero, bits).sub_(2 ** (bits - 1))
+    found = steps.mul_(scale.to(weight.dtype)[..., None]).add_(zero.to(weight.dtype)[..., None])
+    return found.flatten(-2)[..., : weight.shape[-1]]
+
+
 def dense(rounded: Rounded, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
     """What the codes stand for, [N, K] of K `columns`, in `dtype` and computed there.
 

@@ -10,8 +10,9 @@ from archs.weights import NARROW_NAMES, Number, WeightFormat
 @pytest.mark.parametrize(
     "name",
     [
-        "float32", "bfloat16", "int8", "fp8", "int4-g64", "int3-g128-gptq", "int2-g32-awq",
-        "int4-g64,head:bfloat16", "int4-g64-awq,head:fp8,gates:int4-g64", "int8,gates:int8",
+        "float32", "bfloat16", "int8", "fp8", "w8a8-qat", "int4-g64", "int3-g128-gptq",
+        "int2-g32-awq", "int4-g64,head:bfloat16", "int4-g64-awq,head:fp8,gates:int4-g64",
+        "int8,gates:int8",
     ],
 )  # fmt: skip
 def test_a_name_is_what_its_format_is_called(name: str) -> None:
@@ -51,8 +52,9 @@ def test_bytes_include_scales_zero_points_and_whole_groups(
         ("int5-g64", "Unknown weight format 'int5-g64'. Did you mean 'int4-g64'?"),
         ("int4", "Unknown weight format 'int4'"),
         ("int4-g48", "Unknown weight format 'int4-g48'"),
-        ("int4-g64-rtn", "Unknown way to choose codes 'rtn'. Available: awq, gptq"),
+        ("int4-g64-rtn", "Unknown way to choose codes 'rtn'. Available: awq, gptq, qat"),
         ("int8-awq", "'int8-awq': awq chooses codes of integers of 2 to 4 bits; take one of int4"),
+        ("bfloat16-qat", "'bfloat16-qat': plain numbers are not rounded; take int8"),
         ("int4-g64,tail:int8", "'tail:int8' in weight format .* write head:int8 or gates:int8"),
         ("int4-g64,head", "'head' in weight format"),
         ("int4-g64,head:int4-g64", "head:int4-g64: rows of an embedding are read by number"),

@@ -47,6 +47,14 @@ PARAMS = {"tiny": 1.05e6, "70m": 67.1e6, "micro": 0.45e6, "mini": 2.4e6}
 LADDER = ("gqa", "gdn", "mamba2")
 
 
+#: Stored in formats of few bits: bits of memory a weight, and by how much the loss grows.
+PACKED = ("gqa", "gdn")
+FORMATS = {
+    "float32": (32.0, 0.0), "int8": (8.1, 1e-4), "int4-g64": (5.0, 1e-3), "int3-g64": (4.1, 4e-3),
+    "int3-g64-awq": (4.2, 2.5e-3), "int2-g64": (3.1, 2e-2), "int2-g64-qat": (3.1, 8e-3),
+}  # fmt: skip
+
+
 class Recorded:
     """Points and their rows, to be written as one table."""
 
@@ -67,7 +75,7 @@ def write_run(
     folder: Path, *, seeds: int = 3, archs: tuple[str, ...] = ARCHS, where: Provenance = HERE
 ) -> Path:
     """Write `results.csv` into a run folder and return the folder."""
-    noise = np.random.default_rng(0)
+    noise, of_formats = np.random.default_rng(0), np.random.default_rng(1)
     results = Recorded(where)
     machine = [
         Row(measure="copy_bytes_per_s", value=BANDWIDTH),
@@ -112,6 +120,14 @@ def write_run(
         for workload in ("chat", "turns"):
             cell = Point(arch=arch, stage="serve", scale="70m", options={"workload": workload})
             results.append(cell, *_serve(arch, workload))
+        for weights, seed in product(FORMATS if arch in PACKED else (), range(seeds)):
+            options = {"weights": weights}
+            cell = Point(arch=arch, stage="compress", scale="tiny", seed=seed, options=options)
+            results.append(cell, *_compress(arch, weights, of_formats))
+        for weights in ("int8", "int4-g64") if arch in PACKED else ():
+            options = {"weights": weights}
+            cell = Point(arch=arch, stage="decode", scale="70m", batch=1, options=options)
+            results.append(cell, *_packed(arch, weights))
     results.write(folder)
     return folder
 
@@ -127,6 +143,35 @@ def _speculate(arch: str, batch: int, drafts: int) -> tuple[About, list[Row]]:
         Row(measure="lossless", value=1.0, n=batch, **at),
     ]
     return replace(_about(arch, "tiny"), options=f"draft=context drafts={drafts}"), rows
+
+
+def _compress(arch: str, weights: str, noise: np.random.Generator) -> tuple[About, list[Row]]:
+    bits, lost = FORMATS[weights]
+    ratio = 1 + lost * (1 + 0.1 * noise.normal())
+    rows = [
+        Row(measure="bits_per_weight", value=bits),
+        Row(measure="compressed_bits_per_byte", value=QUALITY[arch] * ratio, context=128),
+        Row(measure="bits_per_byte_ratio", value=ratio, low=ratio - 4e-4, high=ratio + 4e-4, n=40),
+        Row(measure="held_weight_bytes", value=PARAMS["tiny"] * bits / 8, batch=1, context=128),
+        Row(measure="tpot_ms", value=0.5 + bits / 100, batch=1, context=128),
+    ]
+    about = replace(_about(arch, "tiny"), corpus="sotu", tokens=122880)
+    return replace(about, weight_format="" if weights == "float32" else weights), rows
+
+
+def _packed(arch: str, weights: str) -> tuple[About, list[Row]]:
+    """Time that falls with bytes, less than they do."""
+    size = PARAMS["70m"] * FORMATS[weights][0] / 8
+    rows = []
+    for context in CONTEXTS:
+        at = {"batch": 1, "context": context}
+        tpot = 1.4 + 1e3 * (size + state_bytes(arch, "70m", context)) / BANDWIDTH
+        rows += [
+            Row(measure="tpot_ms", value=tpot * 1.02, n=12, **at),
+            Row(measure="tpot_p50_ms", value=tpot, n=12, **at),
+            Row(measure="held_weight_bytes", value=size, **at),
+        ]
+    return replace(_about(arch, "70m"), dtype="bfloat16", weight_format=weights), rows
 
 
 def _serve(arch: str, workload: str) -> tuple[About, list[Row]]:
@@ -209,6 +254,7 @@ def _decode(arch: str, batch: int, noise: np.random.Generator) -> tuple[About, l
             Row(measure="tpot_p50_ms", value=tpot, n=12, **at),
             Row(measure="output_tok_per_s", value=batch * 1e3 / (tpot * 1.02), **at),
             Row(measure="tpot_pred_ms", value=predicted, **at),
+            Row(measure="held_weight_bytes", value=4 * PARAMS["70m"], **at),
             Row(measure="mbu", value=moved / (tpot * 1e-3) / BANDWIDTH, **at),
             Row(measure="step_bytes", value=moved, **at),
             Row(measure="step_flops", value=flops, **at),

@@ -169,5 +169,35 @@ def test_without_figures_claims_on_figures_are_not_measured(long: pd.DataFrame) 
     bare = long[long["stage"] == "cost"]
     found = verdicts(bare)
     assert {n for n, c in found.items() if c.verdict == "not measured"} == {
-        5, 6, 8, 9, 12, 13, 14, 15
+        5, 6, 8, 9, 10, 12, 13, 14, 15
     }  # fmt: skip
+
+
+def test_few_bits_are_judged_by_memory_loss_and_time(long: pd.DataFrame) -> None:
+    claim = verdicts(long)[10]
+    assert claim.verdict == "conditional"
+    for part in (
+        "int4-g64 6.4 of 8.0", "int8 0.01 %, int4-g64 0.", "int3-g64 0.", "int2-g64 ",
+        "int3-g64 loses 0.1", "more than by awq", "qat recovers ", "of what int2-g64 loses",
+        "decode is faster by, median over architectures: int8 2.",
+    ):  # fmt: skip
+        assert part in claim.evidence, (part, claim.evidence)
+    # Where memory and time follow the bits as well, nothing is left to be conditional on.
+    ideal = long.copy()
+    for bits, name in ((8, "int8"), (4, "int4-g64"), (3, "int3-g64"), (2, "int2-g64")):
+        at = ideal["weight_format"] == name
+        ideal.loc[at & (ideal["measure"] == "bits_per_weight"), "value"] = bits
+        for measure in ("held_weight_bytes", "tpot_p50_ms"):
+            plain = ideal[(ideal["measure"] == measure) & (ideal["weight_format"] == "")]
+            plain = plain[(plain["stage"] == "decode") & (plain["batch"] == 1)]
+            of = plain.set_index(["arch", "context"])["value"]
+            here = at & (ideal["measure"] == measure) & (ideal["stage"] == "decode")
+            keys = pd.MultiIndex.from_frame(ideal.loc[here, ["arch", "context"]])
+            ideal.loc[here, "value"] = (of.reindex(keys) * bits / 32).to_numpy()
+    assert verdicts(ideal)[10].verdict == "supported"
+    alone = long[long["weight_format"].isin(["", "int8"])]
+    assert verdicts(alone)[10].verdict == "not measured"
+    worse = long.copy()
+    at = worse["measure"] == "bits_per_byte_ratio"
+    worse.loc[at, "value"] = 1 + 1 / worse.loc[at, "value"]
+    assert verdicts(worse)[10].verdict == "refuted"

@@ -15,7 +15,7 @@ import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
-from eval.report.pictures import charts, serving, speculation, tradeoffs
+from eval.report.pictures import charts, compression, serving, speculation, tradeoffs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +116,23 @@ PLANS: dict[str, Plan] = {
         "in the dark band (±15 %), the time to the first token in the light one (±25 %). What is "
         "off is the server's own: a host that is late, sequences that lie apart.",
         of="servers",
+    ),
+    "bits-loss": Plan(
+        "What bits of the weights are worth", compression.loss_against_bits,
+        "bits_per_byte_ratio of two formats of weights",
+        "Each point is a trained model with its weights stored in a format, all bytes counted, "
+        "scales and embedding too. On the line it predicts text as well as with plain weights. "
+        "Curves that rise early, as bits go to the left, need their bits; a dashed one below its "
+        "own solid one chose its codes better than by rounding to nearest.",
+        of="models",
+    ),
+    "time-bytes": Plan(
+        "Time against bytes", compression.time_against_bytes,
+        "tpot_ms and held_weight_bytes of two formats of weights",
+        "Each point is a model in one format, one sequence at the longest context that was timed. "
+        "Along the dotted line time falls as bytes do. Points above it spend time on something "
+        "else: calls, state, or codes that no product reads packed and that are made dense first.",
+        of="models",
     ),
     "loss-position": Plan(
         "Loss by position", charts.loss_against_mean, "loss_at_position",

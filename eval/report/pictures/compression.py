@@ -1,0 +1,96 @@
+"""The charts of weights in few bits: what bits cost in loss, and what bytes take in time."""
+
+import altair as alt
+import pandas as pd
+
+from eval.report.figures import Figures
+from eval.report.pictures.canvas import Axis, end_labels, themed
+from eval.report.pictures.marks import Chart, along_x, along_y, named, stands, tips
+from eval.report.pictures.palette import INK
+
+#: Ways to choose codes, as dashes.
+DASHES = {"nearest": [1, 0], "awq": [6, 3], "gptq": [2, 2], "qat": [8, 2, 2, 2]}
+PLAIN = "float32"
+
+
+def loss_against_bits(f: Figures) -> Chart | None:
+    """Bits of held-out text over those of plain weights, by bits of memory a weight."""
+    data = f.compressed("bits_per_weight", "bits_per_byte_ratio")
+    data = data[data["weight_format"] != PLAIN]
+    if data["weight_format"].nunique() < 2:
+        return None
+    scale = str(data["scale"].iloc[0])
+    data = data[data["scale"] == scale]
+    ways = data["weight_format"].str.extract(rf"-({'|'.join(DASHES)})\b")[0].fillna("nearest")
+    data = data.assign(
+        way=ways, more=100 * (data["bits_per_byte_ratio"] - 1), curve=data["arch"] + " " + ways,
+        how=data["weight_format"],
+    ).sort_values("bits_per_weight")  # fmt: skip
+    x = Axis.around(list(data["bits_per_weight"]), pad=0.06)
+    y = Axis.around([0.0, *data["more"]], log=False, vertical=True)
+    used = [way for way in DASHES if way in set(ways)]
+    dash = alt.Scale(domain=used, range=[DASHES[way] for way in used])
+    look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
+    base = alt.Chart(data).encode(
+        along_x("bits_per_weight", x, "memory of a weight, bits"),
+        along_y("more", y, "bits of text more than with plain weights, %"),
+        f.palette.colour(), detail="curve:N",
+        tooltip=tips("arch", "how", "bits_per_weight", "more"),
+    )  # fmt: skip
+    lines = base.mark_line(strokeWidth=1.6).encode(
+        strokeDash=alt.StrokeDash("way:N", scale=dash, legend=look)
+    )
+    points = base.mark_point(filled=True, size=45, opacity=1).encode(f.palette.shape())
+    none = alt.Chart(pd.DataFrame({"more": [0.0]})).mark_rule(color=INK, strokeWidth=1)
+    nearest = data[data["way"] == "nearest"]
+    labels = end_labels(stands(nearest.groupby("arch").head(1), "bits_per_weight", "more"), x, y)
+    return themed(
+        none.encode(alt.Y("more:Q", scale=y.scale))
+        + lines + points + named(labels, x, y, f.palette),
+        "What each bit of the weights is worth", f"{scale} shapes, trained · means over seeds",
+    )  # fmt: skip
+
+
+def time_against_bytes(f: Figures) -> Chart | None:
+    """Time per output token by bytes of weights in memory, a curve an architecture."""
+    data = f.compressed("held_weight_bytes", "tpot_ms", stage="decode")
+    if data.empty:
+        return None
+    several = data.groupby(["arch", "scale", "hardware"])["weight_format"].transform("nunique") > 1
+    data = data[several]
+    if data.empty:
+        return None
+    place = (
+        data.groupby(["scale", "hardware"]).size().reset_index(name="n").sort_values("n").iloc[-1]
+    )
+    scale, hardware = str(place["scale"]), str(place["hardware"])
+    data = data[(data["scale"] == scale) & (data["hardware"] == hardware)]
+    data = data.assign(how=data["weight_format"]).sort_values("held_weight_bytes")
+    x = Axis.around(list(data["held_weight_bytes"]), pad=0.06)
+    y = Axis.around(list(data["tpot_ms"]), vertical=True)
+    base = alt.Chart(data).encode(
+        along_x("held_weight_bytes", x, "weights in memory", unit="byte", number="~s"),
+        along_y("tpot_ms", y, f.per_token, unit="ms"),
+        f.palette.colour(), tooltip=tips("arch", "how", "held_weight_bytes", "tpot_ms"),
+    )  # fmt: skip
+    even = _as_bytes(data)
+    labels = end_labels(stands(data.groupby("arch").tail(1), "held_weight_bytes", "tpot_ms"), x, y)
+    return themed(
+        even.encode(
+            alt.X("held_weight_bytes:Q", scale=x.scale), alt.Y("tpot_ms:Q", scale=y.scale)
+        )
+        + base.mark_line(strokeWidth=1.6)
+        + base.mark_point(filled=True, size=45, opacity=1).encode(f.palette.shape())
+        + named(labels, x, y, f.palette),
+        "What fewer bytes gain in time", f"{scale} shapes · {hardware} · one sequence",
+    )  # fmt: skip
+
+
+def _as_bytes(data: pd.DataFrame) -> alt.Chart:
+    """From the fastest plain model down: a time that follows the bytes."""
+    plain = data[data["weight_format"] == PLAIN]
+    top = (plain if not plain.empty else data).sort_values("tpot_ms").iloc[0]
+    sizes = [data["held_weight_bytes"].min(), top["held_weight_bytes"]]
+    rate = top["tpot_ms"] / top["held_weight_bytes"]
+    line = pd.DataFrame({"held_weight_bytes": sizes, "tpot_ms": [rate * size for size in sizes]})
+    return alt.Chart(line).mark_line(color=INK, strokeWidth=1, strokeDash=[2, 3])
