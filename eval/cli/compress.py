@@ -39,7 +39,7 @@ def compress(
     qat_steps: Annotated[int, typer.Option(help="Training steps of formats of qat.")] = 100,
     qat_rate: Annotated[
         float, typer.Option(help="Their learning rate, as a share of the model's own.")
-    ] = 0.25,
+    ] = 0.1,
     max_tokens: Annotated[int, typer.Option(help="Held-out tokens to score; 0: all.")] = 50_000,
     arch: Annotated[str | None, typer.Option(help="The file it was trained from.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -137,7 +137,7 @@ class CompressPlan:
     steps: int = 32
     backend: str = AUTO
     qat_steps: int = 100
-    qat_rate: float = 0.25
+    qat_rate: float = 0.1
 
     def __post_init__(self) -> None:
         require_backend(self.backend)
