@@ -62,6 +62,9 @@ def serve(
     slo_ttft_ms: Annotated[float, typer.Option(help="Goodput: to the first token.")] = 1000.0,
     slo_tpot_ms: Annotated[float, typer.Option(help="Goodput: per token after it.")] = 100.0,
     host_ms: Annotated[float, typer.Option(help="Simulated: of the host, each step.")] = 0.0,
+    weights: Annotated[
+        str, typer.Option(help="How weights are stored: int8, int4-g64; default: plain.")
+    ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     plot: Annotated[
         Path | None,
@@ -94,7 +97,7 @@ def serve(
             page_size=page_size, token_budget=token_budget or 2048, batching=batching.split(","),
             allocation=allocation, prefix_cache=prefix_cache, checkpoint_every=every,
             checkpoints=checkpoints, rates_per_s=rates, sweep=rate == "sweep",
-            slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, host_ms=host_ms,
+            slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, host_ms=host_ms, weights=weights,
         )  # fmt: skip
         show_prediction(rows, json_, COLUMNS)
         if plot is not None:
@@ -115,7 +118,7 @@ def serve(
         token_budget=token_budget or 256, batching=tuple(batching.split(",")),
         allocation=allocation, prefix_cache=prefix_cache, checkpoint_every=every[0],
         checkpoints=checkpoints, drafts=drafts, repeats=repeats, rates_per_s=rates,
-        sweep=rate == "sweep", slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms,
+        sweep=rate == "sweep", slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, weights=weights,
     )  # fmt: skip
     rows = serve_archs(
         archs, plan, device=resolve_device(device), progress=Progress(err, quiet=json_)

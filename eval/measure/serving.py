@@ -8,6 +8,7 @@ same schedule: by the roofline's times, and by those of the engine's own steps, 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 
 from archs.backends import NoFormError, resolve_backend
 from archs.checks import parse
+from archs.ops.matrix import storages_of
 from eval.measure.cell_rows import load_rows
 from eval.measure.progress import Watch
 from eval.measure.serve_plan import (
@@ -66,7 +68,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     options = parse(ServeOptions, point.options, f"the options of {point.key}")
     plan, workload = options.plan, options.workload
     spec = spec_of(point)
-    model = site.to_serve(spec)
+    model = site.to_serve(spec, plan.weights)
     backend = resolve_backend(plan.backend, site.device)
     capacity = plan.capacity(model, workload, resident_bytes(model))
     told: dict[str, Any] = {"kernel_backend": backend, "options": plan.words()}
@@ -87,14 +89,18 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     voice = random_voice(model.vocab_size)
     warm_up(engine)
     with Neighbours() as others:
-        rates = site.roofline(batch_sizes(capacity.max_sequences))
+        rated = partial(
+            site.roofline, batch_sizes(capacity.max_sequences), dtype=model.norm.weight.dtype,
+            storages=storages_of(model),
+        )  # fmt: skip
+        rates = rated()
         runs = _Runs(engine, capacity, plan, voice)
         runs.calibrate(rates, shared=plan.shares(workload))
         turns = list(product(range(plan.repeats), plan.batching))
         for number, (_, batching) in enumerate(turns):
             watch.at(number / len(turns), batching)
             runs.take(batching, workload)
-        rates = site.roofline(batch_sizes(capacity.max_sequences), again=True)
+        rates = rated(again=True)
     _require_answers(engine, runs, about(spec, model, **told))
     rows = runs.rows(rates)
     return Found(

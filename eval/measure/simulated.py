@@ -12,7 +12,7 @@ from eval.measure.serve_plan import GIB, Served, ServePlan, loads, serve
 from eval.measure.workload import Workload, silent_voice
 from eval.predict.accelerators import hardware_of
 from eval.predict.fit import RESERVE
-from eval.predict.roofline import Prediction, resident_bytes
+from eval.predict.roofline import Prediction, outline_on, resident_bytes, stored_as
 from eval.predict.serving import ClockExecutor, StepTimes
 from infer.capacity import Capacity
 from infer.memory import DoesNotFitError
@@ -27,7 +27,7 @@ def simulate(
     allocation: str = "paged", prefix_cache: bool = False, checkpoint_every: Sequence[int] = (0,),
     checkpoints: int = 0, rates_per_s: Sequence[float] = (), sweep: bool = False,
     slo_ttft_ms: float = 1000.0, slo_tpot_ms: float = 100.0, host_ms: float = 0.0,
-    dtype: str = "bfloat16", launch_us: float | None = None,
+    dtype: str = "bfloat16", launch_us: float | None = None, weights: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, part, policy, checkpoint interval and arrival rate, with the
     Measures' names.
@@ -43,7 +43,8 @@ def simulate(
     require_some("checkpoint_every", list(checkpoint_every))
     rows: list[Prediction] = []
     batches = [1 << n for n in range(7)]
-    for part in (hardware_of(key, dtype, batches, launch_us) for key in hardware):
+    stored, dtype = stored_as(weights, dtype)
+    for part in (hardware_of(key, dtype, batches, launch_us, stored) for key in hardware):
         memory = part.memory_bytes * (1 - RESERVE) / GIB if memory_gib is None else memory_gib
         plans = [
             ServePlan(
@@ -59,7 +60,7 @@ def simulate(
         plan, given = plans[0], plans[0].load
         for arch in archs:
             spec = ModelSpec(arch=arch, scale=get_scale(scale))
-            model = spec.outline(part.roofline.dtype)
+            model = outline_on(part, spec, stored)
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             try:
                 capacity = plan.capacity(model, given, resident_bytes(model))

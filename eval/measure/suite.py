@@ -279,7 +279,7 @@ class Suite:
         """
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
         plan = {k: v for k, v in plan.items() if v or k not in ("speculate", "serve", "compress")}
-        for name in {"decode", "speculate"} & plan.keys():
+        for name in {"decode", "speculate", "serve"} & plan.keys():
             plan[name] = [without_later(steps, ("replay", "weights")) for steps in plan[name]]
         plan["train"] = plan["train"] and without_later(plan["train"], LATER)
         text = json.dumps(plan, sort_keys=True, default=str)

@@ -160,6 +160,21 @@ def test_steps_are_timed_in_every_format(decodebench: Command) -> None:
         CompressPlan(weights=())
 
 
+def test_servers_hold_packed_weights(decodebench: Command) -> None:
+    asked = ("serve", "--arch", "gqa", "--workload", "chat", "--weights", "int4-g64", "--json")
+    small = ("--scale", "tiny", "--requests", "2", "--max-sequences", "2")
+    served = decodebench(*asked, *small)
+    assert served.code == 0, served.err
+    assert rows_of(served.out)[0]["output_tok_per_s"] > 0
+    # Half of the memory that plain weights take holds packed ones and sequences beside them.
+    clocked = ("serve", "--arch", "gqa", "--workload", "chat", "--simulate", "--scale", "8b",
+               "--memory", "8GiB", "--requests", "20", "--json")  # fmt: skip
+    packed = decodebench(*clocked, "--weights", "int4-g64")
+    assert packed.code == 0 and rows_of(packed.out)[0]["output_tok_per_s"] > 0
+    decodebench(*clocked, "--weights", "bfloat16").refuses("give more memory")
+    decodebench(*asked, "--weights", "int4-g64-gptq").refuses("these weights are random")
+
+
 def test_packed_weights_are_predicted_from_their_bytes() -> None:
     plain, packed = (
         predict(["gqa"], "1b", ["h100"], [1], [1024], launch_us=0, weights=weights)[0]
