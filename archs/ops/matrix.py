@@ -65,6 +65,10 @@ class Matrix(nn.Module):
         """None: once laid out, it stays as it is, whatever reads it."""
         return ()
 
+    def data_ptr(self) -> int:
+        """Where the first of its tensors lies."""
+        return next(t.data_ptr() for t in (*self.buffers(), *self.parameters()))
+
     def numel(self) -> int:
         """N · K."""
         return self.shape.numel()
