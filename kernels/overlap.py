@@ -36,6 +36,17 @@ def wait_for_previous(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
         cuda.gdc_wait()
 
 
+@triton.jit
+def fetch(rows, columns, K):  # type: ignore[no-untyped-def]
+    """Ask for lines of 128 bytes to come to the second-level cache: of these rows of K elements,
+    at these columns or, past the end, at the last eight. NVIDIA's alone."""
+    at = rows[:, None] + tl.minimum(columns, K - 8)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @functools.cache
 def overlapped(device: torch.device, *, early: bool = True) -> dict[str, bool]:
     """How kernels with an OVERLAP are launched on `device`: keyword arguments of the launch.

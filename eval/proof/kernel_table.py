@@ -35,6 +35,7 @@ from kernels.latent import decode as mla_decode
 from kernels.norm import rows as norm_triton
 from kernels.pages import write as page_write
 from kernels.products import few_rows, gemv, head_gemv, project_append
+from kernels.quant import packed_rows
 from kernels.rope import append as rope_append
 from kernels.rope import rotate as rope_rotate
 from kernels.sampling import sample
@@ -47,10 +48,10 @@ OPS: dict[str, ModuleType] = {
     "conv_chunk": conv_chunk, "conv_step": conv_step, "decay_chunk": decay_chunk,
     "few_rows": few_rows, "gdn_chunk": gdn_chunk, "gdn_step": gdn_step, "gemv": gemv,
     "head_gemv": head_gemv, "latent_append": latent_append, "linear_step": linear_step,
-    "mla_decode": mla_decode, "norm_triton": norm_triton, "page_write": page_write,
-    "project_append": project_append, "rope_append": rope_append, "rope_rotate": rope_rotate,
-    "sample": sample, "selective_chunk": selective_chunk, "selective_step": selective_step,
-    "split_combine": split_combine, "ssm_step": ssm_step,
+    "mla_decode": mla_decode, "norm_triton": norm_triton, "packed_rows": packed_rows,
+    "page_write": page_write, "project_append": project_append, "rope_append": rope_append,
+    "rope_rotate": rope_rotate, "sample": sample, "selective_chunk": selective_chunk,
+    "selective_step": selective_step, "split_combine": split_combine, "ssm_step": ssm_step,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from kernels.aot.ahead import Variant
 from kernels.aot.recorded import Expected, meta, variants_of
 from kernels.checks import form, require
 from kernels.device import gpu, require_gpu
-from kernels.overlap import overlapped, start_next, wait_for_previous
+from kernels.overlap import fetch, overlapped, start_next, wait_for_previous
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Rows of x, padded, whatever their number: so a row's sums do not depend on it.
@@ -70,7 +70,7 @@ def few_rows_fwd_kernel(  # type: ignore[no-untyped-def]
     rows = weight + row.to(tl.int64) * (stride_eighths * 8)
     if OVERLAP:
         for tile in tl.static_range(AHEAD):
-            _fetch(rows, tile * BLOCK_K + tl.arange(0, BLOCK_K // 64) * 64, K)
+            fetch(rows, tile * BLOCK_K + tl.arange(0, BLOCK_K // 64) * 64, K)
     wait_for_previous(OVERLAP)
 
     SHARE: tl.constexpr = BLOCK_K // WARPS
@@ -94,16 +94,6 @@ def few_rows_fwd_kernel(  # type: ignore[no-untyped-def]
     at = y + m.to(tl.int64)[None, :] * width + n[:, None]
     stored = (m < m_rows)[None, :] & (n < width)[:, None]
     tl.store(at, result.to(y.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def _fetch(rows, columns, K):  # type: ignore[no-untyped-def]
-    """Ask for lines of 128 bytes of W to come to the second-level cache."""
-    at = rows[:, None] + tl.minimum(columns, K - 8)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 def few_rows(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from eval.proof.gpu.case import LIBRARIES, Case, Check, Op, difference, relative_error
-from eval.proof.gpu.ops import OPS, attention, chunk, glue, product, recurrent, recurrent_rings
+from eval.proof.gpu.ops import (
+    OPS,
+    attention,
+    chunk,
+    glue,
+    product,
+    quant,
+    recurrent,
+    recurrent_rings,
+)
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, paged
 from kernels.decay import torch as decay_scan
 from kernels.gated_delta import torch as gdn
@@ -36,6 +45,7 @@ QUICK = {
     "gemv": "129x200 bfloat16",
     "head_gemv": "3 heads 40 to 200",
     "few_rows": "2 rows 129x200 bfloat16",
+    "packed_rows": "2 rows 129x200 int4 g64 bfloat16",
     "project_append": "4/2 heads d 32 of 200",
     "norm_triton": "norms of 64",
     "rope_append": "3 tokens",
@@ -135,6 +145,8 @@ CASES: dict[str, Case] = {
     "project_append": product.project_case(0, 4, 2, 32, 64),
     "few rows": product.few_rows_case(0, 3, 33, 64),
     "few rows gated": product.few_rows_case(0, 3, 34, 64, gated=True),
+    "packed rows int4": quant.packed_case(0, 3, 33, 200, quant.INT4),
+    "packed rows int8": quant.packed_case(0, 1, 33, 200, quant.INT8),
     "head_gemv": product.head_gemv_case(0, 3, 32, 24, turned=False),
     "head_gemv turned": product.head_gemv_case(0, 3, 32, 24, turned=True),
     "decode split": attention.decode_case(0, 1, 600, (2, 1), 32),
@@ -213,6 +225,12 @@ def test_bytes_are_those_of_the_operands() -> None:
     assert CASES["greedy"].moved_bytes == nbytes(torch.empty(3, 1000, **bf16))
     x, weight = torch.empty(3, 64, **bf16), torch.empty(34, 64, **bf16)
     assert CASES["few rows gated"].moved_bytes == nbytes(x, weight, torch.empty(3, 17, **bf16))
+    # Four whole groups of 64 columns: half a byte a number, and four bytes a group.
+    x, y = torch.empty(3, 200, **bf16), torch.empty(3, 33, **bf16)
+    assert CASES["packed rows int4"].moved_bytes == nbytes(x, y) + 33 * 4 * (64 // 2 + 4)
+    x, y = x[:1], y[:1]
+    assert CASES["packed rows int8"].moved_bytes == nbytes(x, y) + 33 * (200 + 2)
+    assert CASES["packed rows int8"].flops == 2 * 33 * 200
     x, tail = torch.empty(3, 1, 96, **bf16), torch.empty(3, 3, 96, **bf16)
     weights = torch.empty(96, 4, **bf16), torch.empty(96, **bf16)
     assert CASES["conv"].moved_bytes == nbytes(x, x, tail, tail, *weights)

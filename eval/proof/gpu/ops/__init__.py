@@ -1,5 +1,5 @@
 """Every operation that the proof checks and times."""
 
-from eval.proof.gpu.ops import attention, chunk, glue, product, recurrent
+from eval.proof.gpu.ops import attention, chunk, glue, product, quant, recurrent
 
-OPS = (*attention.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS, *glue.OPS)
+OPS = (*attention.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS)
