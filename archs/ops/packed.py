@@ -1,8 +1,9 @@
 """Products with weights of a few bits, by backend: each packed byte is read once.
 
-On a CPU torch's packed products read them: int8 as it is stored, 4 bits in an order of its own
-(`for_cpu`), both with bfloat16 rows. What no product reads packed (3 and 2 bits and float8, rows of
-other dtypes, all on a GPU) is made dense first: exact, and slow.
+Our own kernel reads the codes of up to 64 rows as they are stored (`kernels.quant.packed_rows`). On
+a CPU torch's packed products read them: int8 as it is stored, 4 bits in an order of its own
+(`for_cpu`), both with bfloat16 rows. What no product reads packed (3 bits, on a CPU also 2 bits and
+float8; rows of other dtypes; many rows on a GPU) is made dense first: exact, and slow.
 """
 
 import torch
@@ -40,7 +41,15 @@ def _packed_torch(x: Tensor, rounded: Rounded, bits: int, columns: int) -> Tenso
     return F.linear(x, dense(rounded, bits, columns, x.dtype))
 
 
-_PACKED = everywhere("packed product", _packed_torch, _packed_torch)
+def _packed_triton(x: Tensor, rounded: Rounded, bits: int, columns: int) -> Tensor:
+    from kernels.quant import packed_rows
+
+    if packed_rows.serves(x, rounded, bits):
+        return packed_rows.packed_rows(x, rounded, bits)
+    return F.linear(x, dense(rounded, bits, columns, x.dtype))
+
+
+_PACKED = everywhere("packed product", _packed_torch, _packed_triton)
 
 
 def int8_product(x: Tensor, rounded: Rounded, *, backend: str) -> Tensor:

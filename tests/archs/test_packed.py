@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
+from archs.ops.dense import product
 from archs.packed import Packed, Stacked, as_rounded, nearest
 from archs.weights import BY_ROW, INT8_INPUTS, NARROW_NAMES, Number
-from kernels.quant.torch import dense, product_ref
+from kernels.quant import packed_rows
+from kernels.quant.torch import Rounded, dense, product_ref
+from tests.kernels.interpreter import interpreted
 
 #: Relative to the largest result: products of bfloat16 are rounded once, dense ones in their dtype.
 LIMITS = {torch.bfloat16: 8e-3, torch.float32: 2e-6, torch.float64: 1e-14}
@@ -148,3 +151,25 @@ def test_as_rounded_is_what_is_stored() -> None:
         number = Number.named(name)
         stored = dense(nearest(weight, number), number.bits, 136, torch.float32)
         assert torch.equal(as_rounded(weight, number), stored), name
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int2-g64", "int8", "fp8", "int3-g32"])
+def test_few_rows_take_our_own_kernel_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    ours = packed_rows.packed_rows
+
+    def watch(x: Tensor, rounded: Rounded, bits: int) -> Tensor:
+        seen.append(len(x))
+        return ours(x, rounded, bits)
+
+    monkeypatch.setattr(packed_rows, "packed_rows", watch)
+    held = packed(name, matrix(33, 136))
+    for rows in (1, 3, 70):
+        x = torch.randn(rows, 136).bfloat16()
+        with interpreted():
+            y = product(x, held, backend="triton")
+        expected = product_ref(x, held.rounded, held.number.bits)
+        error = (y.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert error.max() < LIMITS[torch.bfloat16]
+    # No kernel reads three bits, or more rows.
+    assert seen == ([] if name == "int3-g32" else [1, 3])
