@@ -156,7 +156,7 @@ def corpus_of(identity: Identity, corpus: str) -> CorpusPlan:
 
 def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> Point:
     """Decode of one of the plan's batches on a kind of device."""
-    options = asdict(replace(plan, batches=(batch,)))
+    options = without_later(asdict(replace(plan, batches=(batch,))), ("weights",))
     return _of(spec, "decode", device, plan.scale, options, batch=batch)
 
 
@@ -164,7 +164,8 @@ def serve_point(spec: ModelSpec, plan: ServePlan, device: str) -> Point:
     """Serving of one model by all of the plan's policies."""
     load = plan.load
     options = {
-        "plan": asdict(plan), "workload": asdict(load), "trace_digest": load.trace_digest
+        "plan": without_later(asdict(plan), ("weights",)), "workload": asdict(load),
+        "trace_digest": load.trace_digest,
     }  # fmt: skip
     return _of(spec, "serve", device, plan.scale, options, batch=plan.max_sequences)
 

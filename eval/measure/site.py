@@ -77,7 +77,8 @@ class Site:
     folder: where checkpoints and tracebacks go; None: nothing is kept, and what is no failure of
     the point itself is raised. checkpoint_folder: where the only point that is trained keeps its
     checkpoint. resume: whether training goes on from one. cache: of tokenized text, shared by runs.
-    deadline: by the monotonic clock. roofline: the machine's rates, where they are known.
+    deadline: by the monotonic clock. roofline: the machine's rates for what is served, where they
+    are known.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Site:
         self.device = device
         self.cache = cache
         self.deadline = deadline
-        self._rooflines = {} if roofline is None else {roofline.dtype: roofline}
+        self._rooflines = {} if roofline is None else {serving_dtype(device): roofline}
         self._tokens: dict[tuple[str, int], TokenSet] = {}
         self._served: tuple[str, Model] | None = None
         self._agreed: dict[tuple[object, ...], Agreement] = {}
