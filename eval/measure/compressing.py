@@ -7,6 +7,7 @@ time per token is that of one sequence on the products that read them as they ar
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from archs.backbone import Model, cast
-from archs.backends import NoFormError, resolve_backend
+from archs.backends import resolve_backend
 from archs.checks import parse
 from archs.ops.matrix import storages_of, weights_of
 from archs.registry import ModelSpec
@@ -23,6 +24,7 @@ from eval.measure.agreement import agreement
 from eval.measure.cell_rows import estimate_row, load_rows, reporter, timing_rows
 from eval.measure.decode import decode_cost, measure_decode
 from eval.measure.decode_plans import CompressPlan
+from eval.measure.gate import agreed_rows
 from eval.measure.progress import Watch
 from eval.measure.quality import DocumentScore, document_scores, over_documents
 from eval.measure.site import Failure, Site, about
@@ -148,16 +150,8 @@ def _timed(
 ) -> list[Row]:
     """Decode of one sequence at the trained length, once it is shown to be right."""
     context = spec.scale.seq_len
-    try:
-        agreed = agreement(model, context=context, batches=(1,), backend=backend)
-    except NoFormError as why:
-        raise Failure(Status.UNSUPPORTED, told, str(why)) from None
-    rows = [
-        Row(measure="agreement_error", value=agreed.error),
-        Row(measure="agreement_limit", value=agreed.limit),
-    ]
-    if not agreed.holds:
-        raise Failure(Status.INCORRECT, told, agreed.why_not, withheld=rows)
+    agree = partial(agreement, model, context=context, batches=(1,), backend=backend)
+    rows = agreed_rows(agree, told)
     with Neighbours() as others:
         (timing,) = measure_decode(
             model, batch=1, contexts=(context,), steps=plan.steps, backend=backend

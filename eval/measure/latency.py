@@ -1,20 +1,22 @@
 """Decode of one batch over contexts: correctness first, then latency, prefill and baselines."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from archs.backbone import Model, replays
-from archs.backends import NoFormError, resolve_backend
+from archs.backends import resolve_backend
 from archs.checks import parse
 from archs.ops.matrix import storages_of
 from eval.measure.cell_rows import counted_rows, load_rows, median_row, timing_rows
 from eval.measure.counted import Work
 from eval.measure.decode import decode_cost, measure_ttft_ms, measure_what_fits
 from eval.measure.decode_plans import DecodePlan
+from eval.measure.gate import agreed_rows
 from eval.measure.progress import Watch
-from eval.measure.site import Failure, Site, about, serving_dtype, spec_of
+from eval.measure.site import Site, about, serving_dtype, spec_of
 from eval.predict.neighbours import Neighbours
 from eval.predict.roofline import resident_bytes
 from eval.results.point import Point
@@ -31,21 +33,12 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     label = "torch-compile" if plan.compiled else backend
     options = f"replay={plan.replay}" if replays(model, plan.replay) else ""
     served = about(spec, model, kernel_backend=label, options=options)
-    try:
-        agreed = site.agreement(
-            spec, model, context=max(plan.contexts), batch=batch, backend=backend,
-            compiled=plan.compiled, replay=plan.replay,
-        )  # fmt: skip
-    except NoFormError as why:
-        raise Failure(Status.UNSUPPORTED, served, str(why)) from None
-    gate = [
-        Row(measure="agreement_error", value=agreed.error),
-        Row(measure="agreement_limit", value=agreed.limit),
-    ]
-    if not agreed.holds:
-        raise Failure(Status.INCORRECT, served, agreed.why_not, withheld=gate)
+    agree = partial(
+        site.agreement, spec, model, context=max(plan.contexts), batch=batch, backend=backend,
+        compiled=plan.compiled, replay=plan.replay,
+    )  # fmt: skip
+    rows = agreed_rows(agree, served)
     watch.at(0.1, "correct")
-    rows = gate
     with Neighbours() as others:
         timings, too_long = measure_what_fits(
             model, batch=batch, contexts=plan.contexts, steps=plan.steps, backend=backend,

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from archs.backends import NoFormError, resolve_backend
+from archs.backends import resolve_backend
 from archs.checks import parse
 from archs.ops.matrix import storages_of
 from eval.measure.cell_rows import load_rows
+from eval.measure.gate import agreed_rows
 from eval.measure.progress import Watch
 from eval.measure.serve_plan import (
     Served,
@@ -72,15 +73,11 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     backend = resolve_backend(plan.backend, site.device)
     capacity = plan.capacity(model, workload, resident_bytes(model))
     told: dict[str, Any] = {"kernel_backend": backend, "options": plan.words()}
-    try:
-        agreed = site.agreement(
-            spec, model, context=capacity.max_context, batch=capacity.max_sequences,
-            backend=backend, compiled=False, replay=0,
-        )  # fmt: skip
-    except NoFormError as why:
-        raise Failure(Status.UNSUPPORTED, about(spec, model, **told), str(why)) from None
-    if not agreed.holds:
-        raise Failure(Status.INCORRECT, about(spec, model, **told), agreed.why_not)
+    agree = partial(
+        site.agreement, spec, model, context=capacity.max_context, batch=capacity.max_sequences,
+        backend=backend, compiled=False, replay=0,
+    )  # fmt: skip
+    agreed_rows(agree, about(spec, model, **told))
     engine = Engine(
         model, max_sequences=capacity.max_sequences, max_context=capacity.max_context,
         page_size=capacity.page_size, pages=capacity.pages, kept=capacity.checkpoints,
