@@ -119,10 +119,11 @@ def compressed(
             figures: dict[str, Any] = {r.measure: r.value for r in found.rows}
             score = next((r for r in found.rows if r.measure == "bits_per_byte_ratio"), None)
             ends = {} if score is None else {"low": score.low, "high": score.high}
-            failure = found.failure
-            status = Status.OK if failure is None else failure.status
+            timed = next((r for r in found.rows if r.measure == "tpot_ms"), None)
+            ended = found.failure or timed
+            status = Status.OK if ended is None else ended.status
             row |= {**figures, **ends, "status": status.value}
             row["checkpoint"] = str(place / CHECKPOINT_NAME) if name in weights else str(given)
-            row["note"] = "" if failure is None else failure.note
+            row["note"] = "" if ended is None else ended.note
             rows.append(row)
     return rows

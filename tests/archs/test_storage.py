@@ -54,6 +54,13 @@ def test_every_kind_of_format_decodes(weights: str) -> None:
     assert whole.weight_format == weights
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int4-g32", "w8a8"])
+def test_compiled_steps_read_packed_weights(weights: str) -> None:
+    found = agreement(model("gqa", weights), context=64, batches=(2,), compiled=True)
+    assert found.holds and found.error > 0
+
+
 def test_exact_products_are_those_of_the_float32_form() -> None:
     """In float64 the engine is exact; a wrong code would show."""
     whole = store(ModelSpec(arch="gqa", scale=get_scale("tiny")).build(seed=0),

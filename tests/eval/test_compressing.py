@@ -8,6 +8,7 @@ import torch
 
 from archs.errors import UserError
 from archs.sizes import get_scale
+from eval.measure.agreement import Agreement
 from eval.measure.compressing import ratio_row
 from eval.measure.decode_plans import CompressPlan, DecodePlan
 from eval.measure.plan import points
@@ -68,6 +69,23 @@ def test_a_suite_stores_its_trained_models(suite: Suite, tmp_path: Path) -> None
     assert {name.partition("c32")[2] for name in names if ":" not in name} == {
         "", "/int8", "/int4-g32-awq"
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_step_that_is_wrong_takes_no_figure_of_quality(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "eval.measure.compressing.agreement", lambda *_, **__: Agreement(error=1.0, limit=0.1)
+    )
+    plan = replace(suite.compress[0], weights=("int8",))
+    assert run(replace(suite, tasks={}, decode=(), compress=(plan,)), tmp_path / "run")
+    rows = load_long(tmp_path / "run" / "results.csv")
+    rows = rows[rows["stage"] == "compress"].set_index("measure")
+    assert rows.loc["tpot_ms", "status"] == Status.INCORRECT
+    assert "latencies withheld" in str(rows.loc["tpot_ms", "note"])
+    assert rows.loc["bits_per_byte_ratio", "value"] > 0 and "mbu" not in rows.index
+    assert check_long(tmp_path / "run" / "results.csv") == []
 
 
 def test_formats_change_no_hash_where_nobody_asks(suite: Suite) -> None:
