@@ -14,7 +14,7 @@ PLAIN = "float32"
 
 
 def loss_against_bits(f: Figures) -> Chart | None:
-    """Bits of held-out text over those of plain weights, by bits of memory a weight."""
+    """Bits of held-out text over those of plain weights, by how much less memory they take."""
     data = f.compressed("bits_per_weight", "bits_per_byte_ratio")
     data = data[data["weight_format"] != PLAIN]
     if data["weight_format"].nunique() < 2:
@@ -24,18 +24,18 @@ def loss_against_bits(f: Figures) -> Chart | None:
     ways = data["weight_format"].str.extract(rf"-({'|'.join(DASHES)})\b")[0].fillna("nearest")
     data = data.assign(
         way=ways, more=100 * (data["bits_per_byte_ratio"] - 1), curve=data["arch"] + " " + ways,
-        how=data["weight_format"],
-    ).sort_values("bits_per_weight")  # fmt: skip
-    x = Axis.around(list(data["bits_per_weight"]), pad=0.06)
+        how=data["weight_format"], smaller=32 / data["bits_per_weight"],
+    ).sort_values("smaller")  # fmt: skip
+    x = Axis.around(list(data["smaller"]), pad=0.06)
     y = Axis.around([0.0, *data["more"]], log=False, vertical=True)
     used = [way for way in DASHES if way in set(ways)]
     dash = alt.Scale(domain=used, range=[DASHES[way] for way in used])
     look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
     base = alt.Chart(data).encode(
-        along_x("bits_per_weight", x, "memory of a weight, bits"),
+        along_x("smaller", x, "times less memory than float32"),
         along_y("more", y, "bits of text more than with plain weights, %"),
         f.palette.colour(), detail="curve:N",
-        tooltip=tips("arch", "how", "bits_per_weight", "more"),
+        tooltip=tips("arch", "how", "bits_per_weight", "smaller", "more"),
     )  # fmt: skip
     lines = base.mark_line(strokeWidth=1.6).encode(
         strokeDash=alt.StrokeDash("way:N", scale=dash, legend=look)
@@ -43,7 +43,7 @@ def loss_against_bits(f: Figures) -> Chart | None:
     points = base.mark_point(filled=True, size=45, opacity=1).encode(f.palette.shape())
     none = alt.Chart(pd.DataFrame({"more": [0.0]})).mark_rule(color=INK, strokeWidth=1)
     nearest = data[data["way"] == "nearest"]
-    labels = end_labels(stands(nearest.groupby("arch").head(1), "bits_per_weight", "more"), x, y)
+    labels = end_labels(stands(nearest.groupby("arch").tail(1), "smaller", "more"), x, y)
     return themed(
         none.encode(alt.Y("more:Q", scale=y.scale))
         + lines + points + named(labels, x, y, f.palette),
@@ -68,7 +68,9 @@ def time_against_bytes(f: Figures) -> Chart | None:
     data = data.assign(how=data["weight_format"]).sort_values("held_weight_bytes")
     x = Axis.around(list(data["held_weight_bytes"]), pad=0.06)
     y = Axis.around(list(data["tpot_ms"]), vertical=True)
-    base = alt.Chart(data).encode(
+    # Of formats of one size, curves take the fastest.
+    fastest = data.groupby(["arch", "held_weight_bytes"])["tpot_ms"].transform("min")
+    base = alt.Chart(data.assign(first=data["tpot_ms"] == fastest)).encode(
         along_x("held_weight_bytes", x, "weights in memory", unit="byte", number="~s"),
         along_y("tpot_ms", y, f.per_token, unit="ms"),
         f.palette.colour(), tooltip=tips("arch", "how", "held_weight_bytes", "tpot_ms"),
@@ -79,7 +81,7 @@ def time_against_bytes(f: Figures) -> Chart | None:
         even.encode(
             alt.X("held_weight_bytes:Q", scale=x.scale), alt.Y("tpot_ms:Q", scale=y.scale)
         )
-        + base.mark_line(strokeWidth=1.6)
+        + base.mark_line(strokeWidth=1.6).transform_filter("datum.first")
         + base.mark_point(filled=True, size=45, opacity=1).encode(f.palette.shape())
         + named(labels, x, y, f.palette),
         "What fewer bytes gain in time", f"{scale} shapes · {hardware} · one sequence",
@@ -93,4 +95,4 @@ def _as_bytes(data: pd.DataFrame) -> alt.Chart:
     sizes = [data["held_weight_bytes"].min(), top["held_weight_bytes"]]
     rate = top["tpot_ms"] / top["held_weight_bytes"]
     line = pd.DataFrame({"held_weight_bytes": sizes, "tpot_ms": [rate * size for size in sizes]})
-    return alt.Chart(line).mark_line(color=INK, strokeWidth=1, strokeDash=[2, 3])
+    return alt.Chart(line).mark_line(color=INK, strokeWidth=1, strokeDash=[2, 3], clip=True)

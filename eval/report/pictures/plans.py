@@ -122,8 +122,8 @@ PLANS: dict[str, Plan] = {
         "bits_per_byte_ratio of two formats of weights",
         "Each point is a trained model with its weights stored in a format, all bytes counted, "
         "scales and embedding too. On the line it predicts text as well as with plain weights. "
-        "Curves that rise early, as bits go to the left, need their bits; a dashed one below its "
-        "own solid one chose its codes better than by rounding to nearest.",
+        "Curves that rise early, as memory shrinks to the right, need their bits; a dashed one "
+        "below its own solid one chose its codes better than by rounding to nearest.",
         of="models",
     ),
     "time-bytes": Plan(
