@@ -205,7 +205,7 @@ class Stacked(Matrix):
 
 
 class Plain(Matrix):
-    """Plain numbers, as one part of a matrix."""
+    """Plain numbers as a `Matrix`: one part of another, say."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

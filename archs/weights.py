@@ -96,7 +96,8 @@ class Number:
 class WeightFormat:
     """How a model's weights are stored. method: how the matrices' codes were chosen.
 
-    Raises UserError on a method without codes, or parts that would be wider than the matrices.
+    Raises UserError on a method that has no codes to choose, an embedding that cannot be read row
+    by row, and parts that differ from plain matrices.
     """
 
     matrices: Number

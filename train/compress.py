@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.backbone import Block, Model, cast
 from archs.errors import UserError
 from archs.layers import Projection
 from archs.mixer import Shared
-from archs.ops.matrix import Matrix, rows_of
+from archs.ops.matrix import rows_of
+from archs.packed import Plain
 from archs.storage import Choice, Chosen, store, store_ends, store_projections
 from archs.weights import Number, WeightFormat
 from train.rounding import WAYS, Inputs
@@ -27,27 +27,17 @@ PIECE = 4096
 ROWS_A_COLUMN = 1
 
 
-class Observed(Matrix):
+class Observed(Plain):
     """A plain matrix that keeps account of what it is multiplied with."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        super().__init__(weight)
         self.inputs = Inputs.none(weight.shape[1], weight.device)
 
     def product(self, x: Tensor, *, backend: str) -> Tensor:
         """As `Matrix.product`."""
         self.inputs.add(x)
-        return F.linear(x, self.weight)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """As `Matrix.dense`."""
-        return self.weight.to(dtype)
-
-    @property
-    def shape(self) -> torch.Size:
-        """[N, K]."""
-        return self.weight.shape
+        return super().product(x, backend=backend)
 
 
 @dataclass(slots=True)

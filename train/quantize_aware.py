@@ -1,8 +1,8 @@
 """Train with weights rounded as they will be stored, so that they learn to stand it.
 
 Products see the rounded weights, and their gradients go to the weights themselves as if nothing
-had been rounded (straight-through, arXiv 1308.3432). The embedding and the head are not rounded
-meanwhile: in the 8 bits that they are stored in they hardly differ.
+had been rounded (straight-through, arXiv 1308.3432). The embedding, the head, and inputs of 8 bits
+are not rounded meanwhile: in so many bits they hardly differ.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model
-from archs.errors import UserError
 from archs.layers import Projection
 from archs.packed import as_rounded, require_group
 from archs.registry import ModelSpec
@@ -71,7 +70,7 @@ def tune(
     """Train a model of a recipe on, in place, for `steps` at `rate` times its learning rate.
 
     stored: what products see the weights rounded to; None: nothing is rounded. seed: of the order
-    of the text. Raises UserError where products of 8-bit inputs are asked for, and as `train`.
+    of the text. Raises UserError as `seen_rounded` and `train`.
     """
     own = replace(
         recipe, steps=steps, learning_rate=rate * recipe.learning_rate, learning_rates=(),
@@ -87,10 +86,5 @@ def tune(
 
     if stored is None:
         return go()
-    if stored.matrices.int8_inputs:
-        raise UserError(
-            f"'{stored}': inputs are not rounded in training; take int8-qat, and store as "
-            f"{stored.matrices.name}"
-        )
     with seen_rounded(model, stored):
         return go()

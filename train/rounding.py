@@ -96,7 +96,7 @@ def clipped(weight: Tensor, bits: int, group: int, moments: Tensor) -> Rounded:
     """
     runs = in_runs(weight, group)
     blocks = _blocks(moments, group)
-    best = torch.full(runs.shape[:-1], torch.inf)
+    best = runs.new_full(runs.shape[:-1], torch.inf)
     scale, zero = grid(runs, bits)
     for share in CLIPS:
         middle = (runs.amax(-1) + runs.amin(-1)) / 2

@@ -124,6 +124,8 @@ def compressed(
             status = Status.OK if ended is None else ended.status
             row |= {**figures, **ends, "status": status.value}
             row["checkpoint"] = str(place / CHECKPOINT_NAME) if name in weights else str(given)
+            if found.failure is not None:
+                row["checkpoint"] = ""
             row["note"] = "" if ended is None else ended.note
             rows.append(row)
     return rows

@@ -40,6 +40,7 @@ from train.checkpoint import read_metadata, save_compressed
 from train.compress import compress
 from train.loop import CHECKPOINT_NAME
 from train.quantize_aware import tune
+from train.rounding import WAYS
 from train.tokens import Batches
 
 #: Seed of the calibration text, apart from those that models are trained with.
@@ -68,8 +69,8 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     given = trained(options.source, options.corpus, site, watch)
     control = given.model
     if stored.method == "qat":
-        control = _tuned(given, None, plan, point, site, watch)
-        given = replace(given, model=_tuned(given, stored, plan, point, site, watch))
+        control = _tuned(given, None, options, point, site, watch)
+        given = replace(given, model=_tuned(given, stored, options, point, site, watch))
     before = _scores(control, given, options.quality)
     model = stored_model(given, stored, plan.calibration)
     if site.keeps:
@@ -102,10 +103,11 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
 
 
 def _tuned(
-    given: Trained, stored: WeightFormat | None, plan: CompressPlan, point: Point, site: Site,
+    given: Trained, stored: WeightFormat | None, options: CompressOptions, point: Point, site: Site,
     watch: Watch,
 ) -> Model:  # fmt: skip
     """A copy of the model, trained on; stored: seen rounded meanwhile. Raises Failure."""
+    plan = options.plan
     model = deepcopy(given.model)
     recipe = read_metadata(given.checkpoint).identity.recipe
     with TemporaryDirectory() as folder:
@@ -116,7 +118,7 @@ def _tuned(
         )  # fmt: skip
     if result.status != "ok":
         raise Failure(
-            Status.NAN, about(given.spec, given.model, corpus=given.tokens.name),
+            Status.NAN, about(given.spec, given.model, corpus=options.corpus.spec),
             f"training on {result.status} at step {result.steps}",
             stopped=result.status == "stopped",
         )  # fmt: skip
@@ -149,7 +151,7 @@ def stored_model(given: Trained, stored: WeightFormat, calibration: int) -> Mode
     calibration: sequences of that text.
     """
     ids = None
-    if stored.method:
+    if stored.method in WAYS:
         text = Batches(
             given.tokens, batch=calibration, seq_len=given.spec.scale.seq_len,
             seed=CALIBRATION_SEED,

@@ -15,6 +15,7 @@ from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
 from archs.ops.matrix import weights_of
 from archs.registry import ModelSpec, folder_name
+from archs.weights import WeightFormat
 from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.measure.counters import Counters
 from eval.measure.decode import build_to_serve
@@ -52,6 +53,12 @@ class Failure(Exception):
 def serving_dtype(device: torch.device) -> torch.dtype:
     """Weights in training are float32; what is served on a GPU is bfloat16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def served_dtype(model: Model, device: torch.device) -> torch.dtype:
+    """What a trained model is served in: packed weights say it, others take `serving_dtype`."""
+    packed = model.weight_format
+    return WeightFormat.named(packed).dtype if packed else serving_dtype(device)
 
 
 def spec_of(point: Point) -> ModelSpec:

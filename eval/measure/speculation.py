@@ -19,11 +19,12 @@ from archs.checks import parse
 from archs.cost import Step
 from archs.errors import UserError
 from archs.heads import HeadModel
+from archs.ops.matrix import storages_of
 from eval.measure.agreement import exact_logits
 from eval.measure.cell_rows import load_rows, median_row
 from eval.measure.decode_plans import SpeculatePlan
 from eval.measure.progress import Watch
-from eval.measure.site import Failure, Site, about, serving_dtype
+from eval.measure.site import Failure, Site, about, served_dtype
 from eval.measure.suite import CorpusPlan
 from eval.measure.trained import Source, Trained, trained
 from eval.predict.calls import CountCalls
@@ -154,19 +155,24 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
             f"{target.tokens.name}; take a draft with the target's tokenizer"
         )
     for given in filter(None, (target, draft)):
-        cast(given.model, serving_dtype(site.device))
+        cast(given.model, served_dtype(given.model, site.device))
     subject = _Subject(options, target, draft, batch, site)
     told = about(
         target.spec, target.model, corpus=options.corpus.spec, tokens=target.seen,
         kernel_backend="torch-compile" if plan.compiled else subject.backend,
         options=_words(plan, draft, target.model),
     )  # fmt: skip
+    models = [given.model for given in (target, draft) if given is not None]
+    storages = sorted({storage for model in models for storage in storages_of(model)})
     rows: list[Row] = []
     for context in plan.contexts:
         prompts = excerpts(target.tokens, batch, context, plan.new_tokens)
         with Neighbours() as others:
             runs = subject.runs(prompts, watch)
-            rates = site.roofline((batch, batch * (subject.drafts + 1)), again=True)
+            rates = site.roofline(
+                (batch, batch * (subject.drafts + 1)), again=True,
+                dtype=target.model.norm.weight.dtype, storages=storages,
+            )  # fmt: skip
         at: dict[str, Any] = {"batch": batch, "context": context}
         rows += _compared(subject, runs, prompts, told, at)
         rows += _figures(subject, runs, rates, at)

@@ -28,7 +28,7 @@ def few_bits(found: Evidence) -> tuple[Verdict, str]:
         return "not measured", "no models stored in two formats of fewer bits"
     told: list[str] = []
     parts = [
-        _memory(found, nearest, table, told),
+        _memory(nearest, table, told),
         _loss(found, nearest, told),
         _aware(found, nearest, names, told),
         _trained(found, nearest, names, told),
@@ -49,18 +49,16 @@ def _nearest(names: Sequence[str]) -> dict[int, str]:
     return {bits: found[bits] for bits in BITS if bits in found}
 
 
-def _memory(found: Evidence, nearest: dict[int, str], table: pd.DataFrame, told: list[str]) -> bool:
-    """Whether memory shrinks by nine tenths of the ratio of bits, at the formats' own scale."""
-    held = found.figures.compressed("held_weight_bytes", stage="decode")
+def _memory(nearest: dict[int, str], table: pd.DataFrame, told: list[str]) -> bool:
+    """Whether memory shrinks by nine tenths of the ratio of bits."""
     shrinks = {}
     for bits, name in nearest.items():
-        both = _beside(held, "held_weight_bytes", name)
-        if both.empty:
-            both = _beside(table, "bits_per_weight", name)
+        both = _beside(table, "bits_per_weight", name)
         if not both.empty:
             shrinks[bits] = float((both["plain"] / both["packed"]).mean())
     said = ", ".join(f"{nearest[b]} {r:.1f} of {32 / b:.1f}" for b, r in shrinks.items())
-    told.append(f"memory shrinks, with scales and an embedding of 8 bits: {said} times")
+    scale = table["scale"].iloc[0]
+    told.append(f"memory at {scale}, scales and the embedding included, shrinks {said} times")
     return all(ratio > 0.9 * 32 / bits for bits, ratio in shrinks.items())
 
 
@@ -95,7 +93,7 @@ def _aware(
             if found_more is None:
                 continue
             value, low, high = (100 * x for x in found_more)
-            told.append(f"{base} loses {value:.2f} % ({low:.2f} to {high:.2f}) more than by {way}")
+            told.append(f"{base} loses {value:.3f} % ({low:.3f} to {high:.3f}) more than by {way}")
             verdicts.append(low > 0)
     return all(verdicts) if verdicts else None
 

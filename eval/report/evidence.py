@@ -77,9 +77,8 @@ class Evidence:
         return found.value, found.value - found.half, found.value + found.half
 
     def _compressed(self, measure: str, weights: str) -> pd.DataFrame:
-        long = self.figures.long
-        rows = long[(long["stage"] == "compress") & (long["measure"] == measure)]
-        return rows[(rows["status"] == "ok") & (rows["weight_format"] == weights)]
+        rows = self.figures.stored_rows("compress", measure)
+        return rows[rows["weight_format"] == weights]
 
     @property
     def lossless(self) -> bool | None:

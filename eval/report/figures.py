@@ -16,6 +16,8 @@ from eval.results.tidy import tidy
 
 #: Times that differ by less are called equal: a clock's noise, not an architecture's.
 EQUAL = 0.05
+#: What formats of weights are compared at, beside the architecture.
+PLACE = ("scale", "hardware", "kernel_backend", "corpus", "options", "tokens", "source")
 
 
 class Setting(NamedTuple):
@@ -89,17 +91,28 @@ class Figures:
         """
         return self._pivot(self._rows_at(setting, "serve"), ["arch", "options"], measures)
 
-    def compressed(self, *measures: str, stage: str = "compress") -> pd.DataFrame:
-        """Models whose weights are stored in several formats: rows of arch, scale, hardware,
-        weight_format ("float32" where they are plain) and a column for each measure (all present),
-        means over seeds; of decode, of its smallest batch and longest context.
+    def stored_rows(self, stage: str, *measures: str) -> pd.DataFrame:
+        """Rows of models whose weights are stored in several formats, which `weight_format` names,
+        plain ones ("float32") too: those of the scale, machine, backend, options and run that most
+        of them share; of decode, of its smallest batch and longest context.
         """
         rows = self._good[(self._good["stage"] == stage) & self._good["measure"].isin(measures)]
-        if stage == "decode" and not rows.empty:
-            rows = rows[rows["batch"] == rows["batch"].min()]
-            rows = rows[rows["context"] == rows["context"].max()]
         plain = rows["weight_format"] == ""
         rows = rows.assign(weight_format=rows["weight_format"].mask(plain, rows["dtype"]))
+        if rows.empty:
+            return rows
+        places = [same for _, same in rows.groupby(list(PLACE), dropna=False, sort=False)]
+        rows = max(places, key=lambda same: len(same[["arch", "weight_format"]].drop_duplicates()))
+        if stage == "decode":
+            rows = rows[rows["batch"] == rows["batch"].min()]
+            rows = rows[rows["context"] == rows["context"].max()]
+        return rows
+
+    def compressed(self, *measures: str, stage: str = "compress") -> pd.DataFrame:
+        """`stored_rows` as rows of arch, scale, hardware, weight_format and a column for each
+        measure (all present), means over seeds.
+        """
+        rows = self.stored_rows(stage, *measures)
         return self._pivot(rows, ["arch", "scale", "hardware", "weight_format"], measures)
 
     def speculated(self, setting: Setting) -> pd.DataFrame:

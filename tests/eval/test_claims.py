@@ -201,3 +201,12 @@ def test_few_bits_are_judged_by_memory_loss_and_time(long: pd.DataFrame) -> None
     at = worse["measure"] == "bits_per_byte_ratio"
     worse.loc[at, "value"] = 1 + 1 / worse.loc[at, "value"]
     assert verdicts(worse)[10].verdict == "refuted"
+
+
+def test_formats_of_unlike_runs_are_not_averaged(long: pd.DataFrame) -> None:
+    """A second backend, of one architecture, is another place."""
+    more = long[(long["stage"] == "decode") & (long["arch"] == "gqa")].copy()
+    more["kernel_backend"] = "torch-compile"
+    more["value"] *= 0.5
+    both = pd.concat([long, more], ignore_index=True)
+    assert verdicts(both)[10] == verdicts(long)[10]

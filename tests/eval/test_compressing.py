@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from archs.backbone import cast
 from archs.errors import UserError
+from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.storage import store
+from archs.weights import WeightFormat
 from eval.measure.agreement import Agreement
 from eval.measure.compressing import ratio_row
 from eval.measure.decode_plans import CompressPlan, DecodePlan
 from eval.measure.plan import points
 from eval.measure.quality import DocumentScore
+from eval.measure.site import served_dtype
 from eval.measure.suite import Suite, load_suite
 from eval.predict.fit import fit
 from eval.predict.machine import ProductRate, Roofline, with_products
@@ -176,6 +181,14 @@ def test_steps_are_timed_in_every_format(decodebench: Command) -> None:
         DecodePlan(scale="tiny", weights="int9")
     with pytest.raises(UserError, match="weights is empty"):
         CompressPlan(weights=())
+
+
+def test_trained_models_are_served_in_what_their_weights_say() -> None:
+    cpu = torch.device("cpu")
+    model = ModelSpec(arch="gqa", scale=get_scale("tiny")).build()
+    assert served_dtype(model, cpu) == torch.float32
+    packed = store(model, WeightFormat.named("int4-g32"))
+    assert served_dtype(cast(packed, torch.float32), cpu) == torch.bfloat16
 
 
 def test_servers_hold_packed_weights(decodebench: Command) -> None:

@@ -20,7 +20,6 @@ def loss_against_bits(f: Figures) -> Chart | None:
     if data["weight_format"].nunique() < 2:
         return None
     scale = str(data["scale"].iloc[0])
-    data = data[data["scale"] == scale]
     ways = data["weight_format"].str.extract(rf"-({'|'.join(DASHES)})\b")[0].fillna("nearest")
     data = data.assign(
         way=ways, more=100 * (data["bits_per_byte_ratio"] - 1), curve=data["arch"] + " " + ways,
@@ -56,15 +55,11 @@ def time_against_bytes(f: Figures) -> Chart | None:
     data = f.compressed("held_weight_bytes", "tpot_ms", stage="decode")
     if data.empty:
         return None
-    several = data.groupby(["arch", "scale", "hardware"])["weight_format"].transform("nunique") > 1
+    several = data.groupby("arch")["weight_format"].transform("nunique") > 1
     data = data[several]
     if data.empty:
         return None
-    place = (
-        data.groupby(["scale", "hardware"]).size().reset_index(name="n").sort_values("n").iloc[-1]
-    )
-    scale, hardware = str(place["scale"]), str(place["hardware"])
-    data = data[(data["scale"] == scale) & (data["hardware"] == hardware)]
+    scale, hardware = str(data["scale"].iloc[0]), str(data["hardware"].iloc[0])
     data = data.assign(how=data["weight_format"]).sort_values("held_weight_bytes")
     x = Axis.around(list(data["held_weight_bytes"]), pad=0.06)
     y = Axis.around(list(data["tpot_ms"]), vertical=True)
