@@ -134,6 +134,11 @@ class Model(nn.Module):
         return self
 
     @property
+    def state_format(self) -> str:
+        """The name of the format of the state (`archs.state_formats`); "": as it is computed."""
+        return str(self.layers[0].mixer.state_format)
+
+    @property
     def backend(self) -> str:
         """The backend in use."""
         return self.norm.backend
@@ -215,8 +220,8 @@ class Model(nn.Module):
         return Output(self.logits(found[rows, last]), found)
 
     def state_specs(self) -> list[StateSpec]:
-        """What each layer must remember."""
-        return [block.mixer.state_spec() for block in self.layers]
+        """What each layer must remember, as it is kept."""
+        return [block.mixer.kept_spec() for block in self.layers]
 
     def cost(self, step: Step, *, all_logits: bool = False) -> Cost:
         """FLOPs and bytes of one step; the head runs on each sequence's last token by default."""

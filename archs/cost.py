@@ -183,8 +183,12 @@ def state_traffic(spec: StateSpec, step: Step) -> Traffic:
     }  # fmt: skip
 
 
-def attention_cost(rows: RowSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int) -> OpCost:
-    """Softmax attention over the visible ones of `rows`, and their traffic.
+def attention_cost(
+    rows: RowSpec, step: Step, *, heads: int, qk_dim: int, v_dim: int,
+    kept: StateSpec | None = None,
+) -> OpCost:  # fmt: skip
+    """Softmax attention over the visible ones of `rows`, and their traffic, as they are `kept`
+    (None: as they are given).
 
     Matrix FLOPs 2·B·H·K·S·(d_qk + d_v) over S visible rows; about 5 vector FLOPs per score.
     """
@@ -193,5 +197,5 @@ def attention_cost(rows: RowSpec, step: Step, *, heads: int, qk_dim: int, v_dim:
         name="attention",
         matrix_flops=2 * scores * (qk_dim + v_dim),
         vector_flops=5 * scores,
-        **state_traffic(StateSpec(rows=(rows,)), step),
+        **state_traffic(StateSpec(rows=(rows,)) if kept is None else kept, step),
     )

@@ -11,6 +11,8 @@ import torch
 
 from archs.errors import UserError
 
+Rounding = Literal["nearest", "stochastic"]
+
 #: The dtypes that hold one number each, and what kind of number.
 PLAIN: dict[torch.dtype, Literal["float", "int"]] = {
     torch.float64: "float", torch.float32: "float", torch.bfloat16: "float",
@@ -28,6 +30,8 @@ class Format:
     bits: of one number. kind: what the bits mean.
     group: numbers that share one scale; None: no scales. scale, zero: formats of a group's scale
     and zero point; zero None: symmetric.
+    rounding: to the nearest number, or to either neighbour, each as likely as it is near.
+    residual_bits: of what a number's rounding left, kept beside it for the next rounding.
     Raises UserError on parts that contradict each other.
     """
 
@@ -37,6 +41,8 @@ class Format:
     group: int | None = None
     scale: "Format | None" = None
     zero: "Format | None" = None
+    rounding: Rounding = "nearest"
+    residual_bits: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8 * self.dtype.itemsize:
@@ -53,6 +59,11 @@ class Format:
             raise UserError(f"group={self.group} must be at least 1 number")
         if self.zero is not None and self.scale is None:
             raise UserError("a zero point belongs to a scale; give group and scale, or no zero")
+        if self.residual_bits and (self.scale is None or self.zero is not None):
+            raise UserError(
+                f"residual_bits={self.residual_bits}: what rounding leaves is told in steps of a "
+                "symmetric scale; give one, without a zero point"
+            )
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Self:
@@ -67,9 +78,15 @@ class Format:
         """Whether one element of `dtype` is one number, without scales."""
         return self.scale is None and self.bits == 8 * self.dtype.itemsize
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether numbers of `dtype` are stored as they come."""
+        return self.is_plain and self.rounding == "nearest"
+
     def nbytes(self, numbers: int) -> int:
         """Bytes of `numbers` numbers that are stored together, their scales included."""
         held = ceil(ceil(numbers * self.bits / 8) / self.dtype.itemsize) * self.dtype.itemsize
+        held += ceil(numbers * self.residual_bits / 8)
         if self.group is None:
             return held
         groups = ceil(numbers / self.group)
@@ -77,7 +94,9 @@ class Format:
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
+        rounded = "" if self.rounding == "nearest" else f", {self.rounding} rounding"
         if self.is_plain:
-            return name
+            return name + rounded
         scaled = "" if self.group is None else f" in groups of {self.group}"
-        return f"{self.kind}{self.bits}{scaled}"
+        left = f" and {self.residual_bits} bits of residual" if self.residual_bits else ""
+        return f"{self.kind}{self.bits}{scaled}{left}{rounded}"

@@ -131,6 +131,7 @@ class GatedDeltaNet(Mixer):
         c = self.config
         tail = FixedSpec(
             name="conv",
+            kind="conv",
             shape=(c.conv_width - 1, self.conv_weight.shape[0]),
             format=Format.of(self.conv_weight.dtype),
             shards=c.key_heads,
@@ -151,7 +152,7 @@ class GatedDeltaNet(Mixer):
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
-        c, spec = self.config, self.state_spec()
+        c, spec = self.config, self.kept_spec()
         heads, n, p = c.value_heads, c.key_dim, c.value_dim
         values = step.tokens * heads * p
         if step.new_tokens <= RECURRENT_LIMIT:

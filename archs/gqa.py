@@ -147,6 +147,13 @@ class Attention(Mixer):
         return Cost.of(
             linear_cost("q, k, v", self.qkv, step.tokens),
             OpCost(name="rope", vector_flops=3 * step.tokens * sum(self.qkv.sizes[:2])),
-            attention_cost(kv, step, heads=c.n_heads, qk_dim=c.head_dim, v_dim=c.head_dim),
+            attention_cost(
+                kv,
+                step,
+                heads=c.n_heads,
+                qk_dim=c.head_dim,
+                v_dim=c.head_dim,
+                kept=self.kept_spec(),
+            ),
             linear_cost("attention out", self.out, step.tokens),
         )

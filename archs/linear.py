@@ -137,7 +137,7 @@ class LinearAttention(Mixer):
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
-        c, spec = self.config, self.state_spec()
+        c, spec = self.config, self.kept_spec()
         size = (c.n_heads, c.key_dim, c.value_dim)
         values = step.tokens * c.n_heads * c.value_dim
         if step.new_tokens <= RECURRENT_LIMIT:

@@ -104,6 +104,7 @@ class Mamba1(Mixer):
         c = self.config
         tail = FixedSpec(
             name="conv",
+            kind="conv",
             shape=(c.conv_width - 1, c.inner),
             format=Format.of(self.conv_weight.dtype),
             shards=c.inner,
@@ -118,7 +119,7 @@ class Mamba1(Mixer):
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
-        c, spec = self.config, self.state_spec()
+        c, spec = self.config, self.kept_spec()
         count = (
             selective_step_matrix_flops
             if step.new_tokens <= RECURRENT_LIMIT

@@ -135,6 +135,7 @@ class Mamba2(Mixer):
         c = self.config
         tail = FixedSpec(
             name="conv",
+            kind="conv",
             shape=(c.conv_width - 1, self.conv_weight.shape[0]),
             format=Format.of(self.conv_weight.dtype),
         )
@@ -154,7 +155,7 @@ class Mamba2(Mixer):
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
-        c, spec = self.config, self.state_spec()
+        c, spec = self.config, self.kept_spec()
         n, p = c.state_dim, c.head_dim
         if step.new_tokens <= RECURRENT_LIMIT:
             tokens = step.new_tokens + step.replayed

@@ -18,6 +18,7 @@ from archs.cost import Cost, Step
 from archs.errors import UserError, unknown_name
 from archs.spec import StateSpec
 from archs.state import LayerState
+from archs.state_formats import StateFormat
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -84,6 +85,8 @@ class Mixer(nn.Module):
     delicate: ClassVar[frozenset[str]] = frozenset()
     #: Which forms of its operations run (`archs.backends`); `Model.use` sets it.
     backend: str = "torch"
+    #: How its state is kept; `Model.keep` sets it.
+    state_format: StateFormat = StateFormat()
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """The parallel, causal form. x: [B, T, D] -> [B, T, D].
@@ -97,8 +100,15 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def state_spec(self) -> StateSpec:
-        """What one sequence must remember in this layer."""
+        """What one sequence must remember in this layer, in what this mixer computes in."""
         raise NotImplementedError
+
+    def kept_spec(self) -> StateSpec:
+        """The same as it is kept: what a store holds, and a step's bytes are counted of.
+
+        Raises UserError where the format does not fit a tensor.
+        """
+        return self.state_format.stored(self.state_spec())
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step in this layer, by operation."""

@@ -203,7 +203,12 @@ class LatentAttention(Mixer):
             OpCost(name="rope", vector_flops=3 * step.tokens * (c.n_heads + 1) * c.rope_dim),
             linear_cost(name, self.kv_up, step.tokens if absorbs else step.batch * rows),
             attention_cost(
-                self.state_spec().rows[0], step, heads=c.n_heads, qk_dim=width, v_dim=width
+                self.state_spec().rows[0],
+                step,
+                heads=c.n_heads,
+                qk_dim=width,
+                v_dim=width,
+                kept=self.kept_spec(),
             ),
             linear_cost("attention out", self.out, step.tokens),
         )

@@ -44,7 +44,9 @@ class ShortConv(Mixer):
 
     def _tail(self) -> FixedSpec:
         rows = (self.width - 1, self.weight.shape[0])
-        return FixedSpec(name="pre_conv", shape=rows, format=Format.of(self.weight.dtype))
+        return FixedSpec(
+            name="pre_conv", shape=rows, format=Format.of(self.weight.dtype), kind="conv"
+        )
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
@@ -52,6 +54,6 @@ class ShortConv(Mixer):
             name="short conv",
             vector_flops=2 * step.tokens * self.weight.numel(),
             weight_bytes=self.weight.nbytes,
-            **state_traffic(StateSpec(fixed=(self._tail(),)), step),
+            **state_traffic(self.state_format.stored(StateSpec(fixed=(self._tail(),))), step),
         )
         return Cost.of(conv) + self.mixer.cost(step)

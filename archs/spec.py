@@ -11,6 +11,8 @@ from fractions import Fraction
 from math import ceil, prod
 from typing import Self
 
+import torch
+
 from archs.errors import UserError
 from archs.formats import Format
 
@@ -84,17 +86,26 @@ def require_replay(rows: int, lookback: int) -> None:
 class TensorSpec:
     """What both kinds declare.
 
-    shape: of one row, or of the value.
+    shape: of one row, or of the value. format: of numbers of its last dimension, stored together.
     shards: equal parts that several GPUs can hold apart, such as KV heads or channels; 1: what
     every GPU would need whole.
+    kind: what the numbers are, by which formats of state are asked for (`archs.state_formats`).
+    given: the dtype that the mixer gives and gets (None: the format's).
     """
 
     name: str
     shape: tuple[int, ...]
     format: Format
     shards: int = 1
+    kind: str = ""
+    given: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        if self.given is None and not self.format.is_plain:
+            raise UserError(
+                f"state tensor '{self.name}' is stored as {self.format}; say in which dtype the "
+                "mixer gives it (given=torch.float32)"
+            )
         if self.shards < 1 or prod(self.shape) % self.shards:
             raise UserError(
                 f"state tensor '{self.name}' of shape {list(self.shape)} has no {self.shards} "
@@ -104,7 +115,17 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of one row, or of the value."""
-        return self.format.nbytes(prod(self.shape))
+        return prod(self.shape[:-1]) * self.format.nbytes(prod(self.shape[-1:]))
+
+    @property
+    def given_dtype(self) -> torch.dtype:
+        """The dtype that the mixer gives and gets."""
+        return self.given or self.format.dtype
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether what the mixer gives is stored as something else."""
+        return not self.format.is_exact or self.given_dtype != self.format.dtype
 
     def part(self, gpus: int) -> Self:
         """What one of `gpus` GPUs holds, flat: the most shards that any of them gets."""
@@ -122,13 +143,17 @@ class RowSpec(TensorSpec):
     sinks:  first rows that stay visible beside the window.
     owner:  index of the layer that appends them; this one only reads.
     picks:  rows that a token reads of those it sees, chosen by the mixer (None: all of them).
+    block:  the fixed tensor in which rows wait until there are `every` of them, which are then
+            stored together as one (None: rows are stored as the mixer gives them).
     """
 
+    kind: str = "kv"
     every: int = 1
     window: int | None = None
     sinks: int = 0
     owner: int | None = None
     picks: int | None = None
+    block: str | None = None
 
     def __post_init__(self) -> None:
         TensorSpec.__post_init__(self)
@@ -189,6 +214,7 @@ class FixedSpec(TensorSpec):
     of them instead of a copy of the value for each token (None: copies alone serve).
     """
 
+    kind: str = "memory"
     inputs: TensorSpec | None = None
 
     def held_bytes(self, context: int, lookback: int = 0, replay: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Store a model's weights in another format, in place, matrix by matrix.
+"""Store a model's weights in another format, in place, matrix by matrix, and keep its state in one.
 
 Matrices and the embedding become `archs.packed.Packed`; rows that give gates and step sizes keep a
 format of their own, as one block of a `Stacked` matrix. How codes are chosen is a function of one
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from archs.backbone import Block, Model, cast
 from archs.errors import UserError
 from archs.layers import Projection
+from archs.mixer import Mixer
 from archs.ops.matrix import Matrix, Weight
 from archs.packed import Packed, Stacked, nearest, require_group
+from archs.state_formats import StateFormat
 from archs.weights import Number, WeightFormat
 from kernels.quant.torch import Rounded
 
@@ -115,3 +117,23 @@ def runs(projection: Projection) -> Iterable[tuple[bool, int]]:
     marked = [(n in projection.gates, size) for n, size in enumerate(projection.sizes)]
     for gates, sizes in groupby(marked, lambda pair: pair[0]):
         yield gates, sum(size for _, size in sizes)
+
+
+def keep(model: Model, state: StateFormat) -> Model:
+    """Keep the model's state in a format from now on, in place, as far as there is such a state.
+
+    Raises UserError where it does not fit a tensor.
+    """
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    found = state.of_kinds(state_kinds(model))
+    for mixer in mixers:
+        found.stored(mixer.state_spec())
+    for mixer in mixers:
+        mixer.state_format = found
+    return model
+
+
+def state_kinds(model: Model) -> set[str]:
+    """The kinds of state that a model has (`archs.state_formats.KINDS`)."""
+    specs = [block.mixer.state_spec() for block in model.layers]
+    return {tensor.kind for spec in specs for tensor in (*spec.rows, *spec.fixed)}

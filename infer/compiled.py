@@ -18,10 +18,11 @@ from torch import Tensor
 from archs.backbone import Model, Output
 from archs.errors import UserError
 from infer.pages import TableKey
-from infer.plan import StepPlan
+from infer.plan import StepPlan, row_tensor
 from infer.pools import LayerTensors
 from infer.rows import AtHome, Held, Plain
-from infer.state import Fixed, InPlace, LayerState, RowTensor, Slotted, ValueForm
+from infer.state import LayerState
+from infer.values import Fixed, InPlace, Slotted, ValueForm
 from kernels.rope.torch import rope_table
 
 Rotary = tuple[int, float]
@@ -119,11 +120,11 @@ def _step(
     states: list[LayerState] = []
     for index, layer in enumerate(layers):
         rows = {
-            name: RowTensor(Held(home, home), tables[key], (-(-step.new_tokens // key.every), *row))
-            for name, (key, home, row) in layer.rows.items()
+            name: row_tensor(layer, name, Held(home, home), tables[key], step.new_tokens)
+            for name, (key, home, _) in layer.rows.items()
         }
         owners = {name: states[owner] for name, owner in layer.lent.items()}
-        fixed = Fixed(layer.fixed, layer.inputs, values, None)
+        fixed = Fixed(layer.fixed, layer.inputs, values, None, layer.codings)
         states.append(LayerState(step, index, rows, fixed, owners))
     return model.step(tokens, states, hidden, every_token=every_token)
 
@@ -224,7 +225,7 @@ class CompiledStep:
                     layer.lent,
                     layer.fixed if slot is None
                     else {name: v.narrow(0, slot, batch) for name, v in layer.fixed.items()},
-                    layer.inputs,
+                    layer.inputs, layer.codings, layer.blocks,
                 )
                 for index, layer in enumerate(store.pools.layers)
             ]  # fmt: skip

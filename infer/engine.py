@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model, Output, lay_out
+from archs.backends import NoFormError
 from archs.errors import UserError
 from infer.clock import StepClock
 from infer.compiled import CompiledStep
@@ -112,6 +113,11 @@ class Engine:
             raise UserError(
                 f"page_size={page_size} must be a multiple of {multiple} for backend {backend}; "
                 f"take {max(64, multiple)}"
+            )
+        if not plain and model.state_format:
+            raise NoFormError(
+                f"state format '{model.state_format}' is read by torch forms alone, and backend "
+                f"{backend} has kernels of its own; take backend=torch, or another format"
             )
         self.model = lay_out(model.eval(), max_sequences).use(backend)
         longest = max_context if plain else -(-max_context // multiple) * multiple

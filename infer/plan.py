@@ -16,20 +16,12 @@ from torch import Tensor
 from archs.spec import kept_states
 from infer.books import Books, OnDevice, Padding, book, staged
 from infer.pages import PageTable, TableKey
-from infer.pools import Pools
+from infer.pools import LayerTensors, Pools
 from infer.rings import RingChange, RingTable
 from infer.rows import Held, InPages, RowForm, RowStep
 from infer.slots import SlotChange, SlotTable
-from infer.state import (
-    Fixed,
-    InPlace,
-    LayerState,
-    Replays,
-    RowTensor,
-    Slotted,
-    StepContext,
-    ValueForm,
-)
+from infer.state import LayerState, RowTensor, StepContext
+from infer.values import Fixed, InPlace, Replays, Slotted, ValueForm
 from kernels.rope.torch import rope_table
 
 
@@ -337,16 +329,29 @@ def layers_of(
     states: list[LayerState] = []
     for index, layer in enumerate(store.pools.layers):
         rows: dict[str, RowTensor] = {}
-        for name, (key, pool, shape) in layer.rows.items():
+        for name, (key, pool, _) in layer.rows.items():
             home = None
             if first is not None and store.tables[key].has_homes:
                 home = store.pools.home(index, name, first, step.batch)
-            new = step.new_tokens if key.every == 1 else -(-step.new_tokens // key.every)
-            rows[name] = RowTensor(Held(pool, home), forms[key], (new, *shape))
+            rows[name] = row_tensor(layer, name, Held(pool, home), forms[key], step.new_tokens)
         owners = {name: states[owner] for name, owner in layer.lent.items()}
-        fixed = Fixed(layer.fixed, layer.inputs, values or NONE, replays)
+        fixed = Fixed(layer.fixed, layer.inputs, values or NONE, replays, layer.codings)
         states.append(LayerState(step, index, rows, fixed, owners))
     return states
+
+
+def row_tensor(
+    layer: LayerTensors, name: str, held: Held, form: RowForm, new_tokens: int
+) -> RowTensor:
+    """A row tensor of a layer in a step of so many tokens."""
+    key, _, shape = layer.rows[name]
+    coding, block = layer.codings.get(name), layer.blocks.get(name)
+    if block is not None:
+        # Tokens are given one by one, and stored in blocks.
+        given = layer.fixed[block].shape[2:]
+        return RowTensor(held, form, (new_tokens, *given), coding, block)
+    new = new_tokens if key.every == 1 else -(-new_tokens // key.every)
+    return RowTensor(held, form, (new, *shape), coding)
 
 
 #: Of a store without fixed tensors.

@@ -6,11 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from archs.errors import UserError
 from archs.spec import FixedSpec, RowSpec, StateSpec, TensorSpec
+from infer.coding import Coding, held_dtype, held_shape
 from infer.pages import PageTable, TableKey
 from infer.rings import RingTable
 from infer.slots import SlotTable
+
+#: Tensors of a layer that draw random numbers of their own.
+SALTS = 16
 
 
 class LayerTensors(NamedTuple):
@@ -18,13 +21,16 @@ class LayerTensors(NamedTuple):
 
     rows: of its own: their block table, their pool [*planes, rows, row] and a row's shape.
     lent: the layers that own the others. fixed: pools [slots, *shape]. inputs: of those that are
-    replayed, pools [slots, R, row].
+    replayed, pools [slots, R, row]. codings: of tensors that are stored otherwise than they come.
+    blocks: the fixed tensors in which rows wait until a block of them is stored.
     """
 
     rows: dict[str, tuple[TableKey, Tensor, tuple[int, ...]]]
     lent: dict[str, int]
     fixed: dict[str, Tensor]
     inputs: dict[str, Tensor]
+    codings: dict[str, Coding]
+    blocks: dict[str, str]
 
 
 class Pools:
@@ -33,7 +39,6 @@ class Pools:
     page_bytes: of a page of each block table, in the pools of all its tensors; slot_bytes: of a
     slot in those of all fixed tensors that are kept in copies; ring_bytes: of one in those of all
     that are replayed. All are counted from the tensors.
-    Raises UserError for a tensor that no store can hold yet.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class Pools:
         self._slots = slots
         self._rings = rings
         self._device = device
-        self.layers = [self._layer(spec) for spec in specs]
+        self.layers = [self._layer(index, spec) for index, spec in enumerate(specs)]
         self.page_bytes = {key: self._bytes_of_a_page(key) for key in tables}
         self.slot_bytes = self.ring_bytes = 0
         for layer in self.layers:
@@ -70,19 +75,24 @@ class Pools:
             self._homes[at] = found = homes.movedim(-3, 0)
         return found
 
-    def _layer(self, spec: StateSpec) -> LayerTensors:
+    def _layer(self, index: int, spec: StateSpec) -> LayerTensors:
+        tensors = [*spec.owned, *spec.fixed]
+        codings = {t.name: Coding.of(t, index * SALTS + n) for n, t in enumerate(tensors)}
         return LayerTensors(
             {t.name: (key_of(t), self._rows(t), t.shape) for t in spec.owned},
             {t.name: t.owner for t in spec.rows if t.owner is not None},
             {t.name: self._values(t) for t in spec.fixed},
             {t.name: self._inputs(t.inputs) for t in spec.fixed if self._is_replayed(t)},
+            {name: coding for name, coding in codings.items() if coding is not None},
+            {t.name: t.block for t in spec.owned if t.block is not None},
         )
 
     def _rows(self, tensor: RowSpec) -> Tensor:
         table = self._tables[key_of(tensor)]
         # One page more, for the rows of padding.
         rows = (table.n_pages + 1) * table.page_size
-        return self._zeros(tensor, (*tensor.shape[:-1], rows, tensor.shape[-1]))
+        *planes, width = held_shape(tensor)
+        return self._zeros(tensor, (*planes, rows, width))
 
     def _is_replayed(self, tensor: FixedSpec) -> bool:
         return self._rings is not None and tensor.inputs is not None
@@ -90,25 +100,27 @@ class Pools:
     def _values(self, tensor: FixedSpec) -> Tensor:
         table = self._rings if self._is_replayed(tensor) else self._slots
         assert table is not None
-        return self._zeros(tensor, (table.count, *tensor.shape))
+        return self._zeros(tensor, (table.count, *held_shape(tensor)))
 
     def _inputs(self, tensor: TensorSpec | None) -> Tensor:
         assert self._rings is not None and tensor is not None
-        return self._zeros(tensor, (self._rings.count, self._rings.replay.rows, *tensor.shape))
+        shape = (self._rings.count, self._rings.replay.rows, *held_shape(tensor))
+        return self._zeros(tensor, shape)
 
     def _zeros(self, tensor: TensorSpec, shape: tuple[int, ...]) -> Tensor:
         # Zeros, not empty: rows that a mask hides are still multiplied by a zero weight.
-        if not tensor.format.is_plain:
-            raise UserError(
-                f"'{tensor.name}' is declared as {tensor.format}, which no store holds yet; "
-                "declare a plain format"
-            )
-        return torch.zeros(shape, dtype=tensor.format.dtype, device=self._device)
+        return torch.zeros(shape, dtype=held_dtype(tensor), device=self._device)
 
     def _bytes_of_a_page(self, key: TableKey) -> int:
         rows = (r for layer in self.layers for r in layer.rows.values())
         total = sum(pool.nbytes for held_by, pool, _ in rows if held_by == key)
         return total // (self._tables[key].n_pages + 1)
+
+
+def decoded(layer: LayerTensors, name: str, held: Tensor) -> Tensor:
+    """A copy of rows or a value in the dtype that the mixer gives."""
+    coding = layer.codings.get(name)
+    return held.clone() if coding is None else coding.decode(held)
 
 
 def key_of(tensor: RowSpec) -> TableKey:

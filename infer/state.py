@@ -1,21 +1,22 @@
 """One layer's state in one step: the only `LayerState` there is, whatever runs the layers.
 
-What a layer gives is what it declared: a store casts nothing and broadcasts nothing. What differs
-between a plain batch, any other, kernels and compiled code are the forms that its tensors come in:
-`RowForm` stores and sees rows, `ValueForm` gets and puts values.
+What a layer gives is what it declared: a store casts and broadcasts nothing that was not. What
+differs between a plain batch, any other, kernels and compiled code are the forms that its tensors
+come in: `RowForm` stores and sees rows, `ValueForm` gets and puts values.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from archs.errors import UserError
-from archs.state import PagedSeen, Pages, Replayed, Rows, Slots
-from infer.books import Books
+from archs.state import PagedSeen, Pages, Replayed, Rows, Seen, Slots
+from infer.blocks import append_blocks
+from infer.coding import Coding
 from infer.rows import Held, InPages, Joined, RowForm
+from infer.values import Fixed, Slotted
 
 
 class StepContext(Protocol):
@@ -43,171 +44,18 @@ class StepContext(Protocol):
     def rotary(self, dim: int, theta: float) -> Tensor: ...
 
 
-class ValueForm(Protocol):
-    """One way to get and put the value of a fixed tensor from and into its pool [slots, *shape]."""
-
-    def get(self, pool: Tensor) -> Tensor:
-        """The values before the step [B, *shape]; may be written into."""
-        ...
-
-    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
-        """Keep the values after it, and `each` [B, K, *shape] after its tokens."""
-        ...
-
-
-class InPlace(NamedTuple):
-    """Adjacent slots that are updated in place."""
-
-    first: int
-    batch: int
-
-    def get(self, pool: Tensor) -> Tensor:
-        """As `ValueForm.get`; a view."""
-        return pool.narrow(0, self.first, self.batch)
-
-    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
-        """As `ValueForm.put`."""
-        held = self.get(pool)
-        if value.data_ptr() != held.data_ptr():
-            held.copy_(value)
-
-
-class Indexed(NamedTuple):
-    """Values in any slots, read from one and written to others.
-
-    read, last: int64 [B]; write: int64 [B * K]. See `archs.state.Slots`.
-    """
-
-    read: Tensor
-    write: Tensor
-    last: Tensor
-
-    def get(self, pool: Tensor) -> Tensor:
-        """As `ValueForm.get`; a copy."""
-        return pool.index_select(0, self.read)
-
-    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
-        """As `ValueForm.put`."""
-        if each is not None:
-            pool.index_copy_(0, self.write, each.flatten(0, 1))
-        pool.index_copy_(0, self.last, value)
-
-
-class Slotted:
-    """As `Indexed`, from a step's books, which kernels read themselves.
-
-    in_place: as `archs.state.Slots`'. padding: the slot that takes what is not kept.
-    """
-
-    def __init__(self, books: Books, *, each: bool, in_place: bool, padding: int) -> None:
-        self._books = books
-        self._each = each
-        self._in_place = in_place
-        self._padding = padding
-
-    @cached_property
-    def indexed(self) -> Indexed:
-        """The books as indices."""
-        books = self._books
-        return Indexed(books.read_at, books.write_at(self._padding), books.last_at)
-
-    def get(self, pool: Tensor) -> Tensor:
-        """As `ValueForm.get`; a copy."""
-        return self.indexed.get(pool)
-
-    def put(self, pool: Tensor, value: Tensor, each: Tensor | None) -> None:
-        """As `ValueForm.put`."""
-        self.indexed.put(pool, value, each)
-
-    def slots(self, pool: Tensor) -> Slots:
-        """The pool as kernels see it."""
-        books = self._books
-        return Slots(
-            pool=pool, read=books.read, write=books.write, last=books.last, each=self._each,
-            in_place=self._in_place,
-            new=books.count if books.ragged else None, arrivals=books.shared.arrivals,
-        )  # fmt: skip
-
-
-class Replays:
-    """How the values of a step are replayed; all but the pools of `archs.state.Replayed`.
-
-    form: how the one value of a sequence is got and put (None: by the books).
-    """
-
-    def __init__(
-        self, books: Books, form: ValueForm | None, *, most: int, same: bool, folds: bool,
-        whole: bool, padding: int,
-    ) -> None:  # fmt: skip
-        self._books = books
-        self._form = form
-        self._made = partial(
-            Replayed, most=most, same=same, folds=folds, whole=whole, padding=padding
-        )
-
-    @cached_property
-    def values(self) -> ValueForm:
-        """The values that are kept."""
-        if self._form is not None:
-            return self._form
-        at = self._books.ring.long()
-        return Indexed(at, at, at)
-
-    def of(self, values: Tensor, inputs: Tensor) -> Replayed:
-        """A tensor's pools as the mixer sees them."""
-        books = self._books
-        return self._made(
-            values=values, inputs=inputs, slot=books.ring, past=books.past, held=books.held,
-            fold=books.fold, new=books.count if books.ragged else None,
-            arrivals=books.shared.arrivals,
-        )  # fmt: skip
-
-    def slots(self, pool: Tensor) -> Slots:
-        """The values as a step kernel updates them in place, once nothing is held."""
-        books = self._books
-        write = books.ring[:, None].expand(books.write.shape).contiguous()
-        return Slots(
-            pool=pool, read=books.ring, write=write, last=books.ring, each=False, in_place=True,
-            new=books.count if books.ragged else None, arrivals=books.shared.arrivals,
-        )  # fmt: skip
-
-
-class Fixed(NamedTuple):
-    """The fixed tensors of a layer in a step.
-
-    pools, inputs: as `infer.pools.LayerTensors.fixed` and `inputs`. values: of those that are kept
-    in copies; replays: of the others.
-    """
-
-    pools: Mapping[str, Tensor]
-    inputs: Mapping[str, Tensor]
-    values: ValueForm
-    replays: Replays | None
-
-    def form(self, name: str) -> ValueForm:
-        """How a tensor is got and put."""
-        if name in self.inputs:
-            assert self.replays is not None
-            return self.replays.values
-        return self.values
-
-    def replayed(self, name: str) -> Replayed | None:
-        """As `archs.state.LayerState.replayed`."""
-        inputs = self.inputs.get(name)
-        if inputs is None or self.replays is None:
-            return None
-        return self.replays.of(self.pools[name], inputs)
-
-
 class RowTensor(NamedTuple):
     """A row tensor of a layer in a step.
 
-    shape: of the new rows of one sequence, padding included: [R, *shape].
+    shape: of the new rows of one sequence, padding included: [R, *shape]. coding: where they are
+    stored otherwise than they come. block: the fixed tensor in which they wait for others.
     """
 
     held: Held
     form: RowForm
     shape: tuple[int, ...]
+    coding: Coding | None = None
+    block: str | None = None
 
 
 class LayerState:
@@ -262,11 +110,34 @@ class LayerState:
 
     def append(self, name: str, rows: Tensor) -> Rows:
         """As `archs.state.LayerState.append`."""
-        held, form, shape = self._row(name)
-        _require_fit(self._index, name, rows, (self._step.batch, *shape), held.pool)
+        held, form, shape, coding, block = self._row(name)
+        dtype = held.pool.dtype if coding is None else coding.given
+        _require_fit(self._index, name, rows, (self._step.batch, *shape), dtype)
         self._step.wrote_rows = True
-        self._seen[name] = seen = form.append(held, rows)
+        if coding is None:
+            seen = form.append(held, rows)
+        elif block is None:
+            found = form.append(held, coding.encode(rows, self._tokens(rows.shape[1])))
+            seen = Seen(coding.decode(found.rows), found.mask, found.causal)
+        else:
+            seen = self._append_blocks(held, form, coding, rows, block)
+        self._seen[name] = seen
         return seen
+
+    def _append_blocks(
+        self, held: Held, form: RowForm, coding: Coding, rows: Tensor, block: str
+    ) -> Seen:
+        past = self.past.long()
+        found = append_blocks(
+            held, form, coding, rows, self.get(block), past, self.new, each=self.each
+        )
+        self.put(block, found.waiting, found.each)
+        return found.seen
+
+    def _tokens(self, new: int) -> Tensor:
+        """How many tokens stand before the end of each new one, int64 [B, K]."""
+        past = self.past.long()
+        return past[:, None] + torch.arange(1, new + 1, device=past.device)
 
     def seen(self, name: str) -> Rows:
         """As `archs.state.LayerState.seen`."""
@@ -274,8 +145,10 @@ class LayerState:
 
     def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
         """As `archs.state.LayerState.pages`."""
-        held, form, _ = self._row(name)
-        _require_dtype(self._index, name, dtype, held.pool)
+        held, form, _, coding, _ = self._row(name)
+        if coding is not None:
+            raise ValueError(_NO_CODES)
+        _require_dtype(self._index, name, dtype, held.pool.dtype)
         if isinstance(form, InPages):
             return form.books.pages(held.pool)
         if isinstance(form, Joined):
@@ -284,7 +157,7 @@ class LayerState:
 
     def written(self, name: str) -> Rows:
         """As `archs.state.LayerState.written`."""
-        held, form, _ = self._row(name)
+        held, form, *_ = self._row(name)
         if not isinstance(form, InPages):
             raise ValueError(_NO_KERNELS)
         self._seen[name] = seen = form.see(held)
@@ -302,24 +175,37 @@ class LayerState:
         """As `archs.state.LayerState.get`."""
         # What is returned may be written into.
         self._step.wrote_fixed = True
-        return self._fixed.form(name).get(self._fixed.pools[name])
+        held = self._fixed.form(name).get(self._fixed.pools[name])
+        coding = self._fixed.codings.get(name)
+        return held if coding is None else coding.decode(held)
 
     def put(self, name: str, value: Tensor, each: Tensor | None = None) -> None:
         """As `archs.state.LayerState.put`."""
-        step, pool = self._step, self._fixed.pools[name]
+        step, pool, coding = self._step, self._fixed.pools[name], self._fixed.codings.get(name)
         each_kept = self.each and name not in self._fixed.inputs
-        _require_fit(self._index, name, value, (step.batch, *pool.shape[1:]), pool)
+        shape, dtype = tuple(pool.shape[1:]), pool.dtype
+        if coding is not None:
+            shape, dtype = (*shape[:-1], coding.numbers), coding.given
+        _require_fit(self._index, name, value, (step.batch, *shape), dtype)
         if each is not None:
-            shape = (step.batch, step.new_tokens, *pool.shape[1:])
-            _require_fit(self._index, name, each, shape, pool)
+            _require_fit(self._index, name, each, (step.batch, step.new_tokens, *shape), dtype)
         elif each_kept:
             raise ValueError(f"'{name}' needs its value after each token (state.each)")
         step.wrote_fixed = True
-        self._fixed.form(name).put(pool, value, each if each_kept else None)
+        form, each = self._fixed.form(name), each if each_kept else None
+        if coding is not None:
+            before = form.get(pool) if coding.feeds_back else None
+            tokens = self._tokens(step.new_tokens)
+            each = None if each is None else coding.encode(each, tokens, before)
+            ends = tokens[:, -1] if self.new is None else self.past.long() + self.new
+            value = coding.encode(value, ends, before)
+        form.put(pool, value, each)
 
     def slots(self, name: str) -> Slots:
         """As `archs.state.LayerState.slots`."""
         fixed = self._fixed
+        if name in fixed.codings:
+            raise ValueError(_NO_CODES)
         if name in fixed.inputs:
             assert fixed.replays is not None
             return fixed.replays.slots(fixed.pools[name])
@@ -336,22 +222,25 @@ class LayerState:
 
 
 _NO_KERNELS = "kernels read and write the state of a store that is opened with kernels=True"
+_NO_CODES = "no kernel reads a state in this format; the engine refuses such stores for kernels"
 
 
-def _require_fit(layer: int, name: str, given: Tensor, shape: Sequence[int], held: Tensor) -> None:
-    """Raise UserError unless `given` has this shape and the dtype of the store's tensor."""
+def _require_fit(
+    layer: int, name: str, given: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    """Raise UserError unless `given` has this shape and the dtype that is declared."""
     if given.shape != tuple(shape):
         raise UserError(
             f"layer {layer} gives '{name}' of shape {list(given.shape)} where this step and its "
             f"state_spec say {list(shape)}; make both agree"
         )
-    _require_dtype(layer, name, given.dtype, held)
+    _require_dtype(layer, name, given.dtype, dtype)
 
 
-def _require_dtype(layer: int, name: str, dtype: torch.dtype, held: Tensor) -> None:
-    """Raise UserError unless the store's tensor has this dtype."""
-    if dtype != held.dtype:
+def _require_dtype(layer: int, name: str, given: torch.dtype, declared: torch.dtype) -> None:
+    """Raise UserError unless what is given has the dtype that is declared."""
+    if given != declared:
         raise UserError(
-            f"layer {layer} gives '{name}' in {dtype} and its state_spec declares {held.dtype}; "
+            f"layer {layer} gives '{name}' in {given} and its state_spec declares {declared}; "
             "declare what the mixer gives, or convert in the mixer"
         )

@@ -24,7 +24,7 @@ from infer.books import OnDevice
 from infer.memory import require_memory
 from infer.pages import PageTable, StoreFullError, TableKey
 from infer.plan import StepPlan
-from infer.pools import Pools, key_of, pool_bytes
+from infer.pools import Pools, decoded, key_of, pool_bytes
 from infer.rings import RingTable
 from infer.slots import SlotTable
 from infer.synthetic import synthesise
@@ -346,14 +346,14 @@ class StateStore:
             for name, value in layer.fixed.items():
                 table = self.rings if name in layer.inputs else self.slots
                 assert table is not None
-                found[name] = value[table.current(sequence)].clone()
+                found[name] = decoded(layer, name, value[table.current(sequence)])
             for name, (key, pool, _) in layer.rows.items():
                 pages = self.tables[key]
                 length, first = pages.rows(self.lengths[sequence]), 0
                 if pages.window is not None:
                     first = max(length - pages.window, pages.oldest_row(sequence))
                 at = torch.tensor(pages.places(sequence, range(first, length)), dtype=torch.int64)
-                found[name] = pool[..., at.to(self.device), :]
+                found[name] = decoded(layer, name, pool[..., at.to(self.device), :])
             held.append(found)
         return held
 

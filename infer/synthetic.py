@@ -1,7 +1,9 @@
 """State that no model made, for timing steps at a context without computing it first."""
 
+import torch
 from torch import Tensor
 
+from infer.coding import Coding
 from infer.plan import StepPlan
 from infer.rows import RowStep
 
@@ -18,16 +20,19 @@ def synthesise(step: StepPlan) -> None:
     slots = {s for row in step.slots.write for s in row if s >= 0}
     rings = set() if step.rings is None else set(step.rings.slot)
     for layer in store.pools.layers:
-        for key, pool, _ in layer.rows.values():
+        for name, (key, pool, _) in layer.rows.items():
             for first, end in runs[key]:
-                _fill(pool[..., first:end, :])
+                _fill(pool[..., first:end, :], layer.codings.get(name))
         for name, value in layer.fixed.items():
             for slot in rings if name in layer.inputs else slots:
-                _fill(value[slot])
+                _fill(value[slot], layer.codings.get(name))
 
 
-def _fill(tensor: Tensor) -> None:
-    tensor.fill_(0.01 if tensor.dtype.is_floating_point else 1)
+def _fill(held: Tensor, coding: Coding | None) -> None:
+    if coding is None or coding.format.is_plain:
+        held.fill_(0.01 if held.dtype.is_floating_point else 1)
+    else:
+        held.copy_(coding.encode(torch.full((coding.numbers,), 0.01, device=held.device)))
 
 
 def new_rows(step: StepPlan, table: RowStep) -> list[tuple[int, int]]:

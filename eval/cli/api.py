@@ -77,18 +77,19 @@ def bench(
     archs: Sequence[str], *, scale: str = "70m", batches: Sequence[int] = (1,),
     contexts: Sequence[int] = (256, 4096), steps: int = 16, prompt: int = 0, device: str = "cpu",
     backend: str = "auto", compiled: bool = False, counters: bool = False, replay: int = 0,
-    weights: Sequence[str] = ("",),
+    weights: Sequence[str] = ("",), state: Sequence[str] = ("",),
 ) -> pd.DataFrame:  # fmt: skip
     """Decode timings with random weights; an architecture that is incorrect gets no latency.
 
     counters: also bytes and FLOPs of a step by an NVIDIA GPU's counters. replay: inputs in a ring
     from which recurrent states are computed anew; 0: they are written at every step. weights:
-    formats that weights are stored in, such as int4-g64; "": plain numbers.
+    formats that weights are stored in, such as int4-g64; "": plain numbers. state: those that
+    states are kept in, such as kv:int8,memory:int8-ef; "": as they are computed.
     """
     rows = bench_archs(
         list(archs), scale=scale, batches=batches, contexts=contexts, steps=steps, prompt=prompt,
         device=resolve_device(device), backend=backend, compiled=compiled, counters=counters,
-        replay=replay, weights=weights,
+        replay=replay, weights=weights, state=state,
     )  # fmt: skip
     return pd.DataFrame(rows)
 

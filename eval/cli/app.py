@@ -44,6 +44,11 @@ Weights = Annotated[
     typer.Option(help="How weights are stored: bfloat16, int8, int4-g64,head:int8; repeatable."),
 ]
 
+State = Annotated[
+    list[str] | None,
+    typer.Option(help="How states are kept: kv:int8,memory:int8-ef, kv:int4-kivi; repeatable."),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -216,6 +221,7 @@ def bench(
         int, typer.Option(help="Compute recurrent states from so many inputs; 0: write them.")
     ] = 0,
     weights: Weights = None,
+    state: State = None,
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
@@ -227,6 +233,7 @@ def bench(
         arch, scale=scale, batches=parse_counts(batch), contexts=parse_counts(context),
         steps=steps, prompt=prompt, device=resolve_device(device), backend=backend,
         compiled=compiled, counters=counters, replay=replay, weights=weights or [""],
+        state=state or [""],
         progress=Progress(err, quiet=json_, lines=True),
     )  # fmt: skip
     show_timings(rows, json_, counted=counters)

@@ -82,7 +82,7 @@ def bench_archs(
     archs: Sequence[str], *, scale: str, batches: Sequence[int], contexts: Sequence[int],
     steps: int, prompt: int, device: torch.device, backend: str = "auto", compiled: bool = False,
     counters: bool = False, replay: int = 0, weights: Sequence[str] = ("",),
-    progress: Progress | None = None,
+    state: Sequence[str] = ("",), progress: Progress | None = None,
 ) -> list[dict[str, object]]:  # fmt: skip
     """Decode timings, a row per architecture, batch and context (`eval.measure.steps`).
 
@@ -90,22 +90,24 @@ def bench_archs(
     progress: where to tell which architecture is at work; None: nowhere.
     counters: also bytes and FLOPs of a step by the GPU's counters.
     replay: inputs in a ring from which recurrent states are computed anew; 0: none.
-    weights: formats that weights are stored in, one after the other; "": as `DecodePlan`'s.
+    weights, state: formats that weights are stored and states kept in, one after the other; "": as
+    `DecodePlan`'s.
     backend: one of `archs.backends`; an architecture that it has no form for is "unsupported".
     Contexts whose state does not fit in memory are rows of status "oom". Raises UserError on counts
     that time nothing, on a backend that this device cannot run, and where nothing fits.
     """
     resolve_backend(backend, device)
-    lists = {"archs": archs, "batches": batches, "contexts": contexts, "weights": weights}
+    lists = {"archs": archs, "batches": batches, "contexts": contexts, "weights": weights,
+             "state": state}  # fmt: skip
     for name, values in lists.items():
         require_some(name, values)
     plans = [
         DecodePlan(
             scale=scale, batches=tuple(batches), contexts=tuple(contexts), steps=steps,
             prompt=prompt, compiled=compiled, backend=backend, counters=counters, replay=replay,
-            weights=stored,
+            weights=stored, state=kept,
         )
-        for stored in weights
+        for stored, kept in product(weights, state)
     ]  # fmt: skip
     site = Site(None, device)
     wanted = [

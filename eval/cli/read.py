@@ -61,6 +61,9 @@ def predict(
     weights: Annotated[
         str, typer.Option(help="How weights are stored: int8, int4-g64; default: --dtype.")
     ] = "",
+    state: Annotated[
+        str, typer.Option(help="How states are kept: kv:int8,memory:int8; default: as computed.")
+    ] = "",
     by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
     picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
@@ -95,7 +98,7 @@ def predict(
         rows = _fit(
             names, tpot, memory, scale=scale, hardware=parts, contexts=parse_counts(context),
             dtype=dtype, launch_us=launch_us, price_per_hour=prices_of(price, parts),
-            weights=weights,
+            weights=weights, state=state,
             **{k: v for k, v in (("gpus", gpus), ("reserve", reserve)) if v is not None},
         )  # fmt: skip
         if out_file:
@@ -113,11 +116,16 @@ def predict(
     if by_op and (price or picture):
         raise UserError("--by-op has no price and no picture; leave out --price and --picture")
     if by_op:
-        rows = predict_ops(*grid, dtype=dtype, launch_us=launch_us, weights=weights)
+        rows = predict_ops(*grid, dtype=dtype, launch_us=launch_us, weights=weights, state=state)
     else:
         prices = prices_of(price, parts)
         rows = predict_steps(
-            *grid, dtype=dtype, launch_us=launch_us, price_per_hour=prices, weights=weights
+            *grid,
+            dtype=dtype,
+            launch_us=launch_us,
+            price_per_hour=prices,
+            weights=weights,
+            state=state,
         )
     if out_file:
         write_csv(pd.DataFrame(rows), out_file)

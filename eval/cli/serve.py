@@ -65,6 +65,9 @@ def serve(
     weights: Annotated[
         str, typer.Option(help="How weights are stored: int8, int4-g64; default: plain.")
     ] = "",
+    state: Annotated[
+        str, typer.Option(help="How states are kept: kv:int8,memory:int8; default: as computed.")
+    ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     plot: Annotated[
         Path | None,
@@ -98,6 +101,7 @@ def serve(
             allocation=allocation, prefix_cache=prefix_cache, checkpoint_every=every,
             checkpoints=checkpoints, rates_per_s=rates, sweep=rate == "sweep",
             slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, host_ms=host_ms, weights=weights,
+            state=state,
         )  # fmt: skip
         show_prediction(rows, json_, COLUMNS)
         if plot is not None:
@@ -119,6 +123,7 @@ def serve(
         allocation=allocation, prefix_cache=prefix_cache, checkpoint_every=every[0],
         checkpoints=checkpoints, drafts=drafts, repeats=repeats, rates_per_s=rates,
         sweep=rate == "sweep", slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, weights=weights,
+        state=state,
     )  # fmt: skip
     rows = serve_archs(
         archs, plan, device=resolve_device(device), progress=Progress(err, quiet=json_)

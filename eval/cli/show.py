@@ -23,12 +23,13 @@ Cells = Mapping[str, object]
 #: Columns that tell rows apart.
 KEYS = frozenset(
     {"rank", "arch", "first", "second", "scale", "hardware", "batch", "context", "op", "case",
-     "backend", "kernel_backend", "weight_format", "variant", "target", "measure", "position",
-     "number", "source"}
+     "backend", "kernel_backend", "weight_format", "state_format", "variant", "target", "measure",
+     "position", "number", "source"}
 )  # fmt: skip
 #: Titles of columns whose names do not say it.
 TITLES = {
     "hardware": "on", "kernel_backend": "backend", "weight_format": "weights",
+    "state_format": "state",
     "arith_intensity_pred": "FLOP/byte predicted", "arith_intensity_meas": "FLOP/byte measured",
     "output_tok_per_s": "token/s", "compressed_bits_per_byte": "bits per byte",
     "output_tok_per_s_per_user": "token/s per user", "output_tok_per_s_per_gpu": "token/s per GPU",
@@ -51,14 +52,15 @@ WORDS = {
 }
 #: The columns of a prediction that people see; all others are for scripts.
 PREDICTION = (
-    "rank", "arch", "hardware", "weight_format", "batch", "context", "op", "count", "state_bytes",
-    "step_bytes",
+    "rank", "arch", "hardware", "weight_format", "state_format", "batch", "context", "op", "count",
+    "state_bytes", "step_bytes",
     "arith_intensity_pred", "tpot_ms", "time_ms", "output_tok_per_s", "output_tok_per_s_per_user",
     "bound_by", "compute_bound_batch", "max_sequences", "usd_per_million_tok", "note",
 )  # fmt: skip
 #: The same of steps that were timed.
 TIMED = (
-    "arch", "kernel_backend", "weight_format", "scale", "batch", "context", "tpot_ms",
+    "arch", "kernel_backend", "weight_format", "state_format", "scale", "batch", "context",
+    "tpot_ms",
     "tpot_p50_ms", "tpot_p99_ms", "output_tok_per_s", "mbu", "held_weight_bytes", "held_bytes",
     "ttft_ms", "status", "note",
 )  # fmt: skip

@@ -3,7 +3,8 @@
 The truth is that form in float32, whatever the weights are stored in. A model in 16 bits is some
 way from it by rounding alone, and how far depends on the architecture: head norms of retention and
 of the delta rule lift small outputs, rounding included. So what runs may be as far from the truth
-as the torch forms of the same weights and dtype are, and half as much again.
+as the torch forms of the same weights and dtype are, and half as much again; so may what keeps its
+state in few bits (`_kept`).
 """
 
 import math
@@ -106,6 +107,8 @@ def _agreement(
         rounded = model.logits(model.hidden_states(ids)[:, first - 1 :])
         limit = max(limit, SLACK * _error((rounded, truth)))
         del rounded
+    if model.state_format:
+        truth, limit = _kept(model, ids, first, truth, limit)
     errors = []
     for company in companies:
         engine = Engine(
@@ -115,6 +118,29 @@ def _agreement(
         errors.append(_error(*_pairs(engine, ids[:company], truth[:company], first, alone, ragged)))
         del engine
     return Agreement(math.nan if any(map(math.isnan, errors)) else max(errors), limit)
+
+
+def _kept(
+    model: Model, ids: Tensor, first: int, truth: Tensor, limit: float
+) -> tuple[Tensor, float]:
+    """Truth and limit of a model whose state is kept in a format.
+
+    Rows are rounded alike however a sequence is split into steps, so one step of all tokens is the
+    truth. Values are rounded at the end of every step, so what runs may be as far from the truth as
+    single steps of the torch forms are, and half as much again.
+    """
+    engine = Engine(
+        model, max_sequences=len(ids), max_context=ids.shape[1], prefill_chunk=None,
+        backend="torch",
+    )  # fmt: skip
+    slots = [engine.store.add() for _ in ids]
+    exact = model.norm.weight.dtype.itemsize >= 4
+    if exact and not any(t.is_coded for spec in model.state_specs() for t in spec.fixed):
+        return engine.extend(slots, ids)[:, first - 1 :], limit
+    logits = [engine.prefill(slots, ids[:, :first].tolist())[:, None]]
+    steps = ids[:, first:].split(1, 1)
+    logits += [engine.extend_last(slots, token)[:, None] for token in steps]
+    return truth, max(limit, SLACK * _error((torch.cat(logits, 1), truth)))
 
 
 def _pairs(

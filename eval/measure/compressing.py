@@ -94,7 +94,9 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     ]  # fmt: skip
     watch.at(0.7, "decode")
     try:
-        rows += _timed(cast(model, stored.dtype), given.spec, plan, site, backend, told)
+        rows += timed_alone(
+            cast(model, stored.dtype), given.spec, plan, site, backend, told
+        )  # fmt: skip
     except Failure as failure:
         # What the numbers are worth does not depend on the step that reads them.
         (why,) = failure.found.rows
@@ -160,10 +162,10 @@ def stored_model(given: Trained, stored: WeightFormat, calibration: int) -> Mode
     return compress(given.model, stored, ids)
 
 
-def _timed(
+def timed_alone(
     model: Model, spec: ModelSpec, plan: CompressPlan, site: Site, backend: str, told: About
 ) -> list[Row]:
-    """Decode of one sequence at the trained length, once it is shown to be right."""
+    """Decode of one sequence at the trained length, once it is shown to be right; else Failure."""
     context = spec.scale.seq_len
     # Several sequences make the limit, the worst position's rounding, a surer one.
     agree = partial(agreement, model, context=context, batches=(1, COMPANY), backend=backend)

@@ -25,8 +25,8 @@ STEPS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """A decode step: which model, how its weights are stored (`DecodePlan.weights`), how it is run,
-    at which batch and context.
+    """A decode step: which model, how its weights are stored and its state kept (`DecodePlan`),
+    how it is run, at which batch and context.
     """
 
     spec: ModelSpec
@@ -36,6 +36,7 @@ class Work:
     batch: int
     context: int
     weights: str = ""
+    state: str = ""
 
     def to_json(self) -> str:
         """One line of text; `from_json` restores the work."""
@@ -95,7 +96,7 @@ def product(device: torch.device) -> None:
 @torch.inference_mode()
 def steps(device: torch.device, work: Work) -> None:
     """`STEPS` decode steps of warm work."""
-    model = build_to_serve(work.spec, device, work.dtype, work.weights)
+    model = build_to_serve(work.spec, device, work.dtype, work.weights, work.state)
     decode = Decoding(
         model, batch=work.batch, max_context=work.context + WARMUP + STEPS, backend=work.backend,
         compiled=work.compiled, graphs=False,

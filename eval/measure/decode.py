@@ -16,7 +16,8 @@ import torch
 from archs.backbone import Model
 from archs.cost import Cost, Step
 from archs.registry import ModelSpec
-from archs.storage import store
+from archs.state_formats import StateFormat
+from archs.storage import keep, store
 from archs.weights import WeightFormat
 from eval.predict.calls import CountCalls
 from eval.predict.machine import now_s
@@ -64,9 +65,10 @@ class DecodeTiming:
 
 
 def build_to_serve(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, weights: str = ""
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, weights: str = "", state: str = ""
 ) -> Model:
-    """A model with random weights, stored in a format (`archs.weights`) where one is named.
+    """A model with random weights, stored in a format (`archs.weights`) where one is named, its
+    state kept in another (`archs.state_formats`).
 
     Raises DoesNotFitError before memory runs out: while they are stored, they are plain numbers.
     """
@@ -74,7 +76,7 @@ def build_to_serve(
     dtype = dtype if stored is None else stored.dtype
     weight_bytes = sum(p.nbytes for p in spec.outline(dtype).parameters())
     require_memory(weight_bytes, device, f"{spec.arch} at scale {spec.scale.name}")
-    model = spec.build(device=str(device), dtype=dtype).eval()
+    model = keep(spec.build(device=str(device), dtype=dtype).eval(), StateFormat.named(state))
     return model if stored is None else store(model, stored)
 
 

@@ -8,6 +8,7 @@ from archs.errors import UserError, unknown_name
 from archs.heads import HEAD
 from archs.sizes import get_scale
 from archs.spec import require_replay
+from archs.state_formats import StateFormat
 from archs.weights import WeightFormat
 from infer.draft_length import require_drafts
 from infer.sampling import Sampling
@@ -31,6 +32,8 @@ class DecodePlan:
       every step.
     weights: the format that weights are stored in (`archs.weights`); "": plain numbers, float32 on
       a CPU and bfloat16 on a GPU.
+    state: the format that the state is kept in (`archs.state_formats`), as far as a model has it;
+      "": as it is computed.
     """
 
     scale: str
@@ -44,10 +47,12 @@ class DecodePlan:
     counters: bool = False
     replay: int = 0
     weights: str = ""
+    state: str = ""
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
         _require_replay(self, 0)
+        StateFormat.named(self.state)
         require_untrained(self.weights)
         if self.counters and self.replay:
             raise UserError("counters=true counts steps that are alike, without replay; take one")
@@ -121,17 +126,23 @@ class SpeculatePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressPlan:
-    """The trained models with their weights stored in each of these formats (`archs.weights`).
+    """The trained models with their weights stored, or their state kept, in each of these formats.
 
-    weights: formats, with the way their codes are chosen; plain ones are what others are held
-      against. archs: of the suite (none: all). calibration: sequences of training text, as long as
-      those trained on, that codes are chosen by, where the way needs them. steps: timed decode
-      steps of one sequence. backend: as `DecodePlan`'s.
+    weights: formats, with the way their codes are chosen (`archs.weights`); plain ones are what
+      others are held against. state: of states (`archs.state_formats`), as far as a model has them.
+    reach: trained lengths that positions go up to, of a state in few bits.
+    tasks: of the suite, whose trained models answer in each format, too.
+    archs: of the suite (none: all). calibration: sequences of training text, as long as those
+      trained on, that codes are chosen by, where the way needs them. steps: timed decode steps of
+      one sequence. backend: as `DecodePlan`'s.
     qat_steps, qat_rate: of training with rounded weights, and its learning rate as a share of the
       model's own; a model that goes on as long without rounding is what it is held against.
     """
 
-    weights: tuple[str, ...]
+    weights: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    reach: int = 16
+    tasks: tuple[str, ...] = ()
     archs: tuple[str, ...] = ()
     calibration: int = 64
     steps: int = 32
@@ -141,11 +152,14 @@ class CompressPlan:
 
     def __post_init__(self) -> None:
         require_backend(self.backend)
-        some(self, "weights")
-        at_least(self, 1, "calibration", "steps", "qat_steps")
+        if not (self.weights or self.state):
+            raise UserError("compress names no format; set weights, state or both")
+        at_least(self, 1, "calibration", "steps", "qat_steps", "reach")
         positive(self, "qat_rate")
         for name in self.weights:
             WeightFormat.named(name)
+        for name in self.state:
+            StateFormat.named(name)
 
 
 def _require_replay(plan: "DecodePlan | SpeculatePlan", lookback: int) -> None:

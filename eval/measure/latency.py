@@ -28,7 +28,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     """Latency is measured only of a model whose extend equals its parallel form."""
     plan = parse(DecodePlan, point.options, f"the options of {point.key}")
     spec, batch = spec_of(point), point.batch
-    model = site.to_serve(spec, plan.weights)
+    model = site.to_serve(spec, plan.weights, plan.state)
     backend = resolve_backend(plan.backend, site.device)
     label = "torch-compile" if plan.compiled else backend
     options = f"replay={plan.replay}" if replays(model, plan.replay) else ""
@@ -79,8 +79,8 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         watch.at(0.9, "counters")
         for timing in timings:
             work = Work(
-                spec=spec, dtype=serving_dtype(site.device), weights=plan.weights, backend=backend,
-                compiled=plan.compiled, batch=batch, context=timing.context,
+                spec=spec, dtype=serving_dtype(site.device), weights=plan.weights, state=plan.state,
+                backend=backend, compiled=plan.compiled, batch=batch, context=timing.context,
             )  # fmt: skip
             rows += counted_rows(site.counters.count(work), work)
     steps = tuple(Steps(context=t.context, step_ms=t.step_ms) for t in timings)

@@ -9,6 +9,8 @@ from typing import Any
 
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.state_formats import StateFormat
+from archs.storage import state_kinds
 from archs.weights import WeightFormat
 from eval.measure.cost import CONTEXTS
 from eval.measure.decode_plans import CompressPlan, DecodePlan, SpeculatePlan
@@ -18,6 +20,9 @@ from eval.measure.trained import Source
 from eval.results.point import Point
 from train.checkpoint import Identity, read_metadata
 from train.recipe import LATER
+
+#: Fields of plans that came later: how weights are stored and states kept.
+STORED = ("weights", "state")
 
 
 def points(suite: Suite, device: str) -> Iterator[Point]:
@@ -43,6 +48,7 @@ def points(suite: Suite, device: str) -> Iterator[Point]:
         for seed, arch in product(task.seeds, suite.archs):
             spec = task.model(arch, suite.overrides)
             yield _of(spec, "task", device, task.NAME, asdict(task.of_one(seed)), seed=seed)
+    yield from _recalls(suite, device)
     for decode in suite.decode:
         for batch, arch in product(decode.batches, suite.archs):
             no_cache = decode.no_cache if batch == min(decode.batches) else 0
@@ -96,10 +102,34 @@ def compress_points(
     seed: int, device: str,
 ) -> Iterator[Point]:  # fmt: skip
     """One trained model in each of the plan's formats."""
-    for weights in plan.weights:
-        own = replace(plan, weights=(weights,), archs=())
+    for stage, own in each_format(spec, plan):
         options = {"source": source, "corpus": corpus, "plan": own, "quality": quality}
-        yield _of(spec, "compress", device, spec.scale.name, _plain(options), batch=1, seed=seed)
+        yield _of(spec, stage, device, spec.scale.name, _plain(options), batch=1, seed=seed)
+
+
+def each_format(spec: ModelSpec, plan: CompressPlan) -> Iterator[tuple[str, CompressPlan]]:
+    """The plan of each format, and the stage that takes it: of states those that a model has."""
+    own = replace(plan, archs=(), tasks=())
+    for weights in plan.weights:
+        yield "compress", replace(own, weights=(weights,), state=())
+    kinds = state_kinds(spec.outline())
+    found = (str(StateFormat.named(name).of_kinds(kinds)) for name in plan.state)
+    for state in filter(None, dict.fromkeys(found)):
+        yield "state", replace(own, weights=(), state=(state,))
+
+
+def _recalls(suite: Suite, device: str) -> Iterator[Point]:
+    """The models of the tasks that a plan names in each of its formats."""
+    for plan in suite.compress:
+        for task in (t for t in suite.asked if t.NAME in plan.tasks):
+            for seed, arch in product(task.seeds, plan.archs or suite.archs):
+                spec = task.model(arch, suite.overrides)
+                taught = _of(spec, "task", device, task.NAME, asdict(task.of_one(seed)), seed=seed)
+                for _, own in each_format(spec, plan):
+                    if any(WeightFormat.named(name).method == "qat" for name in own.weights):
+                        continue
+                    options = {"task": asdict(taught), "plan": _stored(own)}
+                    yield _of(spec, "recall", device, task.NAME, options, seed=seed)
 
 
 def speculate_points(
@@ -156,7 +186,7 @@ def corpus_of(identity: Identity, corpus: str) -> CorpusPlan:
 
 def decode_point(spec: ModelSpec, plan: DecodePlan, batch: int, device: str) -> Point:
     """Decode of one of the plan's batches on a kind of device."""
-    options = without_later(asdict(replace(plan, batches=(batch,))), ("weights",))
+    options = without_later(asdict(replace(plan, batches=(batch,))), STORED)
     return _of(spec, "decode", device, plan.scale, options, batch=batch)
 
 
@@ -164,7 +194,7 @@ def serve_point(spec: ModelSpec, plan: ServePlan, device: str) -> Point:
     """Serving of one model by all of the plan's policies."""
     load = plan.load
     options = {
-        "plan": without_later(asdict(plan), ("weights",)), "workload": asdict(load),
+        "plan": without_later(asdict(plan), STORED), "workload": asdict(load),
         "trace_digest": load.trace_digest,
     }  # fmt: skip
     return _of(spec, "serve", device, plan.scale, options, batch=plan.max_sequences)
@@ -181,7 +211,15 @@ def _of(
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     plain = {name: None if value is None else asdict(value) for name, value in options.items()}
+    if isinstance(options.get("plan"), CompressPlan):
+        plain["plan"] = _stored(options["plan"])
     return {name: value and without_later(value, LATER) for name, value in plain.items()}
+
+
+def _stored(plan: CompressPlan) -> dict[str, Any]:
+    """As plain data, without what came later where it plays no part."""
+    plain = without_later(asdict(plan), ("state", "tasks"))
+    return plain if plan.state else {k: v for k, v in plain.items() if k != "reach"}
 
 
 def weight(point: Point, trained_scales: list[str]) -> float:
@@ -207,6 +245,10 @@ def weight(point: Point, trained_scales: list[str]) -> float:
             plan = options["plan"]
             aware = any(WeightFormat.named(name).method == "qat" for name in plan["weights"])
             return 1.5 + 0.3 * aware * plan["qat_steps"]
+        case "state":
+            return 20.0 if "memory" in options["plan"]["state"][0] else 3.0
+        case "recall":
+            return 1.5
         case "serve":
             plan = options["plan"]
             runs = len(plan["batching"]) * plan["repeats"]

@@ -4,11 +4,14 @@ Bits per byte compares models across tokenizers. Documents are what is drawn ind
 of one document are not, so intervals are Student's over documents. They cover evaluation noise
 alone: runs over several seeds give the interval over seeds instead, and models scored on the same
 documents are compared by `eval.results.paired`.
+
+Text is read by the parallel form, or token by token through a store, where what the state is kept
+in is to be judged.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,25 +21,36 @@ from torch import Tensor
 from archs.backbone import Model
 from archs.ops.matrix import dense
 from eval.results.statistics import Estimate, weighted_mean
+from eval.tasks.score import read_through_store
 from kernels.loss.cross_entropy import token_losses
 from train.tokens import IGNORED, Part, TokenSet, held_out_batches
 
+#: Tokens that are read at once by the parallel form.
+AT_ONCE = 4096
+#: Windows that are read side by side through a store.
+SIDE_BY_SIDE = 32
+
 
 def _scored(
-    model: Model, tokens: TokenSet, part: Part, seq_len: int, max_tokens: int | None
+    model: Model, tokens: TokenSet, part: Part, seq_len: int, max_tokens: int | None, stored: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Losses in nats [B, T], targets [B, T] (IGNORED: not scored), and documents [B]."""
     device = model.embedding.weight.device
-    batch = max(1, 4096 // seq_len)
+    batch = SIDE_BY_SIDE if stored else max(1, AT_ONCE // seq_len)
     with torch.inference_mode():
         head = dense(model.head_weight)
         for rows in held_out_batches(
             tokens, part=part, seq_len=seq_len, batch=batch, max_tokens=max_tokens
         ):
-            hidden = model.hidden_states(rows.inputs.to(device))
-            targets = rows.targets.to(device)
-            losses = token_losses(hidden.flatten(0, 1), head, targets.flatten())
-            yield losses.view_as(targets).cpu(), rows.targets, rows.document
+            ids, targets = rows.inputs.to(device), rows.targets.to(device)
+            pieces = read_through_store(model, ids) if stored else [model.hidden_states(ids)]
+            losses, at = [], 0
+            for hidden in pieces:
+                wanted = targets[:, at : at + hidden.shape[1]]
+                found = token_losses(hidden.flatten(0, 1), head, wanted.flatten())
+                losses.append(found.view_as(wanted).cpu())
+                at += hidden.shape[1]
+            yield torch.cat(losses, 1), rows.targets, rows.document
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +63,16 @@ class DocumentScore:
 
 
 def document_scores(
-    model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None
-) -> list[DocumentScore]:
-    """The held-out documents, each scored in windows of `seq_len`."""
+    model: Model, tokens: TokenSet, *, part: Part, seq_len: int, max_tokens: int | None = None,
+    stored: bool = False,
+) -> list[DocumentScore]:  # fmt: skip
+    """The held-out documents, each scored in windows of `seq_len`.
+
+    stored: read through a store, the state as the model keeps it.
+    """
     count = len(tokens.offsets) - 1
     nats, size = np.zeros(count), np.zeros(count, dtype=np.int64)
-    for losses, targets, document in _scored(model, tokens, part, seq_len, max_tokens):
+    for losses, targets, document in _scored(model, tokens, part, seq_len, max_tokens, stored):
         valid = targets != IGNORED
         total = (losses * valid).sum(1).double().numpy()
         np.add.at(nats, document.numpy(), total)
@@ -89,6 +107,33 @@ def bits_per_byte(
     return over_documents(scores)
 
 
+#: By the last position + 1 of an octave: nats of each document, and how many tokens they are of,
+#: [2, documents].
+PositionNats = dict[int, np.ndarray]
+
+
+def nats_by_position(
+    model: Model, tokens: TokenSet, *, part: Part, reach: int, max_tokens: int | None = None,
+    stored: bool = False,
+) -> PositionNats:  # fmt: skip
+    """What the tokens at positions of each octave cost, in windows of `reach` tokens.
+
+    stored: as `document_scores`'.
+    """
+    count = len(tokens.offsets) - 1
+    sums: PositionNats = {}
+    for losses, targets, document in _scored(model, tokens, part, reach, max_tokens, stored):
+        valid = targets != IGNORED
+        # Of all windows alike: those of a batch may all be shorter than others.
+        for first, last in octaves(reach):
+            chosen = valid[:, first:last]
+            total = (losses[:, first:last] * chosen).sum(1).double().numpy()
+            found = sums.setdefault(last, np.zeros((2, count)))
+            np.add.at(found[0], document.numpy(), total)
+            np.add.at(found[1], document.numpy(), chosen.sum(1).double().numpy())
+    return {last: found for last, found in sorted(sums.items()) if found[1].any()}
+
+
 def loss_by_position(
     model: Model, tokens: TokenSet, *, part: Part, reach: int, max_tokens: int | None = None
 ) -> dict[int, Estimate]:
@@ -96,26 +141,29 @@ def loss_by_position(
 
     Windows are `reach` long, which may lie beyond the trained length. Intervals are over documents.
     """
-    count = len(tokens.offsets) - 1
-    sums: dict[int, np.ndarray] = {}
-    for losses, targets, document in _scored(model, tokens, part, reach, max_tokens):
-        valid = targets != IGNORED
-        for first, last in octaves(losses.shape[1]):
-            chosen = valid[:, first:last]
-            total = (losses[:, first:last] * chosen).sum(1).double().numpy()
-            found = sums.setdefault(last, np.zeros((2, count)))
-            np.add.at(found[0], document.numpy(), total)
-            np.add.at(found[1], document.numpy(), chosen.sum(1).double().numpy())
+    sums = nats_by_position(model, tokens, part=part, reach=reach, max_tokens=max_tokens)
     curve = {}
-    for last, (nats, scored) in sorted(sums.items()):
-        there = scored > 0
-        if not there.any():
-            continue
-        mean, n = float(nats.sum() / scored.sum()), int(there.sum())
-        half = math.nan if n < 2 else weighted_mean(nats[there] / scored[there], scored[there]).half
-        low = mean - half
-        curve[last] = Estimate(mean, low if math.isnan(low) else max(0.0, low), mean + half, n)
+    for last, (nats, scored) in sums.items():
+        found = _mean(nats, scored)
+        low = found.low if math.isnan(found.low) else max(0.0, found.low)
+        curve[last] = replace(found, low=low)
     return curve
+
+
+def gap_by_position(before: PositionNats, after: PositionNats) -> dict[int, Estimate]:
+    """By how many nats a token costs more after than before, octave by octave.
+
+    Both are of the same windows; intervals are over documents, each held against itself.
+    """
+    return {last: _mean(after[last][0] - nats, scored) for last, (nats, scored) in before.items()}
+
+
+def _mean(nats: np.ndarray, scored: np.ndarray) -> Estimate:
+    """Of a token, with its interval over documents: NaN where one document alone has tokens."""
+    there = scored > 0
+    mean, n = float(nats.sum() / scored.sum()), int(there.sum())
+    half = math.nan if n < 2 else weighted_mean(nats[there] / scored[there], scored[there]).half
+    return Estimate(mean, mean - half, mean + half, n)
 
 
 def octaves(length: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from archs.backends import AUTO
 from archs.checks import at_least, positive, some
 from archs.errors import UserError
 from archs.sizes import get_scale
+from archs.state_formats import StateFormat
 from eval.measure.decode_plans import require_backend, require_untrained
 from eval.measure.served import Limits, Log
 from eval.measure.workload import Conversation, Users, Voice, Workload, load_workload
@@ -49,7 +50,7 @@ class ServePlan:
     sweep: at shares of the largest throughput, until over it; with more requests where the
       workload's own number, and not `requests`, would never fill the server.
     slo_ttft_ms, slo_tpot_ms: what goodput asks of a request.
-    weights: as `DecodePlan`'s.
+    weights, state: as `DecodePlan`'s.
     """
 
     scale: str
@@ -73,11 +74,13 @@ class ServePlan:
     slo_tpot_ms: float = 100.0
     backend: str = AUTO
     weights: str = ""
+    state: str = ""
 
     def __post_init__(self) -> None:
         get_scale(self.scale)
         require_backend(self.backend)
         require_untrained(self.weights)
+        StateFormat.named(self.state)
         _ = self.load
         some(self, "batching")
         positive(self, "slo_ttft_ms", "slo_tpot_ms", "rates_per_s")

@@ -69,7 +69,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     options = parse(ServeOptions, point.options, f"the options of {point.key}")
     plan, workload = options.plan, options.workload
     spec = spec_of(point)
-    model = site.to_serve(spec, plan.weights)
+    model = site.to_serve(spec, plan.weights, plan.state)
     backend = resolve_backend(plan.backend, site.device)
     capacity = plan.capacity(model, workload, resident_bytes(model))
     told: dict[str, Any] = {"kernel_backend": backend, "options": plan.words()}

@@ -28,6 +28,7 @@ def simulate(
     checkpoints: int = 0, rates_per_s: Sequence[float] = (), sweep: bool = False,
     slo_ttft_ms: float = 1000.0, slo_tpot_ms: float = 100.0, host_ms: float = 0.0,
     dtype: str = "bfloat16", launch_us: float | None = None, weights: str = "",
+    state: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, part, policy, checkpoint interval and arrival rate, with the
     Measures' names.
@@ -60,7 +61,7 @@ def simulate(
         plan, given = plans[0], plans[0].load
         for arch in archs:
             spec = ModelSpec(arch=arch, scale=get_scale(scale))
-            model = outline_on(part, spec, stored)
+            model = outline_on(part, spec, stored, state)
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             try:
                 capacity = plan.capacity(model, given, resident_bytes(model))

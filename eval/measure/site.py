@@ -73,6 +73,7 @@ def about(spec: ModelSpec, model: Model, **more: Any) -> About:
         family=state_family(model.state_specs()),
         params=sum(w.numel() for w in weights_of(model)),
         weight_format=model.weight_format,
+        state_format=model.state_format,
         dtype=str(model.embedding.weight.dtype).removeprefix("torch."),
         **more,
     )
@@ -141,15 +142,16 @@ class Site:
         """The device's counters, calibrated once."""
         return Counters(self.device)
 
-    def to_serve(self, spec: ModelSpec, weights: str = "") -> Model:
-        """A model with random weights, stored in a format where one is named; the last one is kept.
+    def to_serve(self, spec: ModelSpec, weights: str = "", state: str = "") -> Model:
+        """A model with random weights, stored and its state kept in formats where some are named;
+        the last one is kept.
 
         Raises DoesNotFitError.
         """
-        known = f"{_identity(spec)} {weights}"
+        known = f"{_identity(spec)} {weights} {state}"
         if self._served is None or self._served[0] != known:
             self.release()
-            made = build_to_serve(spec, self.device, serving_dtype(self.device), weights)
+            made = build_to_serve(spec, self.device, serving_dtype(self.device), weights, state)
             self._served = known, made
         return self._served[1]
 
@@ -165,7 +167,7 @@ class Site:
     ) -> Agreement:  # fmt: skip
         """As `eval.measure.agreement`, found once for all that it holds for. Raises NoFormError."""
         length, company = telling_length(model, context), min(batch, COMPANY)
-        stored = str(model.norm.weight.dtype), model.weight_format
+        stored = str(model.norm.weight.dtype), model.weight_format, model.state_format
         known = _identity(spec), *stored, length, company, backend, compiled, replay
         if known not in self._agreed:
             self._agreed[known] = agreement(

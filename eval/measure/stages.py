@@ -14,7 +14,9 @@ from eval.measure import (
     compressing,
     cost,
     hardware,
+    keeping,
     latency,
+    recall,
     score,
     serving,
     speculation,
@@ -38,6 +40,8 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "decode": latency.measure,
     "speculate": speculation.measure,
     "compress": compressing.measure,
+    "state": keeping.measure,
+    "recall": recall.measure,
     "serve": serving.measure,
 }
 

@@ -17,6 +17,7 @@ def by_context(point: Point, found: Found) -> list[dict[str, object]]:
     label: dict[str, object] = {
         "arch": point.arch, "scale": point.scale, "batch": point.batch,
         "weight_format": found.about.weight_format or found.about.dtype,
+        "state_format": found.about.state_format,
         "kernel_backend": found.about.kernel_backend,
     }  # fmt: skip
     failure = found.failure

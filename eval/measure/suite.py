@@ -167,6 +167,12 @@ class Suite:
             if self.train is None:
                 raise UserError("compress needs trained models; add a [train] section")
             self._require_named("compress", packing.archs)
+            for name in packing.tasks:
+                if name not in self.tasks:
+                    raise UserError(
+                        f"compress asks task '{name}', which the suite does not have; add "
+                        f"[tasks.{name}]"
+                    )
         for spec in self._models():
             try:
                 spec.outline()
@@ -280,7 +286,13 @@ class Suite:
         plan = {k: v for k, v in asdict(self).items() if k not in ("name", "archs")}
         plan = {k: v for k, v in plan.items() if v or k not in ("speculate", "serve", "compress")}
         for name in {"decode", "speculate", "serve"} & plan.keys():
-            plan[name] = [without_later(steps, ("replay", "weights")) for steps in plan[name]]
+            plan[name] = [
+                without_later(steps, ("replay", "weights", "state")) for steps in plan[name]
+            ]
+        for packing in plan.get("compress", ()):
+            unused = [name for name in ("state", "tasks") if not packing[name]]
+            for name in (*unused, *(["reach"] if "state" in unused else [])):
+                del packing[name]
         plan["train"] = plan["train"] and without_later(plan["train"], LATER)
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

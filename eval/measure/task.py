@@ -1,18 +1,19 @@
 """Train a model on a synthetic task until it solves it, then score its answers."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
+from archs.registry import ModelSpec
 from eval.measure.cell_rows import estimate_row, reporter
 from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, spec_of
 from eval.results.point import Point
-from eval.results.rows import Found, Row, Status
+from eval.results.rows import About, Found, Row, Status
 from eval.tasks import task_named
 from eval.tasks.score import accuracy
-from eval.tasks.task import Split, TaskBatches
+from eval.tasks.task import Split, Task, TaskBatches
 from train.loop import train
 
 SOLVED = 0.99
@@ -20,10 +21,39 @@ SOLVED = 0.99
 ON_THE_WAY = 128
 
 
-def measure(point: Point, site: Site, watch: Watch) -> Found:
-    """Accuracy after training; the learning rates are tried in turn until one solves the task.
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """A model at the end of its training on a task, after so many steps at a learning rate."""
 
-    Development sequences decide when training stops and which rate is taken.
+    task: Task
+    spec: ModelSpec
+    model: Model
+    steps: int
+    rate: float
+    about: About
+
+
+def measure(point: Point, site: Site, watch: Watch) -> Found:
+    """Accuracy after training."""
+    taught = teach(point, site, watch)
+    task = taught.task
+    found = accuracy(
+        taught.model, task, split="test", sequences=task.test_sequences, seed=point.seed
+    )
+    rows = [
+        estimate_row("accuracy", found, context=task.seq_len),
+        Row(measure="learning_rate", value=taught.rate),
+    ]
+    if found.value >= SOLVED:
+        rows.append(Row(measure="steps_to_99", value=taught.steps))
+    return Found(about=taught.about, rows=tuple(rows))
+
+
+def teach(point: Point, site: Site, watch: Watch) -> Taught:
+    """Train, or take up what was trained; the learning rates are tried until one solves the task.
+
+    Development sequences decide when training stops and which rate is taken. Raises Failure where
+    training fails at every rate.
     """
     kind = task_named(point.scale)
     task = parse(kind, point.options, f"the options of {point.key}")
@@ -59,12 +89,5 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     if best is None:
         raise Failure(Status.NAN, trained, "training failed at every learning rate")
     _, model, steps, rate = best
-    found = accuracy(model, task, split="test", sequences=task.test_sequences, seed=point.seed)
-    rows = [
-        estimate_row("accuracy", found, context=task.seq_len),
-        Row(measure="learning_rate", value=rate),
-    ]
-    if found.value >= SOLVED:
-        rows.append(Row(measure="steps_to_99", value=steps))
     tokens = steps * task.batch * task.seq_len
-    return Found(about=replace(trained, tokens=tokens), rows=tuple(rows))
+    return Taught(task, spec, model, steps, rate, replace(trained, tokens=tokens))

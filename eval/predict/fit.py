@@ -44,13 +44,13 @@ def fit(
     hardware: Iterable[str] = ("h100",), contexts: Iterable[int] = CONTEXTS,
     memory_bytes: float | None = None, gpus: int = MOST_GPUS, reserve: float = RESERVE,
     dtype: str = "bfloat16", launch_us: float | None = None,
-    price_per_hour: Mapping[str, float] | None = None, weights: str = "",
+    price_per_hour: Mapping[str, float] | None = None, weights: str = "", state: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, part and context, the best of each context first.
 
     tpot_ms: the limit. memory_bytes: of each GPU at most this much is used; None: all there is.
     gpus: most of them that one model is split over. reserve: share of memory that is kept free.
-    price_per_hour: of one GPU, by hardware key. weights: as `predict`'s.
+    price_per_hour: of one GPU, by hardware key. weights, state: as `predict`'s.
 
     `rank` is by tokens per second and GPU, or by $ where every part has a price. `least_gpus` is
     the fewest GPUs that keep the limit at all. `limited_by` says what keeps the batch from being
@@ -79,7 +79,7 @@ def fit(
         held = min(part.memory_bytes, memory_bytes or part.memory_bytes)
         part = replace(part, memory_bytes=int(held * (1 - reserve)))
         for arch in archs:
-            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored)
+            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored, state)
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             for context in contexts:
                 options = [

@@ -15,7 +15,8 @@ from archs.errors import UserError, unknown_name
 from archs.ops.matrix import weights_of
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from archs.storage import store
+from archs.state_formats import StateFormat
+from archs.storage import keep, store
 from archs.weights import WeightFormat
 from eval.predict.accelerators import Hardware, hardware_of
 from eval.predict.machine import Roofline
@@ -31,12 +32,13 @@ def predict(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
     launch_us: float | None = None, price_per_hour: Mapping[str, float] | None = None,
-    weights: str = "",
+    weights: str = "", state: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, hardware, batch and context, with the Measures' names.
 
     weights: the format that they are stored in (`archs.weights`), which says the dtype of all
-    else, too; "": plain numbers of `dtype`.
+    else, too; "": plain numbers of `dtype`. state: the format that states are kept in, as far as an
+    architecture has them (`archs.state_formats`); "": as they are computed.
     launch_us: fixed overhead of every operation; None: the measured one
     (`launches_from`). price_per_hour: by hardware key.
     `fits` says whether weights and states of the batch fit in the part's memory,
@@ -47,7 +49,7 @@ def predict(
     prices = price_per_hour or {}
     require_prices(prices, hardware)
     rows = []
-    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights)
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state)
     for arch, model, part, step in grid:
         cost = model.cost(step)
         state_bytes = model.state_bytes(step.context)
@@ -55,7 +57,7 @@ def predict(
         row: Prediction = {
             "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
             "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
-            "weight_format": model.weight_format,
+            "weight_format": model.weight_format, "state_format": model.state_format,
             "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
             "step_bytes": cost.bytes, "step_flops": cost.flops,
             "arith_intensity_pred": cost.intensity_flop_per_byte,
@@ -92,7 +94,7 @@ def served(
 def predict_ops(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
-    launch_us: float | None = None, weights: str = "",
+    launch_us: float | None = None, weights: str = "", state: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per operation of a step; equal ones of different layers are added up.
 
@@ -100,7 +102,7 @@ def predict_ops(
     a bare product with weights, none where every sequence brings bytes of its own.
     """
     rows: list[Prediction] = []
-    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights)
+    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state)
     for arch, model, part, step in grid:
         ops = Counter(model.cost(step).ops)
         for op, count in ops.items():
@@ -122,7 +124,7 @@ def predict_ops(
 
 def _grid(
     archs: Iterable[str], scale: str, hardware: Iterable[str], batches: Iterable[int],
-    contexts: Iterable[int], dtype: str, launch_us: float | None, weights: str,
+    contexts: Iterable[int], dtype: str, launch_us: float | None, weights: str, state: str,
 ) -> Iterator[tuple[str, Model, Hardware, Step]]:  # fmt: skip
     archs, hardware = list(archs), list(hardware)
     batches, contexts = list(batches), list(contexts)
@@ -133,7 +135,7 @@ def _grid(
     shape = get_scale(scale)
     for arch in archs:
         for part in parts:
-            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored)
+            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored, state)
             for step in steps:
                 yield arch, model, part, step
 
@@ -147,9 +149,13 @@ def stored_as(weights: str, dtype: str) -> tuple[WeightFormat | None, str]:
     return stored, dtype if stored is None else str(stored.dtype).removeprefix("torch.")
 
 
-def outline_on(part: Hardware, spec: ModelSpec, stored: WeightFormat | None) -> Model:
-    """A model without storage in the dtype of a part's rates, its weights as they are stored."""
-    model = spec.outline(part.roofline.dtype)
+def outline_on(
+    part: Hardware, spec: ModelSpec, stored: WeightFormat | None, state: str = ""
+) -> Model:
+    """A model without storage in the dtype of a part's rates, its weights as they are stored, its
+    state as it is kept.
+    """
+    model = keep(spec.outline(part.roofline.dtype), StateFormat.named(state))
     return model if stored is None else store(model, stored)
 
 

@@ -55,7 +55,7 @@ class Split:
 
     def _state_share(self, block: Block, step: Step) -> float:
         """The part of a layer's state traffic that one GPU has."""
-        spec = block.mixer.state_spec()
+        spec = block.mixer.kept_spec()
         moved = [_moved(s, step) for s in (spec, spec.split(self.gpus))]
         return moved[1] / moved[0] if moved[0] else 1.0
 

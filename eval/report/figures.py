@@ -17,7 +17,9 @@ from eval.results.tidy import tidy
 #: Times that differ by less are called equal: a clock's noise, not an architecture's.
 EQUAL = 0.05
 #: What formats of weights are compared at, beside the architecture.
-PLACE = ("scale", "hardware", "kernel_backend", "corpus", "options", "tokens", "source")
+PLACE = (
+    "scale", "hardware", "state_format", "kernel_backend", "corpus", "options", "tokens", "source",
+)  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -27,13 +29,15 @@ class Setting(NamedTuple):
     scale: str
     dtype: str
     weight_format: str
+    state_format: str
     kernel_backend: str
     source: str
 
     def __str__(self) -> str:
         kernels = self.kernel_backend and f"{self.kernel_backend} kernels"
         packed = self.weight_format and f"weights {self.weight_format}"
-        what = [self.dtype, packed, kernels, self.source]
+        kept = self.state_format and f"state {self.state_format}"
+        what = [self.dtype, packed, kept, kernels, self.source]
         return " · ".join(w for w in (f"{self.scale} shapes", self.hardware, *what) if w)
 
 

@@ -32,8 +32,8 @@ CURVES = ("loss_at_position", "sweep_score", DOCUMENTS)
 #: Provenance kept per scale, and per row.
 BY_SCALE = ("params", "tokens")
 BY_ROW = (
-    "seed", "corpus", "dtype", "weight_format", "kernel_backend", "hardware", "driver", "torch",
-    "triton", "commit", "config_hash", "started_at", "run",
+    "seed", "corpus", "dtype", "weight_format", "state_format", "kernel_backend", "hardware",
+    "driver", "torch", "triton", "commit", "config_hash", "started_at", "run",
 )  # fmt: skip
 
 

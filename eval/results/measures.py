@@ -146,10 +146,21 @@ MEASURES: dict[str, Measure] = {
     # cost of a step
     "weight_bytes": Measure("byte", "lower", "weights read in one step"),
     "compressed_bits_per_byte": Measure(
-        "bit/byte", "lower", "bits per byte of a model whose weights are stored as its row says"
+        "bit/byte",
+        "lower",
+        "bits per byte of a model whose weights, or whose state, are stored as its row says",
     ),
     "bits_per_byte_ratio": Measure(
         "", "lower", "bits of held-out text over those of the same model in float32, by document"
+    ),
+    "loss_gap_at_position": Measure(
+        "nat",
+        "lower",
+        "loss of held-out tokens over that of the same model with its state as it "
+        "is computed, by position",
+    ),
+    "bits_per_state_number": Measure(
+        "bit", "lower", "bits of memory a number of the state, scales included, at the context"
     ),
     "bits_per_weight": Measure(
         "bit", "lower", "bits of memory a weight, of all weights and their scales"

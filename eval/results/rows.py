@@ -68,6 +68,7 @@ class About:
     tokens: int = 0
     dtype: str = "float32"
     weight_format: str = ""
+    state_format: str = ""
     kernel_backend: str = "torch"
     options: str = ""
 
@@ -109,7 +110,7 @@ COLUMNS = [
 ]  # fmt: skip
 NUMBERS = ("value", "low", "high")
 #: Of the table that is written here (`eval.results.schema`).
-SCHEMA = 5
+SCHEMA = 6
 #: The measure under which a point that gave nothing is recorded.
 CELL_FAILED = "cell"
 #: Stages that train a model: their figures follow from a recipe, and they are not timed.

@@ -58,6 +58,9 @@ LONG: dict[str, Column] = {
     "weight_format": Column(
         "text", "how weights are stored where they are packed: int4-g64; empty: plain numbers"
     ),
+    "state_format": Column(
+        "text", "how the state is kept: kv:int8,memory:int8-ef; empty: as it is computed"
+    ),
     "kernel_backend": Column("text", "what ran the operations"),
     "options": Column(
         "text",
@@ -89,7 +92,7 @@ MOST = 9007199254740991
 #: What makes two rows of one cell the same figure, with `NEEDED`.
 FIGURE = (
     "arch", "scale", "seed", "batch", "context", "position", "measure", "corpus", "tokens",
-    "dtype", "weight_format", "kernel_backend", "options", "note",
+    "dtype", "weight_format", "state_format", "kernel_backend", "options", "note",
 )  # fmt: skip
 #: Columns that a row cannot do without.
 NEEDED = ("cell", "stage", "hardware", "commit", "config_hash")
@@ -144,7 +147,7 @@ def _read(path: Path) -> tuple[pd.DataFrame, list[Fault]]:
         raise UserError(f"'{path}' is a wide leaderboard, made from a results table; {OURS}")
     if "schema" not in table:
         table["schema"] = "1"
-    for name in ("family", "options", "weight_format"):
+    for name in ("family", "options", "weight_format", "state_format"):
         if name not in table:
             table[name] = ""
     missing = [c for c in COLUMNS if c not in table.columns]
@@ -321,6 +324,7 @@ def document() -> str:
         "",
         "## Versions",
         "",
+        "- 6: the column `state_format`; states were kept as they are computed before.",
         "- 5: the column `weight_format`; weights were plain numbers before.",
         "- 4: the columns `family` and `options`; a task's stage is `task`, its measures "
         "`accuracy` and `steps_to_99`. They were `mqar`, `mqar_accuracy` and `mqar_steps_to_99`, "

@@ -19,6 +19,7 @@ QUALIFIERS = (
     "stage",
     "dtype",
     "weight_format",
+    "state_format",
     "kernel_backend",
     "hardware",
     "corpus",

@@ -58,9 +58,13 @@ def test_a_dtype_without_plain_numbers_is_refused() -> None:
         Format.of(torch.complex64)
 
 
-def test_a_format_that_no_store_holds_yet_is_refused() -> None:
-    with pytest.raises(UserError, match="'kv' is declared as int4 in groups of 32"):
-        StateStore([StateSpec(rows=(row(format=INT4),))], max_sequences=1, max_context=8)
+def test_codes_are_stored_of_what_the_mixer_gives() -> None:
+    with pytest.raises(UserError, match=r"'kv' is stored as int4 in groups of 32; say in which"):
+        row(format=INT4)
+    spec = row(format=INT4, given=torch.float32)
+    store = StateStore([StateSpec(rows=(spec,))], max_sequences=1, max_context=8)
+    (layer,) = store.pools.layers
+    assert layer.rows["kv"][1].dtype == torch.uint8 and spec.given_dtype == torch.float32
 
 
 @pytest.mark.parametrize(
