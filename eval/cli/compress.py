@@ -1,4 +1,4 @@
-"""`decodebench compress`: a trained checkpoint with its weights stored in few bits."""
+"""`decodebench compress`: a trained checkpoint with its weights, or its state, in few bits."""
 
 import re
 from collections.abc import Mapping
@@ -16,8 +16,9 @@ from eval.cli.show import Json, show
 
 #: The columns that people see.
 SHOWN = (
-    "arch", "weight_format", "bits_per_weight", "held_weight_bytes", "tpot_ms",
-    "compressed_bits_per_byte", "more", "status", "checkpoint", "note",
+    "arch", "weight_format", "state_format", "bits_per_weight", "bits_per_state_number",
+    "held_weight_bytes", "state_bytes", "tpot_ms", "compressed_bits_per_byte", "more",
+    "loss_gap_at_position", "status", "checkpoint", "note",
 )  # fmt: skip
 #: What a checkpoint is stored in before, the first row of every table.
 BEFORE = "float32"
@@ -26,9 +27,13 @@ BEFORE = "float32"
 def compress(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of float32, or its folder.")],
     weights: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="int8, fp8, int4-g64, int3-g32-awq, int4-g64-gptq,...; repeatable."),
-    ],
+    ] = None,
+    state: Annotated[
+        list[str] | None,
+        typer.Option(help="kv:int8, kv:int4-kivi, memory:int8-ef,conv:int8,...; repeatable."),
+    ] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Default: compressed/ beside the checkpoint.")
     ] = None,
@@ -45,9 +50,12 @@ def compress(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_: Json = False,
 ) -> None:
-    """Store weights in few bits: a checkpoint for each format, with its loss, bytes and time."""
+    """Weights or state in few bits: loss, bytes and time of each format.
+
+    A checkpoint is written for each format of weights; states are kept as whoever runs it says.
+    """
     rows = compressed(
-        checkpoint, weights, out_dir, corpus=corpus,
+        checkpoint, weights or [], state or [], out_dir, corpus=corpus,
         options={"calibration": calibration, "qat_steps": qat_steps, "qat_rate": qat_rate},
         max_tokens=max_tokens, arch=arch, device=resolve_device(device), quiet=json_,
     )  # fmt: skip
@@ -72,13 +80,13 @@ def _more(row: Mapping[str, Any]) -> str:
 
 
 def compressed(
-    checkpoint: Path, weights: list[str], out_dir: Path | None, *, corpus: str,
+    checkpoint: Path, weights: list[str], state: list[str], out_dir: Path | None, *, corpus: str,
     options: Mapping[str, Any], max_tokens: int, arch: str | None, device: torch.device,
     quiet: bool,
 ) -> list[dict[str, object]]:  # fmt: skip
     """A row per format by our measures' names, the checkpoint as it is first. Raises UserError."""
     from eval.measure.decode_plans import CompressPlan
-    from eval.measure.plan import compress_points, corpus_of
+    from eval.measure.plan import compress_points, corpus_of, require_kinds
     from eval.measure.progress import Progress
     from eval.measure.site import Site
     from eval.measure.stages import measure
@@ -98,24 +106,33 @@ def compressed(
             f"'{given}' holds weights packed as {metadata.weights} already; give the checkpoint "
             "that they were made of"
         )
-    wanted = CompressPlan(weights=tuple(weights), **options)
+    wanted = CompressPlan(weights=tuple(weights), state=tuple(state), **options)
+    spec = read_spec(given, arch)
     formats = tuple(dict.fromkeys((BEFORE, *wanted.weights)))
-    points = compress_points(
-        read_spec(given, arch), source, corpus_of(metadata.identity, corpus),
-        replace(wanted, weights=formats), QualityPlan(max_tokens=max_tokens, reach=0),
-        metadata.identity.recipe.seed, device.type,
-    )  # fmt: skip
+    require_kinds(spec, wanted.state)
+    points = [
+        *compress_points(
+            spec, source, corpus_of(metadata.identity, corpus), replace(wanted, weights=formats),
+            QualityPlan(max_tokens=max_tokens, reach=0), metadata.identity.recipe.seed,
+            device.type,
+        )
+    ]  # fmt: skip
     folder = out_dir or given.parent / "compressed"
     progress = Progress(err, quiet=quiet)
     rows: list[dict[str, object]] = []
     site = Site(None, device)
-    with progress.over(len(formats), len(formats), len(formats)):
-        for name, point in zip(formats, points, strict=True):
+    with progress.over(len(points), len(points), len(points)):
+        for point in points:
+            plan = point.options["plan"]
+            name, kept = "".join(plan["weights"]), "".join(plan.get("state", ()))
             place = folder / re.sub(r"[,:]", "-", name)
             site.keep_at(place if name in weights else None)
-            with progress.cell(f"compress {point.arch} {name}", 1.0) as watch:
+            with progress.cell(f"compress {point.arch} {name or kept}", 1.0) as watch:
                 found = measure(point, site, watch)
-            row: dict[str, object] = {"arch": point.arch, "weight_format": name}
+            row: dict[str, object] = {
+                "arch": point.arch, "weight_format": name or BEFORE, "state_format": kept,
+            }  # fmt: skip
+            # Of what is told by position the farthest.
             figures: dict[str, Any] = {r.measure: r.value for r in found.rows}
             score = next((r for r in found.rows if r.measure == "bits_per_byte_ratio"), None)
             ends = {} if score is None else {"low": score.low, "high": score.high}

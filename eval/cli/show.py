@@ -32,6 +32,7 @@ TITLES = {
     "state_format": "state",
     "arith_intensity_pred": "FLOP/byte predicted", "arith_intensity_meas": "FLOP/byte measured",
     "output_tok_per_s": "token/s", "compressed_bits_per_byte": "bits per byte",
+    "loss_gap_at_position": "nats more at the end",
     "output_tok_per_s_per_user": "token/s per user", "output_tok_per_s_per_gpu": "token/s per GPU",
     "compute_bound_batch": "compute-bound from batch", "max_sequences": "sequences that fit",
     "usd_per_million_tok": "$/Mtoken", "count": "×",

@@ -1,15 +1,16 @@
 """The points of a suite, in the order in which they are measured."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
-from archs.state_formats import StateFormat
+from archs.state_formats import KINDS, StateFormat
 from archs.storage import state_kinds
 from archs.weights import WeightFormat
 from eval.measure.cost import CONTEXTS
@@ -116,6 +117,17 @@ def each_format(spec: ModelSpec, plan: CompressPlan) -> Iterator[tuple[str, Comp
     found = (str(StateFormat.named(name).of_kinds(kinds)) for name in plan.state)
     for state in filter(None, dict.fromkeys(found)):
         yield "state", replace(own, weights=(), state=(state,))
+
+
+def require_kinds(spec: ModelSpec, state: Iterable[str]) -> None:
+    """Raise UserError for a format of a state that a model does not have."""
+    kinds = state_kinds(spec.outline())
+    for name in state:
+        if not StateFormat.named(name).of_kinds(kinds).kept:
+            raise UserError(
+                f"state format '{name}' is of nothing that {spec.arch} remembers; it has "
+                f"{', '.join(kind for kind in KINDS if kind in kinds)}"
+            )
 
 
 def _recalls(suite: Suite, device: str) -> Iterator[Point]:
