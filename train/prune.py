@@ -17,7 +17,7 @@ from torch import Tensor
 
 from archs.axes import Axis
 from archs.backbone import Model
-from archs.checks import some
+from archs.checks import require_some
 from archs.errors import UserError, unknown_name
 from archs.mixer import Shared
 from archs.narrow import (
@@ -87,7 +87,7 @@ class Plan:
     cuts: tuple[Cut, ...]
 
     def __post_init__(self) -> None:
-        some(self, "cuts")
+        require_some("axes of a plan", [cut.axis for cut in self.cuts])
 
     @classmethod
     def named(cls, name: str) -> Self:
