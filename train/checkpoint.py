@@ -103,7 +103,7 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Metadata:
     """What a checkpoint says about itself. weights: the format that its model's weights are packed
-    in (`archs.weights`); "": plain numbers.
+    in (`archs.weights`); "": plain numbers. pruned: the plans by which it was; "": it was not.
     """
 
     identity: Identity
@@ -111,6 +111,7 @@ class Metadata:
     progress: Progress
     torch_version: str
     weights: str = ""
+    pruned: str = ""
 
     def describe(self) -> dict[str, Any]:
         """As plain JSON values, the header of a file."""
@@ -118,7 +119,8 @@ class Metadata:
             **self.identity.to_dict(), "config_hash": self.config_hash,
             "progress": asdict(self.progress), "torch_version": self.torch_version,
         }  # fmt: skip
-        return values | ({"weights": self.weights} if self.weights else {})
+        later = (("weights", self.weights), ("pruned", self.pruned))
+        return values | {key: value for key, value in later if value}
 
 
 def save_checkpoint(
@@ -144,6 +146,19 @@ def save_compressed(path: Path, model: Model, parent: Path) -> None:
     metadata, heads = _read(parent, f"model.{HEAD}.")
     tensors = heads | {f"model.{k}": v for k, v in model.state_dict().items()}
     _write(path, tensors, replace(metadata, weights=model.weight_format))
+
+
+def save_pruned(path: Path, model: Model, spec: ModelSpec, plan: str, parent: Path) -> None:
+    """Write a model that was pruned from the checkpoint `parent` by a plan, to `path`.
+
+    It can be loaded, packed and trained on in another folder; a head that was trained with the
+    parent no longer fits and is left out. Raises UserError as `save_compressed`.
+    """
+    metadata = read_metadata(parent)
+    identity = replace(metadata.identity, spec=spec)
+    pruned = f"{metadata.pruned},{plan}" if metadata.pruned else plan
+    own = replace(metadata, identity=identity, config_hash=identity.config_hash, pruned=pruned)
+    _write(path, {f"model.{k}": v for k, v in model.state_dict().items()}, own)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
@@ -172,6 +187,11 @@ def resume(path: Path, model: Model, optimizer: Optimizer, identity: Identity) -
         raise UserError(
             f"{path} holds weights packed as {metadata.weights}, which cannot be trained on; train "
             "on from the checkpoint that they were made of"
+        )
+    if metadata.pruned:
+        raise UserError(
+            f"{path} holds a model pruned by {metadata.pruned} and no optimizer's state; load it, "
+            "and train on in another folder"
         )
     weights = _under("model.", tensors)
     _require_fit(path, model, weights)
@@ -301,6 +321,7 @@ def _read(path: Path, wanted: str) -> tuple[Metadata, dict[str, Tensor]]:
             progress=parse(Progress, values["progress"], "progress"),
             torch_version=str(values["torch_version"]),
             weights=str(values.get("weights", "")),
+            pruned=str(values.get("pruned", "")),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(

@@ -114,7 +114,7 @@ def test_targets_that_are_padding_count_for_nothing() -> None:
     torch.testing.assert_close(padded.next_token, short.next_token)
     torch.testing.assert_close(padded.others, short.others)
     assert float(short.next_token.detach()) == pytest.approx(
-        float(loss_of(RECIPE)(student, inputs[:, :7], targets[:, :7]).next_token)
+        float(loss_of(RECIPE)(student, inputs[:, :7], targets[:, :7]).next_token.detach())
     )
 
 
@@ -124,6 +124,9 @@ def test_what_is_reported_is_the_texts_loss_and_what_is_trained_is_the_mixture()
     plain = loss_of(RECIPE)(student, ids, ids).next_token
     losses = distillation(parent, how)(student, ids, ids)
     torch.testing.assert_close(losses.next_token, plain)
+    p, q = ((m(ids) / 2).log_softmax(-1).detach() for m in (parent, student))
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(losses.others, 0.3 * 2**2 * divergence)
     weight = student.layers[-1].get_parameter("mlp.down.weight")
     text_alone = torch.autograd.grad(plain, weight)[0]
     assert losses.others is not None

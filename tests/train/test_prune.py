@@ -12,10 +12,22 @@ from archs.errors import UserError
 from archs.layers import Projection
 from archs.narrow import axes_of, teams, without_layers
 from archs.registry import ModelSpec
+from archs.weights import WeightFormat
 from infer.engine import Engine
 from tests.archs.test_axes import EVERY
 from tests.train.pruning import CASES, SCALE, Case, grown, kill, text
-from train.checkpoint import Identity, load_model, read_metadata, read_spec
+from train import prune as train_prune
+from train.checkpoint import (
+    Identity,
+    load_head,
+    load_model,
+    read_metadata,
+    read_spec,
+    save_compressed,
+    save_pruned,
+)
+from train.compress import compress
+from train.heads import loss_of
 from train.importance import channel_importance, least_influential, unit_importance
 from train.loop import CHECKPOINT_NAME, train
 from train.observe import observe
@@ -131,6 +143,87 @@ class Text:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+def test_a_pruned_model_is_stored_before_anybody_trains_it_on(tmp_path: Path) -> None:
+    recipe = Recipe(
+        steps=2, batch=2, seq_len=12, learning_rate=1e-3, checkpoint_every=0, mtp_weight=0.3
+    )
+    parent = tmp_path / "parent" / CHECKPOINT_NAME
+    train(spec_of("gdn").build(), Text(), recipe, parent.parent, spec=spec_of("gdn"))
+    path, again = tmp_path / CHECKPOINT_NAME, tmp_path / "again.safetensors"
+    smaller, spec = prune(load_model(parent), spec_of("gdn"), Plan.named("state:0.5"), text())
+    save_pruned(path, smaller, spec, "state:0.5", parent)
+    assert read_spec(path) == spec
+    before, metadata = read_metadata(parent), read_metadata(path)
+    assert (before.pruned, metadata.pruned) == ("", "state:0.5")
+    assert "pruned" not in before.describe() and "weights" not in metadata.describe()
+    assert metadata.config_hash == metadata.identity.config_hash != before.config_hash
+    loaded = load_model(path)
+    assert all(map(torch.equal, smaller.state_dict().values(), loaded.state_dict().values()))
+    with pytest.raises(UserError, match="holds no head"):
+        load_head(path, loaded)
+    with pytest.raises(UserError, match=r"pruned by state:0.5 and no optimizer's state; load"):
+        train(loaded, Text(), metadata.identity.recipe, tmp_path, spec=spec)
+    # Again, and then in few bits.
+    smallest, its = prune(loaded, spec, Plan.named("layers:1"), text())
+    save_pruned(again, smallest, its, "layers:1", path)
+    assert read_metadata(again).pruned == "state:0.5,layers:1"
+    save_compressed(again, compress(smallest, WeightFormat.named("int8")), again)
+    assert (read_metadata(again).weights, read_metadata(again).pruned) == (
+        "int8", "state:0.5,layers:1",
+    )  # fmt: skip
+    packed = load_model(again)
+    assert len(packed.layers) == 3 and packed.weight_format == "int8"
+    assert len(Engine(packed, max_context=32).generate([[1, 2, 3]], 4).tokens[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("arch", "names"),
+    [
+        ("gqa", ["mlp", "width"]),
+        ("mla", ["rank", "value_dim"]),
+        ("gdn", ["key_dim", "value_dim"]),
+        ("mamba1", ["inner", "mlp"]),
+        ("mamba2", ["head_dim", "heads"]),
+        ("linear", ["value_dim", "width"]),
+    ],
+)
+def test_a_trained_model_loses_less_with_the_units_of_most_importance(
+    arch: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than with those of the least, on other text of the same kind."""
+    model, held_out = spec_of(arch).build(), counting(7)
+    recipe = Recipe(steps=160, batch=8, seq_len=12, learning_rate=5e-3, checkpoint_every=0)
+    train(model, Counted(), recipe, tmp_path, spec=spec_of(arch))
+    model.eval()
+
+    def loss(plan: str) -> float:
+        smaller, _ = prune(model, spec_of(arch), Plan.named(plan), counting(6)[:, :-1])
+        inputs, targets = held_out[:, :-1], held_out[:, 1:]
+        with torch.no_grad():
+            return float(loss_of(recipe)(smaller, inputs, targets).next_token)
+
+    best, top = {name: loss(f"{name}:0.5") for name in names}, train_prune._top
+    monkeypatch.setattr(train_prune, "_top", lambda scores, *rest: top(-scores, *rest))
+    for name in names:
+        assert best[name] < loss(f"{name}:0.5") - 0.02
+
+
+def counting(seed: int) -> Tensor:
+    """Sequences [8, 13] that count upwards, and now and then skip one."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(SCALE.vocab_size, (8, 1), generator=generator)
+    steps = torch.randint(1, 3, (8, 12), generator=generator)
+    return torch.cat((start, start + steps.cumsum(1)), 1) % SCALE.vocab_size
+
+
+class Counted:
+    """Batches of `counting`."""
+
+    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
+        ids = counting(step + 100)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
 def test_layers_of_little_influence_go_first() -> None:
     """1 - mean cosine of the streams, by hand; then the choice of whole teams."""
     model, ids = grown(Case("gqa", "gqa").spec), text()
@@ -180,6 +273,12 @@ def test_units_are_weighed_by_activations_and_the_columns_that_read_them() -> No
     axis = axes_of(block)["mlp"]
     found = unit_importance(model, 0, axis, seen)
     torch.testing.assert_close(found, size, atol=1e-10, rtol=1e-10)
+    # A channel of keys works with that of the queries: both count.
+    delta = grown(spec_of("gdn"))
+    seen_too = observe(delta, ids)
+    axis = axes_of(delta.layers[0])["key_dim"]
+    made = seen_too.projections["blocks.0.mixer.q_k_v_z_b_a"][1].mean_square.sqrt()
+    torch.testing.assert_close(unit_importance(delta, 0, axis, seen_too), made[:16] * made[16:32])
     # A head's is that of its channels, in squares.
     heads = unit_importance(model, 0, axes_of(block)["heads"], seen)
     channels = seen.projections["blocks.0.mixer.out"][0].mean_square
