@@ -9,6 +9,7 @@ from torch import Tensor
 from archs.backbone import Model
 from archs.errors import UserError
 from archs.layers import Projection
+from archs.registry import ModelSpec
 from archs.storage import runs, store
 from archs.weights import WeightFormat
 from tests.train.pruning import CASES, SCALE, Case, text
@@ -109,8 +110,7 @@ def test_wanda_loses_less_than_magnitude_where_inputs_are_unlike(arch: str, shar
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_zeros_stay_zero_through_training(optimizer: str, tmp_path: Path) -> None:
     scale = SCALE.with_options({"n_layers": 2})
-    case = Case("gqa", "gqa").spec
-    spec = type(case)(arch="gqa", scale=scale, hidden=64)
+    spec = ModelSpec(arch="gqa", scale=scale, hidden=64)
     recipe = Recipe(
         steps=6, batch=2, seq_len=12, optimizer=optimizer, learning_rate=1e-2, checkpoint_every=0
     )  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ def test_what_cannot_be_pruned_is_refused_and_left_alone() -> None:
         sparsify(model, named("0.5-wanda"), torch.full((1, 4), 99))
     with pytest.raises(UserError, match="weights stored as int8 cannot be pruned"):
         sparsify(store(case.spec.build(), WeightFormat.named("int8")), named("0.5-magnitude"))
-    odd = type(case.spec)(arch="gqa", scale=SCALE, hidden=22).build()
+    odd = ModelSpec(arch="gqa", scale=SCALE, hidden=22).build()
     with pytest.raises(UserError, match=r"\[1, 22\] has rows that four does not divide.*take 0.5-"):
         sparsify(odd, named("2:4-magnitude"))
     assert all(bool((p != 0).all()) for p in odd.parameters())
