@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archs.axes import Axis, columns, made_by, read_by, rows, spans
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
 from archs.formats import Format
@@ -149,6 +150,68 @@ class GatedDeltaNet(Mixer):
             ),
         )
         return StateSpec(fixed=(tail, memory))
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Key and value channels of each head, key heads with their value heads, and value heads
+        of each key head where there are several.
+        """
+        c, share = self.config, self.config.value_heads // self.config.key_heads
+        keys, values = c.key_heads * c.key_dim, c.value_heads * c.value_dim
+        k, v, z = keys, 2 * keys, 2 * keys + values
+        gates = (z + values, z + values + c.value_heads)
+        key, value = spans(0, keys, 1), spans(0, values, 1)
+        key_dim = Axis(
+            name="key_dim",
+            kind="state",
+            groups=c.key_heads,
+            slices=(rows("q_k_v_z_b_a.weight", key, key + k), rows("conv_weight", key, key + k)),
+            signals=(made_by("q_k_v_z_b_a", key), made_by("q_k_v_z_b_a", key + k)),
+            fields={"key_dim": 1},
+            # Outputs grow with their scale N^-0.5, and then are normed.
+            inverse=("eps",),
+        )
+        value_dim = Axis(
+            name="value_dim",
+            kind="state",
+            groups=c.value_heads,
+            slices=(
+                rows("q_k_v_z_b_a.weight", value + v, value + z), rows("conv_weight", value + v),
+                columns("out.weight", value),
+            ),
+            signals=(read_by("out", value),),
+            fields={"value_dim": 1},
+            inverse=("eps",),
+            norm="norm_weight",
+            reader="out",
+            folded=("norm_weight", "out.weight"),
+        )  # fmt: skip
+
+        def heads(name: str, count: int, keys_too: bool, fields: dict[str, int]) -> Axis:
+            each = c.value_heads // count
+            head = spans(0, count, each)
+            channels = spans(0, count, each * c.value_dim)
+            of_keys = spans(0, count, c.key_dim) if keys_too else spans(0, count, 0)
+            convolved = (of_keys, of_keys + k, channels + v)
+            return Axis(
+                name=name,
+                kind="state",
+                groups=1 if keys_too else c.key_heads,
+                slices=(
+                    rows(
+                        "q_k_v_z_b_a.weight", *convolved, channels + z, *(head + g for g in gates)
+                    ),
+                    rows("conv_weight", *convolved), rows("A_log", head), rows("dt_bias", head),
+                    columns("out.weight", channels),
+                ),
+                signals=(read_by("out", channels),),
+                fields=fields,
+            )  # fmt: skip
+
+        whole = heads("heads", c.key_heads, True, {"key_heads": 1, "value_heads": share})
+        if share == 1:
+            return key_dim, value_dim, whole
+        apart = heads("value_heads", c.value_heads, False, {"value_heads": c.key_heads})
+        return key_dim, value_dim, whole, apart
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

@@ -6,11 +6,13 @@ heads (GQA, arXiv 2305.13245), or a single one (MQA, arXiv 1911.02150). Equals t
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from archs.axes import Axis, columns, read_by, rows, spans
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
@@ -140,6 +142,32 @@ class Attention(Mixer):
             shards=c.kv_heads, window=c.window, sinks=c.sinks,
         )  # fmt: skip
         return StateSpec(rows=(kv,))
+
+    def axes(self) -> tuple[Axis, ...]:
+        """KV heads with their query heads, and query heads within groups. Rotary channels stay."""
+        c = self.config
+        heads, groups, dim = c.n_heads, c.kv_heads, c.head_dim
+        share = heads // groups
+        queries, shared = spans(0, heads, dim), spans(0, groups, share * dim)
+        keys_values = [spans(start, groups, dim) for start in accumulate(self.qkv.sizes[:-1])]
+        together = Axis(
+            name="kv_heads" if share > 1 else "heads",
+            kind="state",
+            slices=(rows("qkv.weight", shared, *keys_values), columns("out.weight", shared)),
+            signals=(read_by("out", shared),),
+            fields={"n_heads": share, "kv_heads": 1},
+        )
+        if share == 1:
+            return (together,)
+        apart = Axis(
+            name="heads",
+            kind="width",
+            groups=groups,
+            slices=(rows("qkv.weight", queries), columns("out.weight", queries)),
+            signals=(read_by("out", queries),),
+            fields={"n_heads": groups},
+        )
+        return together, apart
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

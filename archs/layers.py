@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from archs.axes import Axis, columns, read_by, rows, spans
 from archs.cost import Cost, OpCost, Step, linear_cost
 from archs.ops import dense
 from archs.ops.dense import Input, Unnormed, norm_swiglu, product
@@ -121,6 +122,19 @@ class SwiGLU(nn.Module):
     def after(self, x: Unnormed) -> Tensor:
         """The MLP of norm(x). [B, T, D] -> [B, T, D]."""
         return self.down(norm_swiglu(x, self.gate_up.stored, backend=self.backend))
+
+    def axis(self) -> Axis:
+        """Its hidden units, each a row of the gate, one of the values, and a column down."""
+        units = spans(0, self.hidden, 1)
+        return Axis(
+            name="mlp",
+            kind="width",
+            slices=(
+                rows("gate_up.weight", units, units + self.hidden), columns("down.weight", units),
+            ),
+            signals=(read_by("down", units),),
+            fields={"hidden": 1},
+        )  # fmt: skip
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

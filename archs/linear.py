@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archs.axes import Axis, columns, read_by, rows, spans
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
+from archs.errors import UserError
 from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import (
@@ -42,6 +44,7 @@ class LinearConfig(MixerConfig):
     """n_heads heads with keys of key_dim and values of value_dim channels each.
 
     longest: tokens that the slowest head's decay spans.
+    exponents: e of each head's decay; empty: spread evenly up to what `longest` says.
     """
 
     n_heads: int
@@ -50,12 +53,25 @@ class LinearConfig(MixerConfig):
     longest: int
     rope_theta: float = 10_000.0
     eps: float = 1e-5
+    exponents: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         at_least(self, 1, "n_heads", "key_dim", "value_dim")
-        positive(self, "rope_theta", "eps")
+        positive(self, "rope_theta", "eps", "exponents")
+        if self.exponents and len(self.exponents) != self.n_heads:
+            raise UserError(
+                f"{len(self.exponents)} exponents are not one for each of n_heads={self.n_heads}; "
+                "give one a head, or none"
+            )
         require_divisible("key_dim", self.key_dim, "rotary pair", 2)
         at_least(self, 16, "longest")
+
+    def spread(self) -> tuple[float, ...]:
+        """The exponents in use."""
+        if self.exponents:
+            return self.exponents
+        last = max(5.0, math.log2(self.longest) + 1)
+        return tuple(torch.linspace(5.0, last, self.n_heads, dtype=torch.float64).tolist())
 
     @classmethod
     def defaults(cls, scale: "Scale") -> dict[str, Any]:
@@ -89,10 +105,8 @@ class LinearAttention(Mixer):
     def log_decay(self, device: torch.device) -> Tensor:
         """log γ of each head, float32 [1, 1, H]."""
         if self._decay is None or self._decay.device != device:
-            c = self.config
             with torch.inference_mode(False), torch.no_grad():
-                last = max(5.0, math.log2(c.longest) + 1)
-                exponents = torch.linspace(5.0, last, c.n_heads, dtype=torch.float64)
+                exponents = torch.tensor(self.config.spread(), dtype=torch.float64)
                 decay = torch.log1p(-torch.exp2(-exponents))
                 self._decay = decay.float().to(device)[None, None]
         return self._decay
@@ -134,6 +148,40 @@ class LinearAttention(Mixer):
             name="memory", shape=shape, format=stored, shards=c.n_heads, inputs=inputs
         )
         return StateSpec(fixed=(memory,))
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Value channels of each head, and heads. Positions turn key channels: they stay."""
+        c = self.config
+        keys, values = c.n_heads * c.key_dim, c.n_heads * c.value_dim
+        value, key_head = spans(0, values, 1), spans(0, c.n_heads, c.key_dim)
+        head = spans(0, c.n_heads, c.value_dim)
+        v, gate = 2 * keys, 2 * keys + values
+        value_dim = Axis(
+            name="value_dim",
+            kind="state",
+            groups=c.n_heads,
+            slices=(
+                rows("q_k_v_gate.weight", value + v, value + gate), columns("out.weight", value),
+            ),
+            signals=(read_by("out", value),),
+            fields={"value_dim": 1},
+            inverse=("eps",),
+            norm="norm_weight",
+            reader="out",
+            folded=("norm_weight", "out.weight"),
+        )  # fmt: skip
+        heads = Axis(
+            name="heads",
+            kind="state",
+            slices=(
+                rows("q_k_v_gate.weight", key_head, key_head + keys, head + v, head + gate),
+                columns("out.weight", head),
+            ),
+            signals=(read_by("out", head),),
+            fields={"n_heads": 1},
+            listed={"exponents": c.spread()},
+        )
+        return value_dim, heads
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archs.axes import Axis, columns, made_by, read_by, rows, spans
 from archs.checks import at_least
 from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
 from archs.formats import Format
@@ -116,6 +117,40 @@ class Mamba1(Mixer):
             shards=c.inner,
         )
         return StateSpec(fixed=(tail, ssm))
+
+    def axes(self) -> tuple[Axis, ...]:
+        """States of every channel, channels, and the rank of their step sizes."""
+        c = self.config
+        n, inner, rank = (spans(0, count, 1) for count in (c.state_dim, c.inner, c.dt_rank))
+        b, out = n + c.dt_rank, n + c.dt_rank + c.state_dim
+        vectors = ("conv_weight", "conv_bias", "dt.weight", "dt_bias", "A_log", "D")
+        return (
+            Axis(
+                name="state_dim",
+                kind="state",
+                slices=(rows("dt_b_c.weight", b, out), columns("A_log", n)),
+                signals=(made_by("dt_b_c", b), made_by("dt_b_c", out)),
+                fields={"state_dim": 1},
+            ),
+            Axis(
+                name="inner",
+                kind="state",
+                slices=(
+                    rows("x_z.weight", inner, inner + c.inner),
+                    *(rows(name, inner) for name in vectors),
+                    columns("dt_b_c.weight", inner), columns("out.weight", inner),
+                ),
+                signals=(read_by("out", inner),),
+                fields={"inner": 1},
+            ),
+            Axis(
+                name="dt_rank",
+                kind="width",
+                slices=(rows("dt_b_c.weight", rank), columns("dt.weight", rank)),
+                signals=(read_by("dt", rank),),
+                fields={"dt_rank": 1},
+            ),
+        )  # fmt: skip
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

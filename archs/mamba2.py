@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from archs.axes import Axis, columns, made_by, read_by, rows, spans
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
 from archs.formats import Format
@@ -41,6 +42,9 @@ from kernels.norm.torch import OutputNorm
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
+
+
+_CONVOLUTION = ("conv_weight", "conv_bias")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +156,52 @@ class Mamba2(Mixer):
             ),
         )
         return StateSpec(fixed=(tail, ssm))
+
+    def axes(self) -> tuple[Axis, ...]:
+        """States of each group, channels of each head, and heads of each group."""
+        c, inner = self.config, self.inner
+        shared, projection = c.groups * c.state_dim, "z_x_b_c_dt"
+        n, channel = spans(0, shared, 1), spans(0, inner, 1)
+        b, dt = 2 * inner, 2 * inner + 2 * shared
+        state_dim = Axis(
+            name="state_dim",
+            kind="state",
+            groups=c.groups,
+            slices=(
+                rows(f"{projection}.weight", n + b, n + b + shared),
+                *(rows(name, n + inner, n + inner + shared) for name in _CONVOLUTION),
+            ),
+            signals=(made_by(projection, n + b), made_by(projection, n + b + shared)),
+            fields={"state_dim": 1},
+        )
+
+        def inside(name: str, groups: int, units: Tensor, of_heads: Tensor | None) -> Axis:
+            """Some of the inner channels, with what else belongs to whole heads."""
+            more = () if of_heads is None else (of_heads + dt,)
+            vectors = () if of_heads is None else ("dt_bias", "A_log", "D")
+            return Axis(
+                name=name,
+                kind="state",
+                groups=groups,
+                slices=(
+                    rows(f"{projection}.weight", units, units + inner, *more),
+                    *(rows(name, units) for name in (*_CONVOLUTION, "norm_weight")),
+                    *(rows(name, of_heads) for name in vectors if of_heads is not None),
+                    columns("out.weight", units),
+                ),
+                signals=(read_by("out", units),),
+                fields={"head_dim": 1} if of_heads is None else {"n_heads": groups},
+                inverse=("eps",),
+                norm="norm_weight",
+                reader="out",
+            )
+
+        heads = spans(0, c.n_heads, 1)
+        return (
+            state_dim,
+            inside("head_dim", c.n_heads, channel, None),
+            inside("heads", c.groups, spans(0, c.n_heads, c.head_dim), heads),
+        )
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from archs.axes import Axis
 from archs.checks import convert
 from archs.cost import Cost, Step
 from archs.errors import UserError, unknown_name
@@ -117,6 +118,10 @@ class Mixer(nn.Module):
     def initialisers(self) -> dict[str, Initialiser]:
         """Own parameters that a generic normal init would destroy, by local dotted name."""
         return {}
+
+    def axes(self) -> tuple[Axis, ...]:
+        """What can be made narrower; of those that shrink the state, the most telling first."""
+        return ()
 
 
 def require_divisible(name: str, value: int, by_name: str, by: int) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from archs.axes import Axis, columns, read_by, rows, spans
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, attention_cost, linear_cost
 from archs.errors import UserError
@@ -42,7 +43,7 @@ class LatentConfig(MixerConfig):
     """Channels per head: nope_dim without and rope_dim with positions in keys, v_dim in values.
 
     rank: width of the latent that keys and values come from; q_rank: of the queries' own latent
-    (None: queries come from the input).
+    (None: queries come from the input). kv_eps, q_eps: of the norms of the two latents.
     """
 
     n_heads: int
@@ -52,10 +53,12 @@ class LatentConfig(MixerConfig):
     v_dim: int
     q_rank: int | None = None
     rope_theta: float = 10_000.0
+    kv_eps: float = 1e-6
+    q_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         at_least(self, 1, "n_heads", "rank", "nope_dim", "rope_dim", "v_dim", "q_rank")
-        positive(self, "rope_theta")
+        positive(self, "rope_theta", "kv_eps", "q_eps")
         if self.rope_dim % 2:
             raise UserError(f"rope_dim={self.rope_dim} is odd; rotary pairs need an even one")
 
@@ -114,9 +117,9 @@ class LatentAttention(Mixer):
             self.q_norm = self.q_up = None
         else:
             self.down = Projection(place.d_model, c.q_rank, c.rope_dim, c.rank)
-            self.q_norm = RMSNorm(c.q_rank, eps=1e-6)
+            self.q_norm = RMSNorm(c.q_rank, eps=c.q_eps)
             self.q_up = Projection(c.q_rank, *query)
-        self.kv_norm = RMSNorm(c.rank, eps=1e-6)
+        self.kv_norm = RMSNorm(c.rank, eps=c.kv_eps)
         self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim, plain=True)
         self.out = Projection(heads * c.v_dim, place.d_model, residual=True)
 
@@ -183,6 +186,70 @@ class LatentAttention(Mixer):
         c = self.config
         stored = Format.of(self.kv_up.weight.dtype)
         return StateSpec(rows=(RowSpec(name="latent", shape=(c.row_dim,), format=stored),))
+
+    def axes(self) -> tuple[Axis, ...]:
+        """The latent, heads, value channels, and the queries' latent if there is one."""
+        c = self.config
+        heads, first = c.n_heads, sum(self.down.sizes[:-1])
+        latent, values = spans(first, c.rank, 1), spans(0, heads, c.v_dim)
+        nope, rope = spans(0, heads, c.nope_dim), spans(heads * c.nope_dim, heads, c.rope_dim)
+        channels = spans(0, heads * c.v_dim, 1)
+        query = "down" if self.q_up is None else "q_up"
+        found = [
+            Axis(
+                name="rank",
+                kind="state",
+                slices=(
+                    rows("down.weight", latent), rows("kv_norm.weight", latent - first),
+                    columns("kv_up.weight", latent - first),
+                ),
+                signals=(read_by("kv_up", latent - first),),
+                fields={"rank": 1},
+                inverse=("kv_eps",),
+                norm="kv_norm.weight",
+                reader="kv_up",
+            ),
+            Axis(
+                name="heads",
+                kind="width",
+                slices=(
+                    rows(f"{query}.weight", nope, rope),
+                    rows("kv_up.weight", nope, values + heads * c.nope_dim),
+                    columns("out.weight", values),
+                ),
+                signals=(read_by("out", values),),
+                fields={"n_heads": 1},
+            ),
+            Axis(
+                name="value_dim",
+                kind="width",
+                groups=heads,
+                slices=(
+                    rows("kv_up.weight", channels + heads * c.nope_dim),
+                    columns("out.weight", channels),
+                ),
+                signals=(read_by("out", channels),),
+                fields={"v_dim": 1},
+            ),
+        ]  # fmt: skip
+        if c.q_rank is not None:
+            units = spans(0, c.q_rank, 1)
+            found.append(
+                Axis(
+                    name="query_rank",
+                    kind="width",
+                    slices=(
+                        rows("down.weight", units), rows("q_norm.weight", units),
+                        columns("q_up.weight", units),
+                    ),
+                    signals=(read_by("q_up", units),),
+                    fields={"q_rank": 1},
+                    inverse=("q_eps",),
+                    norm="q_norm.weight",
+                    reader="q_up",
+                )
+            )  # fmt: skip
+        return tuple(found)
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step, in the form that `extend` takes."""

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +166,16 @@ class ModelSpec:
         """Every layer: those given, or what pattern, scale and options make."""
         return self.layers or self._pattern(self.mlp_hidden())
 
+    def spelled_out(self) -> "ModelSpec":
+        """The same model, each layer with all its options: they no longer follow from the scale."""
+        layers = tuple(
+            replace(
+                layer, options=_plain(entry_of(layer.mixer).config.at(self.scale, layer.options))
+            )
+            for layer in self.layer_specs()
+        )
+        return replace(self, overrides={}, hidden=None, short_conv=0, layers=layers)
+
     def source_digest(self) -> str:
         """`source_digest` of all its mixers."""
         if self.layers:
@@ -248,6 +258,11 @@ class ModelSpec:
         place = Place(d_model=scale.d_model, n_layers=n_layers, layer=index, siblings=siblings)
         mixer: Mixer = entry.mixer(entry.config.at(scale, layer.options), place)
         return ShortConv(mixer, scale.d_model, layer.short_conv) if layer.short_conv else mixer
+
+
+def _plain(config: MixerConfig) -> dict[str, Any]:
+    """Options as a checkpoint gives them back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
 def _digest(text: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from archs.axes import Axis
 from archs.cost import Cost, OpCost, Step, state_traffic
 from archs.formats import Format
 from archs.mixer import Mixer, Shared
@@ -47,6 +48,10 @@ class ShortConv(Mixer):
         return FixedSpec(
             name="pre_conv", shape=rows, format=Format.of(self.weight.dtype), kind="conv"
         )
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Those of the wrapped mixer."""
+        return tuple(axis.within("mixer") for axis in self.mixer.axes())
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""

@@ -6,12 +6,11 @@ is unpickled, and no code is loaded because a checkpoint names it. Writing is at
 (`archs.files`), so a kill or a full disk leaves the earlier checkpoint intact.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,64 +22,14 @@ from archs.checks import parse
 from archs.errors import UserError
 from archs.files import make_folder, write
 from archs.heads import HEAD, HeadModel
-from archs.layers import NORM_EPS
 from archs.registry import ModelSpec, names_in, source_digest
 from archs.storage import store
 from archs.weights import PLAIN_WEIGHTS, WeightFormat
+from train.identity import Identity
 from train.optim import Optimizer
-from train.recipe import LATER, UNHASHED, Recipe
+from train.recipe import LATER
 
 FORMAT = "decodebench-checkpoint-1"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Identity:
-    """What a run is: model, recipe and data. Two runs with one identity give one result.
-
-    data: fingerprint of tokenizer and corpus, or of a synthetic task.
-    source: what the spec's architecture files said (`archs.registry.source_digest`).
-    """
-
-    spec: ModelSpec
-    recipe: Recipe
-    data: str = ""
-    source: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, with the MLP width in use instead of the rule for it.
-
-        Fields that came later are left out at their defaults, so that hashes of before hold.
-        """
-        given = self.spec
-        spec: dict[str, Any] = {
-            "arch": given.arch,
-            "scale": asdict(given.scale),
-            "overrides": {name: dict(options) for name, options in given.overrides.items()},
-            "hidden": None if given.layers else given.mlp_hidden(),
-            "short_conv": given.short_conv,
-        }
-        spec |= {"layers": [asdict(layer) for layer in given.layers]} if given.layers else {}
-        spec |= {} if given.tied else {"tied": False}
-        spec |= {} if given.norm_eps == NORM_EPS else {"norm_eps": given.norm_eps}
-        values = {"spec": spec, "recipe": self.recipe.to_dict(), "data": self.data}
-        return values | ({"source": self.source} if self.source else {})
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What `to_dict` returned. Raises UserError on values of other types."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name != "source"}
-        return parse(cls, known | {"source": values.get("source", "")}, "identity")
-
-    def hashed(self) -> dict[str, Any]:
-        """The values that determine the weights, flat: `recipe.seed`, `spec.arch`, ..."""
-        flat = _flat("", self.to_dict())
-        return {k: v for k, v in flat.items() if k.removeprefix("recipe.") not in UNHASHED}
-
-    @property
-    def config_hash(self) -> str:
-        """12 hex digits over all values that determine the weights."""
-        text = json.dumps(self.hashed(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,7 +52,7 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Metadata:
     """What a checkpoint says about itself. weights: the format that its model's weights are packed
-    in (`archs.weights`); "": plain numbers.
+    in (`archs.weights`); "": plain numbers. pruned: the plans by which it was; "": it was not.
     """
 
     identity: Identity
@@ -111,6 +60,7 @@ class Metadata:
     progress: Progress
     torch_version: str
     weights: str = ""
+    pruned: str = ""
 
     def describe(self) -> dict[str, Any]:
         """As plain JSON values, the header of a file."""
@@ -118,7 +68,8 @@ class Metadata:
             **self.identity.to_dict(), "config_hash": self.config_hash,
             "progress": asdict(self.progress), "torch_version": self.torch_version,
         }  # fmt: skip
-        return values | ({"weights": self.weights} if self.weights else {})
+        later = (("weights", self.weights), ("pruned", self.pruned))
+        return values | {key: value for key, value in later if value}
 
 
 def save_checkpoint(
@@ -144,6 +95,19 @@ def save_compressed(path: Path, model: Model, parent: Path) -> None:
     metadata, heads = _read(parent, f"model.{HEAD}.")
     tensors = heads | {f"model.{k}": v for k, v in model.state_dict().items()}
     _write(path, tensors, replace(metadata, weights=model.weight_format))
+
+
+def save_pruned(path: Path, model: Model, spec: ModelSpec, plan: str, parent: Path) -> None:
+    """Write a model that was pruned from the checkpoint `parent` by a plan, to `path`.
+
+    It can be loaded, packed and trained on in another folder; a head that was trained with the
+    parent no longer fits and is left out. Raises UserError as `save_compressed`.
+    """
+    metadata = read_metadata(parent)
+    identity = replace(metadata.identity, spec=spec)
+    pruned = f"{metadata.pruned},{plan}" if metadata.pruned else plan
+    own = replace(metadata, identity=identity, config_hash=identity.config_hash, pruned=pruned)
+    _write(path, {f"model.{k}": v for k, v in model.state_dict().items()}, own)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
@@ -172,6 +136,11 @@ def resume(path: Path, model: Model, optimizer: Optimizer, identity: Identity) -
         raise UserError(
             f"{path} holds weights packed as {metadata.weights}, which cannot be trained on; train "
             "on from the checkpoint that they were made of"
+        )
+    if metadata.pruned:
+        raise UserError(
+            f"{path} holds a model pruned by {metadata.pruned} and no optimizer's state; load it, "
+            "and train on in another folder"
         )
     weights = _under("model.", tensors)
     _require_fit(path, model, weights)
@@ -301,6 +270,7 @@ def _read(path: Path, wanted: str) -> tuple[Metadata, dict[str, Tensor]]:
             progress=parse(Progress, values["progress"], "progress"),
             torch_version=str(values["torch_version"]),
             weights=str(values.get("weights", "")),
+            pruned=str(values.get("pruned", "")),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
@@ -369,15 +339,3 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings as one, names joined by dots; lists for tuples, as JSON has them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(f"{name}.", value)
-        else:
-            flat[name] = list(value) if isinstance(value, tuple) else value
-    return flat

@@ -24,8 +24,9 @@ from archs.errors import UserError
 from archs.files import refusing
 from archs.registry import ModelSpec
 from kernels.loss.cross_entropy import IGNORED
-from train.checkpoint import Identity, Progress, resume, save_checkpoint
+from train.checkpoint import Progress, resume, save_checkpoint
 from train.heads import LossFunction, attached, loss_of
+from train.identity import Identity
 from train.metrics import MetricsLog
 from train.optim import Optimizer
 from train.recipe import Recipe

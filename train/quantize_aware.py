@@ -7,7 +7,6 @@ are not rounded meanwhile: in so many bits they hardly differ.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -72,10 +71,7 @@ def tune(
     stored: what products see the weights rounded to; None: nothing is rounded. seed: of the order
     of the text. Raises UserError as `seen_rounded` and `train`.
     """
-    own = replace(
-        recipe, steps=steps, learning_rate=rate * recipe.learning_rate, learning_rates=(),
-        mtp_weight=0.0, early_exit_layers=0, early_exit_weight=0.0, checkpoint_every=0, seed=seed,
-    )  # fmt: skip
+    own = recipe.continued(steps=steps, rate=rate, seed=seed)
     text = Batches(tokens, batch=own.batch, seq_len=own.seq_len, seed=seed)
 
     def go() -> TrainResult:

@@ -8,7 +8,7 @@ suites as a plain dict.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 from archs.checks import at_least, parse, positive
@@ -129,6 +129,17 @@ class Recipe:
         if self.schedule == "cosine":
             left = (1 - math.cos(math.pi * left)) / 2
         return self.learning_rate * (self.floor + (1 - self.floor) * left)
+
+    def continued(self, *, steps: int, rate: float, seed: int) -> "Recipe":
+        """How a trained model goes on: at `rate` times its learning rate, on the next token alone.
+
+        seed: of the order of the text.
+        """
+        return replace(
+            self, steps=steps, learning_rate=rate * self.learning_rate, learning_rates=(),
+            mtp_weight=0.0, early_exit_layers=0, early_exit_weight=0.0, checkpoint_every=0,
+            seed=seed,
+        )  # fmt: skip
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

@@ -19,7 +19,8 @@ from eval.measure.serve_plan import ServePlan, batch_sizes
 from eval.measure.suite import CorpusPlan, QualityPlan, Suite, TrainPlan, without_later
 from eval.measure.trained import Source
 from eval.results.point import Point
-from train.checkpoint import Identity, read_metadata
+from train.checkpoint import read_metadata
+from train.identity import Identity
 from train.recipe import LATER
 
 #: Fields of plans that came later: how weights are stored and states kept.

@@ -13,7 +13,8 @@ from archs.layer import LayerSpec
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from infer.engine import Engine
-from train.checkpoint import Identity, Progress, load_model, save_checkpoint
+from train.checkpoint import Progress, load_model, save_checkpoint
+from train.identity import Identity
 from train.optim import Optimizer, parts_of
 from train.recipe import Recipe
 

@@ -14,8 +14,9 @@ from archs.errors import UserError
 from archs.heads import HeadModel
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from tests.train.test_loop import RECIPE, SCALE, SPEC, VOCAB, Counting, Sparse, run, same_weights
-from train.checkpoint import Identity, load_head, load_model
+from train.checkpoint import load_head, load_model
 from train.heads import attached, attached_head, loss_of
+from train.identity import Identity
 from train.loop import CHECKPOINT_NAME, train, training_bytes
 from train.metrics import read_metrics
 from train.recipe import Recipe
