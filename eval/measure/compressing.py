@@ -82,15 +82,13 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     told = about(
         given.spec, model, kernel_backend=backend, corpus=options.corpus.spec, tokens=given.seen
     )
-    held = resident_bytes(model)
+    held, bits = resident_bytes(model), weight_bits(model)
     after = _scores(cast(model, torch.float32), given, options.quality)
     scored = estimate_row("compressed_bits_per_byte", over_documents(after), context=seq_len)
     at: dict[str, Any] = {"batch": 1, "context": seq_len}
-    numbers = sum(weight.numel() for weight in weights_of(model))
     rows = [
         scored, ratio_row(before, after),
-        Row(measure="held_weight_bytes", value=held, **at),
-        Row(measure="bits_per_weight", value=8 * held / numbers),
+        Row(measure="held_weight_bytes", value=held, **at), bits,
     ]  # fmt: skip
     watch.at(0.7, "decode")
     try:
@@ -102,6 +100,12 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         (why,) = failure.found.rows
         rows.append(replace(why, measure="tpot_ms", **at))
     return Found(about=told, rows=tuple(rows))
+
+
+def weight_bits(model: Model) -> Row:
+    """Bits of memory a weight, of all weights and their scales."""
+    numbers = sum(weight.numel() for weight in weights_of(model))
+    return Row(measure="bits_per_weight", value=8 * resident_bytes(model) / numbers)
 
 
 def _tuned(

@@ -67,13 +67,12 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     watch.at(0.4, "score by position")
     gaps = gap_by_position(nats, nats_by_position(model, stored=True, **reach))
     at: dict[str, Any] = {"batch": 1, "context": seq_len}
-    held = model.state_bytes(seq_len)
     rows = [
         estimate_row("compressed_bits_per_byte", over_documents(after), context=seq_len),
         ratio_row(before, after),
         *(estimate_row("loss_gap_at_position", gap, position=end) for end, gap in gaps.items()),
-        Row(measure="state_bytes", value=held, **at),
-        Row(measure="bits_per_state_number", value=8 * held / numbers, context=seq_len),
+        Row(measure="state_bytes", value=model.state_bytes(seq_len), **at),
+        state_bits(model, seq_len, numbers),
     ]
     watch.at(0.9, "decode")
     try:
@@ -95,6 +94,12 @@ def kept_as(model: Model, state: str, told: Any) -> Model:
     except UserError as why:
         described = replace(told(model), state_format=state)
         raise Failure(Status.UNSUPPORTED, described, str(why)) from None
+
+
+def state_bits(model: Model, context: int, numbers: int) -> Row:
+    """Bits of memory for each of so many numbers that a sequence remembers, scales included."""
+    held = model.state_bytes(context)
+    return Row(measure="bits_per_state_number", value=8 * held / numbers, context=context)
 
 
 def state_numbers(model: Model, context: int) -> int:

@@ -13,8 +13,9 @@ from archs.backbone import Model, cast
 from archs.checks import parse
 from archs.weights import WeightFormat
 from eval.measure.cell_rows import estimate_row
+from eval.measure.compressing import weight_bits
 from eval.measure.decode_plans import CompressPlan
-from eval.measure.keeping import kept_as
+from eval.measure.keeping import kept_as, state_bits, state_numbers
 from eval.measure.progress import Watch
 from eval.measure.site import Site, about
 from eval.measure.task import Taught, teach
@@ -46,16 +47,21 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         return replace(found, tokens=taught.about.tokens, kernel_backend="torch")
 
     if plan.weights:
-        model = cast(_stored(taught, plan, point.seed), torch.float32)
+        model = _stored(taught, plan, point.seed)
+        bits = weight_bits(model)
+        model = cast(model, torch.float32)
     else:
+        numbers = state_numbers(model, task.seq_len)
         model = kept_as(model, plan.state[0], told)
+        bits = state_bits(model, task.seq_len, numbers)
     watch.at(0.5, "answer")
     found = accuracy(
         model, task, split="test", sequences=task.test_sequences, seed=point.seed,
         stored=bool(plan.state),
     )  # fmt: skip
     described = replace(told(model), dtype="float32")
-    return Found(about=described, rows=(estimate_row("accuracy", found, context=task.seq_len),))
+    scored = estimate_row("accuracy", found, context=task.seq_len)
+    return Found(about=described, rows=(scored, bits))
 
 
 def _stored(taught: Taught, plan: CompressPlan, seed: int) -> Model:
