@@ -154,6 +154,7 @@ class CompressPlan:
         require_backend(self.backend)
         if not (self.weights or self.state):
             raise UserError("compress names no format; set weights, state or both")
+        some(self, *(name for name in ("weights", "state", "tasks") if getattr(self, name)))
         at_least(self, 1, "calibration", "steps", "qat_steps", "reach")
         positive(self, "qat_rate")
         for name in self.weights:

@@ -10,13 +10,14 @@ from typing import Literal, NamedTuple
 class Measure(NamedTuple):
     """unit as printed; better: which direction wins, None if neither does.
 
-    share: a part of a whole, from 0 to 1.
+    share: a part of a whole, from 0 to 1. signed: a difference, which may be negative.
     """
 
     unit: str
     better: Literal["lower", "higher"] | None
     meaning: str
     share: bool = False
+    signed: bool = False
 
 
 MEASURES: dict[str, Measure] = {
@@ -158,6 +159,7 @@ MEASURES: dict[str, Measure] = {
         "lower",
         "loss of held-out tokens over that of the same model with its state as it "
         "is computed, by position",
+        signed=True,
     ),
     "bits_per_state_number": Measure(
         "bit", "lower", "bits of memory a number of the state, scales included, at the context"

@@ -211,8 +211,9 @@ def _implausible(table: pd.DataFrame) -> Iterator[Fault]:
     for i in _where(~ok & value.notna()):
         status = table["status"].iloc[i]
         yield Fault(i + 2, f"value={value[i]:g} beside status '{status}'; a failure has no figure")
+    signed = table["measure"].isin([name for name, m in MEASURES.items() if m.signed])
     for name in ("value", "seed", "batch", "context", "position", "n", "params", "tokens"):
-        for i in _where(table[name] < 0):
+        for i in _where((table[name] < 0) & ~(signed & (name == "value"))):
             yield Fault(i + 2, f"{name}={table[name].iloc[i]:g} is negative")
     shares = [name for name, measure in MEASURES.items() if measure.share]
     for i in _where(table["measure"].isin(shares) & (value > 1)):

@@ -79,7 +79,7 @@ def test_a_suite_tells_what_states_in_few_bits_cost(suite: Suite, tmp_path: Path
     # A scale of four bytes for 32 numbers of a byte each.
     assert at.loc[("gqa", "kv:int8"), "bits_per_state_number"] == 9
     recalled = rows[(rows["stage"] == "recall") & (rows["measure"] == "accuracy")]
-    assert len(recalled) == 7 and (recalled["corpus"] == "mqar").all()
+    assert len(recalled) == 9 and (recalled["corpus"] == "mqar").all()
     assert set(recalled["weight_format"]) == {"", "int8"}
 
 
