@@ -60,7 +60,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         stored=bool(plan.state),
     )  # fmt: skip
     described = replace(told(model), dtype="float32")
-    scored = estimate_row("accuracy", found, context=task.seq_len)
+    scored = estimate_row("compressed_accuracy", found, context=task.seq_len)
     return Found(about=described, rows=(scored, bits))
 
 

@@ -151,6 +151,12 @@ MEASURES: dict[str, Measure] = {
         "lower",
         "bits per byte of a model whose weights, or whose state, are stored as its row says",
     ),
+    "compressed_accuracy": Measure(
+        "",
+        "higher",
+        "accuracy on a task of a model whose weights, or whose state, are so stored",
+        share=True,
+    ),
     "bits_per_byte_ratio": Measure(
         "", "lower", "bits of held-out text over those of the same model in float32, by document"
     ),

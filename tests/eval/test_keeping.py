@@ -78,7 +78,7 @@ def test_a_suite_tells_what_states_in_few_bits_cost(suite: Suite, tmp_path: Path
     assert (at["tpot_ms"] > 0).all() and (at["bits_per_byte_ratio"] - 1).abs().max() < 0.05
     # A scale of four bytes for 32 numbers of a byte each.
     assert at.loc[("gqa", "kv:int8"), "bits_per_state_number"] == 9
-    recalled = rows[(rows["stage"] == "recall") & (rows["measure"] == "accuracy")]
+    recalled = rows[(rows["stage"] == "recall") & (rows["measure"] == "compressed_accuracy")]
     assert len(recalled) == 9 and (recalled["corpus"] == "mqar").all()
     assert set(recalled["weight_format"]) == {"", "int8"}
 
