@@ -28,6 +28,7 @@ from eval.measure.quality import (
 )
 from eval.measure.site import Failure, Site, about
 from eval.measure.suite import CorpusPlan, QualityPlan
+from eval.measure.threads import one_thread
 from eval.measure.trained import Source, trained
 from eval.results.point import Point
 from eval.results.rows import Found, Row, Status
@@ -50,9 +51,10 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     given = trained(options.source, options.corpus, site, watch)
     model, seq_len = given.model, given.spec.scale.seq_len
     read: dict[str, Any] = {"tokens": given.tokens, "part": "test", "max_tokens": limit}
-    before = document_scores(model, seq_len=seq_len, **read)
     reach = {"reach": seq_len * plan.reach, **read}
-    nats = nats_by_position(model, **reach)
+    with one_thread():
+        before = document_scores(model, seq_len=seq_len, **read)
+        nats = nats_by_position(model, **reach)
     numbers = state_numbers(model, seq_len)
     backend = resolve_backend(plan.backend, site.device)
     label: dict[str, Any] = {
@@ -63,9 +65,10 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     kept_as(model, plan.state[0], partial(about, given.spec, **label))
     told = about(given.spec, model, **label)
     watch.at(0.2, "score")
-    after = document_scores(model, seq_len=seq_len, stored=True, **read)
-    watch.at(0.4, "score by position")
-    gaps = gap_by_position(nats, nats_by_position(model, stored=True, **reach))
+    with one_thread():
+        after = document_scores(model, seq_len=seq_len, stored=True, **read)
+        watch.at(0.4, "score by position")
+        gaps = gap_by_position(nats, nats_by_position(model, stored=True, **reach))
     at: dict[str, Any] = {"batch": 1, "context": seq_len}
     rows = [
         estimate_row("compressed_bits_per_byte", over_documents(after), context=seq_len),

@@ -19,6 +19,7 @@ from eval.measure.keeping import kept_as, state_bits, state_numbers
 from eval.measure.progress import Watch
 from eval.measure.site import Site, about
 from eval.measure.task import Taught, teach
+from eval.measure.threads import one_thread
 from eval.results.point import Point
 from eval.results.rows import About, Found
 from eval.tasks.score import accuracy
@@ -55,10 +56,11 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         model = kept_as(model, plan.state[0], told)
         bits = state_bits(model, task.seq_len, numbers)
     watch.at(0.5, "answer")
-    found = accuracy(
-        model, task, split="test", sequences=task.test_sequences, seed=point.seed,
-        stored=bool(plan.state),
-    )  # fmt: skip
+    with one_thread():
+        found = accuracy(
+            model, task, split="test", sequences=task.test_sequences, seed=point.seed,
+            stored=bool(plan.state),
+        )  # fmt: skip
     described = replace(told(model), dtype="float32")
     scored = estimate_row("compressed_accuracy", found, context=task.seq_len)
     return Found(about=described, rows=(scored, bits))

@@ -8,7 +8,6 @@ a failed one is a row with its status. Models train side by side, each in a proc
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from eval.measure.provenance import provenance
 from eval.measure.site import Site
 from eval.measure.stages import measure
 from eval.measure.suite import Suite
+from eval.measure.threads import one_thread
 from eval.results.contents import require_corpus, worth_another_try
 from eval.results.folder import POINTS, TABLE, Results
 from eval.results.lock import only_writer
@@ -117,21 +117,10 @@ def _finished(
             if site.late:
                 yield point, Found(about=About(), rows=(), stopped=True)
                 return
-            with progress.cell(point.label, weights[point]) as watch, _threads(trained and on_cpu):
+            alone = trained and on_cpu
+            with progress.cell(point.label, weights[point]) as watch, one_thread(alone):
                 found = measure(point, site, watch)
             yield point, found
-
-
-@contextmanager
-def _threads(one: bool) -> Iterator[None]:
-    """One thread, if so: a model trains to the same weights however many run at once."""
-    before = torch.get_num_threads()
-    if one:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def has_architecture(out: Path) -> bool:

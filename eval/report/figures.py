@@ -119,6 +119,61 @@ class Figures:
         rows = self.stored_rows(stage, *measures)
         return self._pivot(rows, ["arch", "scale", "hardware", "weight_format"], measures)
 
+    def kept_gaps(self) -> pd.DataFrame:
+        """Loss over that of a state as it is computed, by position: rows of arch, scale,
+        state_format, position and value, means over seeds, of the scale most seen.
+        """
+        rows = self._good[self._good["measure"] == "loss_gap_at_position"]
+        if rows.empty:
+            return rows
+        rows = rows[rows["scale"] == rows["scale"].mode().iloc[0]]
+        return over_seeds(rows, ["arch", "scale", "state_format", "position"])
+
+    def kept_far(self) -> tuple[pd.DataFrame, str]:
+        """States of which one kind is in few bits: rows of arch, scale, state_format, kind,
+        bits_per_state_number and loss_gap_at_position, that of the farthest octave, which the text
+        names.
+        """
+        gaps = self.kept_gaps()
+        if gaps.empty:
+            return gaps.assign(kind="", state_format=""), ""
+        far = int(gaps["position"].max())
+        gaps = gaps[(gaps["position"] == far) & ~gaps["state_format"].str.contains(",")]
+        bits = self._good[
+            (self._good["measure"] == "bits_per_state_number") & (self._good["stage"] == "state")
+        ]
+        keys = ["arch", "scale", "state_format"]
+        bits = over_seeds(bits, keys).rename(columns={"value": "bits_per_state_number"})
+        table = gaps.rename(columns={"value": "loss_gap_at_position"})
+        table = table[[*keys, "loss_gap_at_position"]].merge(
+            bits[[*keys, "bits_per_state_number"]], on=keys
+        )
+        table["kind"] = table["state_format"].str.partition(":")[0]
+        return table, f"tokens {far // 2 + 1} to {far}"
+
+    def recalled(self) -> pd.DataFrame:
+        """A task's models in few bits, rounded to nearest: rows of arch, scale, part (weights, kv,
+        memory), format, bits, compressed_accuracy, and plain, the accuracy before; of the task most
+        seen, means over seeds.
+        """
+        rows = self._good[self._good["stage"] == "recall"]
+        if rows.empty:
+            return rows
+        rows = rows[rows["scale"] == rows["scale"].mode().iloc[0]]
+        packed = rows["weight_format"] != ""
+        kind = rows["state_format"].str.partition(":")[0]
+        rows = rows.assign(
+            part=kind.mask(packed, "weights"),
+            format=rows["state_format"].mask(packed, rows["weight_format"]),
+            measure=rows["measure"].str.replace(r"bits_per_.*", "bits", regex=True),
+        )
+        rows = rows[~rows["format"].str.contains(r",|-sr|-ef|-kivi|-awq|-gptq")]
+        keys = ["arch", "scale", "part", "format"]
+        table = self._pivot(rows, keys, ["bits", "compressed_accuracy"])
+        before = self._good[(self._good["stage"] == "task") & (self._good["measure"] == "accuracy")]
+        plain = over_seeds(before, ["arch", "scale"]).rename(columns={"value": "plain"})
+        return table.merge(plain[["arch", "scale", "plain"]], on=["arch", "scale"])
+
     def speculated(self, setting: Setting) -> pd.DataFrame:
         """Greedy speculation: rows of arch, batch, context, how (what drafts, and what rolls back),
         drafts, and the speed-up, measured and predicted.

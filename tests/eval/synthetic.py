@@ -53,6 +53,14 @@ FORMATS = {
     "float32": (32.0, 0.0), "int8": (8.1, 1e-4), "int4-g64": (5.0, 1e-3), "int3-g64": (4.1, 4e-3),
     "int3-g64-awq": (4.2, 2.5e-3), "int2-g64": (3.1, 2e-2), "int2-g64-qat": (3.1, 8e-3),
 }  # fmt: skip
+#: States in few bits, by the kind that an architecture has: bits of memory a number, and nats lost.
+KEPT = {
+    "gqa": "kv", "mla": "kv", "gdn": "memory", "mamba2": "memory", "gdn:gqa=3:1": "memory",
+}  # fmt: skip
+KEPT_FORMATS = {
+    "kv": {"int8": (9, 1e-5), "int4-g32": (5, 2e-3), "int4-kivi": (5, 1e-3)},
+    "memory": {"int8": (12, 2e-4), "int8-ef": (16, 3e-5), "int4": (8, 4e-3)},
+}
 
 
 class Recorded:
@@ -128,6 +136,16 @@ def write_run(
             options = {"weights": weights}
             cell = Point(arch=arch, stage="decode", scale="70m", batch=1, options=options)
             results.append(cell, *_packed(arch, weights))
+        for state, seed in product(KEPT_FORMATS[KEPT[arch]] if arch in KEPT else (), range(seeds)):
+            options = {"state": state}
+            cell = Point(arch=arch, stage="state", scale="tiny", seed=seed, options=options)
+            results.append(cell, *_keep(arch, state, of_formats))
+            cell = Point(arch=arch, stage="recall", scale="mqar", seed=seed, options=options)
+            results.append(cell, *_recall(arch, state))
+        for weights, seed in product(("int8", "int4-g64") if arch in KEPT else (), range(seeds)):
+            options = {"weights": weights}
+            cell = Point(arch=arch, stage="recall", scale="mqar", seed=seed, options=options)
+            results.append(cell, *_recall(arch, "", weights))
     results.write(folder)
     return folder
 
@@ -157,6 +175,34 @@ def _compress(arch: str, weights: str, noise: np.random.Generator) -> tuple[Abou
     ]
     about = replace(_about(arch, "tiny"), corpus="sotu", tokens=122880)
     return replace(about, weight_format="" if weights == "float32" else weights), rows
+
+
+def _keep(arch: str, state: str, noise: np.random.Generator) -> tuple[About, list[Row]]:
+    """Losses that grow with the position where a state is rounded at every token."""
+    bits, lost = KEPT_FORMATS[KEPT[arch]][state]
+    ratio = 1 + lost * (1 + 0.1 * noise.normal())
+    rows = [
+        Row(measure="bits_per_state_number", value=bits, context=128),
+        Row(measure="compressed_bits_per_byte", value=QUALITY[arch] * ratio, context=128),
+        Row(measure="bits_per_byte_ratio", value=ratio, low=ratio - 4e-4, high=ratio + 4e-4, n=40),
+        Row(measure="tpot_ms", value=1.2, batch=1, context=128),
+    ]
+    for position in (64, 128, 256, 512):
+        gap = lost * (1 + position / 128 * (KEPT[arch] == "memory")) + 1e-6 * noise.normal()
+        rows.append(Row(measure="loss_gap_at_position", value=gap, low=gap - 1e-5, high=gap + 1e-5,
+                        n=40, position=position))  # fmt: skip
+    about = replace(_about(arch, "tiny"), corpus="sotu", tokens=122880)
+    return replace(about, state_format=f"{KEPT[arch]}:{state}"), rows
+
+
+def _recall(arch: str, state: str, weights: str = "") -> tuple[About, list[Row]]:
+    bits, lost = FORMATS[weights] if weights else KEPT_FORMATS[KEPT[arch]][state]
+    rows = [
+        Row(measure="bits_per_weight" if weights else "bits_per_state_number", value=bits),
+        Row(measure="compressed_accuracy", value=RECALL[arch] - 5 * lost, n=512, context=32),
+    ]
+    about = replace(_about(arch, "tiny"), corpus="mqar", weight_format=weights)
+    return replace(about, state_format="" if weights else f"{KEPT[arch]}:{state}"), rows
 
 
 def _packed(arch: str, weights: str) -> tuple[About, list[Row]]:

@@ -20,7 +20,7 @@ from eval.report.pictures.plans import PLANS
 from eval.results.point import Point
 from eval.results.rows import CELL_FAILED, About, Row, Status
 from tests.eval.page import Page
-from tests.eval.synthetic import ARCHS, CONTEXTS, LADDER, PACKED, write_run
+from tests.eval.synthetic import ARCHS, CONTEXTS, KEPT, LADDER, PACKED, write_run
 from tests.eval.test_leaderboard import record, scored, timed
 
 #: Attributes by which a page loads or leaves to something else.
@@ -98,6 +98,13 @@ def test_every_architecture_is_in_the_table_and_in_each_picture(page: Page) -> N
     for name, chart in page.charts.items():
         shown = {v for data in chart["datasets"].values() for row in data for v in row.values()}
         partly = {"ladder": LADDER, "bits-loss": PACKED, "time-bytes": PACKED}
+        partly |= {
+            f"bits-{name}": tuple(arch for arch in KEPT if KEPT[arch] in kinds)
+            for name, kinds in (
+                ("rows", ("kv",)), ("memory", ("memory",)), ("position", ("memory",)),
+                ("recall", ("kv", "memory")),
+            )
+        }  # fmt: skip
         assert set(partly.get(name, ARCHS)) <= shown, name
 
 

@@ -15,7 +15,7 @@ import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
-from eval.report.pictures import charts, compression, serving, speculation, tradeoffs
+from eval.report.pictures import charts, compression, keeping, serving, speculation, tradeoffs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +132,37 @@ PLANS: dict[str, Plan] = {
         "Each point is a model in one format, one sequence at the longest context that was timed. "
         "Along the dotted line time falls as bytes do. Points above it spend time on something "
         "else: calls, state, or codes that no product reads packed and that are made dense first.",
+        of="models",
+    ),
+    "bits-rows": Plan(
+        "What bits of keys, values and latents are worth", keeping.rows_against_bits,
+        "loss_gap_at_position of two formats of rows",
+        "Each point is a trained model whose rows of attention are stored in a format, scales "
+        "counted, far beyond the trained length. Rows are rounded once, so what they cost does not "
+        "grow with every token. A dashed curve below its solid one keeps keys by channel.",
+        of="models",
+    ),
+    "bits-memory": Plan(
+        "What bits of a recurrent state are worth", keeping.memory_against_bits,
+        "loss_gap_at_position of two formats of recurrent states",
+        "The same of recurrent states, which are rounded at every token, what was rounded before "
+        "included. Tails of convolutions stay as they are, which limits how much memory is saved. "
+        "Dashed: what rounding left is fed back, or rounding goes up or down at random.",
+        of="models",
+    ),
+    "bits-position": Plan(
+        "Rounding a state, token by token", keeping.gap_against_position,
+        "loss_gap_at_position of recurrent states",
+        "Each point is the mean of an octave of positions, held against the same model on the same "
+        "text. A curve that rises compounds its errors; one that stays level forgets them as fast "
+        "as they come.",
+        of="models",
+    ),
+    "bits-recall": Plan(
+        "What bits are worth in recall", keeping.recall_against_bits,
+        "compressed_accuracy of two formats and the accuracy before",
+        "Each point is a model that was trained on the task in full and answers in few bits. Text "
+        "hides such losses: most of its tokens are guessed from the last few.",
         of="models",
     ),
     "loss-position": Plan(
