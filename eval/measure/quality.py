@@ -25,10 +25,8 @@ from eval.tasks.score import read_through_store
 from kernels.loss.cross_entropy import token_losses
 from train.tokens import IGNORED, Part, TokenSet, held_out_batches
 
-#: Tokens that are read at once by the parallel form.
-AT_ONCE = 4096
-#: Windows that are read side by side through a store.
-SIDE_BY_SIDE = 32
+#: Tokens of windows that are read at once: by the parallel form, and side by side in a store.
+AT_ONCE, STORED = 4096, 65536
 
 
 def _scored(
@@ -36,7 +34,7 @@ def _scored(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Losses in nats [B, T], targets [B, T] (IGNORED: not scored), and documents [B]."""
     device = model.embedding.weight.device
-    batch = SIDE_BY_SIDE if stored else max(1, AT_ONCE // seq_len)
+    batch = max(1, (STORED if stored else AT_ONCE) // seq_len)
     with torch.inference_mode():
         head = dense(model.head_weight)
         for rows in held_out_batches(
