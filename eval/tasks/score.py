@@ -23,12 +23,12 @@ def read_through_store(model: Model, ids: Tensor) -> Iterator[Tensor]:
     rows are rounded alike in longer ones.
     """
     rounded = any(t.is_coded for spec in model.state_specs() for t in spec.fixed)
-    engine = Engine(
-        model, max_sequences=len(ids), max_context=ids.shape[1], backend="torch",
-    )  # fmt: skip
+    engine = Engine(model, max_sequences=len(ids), max_context=ids.shape[1], backend="torch")
     slots = [engine.store.add() for _ in ids]
     for piece in ids.split(1 if rounded else PIECE, 1):
-        yield engine.verify(slots, piece).hidden
+        with engine.store.step(slots, piece.shape[1]) as step:
+            hidden = model.extend_hidden(piece, step.layers)
+        yield hidden
 
 
 def accuracy(
