@@ -193,14 +193,18 @@ class StateFormat:
         return StateFormat(tuple(pair for pair in self.kept if pair[0] in kinds))
 
     def stored(self, spec: StateSpec) -> StateSpec:
-        """A layer's state as it is kept. Raises UserError where a format does not fit a tensor."""
+        """A layer's state as it is kept; integers stay what they are.
+
+        Raises UserError where a format does not fit a tensor.
+        """
         if not self.kept:
             return spec
         formats = dict(self.kept)
+        numbers = {t.name for t in (*spec.rows, *spec.fixed) if t.given_dtype.is_floating_point}
         rows: list[RowSpec] = []
         fixed: list[FixedSpec] = []
         for tensor in spec.rows:
-            kept = formats.get(tensor.kind)
+            kept = formats.get(tensor.kind) if tensor.name in numbers else None
             if kept is None:
                 rows.append(tensor)
             elif kept.blocks:
@@ -216,7 +220,7 @@ class StateFormat:
             else:
                 rows.append(kept.applied(tensor))
         for value in spec.fixed:
-            kept = formats.get(value.kind)
+            kept = formats.get(value.kind) if value.name in numbers else None
             if kept is not None and kept.blocks:
                 raise UserError(
                     f"{value.kind}:{kept}: blocks are of tokens, and '{value.name}' has none; "

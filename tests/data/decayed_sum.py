@@ -58,7 +58,7 @@ class DecayedSum(Mixer):
         return StateSpec(fixed=(total,))
 
     def cost(self, step: Step) -> Cost:
-        spec = self.state_spec()
+        spec = self.kept_spec()
         scan = OpCost(
             name="decayed sum",
             vector_flops=4 * step.tokens * self.out.out_features,

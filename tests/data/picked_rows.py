@@ -63,7 +63,7 @@ class PickedRows(Mixer):
         return StateSpec(rows=(key, kv))
 
     def cost(self, step: Step) -> Cost:
-        c, spec = self.config, self.state_spec()
+        c, spec = self.config, self.kept_spec()
         seen = spec.rows[0].visible_rows(step.context, step.new_tokens)
         attention = OpCost(
             name="picked attention",

@@ -115,7 +115,7 @@ class PooledRows(Mixer):
         return StateSpec(rows=(kv, means), fixed=() if self.owner is not None else (begun,))
 
     def cost(self, step: Step) -> Cost:
-        spec = self.state_spec()
+        spec = self.kept_spec()
         seen = sum(t.visible_rows(step.context, step.new_tokens) for t in spec.rows)
         scores = step.tokens * seen
         means = 8 * step.tokens * self.config.dim if self.owner is None else 0

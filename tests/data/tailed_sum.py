@@ -57,7 +57,7 @@ class TailedSum(Mixer):
         return StateSpec(fixed=(tail, total))
 
     def cost(self, step: Step) -> Cost:
-        spec = self.state_spec()
+        spec = self.kept_spec()
         scan = OpCost(
             name="tailed sum",
             vector_flops=4 * step.tokens * self.taps.numel(),

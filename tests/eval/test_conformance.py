@@ -131,6 +131,10 @@ BROKEN = {
         "format=Format.of(torch.float32)", "format=Format.of(torch.bfloat16)",
         "declared state", ["stores float32 where bfloat16 is declared: a silent cast"],
     ),
+    "plain-bytes": (
+        "spec = self.kept_spec()", "spec = self.state_spec()", "state in few bits",
+        ["layer 0 (TailedSum): cost declares", "count by kept_spec()"],
+    ),
     "wider-output": (
         RETURN, RETURN.replace("self.out(each.to(x.dtype))", "self.out(each.to(x.dtype)).double()"),
         "forward", ["returns [2, 9, 128] float64"],

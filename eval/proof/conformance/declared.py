@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from archs.backbone import cast
-from archs.cost import Cost, Step
+from archs.cost import Cost, Step, state_traffic
 from archs.mixer import Mixer, Shared
 from archs.spec import RECURRENT_LIMIT
+from archs.state_formats import StateFormat
+from archs.storage import keep
 from eval.proof.conformance.recorded import Recorded, Use
 from eval.proof.conformance.subject import Subject
 from eval.proof.conformance.tally import Tally
@@ -31,6 +33,8 @@ STEPS = ((2, 33, 1), (1, 20, 4), (2, 9, 40), (1, 0, 33))
 VECTOR_SLACK = 2.0
 #: Single-token steps, none of which may leave more memory behind than the one before.
 QUIET_STEPS = 6
+#: Formats that every state takes.
+KEPT = StateFormat.named("kv:int8,memory:int8,conv:int8")
 #: Attributes that torch itself keeps on a module.
 MODULE_TABLES = frozenset(vars(torch.nn.Module()))
 
@@ -161,6 +165,34 @@ def _lies(cost: Cost, tally: Tally, new: int) -> str:
     if not seen / VECTOR_SLACK <= said <= seen * VECTOR_SLACK:
         found.append(f"vector_flops {said:,}, counted about {seen:,}")
     return "" if not found else f"cost declares {'; '.join(found)}"
+
+
+def check_kept(subject: Subject) -> Check:
+    """A state in few bits is stored as declared, and its bytes are those that `cost` counts."""
+    name, kept = "state in few bits", Subject(subject.spec.arch, subject.spec.scale, subject.seed)
+    keep(kept.model, KEPT)
+    for batch, context, new in STEPS:
+        at = Step(batch, new, context)
+        for layer, (mixer, same) in enumerate(zip(subject.mixers, kept.mixers, strict=True)):
+            plain, stored = (
+                sum(state_traffic(spec, at).values())  # type: ignore[arg-type]
+                for spec in (mixer.state_spec(), same.kept_spec())
+            )
+            wanted = mixer.cost(at).state_bytes - plain + stored
+            if (found := same.cost(at).state_bytes) != wanted:
+                detail = (
+                    f"{subject.label(layer)}: cost declares {found:,} bytes of a state kept as "
+                )
+                detail += f"{same.state_format}, which takes {wanted:,}; count by kept_spec()"
+                return Check(name, False, detail)
+    engine, tokens = kept.engine(2, 48), kept.tokens(2, 32)
+    slots = [engine.store.add(), engine.store.add()]
+    logits = [engine.extend(slots, part) for part in tokens.split([20, 1, 1, 10], 1)]
+    held, declared = held_bytes(engine.store), 2 * engine.store.declared_bytes(32)
+    if held != declared or not torch.cat(logits, 1).isfinite().all():
+        detail = f"as {KEPT}: declared {declared} bytes, tensors hold {held}; or logits are not "
+        return Check(name, False, detail + "finite")
+    return Check(name, True, f"{kept.model.state_bytes(48)} bytes at 48 tokens as {KEPT}")
 
 
 def check_memory(subject: Subject) -> Check:

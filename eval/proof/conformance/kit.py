@@ -32,6 +32,7 @@ LAWS: dict[str, Law] = {
     "rollback": Law(laws.check_rollback, SPLITS),
     "declared = allocated bytes": Law(declared.check_bytes, RUNS),
     "declared = counted cost": Law(declared.check_cost, RUNS),
+    "state in few bits": Law(declared.check_kept, ("declared = allocated bytes",)),
     "undeclared memory": Law(declared.check_memory, RUNS),
     "gradients": Law(laws.check_gradients, ("forward",)),
     "bfloat16": Law(laws.check_bfloat16, SPLITS),
