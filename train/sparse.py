@@ -78,6 +78,11 @@ class Sparsity:
         return _largest(scores, scores.shape[1] - zeros)
 
 
+def is_sparsity(name: str) -> bool:
+    """Whether a name ends in a rule, and so is not one of `train.prune`'s plans."""
+    return name.rpartition("-")[2] in RULES
+
+
 def _largest(scores: Tensor, count: int) -> Tensor:
     best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

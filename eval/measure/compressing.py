@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from archs.backbone import Model, cast
 from archs.backends import resolve_backend
@@ -71,7 +72,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     if stored.method == "qat":
         control = _tuned(given, None, options, point, site, watch)
         given = replace(given, model=_tuned(given, stored, options, point, site, watch))
-    before = _scores(control, given, options.quality)
+    before = scores(control, given, options.quality)
     model = stored_model(given, stored, plan.calibration)
     if site.keeps:
         save_compressed(site.work_folder(point) / CHECKPOINT_NAME, model, given.checkpoint)
@@ -83,7 +84,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         given.spec, model, kernel_backend=backend, corpus=options.corpus.spec, tokens=given.seen
     )
     held, bits = resident_bytes(model), weight_bits(model)
-    after = _scores(cast(model, torch.float32), given, options.quality)
+    after = scores(cast(model, torch.float32), given, options.quality)
     scored = estimate_row("compressed_bits_per_byte", over_documents(after), context=seq_len)
     at: dict[str, Any] = {"batch": 1, "context": seq_len}
     rows = [
@@ -131,7 +132,8 @@ def _tuned(
     return model.eval()
 
 
-def _scores(model: Model, given: Trained, quality: QualityPlan) -> list[DocumentScore]:
+def scores(model: Model, given: Trained, quality: QualityPlan) -> list[DocumentScore]:
+    """The held-out documents in windows of the trained length."""
     return document_scores(
         model, given.tokens, part="test", seq_len=given.spec.scale.seq_len,
         max_tokens=quality.max_tokens or None,
@@ -156,14 +158,16 @@ def stored_model(given: Trained, stored: WeightFormat, calibration: int) -> Mode
 
     calibration: sequences of that text.
     """
-    ids = None
-    if stored.method in WAYS:
-        text = Batches(
-            given.tokens, batch=calibration, seq_len=given.spec.scale.seq_len,
-            seed=CALIBRATION_SEED,
-        )  # fmt: skip
-        ids = text.batch_at(0)[0].to(given.model.embedding.weight.device)
+    ids = calibration_text(given, calibration) if stored.method in WAYS else None
     return compress(given.model, stored, ids)
+
+
+def calibration_text(given: Trained, sequences: int) -> Tensor:
+    """So many sequences of the text that a model was trained on, int64 [B, T]."""
+    text = Batches(
+        given.tokens, batch=sequences, seq_len=given.spec.scale.seq_len, seed=CALIBRATION_SEED
+    )
+    return text.batch_at(0)[0].to(given.model.embedding.weight.device)
 
 
 def timed_alone(

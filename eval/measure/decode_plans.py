@@ -12,6 +12,9 @@ from archs.state_formats import StateFormat
 from archs.weights import WeightFormat
 from infer.draft_length import require_drafts
 from infer.sampling import Sampling
+from train.distill import Distillation
+from train.prune import Plan
+from train.sparse import Sparsity, is_sparsity
 
 #: The draft that is the context itself.
 CONTEXT = "context"
@@ -132,6 +135,11 @@ class CompressPlan:
       others are held against. state: of states (`archs.state_formats`), as far as a model has them.
     reach: trained lengths that positions go up to, of a state in few bits.
     tasks: of the suite, whose trained models answer in each format, too.
+    prune: ways to make the models smaller (`train.prune.Plan`: layers:1,mlp:0.5) or sparse
+      (`train.sparse.Sparsity`: 2:4-wanda).
+    distil_steps: of training a pruned model on, with its parent, without it, and from scratch; 0:
+      none. distil_rate: its learning rate, as a share of the model's own. distil_weight,
+      distil_temperature: of the parent's word (`train.distill.Distillation`).
     archs: of the suite (none: all). calibration: sequences of training text, as long as those
       trained on, that codes are chosen by, where the way needs them. steps: timed decode steps of
       one sequence. backend: as `DecodePlan`'s.
@@ -149,12 +157,23 @@ class CompressPlan:
     backend: str = AUTO
     qat_steps: int = 100
     qat_rate: float = 0.1
+    prune: tuple[str, ...] = ()
+    distil_steps: int = 100
+    distil_rate: float = 0.25
+    distil_weight: float = 0.5
+    distil_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         require_backend(self.backend)
-        if not (self.weights or self.state):
-            raise UserError("compress names no format; set weights, state or both")
-        some(self, *(name for name in ("weights", "state", "tasks") if getattr(self, name)))
+        if not (self.weights or self.state or self.prune):
+            raise UserError("compress names nothing to do; set weights, state or prune")
+        lists = ("weights", "state", "tasks", "prune")
+        some(self, *(name for name in lists if getattr(self, name)))
+        at_least(self, 0, "distil_steps")
+        positive(self, "distil_rate")
+        Distillation(temperature=self.distil_temperature, weight=self.distil_weight)
+        for name in self.prune:
+            _ = Sparsity.named(name) if is_sparsity(name) else Plan.named(name)
         at_least(self, 1, "calibration", "steps", "qat_steps", "reach")
         positive(self, "qat_rate")
         for name in self.weights:

@@ -16,7 +16,14 @@ from archs.weights import WeightFormat
 from eval.measure.cost import CONTEXTS
 from eval.measure.decode_plans import CompressPlan, DecodePlan, SpeculatePlan
 from eval.measure.serve_plan import ServePlan, batch_sizes
-from eval.measure.suite import CorpusPlan, QualityPlan, Suite, TrainPlan, without_later
+from eval.measure.suite import (
+    CorpusPlan,
+    QualityPlan,
+    Suite,
+    TrainPlan,
+    without_later,
+    without_unused,
+)
 from eval.measure.trained import Source
 from eval.results.point import Point
 from train.checkpoint import read_metadata
@@ -113,11 +120,13 @@ def each_format(spec: ModelSpec, plan: CompressPlan) -> Iterator[tuple[str, Comp
     """The plan of each format, and the stage that takes it: of states those that a model has."""
     own = replace(plan, archs=(), tasks=())
     for weights in plan.weights:
-        yield "compress", replace(own, weights=(weights,), state=())
+        yield "compress", replace(own, weights=(weights,), state=(), prune=())
     kinds = state_kinds(spec.outline())
     found = (str(StateFormat.named(name).of_kinds(kinds)) for name in plan.state)
     for state in filter(None, dict.fromkeys(found)):
-        yield "state", replace(own, weights=(), state=(state,))
+        yield "state", replace(own, weights=(), state=(state,), prune=())
+    for name in plan.prune:
+        yield "prune", replace(own, weights=(), state=(), prune=(name,))
 
 
 def require_kinds(spec: ModelSpec, state: Iterable[str]) -> None:
@@ -138,8 +147,9 @@ def _recalls(suite: Suite, device: str) -> Iterator[Point]:
             for seed, arch in product(task.seeds, plan.archs or suite.archs):
                 spec = task.model(arch, suite.overrides)
                 taught = _of(spec, "task", device, task.NAME, asdict(task.of_one(seed)), seed=seed)
-                for _, own in each_format(spec, plan):
-                    if any(WeightFormat.named(name).method == "qat" for name in own.weights):
+                for stage, own in each_format(spec, plan):
+                    aware = any(WeightFormat.named(name).method == "qat" for name in own.weights)
+                    if aware or stage == "prune":
                         continue
                     options = {"task": asdict(taught), "plan": _stored(own)}
                     yield _of(spec, "recall", device, task.NAME, options, seed=seed)
@@ -231,8 +241,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 def _stored(plan: CompressPlan) -> dict[str, Any]:
     """As plain data, without what came later where it plays no part."""
-    plain = without_later(asdict(plan), ("state", "tasks"))
-    return plain if plan.state else {k: v for k, v in plain.items() if k != "reach"}
+    return without_unused(asdict(plan))
 
 
 def weight(point: Point, trained_scales: list[str]) -> float:
@@ -262,6 +271,8 @@ def weight(point: Point, trained_scales: list[str]) -> float:
             return 20.0 if "memory" in options["plan"]["state"][0] else 3.0
         case "recall":
             return 1.5
+        case "prune":
+            return 2.0 + 0.5 * options["plan"]["distil_steps"]
         case "serve":
             plan = options["plan"]
             runs = len(plan["batching"]) * plan["repeats"]

@@ -16,6 +16,7 @@ from eval.measure import (
     hardware,
     keeping,
     latency,
+    pruning,
     recall,
     score,
     serving,
@@ -42,6 +43,7 @@ STAGES: dict[str, Callable[[Point, Site, Watch], Found]] = {
     "compress": compressing.measure,
     "state": keeping.measure,
     "recall": recall.measure,
+    "prune": pruning.measure,
     "serve": serving.measure,
 }
 

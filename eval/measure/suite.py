@@ -289,10 +289,8 @@ class Suite:
             plan[name] = [
                 without_later(steps, ("replay", "weights", "state")) for steps in plan[name]
             ]
-        for packing in plan.get("compress", ()):
-            unused = [name for name in ("state", "tasks") if not packing[name]]
-            for name in (*unused, *(["reach"] if "state" in unused else [])):
-                del packing[name]
+        if "compress" in plan:
+            plan["compress"] = [without_unused(packing) for packing in plan["compress"]]
         plan["train"] = plan["train"] and without_later(plan["train"], LATER)
         text = json.dumps(plan, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -301,6 +299,14 @@ class Suite:
 def without_later(plan: Mapping[str, Any], later: Collection[str]) -> dict[str, Any]:
     """A section without the fields that came later, where they are empty."""
     return {name: value for name, value in plan.items() if value or name not in later}
+
+
+def without_unused(packing: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan of compression without fields that came later and that play no part in it."""
+    unused = {"state": ("reach",), "prune": ("distil_",), "tasks": ()}
+    gone = [start for name, starts in unused.items() if not packing[name]
+            for start in (name, *starts)]  # fmt: skip
+    return {k: v for k, v in packing.items() if not k.startswith(tuple(gone))}
 
 
 def _of(names: set[str], overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

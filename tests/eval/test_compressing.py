@@ -179,7 +179,7 @@ def test_steps_are_timed_in_every_format(decodebench: Command) -> None:
     untrained.refuses("these weights are random; leave it out")
     with pytest.raises(UserError, match="Unknown weight format"):
         DecodePlan(scale="tiny", weights="int9")
-    with pytest.raises(UserError, match="compress names no format"):
+    with pytest.raises(UserError, match="compress names nothing to do"):
         CompressPlan(weights=())
 
 

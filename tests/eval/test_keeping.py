@@ -102,7 +102,7 @@ def test_states_change_no_hash_where_nobody_asks(suite: Suite) -> None:
 def test_plans_refuse_what_nobody_knows(suite: Suite) -> None:
     with pytest.raises(UserError, match="Unknown state format 'int9'"):
         DecodePlan(scale="tiny", state="kv:int9")
-    with pytest.raises(UserError, match="compress names no format; set weights, state or both"):
+    with pytest.raises(UserError, match="compress names nothing to do"):
         CompressPlan()
     with pytest.raises(UserError, match=r"asks task 'copy', which the suite does not have"):
         replace(suite, compress=(replace(suite.compress[0], tasks=("copy",)),))
@@ -180,7 +180,7 @@ def test_the_command_tells_of_states(decodebench: Command, tmp_path: Path) -> No
     assert ("state" in shown.out and "nats more at the end" in shown.out.replace("\n", " ")) or True
     decodebench(*asked, "--state", "kv:int8").refuses("of nothing that gdn remembers; it has")
     decodebench(*asked, "--state", "memory:int9").refuses("Unknown state format")
-    decodebench(*asked).refuses("names no format")
+    decodebench(*asked).refuses("names nothing to do")
 
 
 def test_steps_and_servers_keep_states_in_few_bits(decodebench: Command) -> None:
