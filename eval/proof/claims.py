@@ -19,6 +19,7 @@ from archs.sizes import get_scale
 from eval.predict.accelerators import hardware_of
 from eval.predict.roofline import predict_ops
 from eval.proof.claims_compressed import few_bits
+from eval.proof.claims_pruned import pruned_and_distilled
 from eval.report.evidence import Claim, Evidence, Verdict
 from eval.report.figures import Figures, exponent
 
@@ -365,6 +366,11 @@ CHECKS: tuple[tuple[int, str, Callable[[Evidence], Found]], ...] = (
         "quantization cuts memory and time by the ratio of precisions, loses at very few bits; "
         "qat recovers that, activation-aware codes lose less",
         few_bits,
+    ),
+    (
+        11,
+        "pruning half of something and distilling from the whole loses almost nothing",
+        pruned_and_distilled,
     ),
     (
         12,

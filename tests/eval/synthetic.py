@@ -61,6 +61,11 @@ KEPT_FORMATS = {
     "kv": {"int8": (9, 1e-5), "int4-g32": (5, 2e-3), "int4-kivi": (5, 1e-3)},
     "memory": {"int8": (12, 2e-4), "int8-ef": (16, 3e-5), "int4": (8, 4e-3)},
 }
+#: Pruned, and what each way to train on leaves of the loss.
+PRUNED = {
+    "mlp:0.5": {"none": 0.08, "text": 0.02, "scratch": 0.3, "distil": 0.01},
+    "2:4-wanda": {"none": 0.02, "text": 0.012, "distil": 0.006},
+}
 
 
 class Recorded:
@@ -136,6 +141,9 @@ def write_run(
             options = {"weights": weights}
             cell = Point(arch=arch, stage="decode", scale="70m", batch=1, options=options)
             results.append(cell, *_packed(arch, weights))
+        for plan, seed in product(PRUNED if arch in PACKED else (), range(seeds)):
+            cell = Point(arch=arch, stage="prune", scale="tiny", seed=seed, options={"prune": plan})
+            results.append(cell, *_prune(arch, plan, of_formats))
         for state, seed in product(KEPT_FORMATS[KEPT[arch]] if arch in KEPT else (), range(seeds)):
             options = {"state": state}
             cell = Point(arch=arch, stage="state", scale="tiny", seed=seed, options=options)
@@ -203,6 +211,17 @@ def _recall(arch: str, state: str, weights: str = "") -> tuple[About, list[Row]]
     ]
     about = replace(_about(arch, "tiny"), corpus="mqar", weight_format=weights)
     return replace(about, state_format="" if weights else f"{KEPT[arch]}:{state}"), rows
+
+
+def _prune(arch: str, plan: str, noise: np.random.Generator) -> tuple[About, list[Row]]:
+    """The parent's word is worth half of what text alone leaves."""
+    rows = []
+    for way, lost in PRUNED[plan].items():
+        ratio = 1 + lost * (1 + 0.05 * noise.normal())
+        rows.append(Row(measure="bits_per_byte_ratio", value=ratio, low=ratio - 4e-4,
+                        high=ratio + 4e-4, n=40, options=f"prune={plan} train={way}"))  # fmt: skip
+    about = replace(_about(arch, "tiny"), corpus="sotu", tokens=122880)
+    return replace(about, options=f"prune={plan}"), rows
 
 
 def _packed(arch: str, weights: str) -> tuple[About, list[Row]]:

@@ -169,7 +169,7 @@ def test_without_figures_claims_on_figures_are_not_measured(long: pd.DataFrame) 
     bare = long[long["stage"] == "cost"]
     found = verdicts(bare)
     assert {n for n, c in found.items() if c.verdict == "not measured"} == {
-        5, 6, 8, 9, 10, 12, 13, 14, 15
+        5, 6, 8, 9, 10, 11, 12, 13, 14, 15
     }  # fmt: skip
 
 
@@ -201,6 +201,23 @@ def test_few_bits_are_judged_by_memory_loss_and_time(long: pd.DataFrame) -> None
     at = worse["measure"] == "bits_per_byte_ratio"
     worse.loc[at, "value"] = 1 + 1 / worse.loc[at, "value"]
     assert verdicts(worse)[10].verdict == "refuted"
+
+
+def test_pruning_is_judged_at_equal_tokens(long: pd.DataFrame) -> None:
+    claim = verdicts(long)[11]
+    assert claim.verdict == "supported"
+    # 2:4 halves no dimension.
+    assert "mlp:0.5: " in claim.evidence and "2:4" not in claim.evidence
+    for part in ("% none", "% text", "% scratch", "better than text", "better than scratch"):
+        assert part in claim.evidence, (part, claim.evidence)
+    at = (long["stage"] == "prune") & long["options"].str.endswith("train=distil")
+    worse = long.copy()
+    worse.loc[at, "value"] = 1.05 + 0.001 * (worse.loc[at, "value"] - 1.01)
+    assert verdicts(worse)[11].verdict == "conditional"
+    worse.loc[at, "value"] += 0.5
+    assert verdicts(worse)[11].verdict == "refuted"
+    without = long[~at]
+    assert verdicts(without)[11].verdict == "not measured"
 
 
 def test_formats_of_unlike_runs_are_not_averaged(long: pd.DataFrame) -> None:
