@@ -107,7 +107,7 @@ class Mixer(nn.Module):
     def kept_spec(self) -> StateSpec:
         """The same as it is kept: what a store holds, and a step's bytes are counted of.
 
-        Raises UserError where the format does not fit a tensor.
+        Raises StateFormatError where the format does not fit a tensor.
         """
         return self.state_format.stored(self.state_spec())
 

@@ -42,6 +42,10 @@ BLOCK = 32
 RESIDUAL_BITS = 4
 
 
+class StateFormatError(UserError):
+    """A format does not fit what an architecture remembers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """How the numbers of one kind of state tensor are kept.
@@ -114,11 +118,11 @@ class Kept:
 
     def in_blocks(self, rows: RowSpec) -> tuple[RowSpec, FixedSpec]:
         """Keys and values [2, G, d] in blocks of tokens, and those that wait for a block to be
-        full. Raises UserError for rows that are no such pairs.
+        full. Raises StateFormatError for rows that are no such pairs.
         """
         pairs = len(rows.shape) == 3 and rows.shape[0] == 2 and rows.shape[2] % BLOCK == 0
-        if not pairs or rows.window is not None or rows.every > 1:
-            raise UserError(
+        if not pairs or rows.window is not None or rows.every > 1 or rows.picks is not None:
+            raise StateFormatError(
                 f"{self} keeps keys by channel in blocks of {BLOCK} tokens and values in groups of "
                 f"{BLOCK}: '{rows.name}' of shape {list(rows.shape)} is no such pair of whole "
                 "heads of all tokens; take int8 or int4"
@@ -195,7 +199,7 @@ class StateFormat:
     def stored(self, spec: StateSpec) -> StateSpec:
         """A layer's state as it is kept; integers stay what they are.
 
-        Raises UserError where a format does not fit a tensor.
+        Raises StateFormatError where a format does not fit a tensor.
         """
         if not self.kept:
             return spec
@@ -213,7 +217,7 @@ class StateFormat:
                 # Whoever reads another layer's rows finds what waits there, too.
                 fixed += [waiting] if tensor.owner is None else []
             elif kept.feedback:
-                raise UserError(
+                raise StateFormatError(
                     f"{tensor.kind}:{kept}: rows are rounded once, so nothing is left to feed "
                     "back; take int8"
                 )
@@ -222,7 +226,7 @@ class StateFormat:
         for value in spec.fixed:
             kept = formats.get(value.kind) if value.name in numbers else None
             if kept is not None and kept.blocks:
-                raise UserError(
+                raise StateFormatError(
                     f"{value.kind}:{kept}: blocks are of tokens, and '{value.name}' has none; "
                     "take int8 or int4"
                 )

@@ -122,7 +122,7 @@ def runs(projection: Projection) -> Iterable[tuple[bool, int]]:
 def keep(model: Model, state: StateFormat) -> Model:
     """Keep the model's state in a format from now on, in place, as far as there is such a state.
 
-    Raises UserError where it does not fit a tensor.
+    Raises StateFormatError where it does not fit a tensor.
     """
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     found = state.of_kinds(state_kinds(model))

@@ -351,7 +351,7 @@ def row_tensor(
         given = layer.fixed[block].shape[2:]
         return RowTensor(held, form, (new_tokens, *given), coding, block)
     new = new_tokens if key.every == 1 else -(-new_tokens // key.every)
-    return RowTensor(held, form, (new, *shape), coding)
+    return RowTensor(held, form, (new, *shape), coding, every=key.every)
 
 
 #: Of a store without fixed tensors.

@@ -48,7 +48,8 @@ class RowTensor(NamedTuple):
     """A row tensor of a layer in a step.
 
     shape: of the new rows of one sequence, padding included: [R, *shape]. coding: where they are
-    stored otherwise than they come. block: the fixed tensor in which they wait for others.
+    stored otherwise than they come. block: the fixed tensor in which they wait for others. every:
+    tokens of a row.
     """
 
     held: Held
@@ -56,6 +57,7 @@ class RowTensor(NamedTuple):
     shape: tuple[int, ...]
     coding: Coding | None = None
     block: str | None = None
+    every: int = 1
 
 
 class LayerState:
@@ -110,14 +112,15 @@ class LayerState:
 
     def append(self, name: str, rows: Tensor) -> Rows:
         """As `archs.state.LayerState.append`."""
-        held, form, shape, coding, block = self._row(name)
+        held, form, shape, coding, block, every = self._row(name)
         dtype = held.pool.dtype if coding is None else coding.given
         _require_fit(self._index, name, rows, (self._step.batch, *shape), dtype)
         self._step.wrote_rows = True
         if coding is None:
             seen = form.append(held, rows)
         elif block is None:
-            found = form.append(held, coding.encode(rows, self._tokens(rows.shape[1])))
+            ends = self._ends(rows.shape[1], every) if coding.is_random else None
+            found = form.append(held, coding.encode(rows, ends))
             seen = Seen(coding.decode(found.rows), found.mask, found.causal)
         else:
             seen = self._append_blocks(held, form, coding, rows, block)
@@ -134,9 +137,9 @@ class LayerState:
         self.put(block, found.waiting, found.each)
         return found.seen
 
-    def _tokens(self, new: int) -> Tensor:
-        """How many tokens stand before the end of each new one, int64 [B, K]."""
-        past = self.past.long()
+    def _ends(self, new: int, every: int = 1) -> Tensor:
+        """How many rows of `every` tokens there are with each new one, int64 [B, R]."""
+        past = self.past.long() // every
         return past[:, None] + torch.arange(1, new + 1, device=past.device)
 
     def seen(self, name: str) -> Rows:
@@ -145,7 +148,7 @@ class LayerState:
 
     def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
         """As `archs.state.LayerState.pages`."""
-        held, form, _, coding, _ = self._row(name)
+        held, form, _, coding, *_ = self._row(name)
         if coding is not None:
             raise ValueError(_NO_CODES)
         _require_dtype(self._index, name, dtype, held.pool.dtype)
@@ -195,10 +198,12 @@ class LayerState:
         form, each = self._fixed.form(name), each if each_kept else None
         if coding is not None:
             before = form.get(pool) if coding.feeds_back else None
-            tokens = self._tokens(step.new_tokens)
-            each = None if each is None else coding.encode(each, tokens, before)
-            ends = tokens[:, -1] if self.new is None else self.past.long() + self.new
-            value = coding.encode(value, ends, before)
+            ends = last = None
+            if coding.is_random:
+                ends = self._ends(step.new_tokens)
+                last = ends[:, -1] if self.new is None else self.past.long() + self.new
+            each = None if each is None else coding.encode(each, ends, before)
+            value = coding.encode(value, last, before)
         form.put(pool, value, each)
 
     def slots(self, name: str) -> Slots:

@@ -26,6 +26,8 @@ from infer.engine import PAGE_SIZE, Engine
 FLOOR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 #: How many times the error of the torch forms in the model's dtype.
 SLACK = 1.5
+#: What ties between codes may do, of the distance of a rounded state's logits from an exact one's.
+TIES = 0.1
 #: Pieces after the prompt: single steps (eager, captured and replayed, with graphs) and a draft.
 SHORT_PIECES = (1, 1, 5, 1, 1, 1)
 #: Then steps of one sequence alone, whose products have a kernel of their own: as written, captured
@@ -126,7 +128,8 @@ def _kept(
     """Truth and limit of a model whose state is kept in a format.
 
     Rows are rounded alike however a sequence is split into steps, so one step of all tokens is the
-    truth. Values are rounded at the end of every step, so what runs may be as far from the truth as
+    truth; what lies in the middle between two codes may get either, for a part of what the format
+    costs. Values are rounded at the end of every step, so what runs may be as far from the truth as
     single steps of the torch forms are, and half as much again.
     """
     engine = Engine(
@@ -136,7 +139,8 @@ def _kept(
     slots = [engine.store.add() for _ in ids]
     exact = model.norm.weight.dtype.itemsize >= 4
     if exact and not any(t.is_coded for spec in model.state_specs() for t in spec.fixed):
-        return engine.extend(slots, ids)[:, first - 1 :], limit
+        kept = engine.extend(slots, ids)[:, first - 1 :]
+        return kept, max(limit, TIES * _error((kept, truth)))
     logits = [engine.prefill(slots, ids[:, :first].tolist())[:, None]]
     steps = ids[:, first:].split(1, 1)
     logits += [engine.extend_last(slots, token)[:, None] for token in steps]

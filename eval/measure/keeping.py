@@ -13,8 +13,7 @@ from typing import Any
 from archs.backbone import Model
 from archs.backends import resolve_backend
 from archs.checks import parse
-from archs.errors import UserError
-from archs.state_formats import StateFormat
+from archs.state_formats import StateFormat, StateFormatError
 from archs.storage import keep
 from eval.measure.cell_rows import estimate_row
 from eval.measure.compressing import ratio_row, timed_alone
@@ -94,7 +93,7 @@ def kept_as(model: Model, state: str, told: Any) -> Model:
     """
     try:
         return keep(model, StateFormat.named(state))
-    except UserError as why:
+    except StateFormatError as why:
         described = replace(told(model), state_format=state)
         raise Failure(Status.UNSUPPORTED, described, str(why)) from None
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
 from archs.ops.matrix import weights_of
 from archs.registry import ModelSpec, folder_name
+from archs.state_formats import StateFormatError
 from archs.weights import WeightFormat
 from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.measure.counters import Counters
@@ -146,12 +147,17 @@ class Site:
         """A model with random weights, stored and its state kept in formats where some are named;
         the last one is kept.
 
-        Raises DoesNotFitError.
+        Raises DoesNotFitError, and Failure where the format does not fit the state.
         """
         known = f"{_identity(spec)} {weights} {state}"
         if self._served is None or self._served[0] != known:
             self.release()
-            made = build_to_serve(spec, self.device, serving_dtype(self.device), weights, state)
+            dtype = serving_dtype(self.device)
+            try:
+                made = build_to_serve(spec, self.device, dtype, weights, state)
+            except StateFormatError as why:
+                told = replace(about(spec, spec.outline(dtype)), state_format=state)
+                raise Failure(Status.UNSUPPORTED, told, str(why)) from None
             self._served = known, made
         return self._served[1]
 
