@@ -168,11 +168,13 @@ class Figures:
             measure=rows["measure"].str.replace(r"bits_per_.*", "bits", regex=True),
         )
         rows = rows[~rows["format"].str.contains(r",|-sr|-ef|-kivi|-awq|-gptq")]
-        keys = ["arch", "scale", "part", "format"]
-        table = self._pivot(rows, keys, ["bits", "compressed_accuracy"])
         before = self._good[(self._good["stage"] == "task") & (self._good["measure"] == "accuracy")]
-        plain = over_seeds(before, ["arch", "scale"]).rename(columns={"value": "plain"})
-        return table.merge(plain[["arch", "scale", "plain"]], on=["arch", "scale"])
+        # A format is held against the very models that answered in it.
+        plain = before[["arch", "scale", "seed", "value"]].rename(columns={"value": "plain"})
+        both = rows.merge(plain, on=["arch", "scale", "seed"])
+        keys = ["arch", "scale", "part", "format"]
+        table = self._pivot(both, keys, ["bits", "compressed_accuracy"])
+        return table.merge(both.groupby(keys, as_index=False)["plain"].mean(), on=keys)
 
     def speculated(self, setting: Setting) -> pd.DataFrame:
         """Greedy speculation: rows of arch, batch, context, how (what drafts, and what rolls back),

@@ -88,7 +88,7 @@ def write_run(
     folder: Path, *, seeds: int = 3, archs: tuple[str, ...] = ARCHS, where: Provenance = HERE
 ) -> Path:
     """Write `results.csv` into a run folder and return the folder."""
-    noise, of_formats = np.random.default_rng(0), np.random.default_rng(1)
+    noise, of_formats, of_states = (np.random.default_rng(seed) for seed in range(3))
     results = Recorded(where)
     machine = [
         Row(measure="copy_bytes_per_s", value=BANDWIDTH),
@@ -133,6 +133,19 @@ def write_run(
         for workload in ("chat", "turns"):
             cell = Point(arch=arch, stage="serve", scale="70m", options={"workload": workload})
             results.append(cell, *_serve(arch, workload))
+        for plan, seed in product(PRUNED if arch in PACKED else (), range(seeds)):
+            cell = Point(arch=arch, stage="prune", scale="tiny", seed=seed, options={"prune": plan})
+            results.append(cell, *_prune(arch, plan, of_states))
+        for state, seed in product(KEPT_FORMATS[KEPT[arch]] if arch in KEPT else (), range(seeds)):
+            options = {"state": state}
+            cell = Point(arch=arch, stage="state", scale="tiny", seed=seed, options=options)
+            results.append(cell, *_keep(arch, state, of_states))
+            cell = Point(arch=arch, stage="recall", scale="mqar", seed=seed, options=options)
+            results.append(cell, *_recall(arch, state))
+        for weights, seed in product(("int8", "int4-g64") if arch in KEPT else (), range(seeds)):
+            options = {"weights": weights}
+            cell = Point(arch=arch, stage="recall", scale="mqar", seed=seed, options=options)
+            results.append(cell, *_recall(arch, "", weights))
         for weights, seed in product(FORMATS if arch in PACKED else (), range(seeds)):
             options = {"weights": weights}
             cell = Point(arch=arch, stage="compress", scale="tiny", seed=seed, options=options)
@@ -141,19 +154,6 @@ def write_run(
             options = {"weights": weights}
             cell = Point(arch=arch, stage="decode", scale="70m", batch=1, options=options)
             results.append(cell, *_packed(arch, weights))
-        for plan, seed in product(PRUNED if arch in PACKED else (), range(seeds)):
-            cell = Point(arch=arch, stage="prune", scale="tiny", seed=seed, options={"prune": plan})
-            results.append(cell, *_prune(arch, plan, of_formats))
-        for state, seed in product(KEPT_FORMATS[KEPT[arch]] if arch in KEPT else (), range(seeds)):
-            options = {"state": state}
-            cell = Point(arch=arch, stage="state", scale="tiny", seed=seed, options=options)
-            results.append(cell, *_keep(arch, state, of_formats))
-            cell = Point(arch=arch, stage="recall", scale="mqar", seed=seed, options=options)
-            results.append(cell, *_recall(arch, state))
-        for weights, seed in product(("int8", "int4-g64") if arch in KEPT else (), range(seeds)):
-            options = {"weights": weights}
-            cell = Point(arch=arch, stage="recall", scale="mqar", seed=seed, options=options)
-            results.append(cell, *_recall(arch, "", weights))
     results.write(folder)
     return folder
 

@@ -9,7 +9,9 @@ from eval.report.pictures.marks import Chart, along_x, along_y, named, stands, t
 from eval.report.pictures.palette import INK
 
 #: Ways to keep numbers, as dashes.
-DASHES = {"nearest": [1, 0], "kivi": [6, 3], "ef": [2, 2], "sr": [8, 2, 2, 2]}
+DASHES = {
+    "nearest": [1, 0], "kivi": [6, 3], "ef": [2, 2], "sr": [8, 2, 2, 2], "fp8": [1, 3],
+}  # fmt: skip
 #: Losses below it are drawn at it: the noise of the text.
 LEAST_NATS = 1e-4
 #: What is in few bits, as dashes.
@@ -33,7 +35,7 @@ def _against_bits(f: Figures, kind: str, title: str) -> Chart | None:
     data = data[data["kind"] == kind]
     if data["state_format"].nunique() < 2:
         return None
-    ways = data["state_format"].str.extract(rf"-({'|'.join(DASHES)})\b")[0].fillna("nearest")
+    ways = data["state_format"].str.extract(rf"[-:]({'|'.join(DASHES)})\b")[0].fillna("nearest")
     data = data.assign(
         way=ways, how=data["state_format"], curve=data["arch"] + " " + ways,
         smaller=32 / data["bits_per_state_number"],
@@ -111,7 +113,7 @@ def recall_against_bits(f: Figures) -> Chart | None:
     look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
     base = alt.Chart(data).encode(
         along_x("smaller", x, "times less memory than float32"),
-        along_y("lost", y, "answers lost, of all that is asked", unit="%"),
+        along_y("lost", y, "answers lost, of all that is asked", unit="%", number="d"),
         f.palette.colour(), detail="curve:N",
         tooltip=tips("arch", "how", "bits", "plain", "compressed_accuracy"),
     )  # fmt: skip
