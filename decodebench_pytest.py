@@ -32,10 +32,13 @@ class DecodeBench(Protocol):
     def __call__(
         self, *, arch: str, batch: int = 1, context: int = 1024, scale: str = "70m",
         device: str = "auto", backend: str = "auto", compiled: bool = False, rounds: int = 16,
+        weights: str = "", state: str = "", replay: int = 0,
     ) -> dict[str, Any]:  # fmt: skip
         """Returns `extra_info`: our measures by their names.
 
         arch: a registry name, a pattern or a file; context: tokens held before the first step.
+        weights, state: formats that they are stored and kept in (int4-g64; kv:int8,memory:int8-ef).
+        replay: inputs in a ring from which recurrent states are computed anew.
         Raises DecodeBenchError on what does not exist or fit; the test fails where decode is
         incorrect and is skipped, saying why, where the backend has no form for the architecture.
         """
@@ -106,11 +109,13 @@ def decode_bench(benchmark: Any, decode_bench_worker: _Worker) -> DecodeBench:
     def run(
         *, arch: str, batch: int = 1, context: int = 1024, scale: str = "70m",
         device: str = "auto", backend: str = "auto", compiled: bool = False, rounds: int = 16,
+        weights: str = "", state: str = "", replay: int = 0,
     ) -> dict[str, Any]:  # fmt: skip
         answer = decode_bench_worker.ask(
             {
                 "arch": arch, "batch": batch, "context": context, "scale": scale,
                 "device": device, "backend": backend, "compiled": compiled, "rounds": rounds,
+                "weights": weights, "state": state, "replay": replay,
             }
         )  # fmt: skip
         if "skipped" in answer:
@@ -119,11 +124,11 @@ def decode_bench(benchmark: Any, decode_bench_worker: _Worker) -> DecodeBench:
             pytest.fail(answer["failed"])
         if "error" in answer:
             raise DecodeBenchError(answer["error"])
-        replay = _Replay(answer["step_s"])
+        again = _Replay(answer["step_s"])
         benchmark.extra_info.update(answer["info"])
         # pytest-benchmark has no other way to take times in.
-        benchmark._timer = replay.clock
-        benchmark.pedantic(replay.step, rounds=rounds, iterations=1)
+        benchmark._timer = again.clock
+        benchmark.pedantic(again.step, rounds=rounds, iterations=1)
         return dict(benchmark.extra_info)
 
     return run

@@ -133,6 +133,13 @@ def keep(model: Model, state: StateFormat) -> Model:
     return model
 
 
+def rounds_values(model: Model) -> bool:
+    """Whether what a step leaves of a sequence is rounded at its end, wherever that is: recurrent
+    states and tails of convolutions in few bits. Rows are rounded once each.
+    """
+    return any(tensor.is_coded for spec in model.state_specs() for tensor in spec.fixed)
+
+
 def state_kinds(model: Model) -> set[str]:
     """The kinds of state that a model has (`archs.state_formats.KINDS`)."""
     specs = [block.mixer.state_spec() for block in model.layers]

@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archs.backbone import Model
 from archs.checks import require_at_least
 from archs.errors import UserError
 from archs.spec import RECURRENT_LIMIT
+from archs.storage import rounds_values
 from infer.acceptance import accepted, agreed
 from infer.clock import StepClock
 from infer.draft_length import DraftLength, Fixed
 from infer.drafts import Drafter, Drafts
 from infer.engine import Engine
 from infer.sampling import Sampler, Sampling, require_tokens
+
+
+class NotLosslessError(UserError):
+    """Verification of several tokens at once would not give the tokens of decode."""
 
 
 @dataclass(slots=True)
@@ -160,8 +166,12 @@ def generate(
 
 
 def require_fit(target: Engine, drafter: Drafter, drafts: int, context: int) -> None:
-    """Raise UserError unless the drafter can draft for the target, K tokens up to a context."""
+    """Raise UserError unless the drafter can draft for the target, K tokens up to a context.
+
+    Raises NotLosslessError for a target that rounds what it remembers at the end of every step.
+    """
     require_at_least("drafts", drafts, 1)
+    require_lossless(target.model)
     vocab_size = target.model.vocab_size
     if drafter.vocab_size not in (None, vocab_size):
         raise UserError(
@@ -184,6 +194,16 @@ def require_fit(target: Engine, drafter: Drafter, drafts: int, context: int) -> 
         raise UserError(
             f"the draft holds {drafter.max_context} tokens and the target's context reaches "
             f"{context}; open the draft's engine with max_context={context} or more"
+        )
+
+
+def require_lossless(target: Model) -> None:
+    """Raise NotLosslessError for a model that rounds what it remembers at the end of every step."""
+    if rounds_values(target):
+        raise NotLosslessError(
+            f"state format '{target.state_format}' is rounded at the end of every step, and a "
+            "verification is one step: speculation would give other tokens than decode; keep "
+            "recurrent states as they are computed (kv formats may stay)"
         )
 
 

@@ -29,14 +29,14 @@ Answer = dict[str, Any]
 
 def answer(
     *, arch: str, batch: int, context: int, scale: str, device: str, backend: str, compiled: bool,
-    rounds: int,
+    rounds: int, weights: str, state: str, replay: int,
 ) -> Answer:  # fmt: skip
     """One point: correctness, then `rounds` steps from `context` tokens on. Raises UserError."""
     where = resolve_device(device)
     resolve_backend(backend, where)
     plan = DecodePlan(
         scale=scale, batches=(batch,), contexts=(context,), steps=rounds, compiled=compiled,
-        backend=backend,
+        backend=backend, weights=weights, state=state, replay=replay,
     )  # fmt: skip
     spec = ModelSpec(arch=arch, scale=get_scale(scale))
     point = decode_point(spec, plan, batch, where.type)

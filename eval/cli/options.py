@@ -3,12 +3,19 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from archs.errors import UserError
 
+#: One format of all weights, and of all states.
+Weights = Annotated[
+    str, typer.Option(help="How weights are stored: int8, int4-g64; default: plain numbers.")
+]
+State = Annotated[
+    str, typer.Option(help="How states are kept: kv:int8,memory:int8; default: as computed.")
+]
 #: Exit codes of commands that found a failure, and whose time budget ended before all was done.
 FAILED, UNFINISHED = 1, 3
 #: Statuses that are findings, and no failures.

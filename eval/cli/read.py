@@ -8,6 +8,7 @@ import typer
 
 from archs.errors import UserError
 from eval.cli.console import out
+from eval.cli.options import State, Weights
 from eval.cli.show import FIT, PREDICTION, Json, lines, show, show_prediction, write_csv
 
 Launch = Annotated[
@@ -58,12 +59,8 @@ def predict(
     dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
     launch_us: Launch = None,
     price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
-    weights: Annotated[
-        str, typer.Option(help="How weights are stored: int8, int4-g64; default: --dtype.")
-    ] = "",
-    state: Annotated[
-        str, typer.Option(help="How states are kept: kv:int8,memory:int8; default: as computed.")
-    ] = "",
+    weights: Weights = "",
+    state: State = "",
     by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
     picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
@@ -161,6 +158,8 @@ def crossover(
     dtype: Annotated[
         str | None, typer.Option(help="Of weights and per-token state; default: bfloat16.")
     ] = None,
+    weights: Weights = "",
+    state: State = "",
     launch_us: Launch = None,
     results: Annotated[list[Path] | None, typer.Option(help="Runs: measured instead.")] = None,
     json_: Json = False,
@@ -174,6 +173,7 @@ def crossover(
         first, second, results=merge(results) if results else None, scale=scale,
         hardware=hardware.split(",") if hardware else None,
         batches=parse_counts(batch) if batch else None, dtype=dtype, launch_us=launch_us,
+        weights=weights, state=state,
     )  # fmt: skip
     show(rows if json_ else [told(row) for row in rows], json_)
 

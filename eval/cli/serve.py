@@ -7,7 +7,7 @@ import typer
 
 from archs.errors import UserError
 from eval.cli.console import err, out
-from eval.cli.options import leave, parse_bytes, resolve_device
+from eval.cli.options import State, Weights, leave, parse_bytes, resolve_device
 from eval.cli.show import Json, show, show_prediction
 
 #: The columns that people see.
@@ -62,12 +62,8 @@ def serve(
     slo_ttft_ms: Annotated[float, typer.Option(help="Goodput: to the first token.")] = 1000.0,
     slo_tpot_ms: Annotated[float, typer.Option(help="Goodput: per token after it.")] = 100.0,
     host_ms: Annotated[float, typer.Option(help="Simulated: of the host, each step.")] = 0.0,
-    weights: Annotated[
-        str, typer.Option(help="How weights are stored: int8, int4-g64; default: plain.")
-    ] = "",
-    state: Annotated[
-        str, typer.Option(help="How states are kept: kv:int8,memory:int8; default: as computed.")
-    ] = "",
+    weights: Weights = "",
+    state: State = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     plot: Annotated[
         Path | None,

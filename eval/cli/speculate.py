@@ -8,17 +8,18 @@ import typer
 
 from archs.errors import UserError
 from eval.cli.console import err, out
-from eval.cli.options import leave, resolve_device
+from eval.cli.options import State, leave, resolve_device
 from eval.cli.show import Json, show, show_prediction
 
 #: The columns that people see, of predictions and of measurements.
 PREDICTED = (
-    "arch", "hardware", "batch", "context", "draft", "drafts", "tokens_per_verification",
-    "speedup_pred", "max_drafts", "rollback_bytes", "note",
+    "arch", "hardware", "batch", "context", "weight_format", "state_format", "draft", "drafts",
+    "tokens_per_verification", "speedup_pred", "max_drafts", "rollback_bytes", "note",
 )  # fmt: skip
 MEASURED = (
-    "arch", "draft", "drafts", "batch", "context", "acceptance", "tokens_per_verification",
-    "speedup", "speedup_pred", "lossless", "rollback_bytes", "status", "note",
+    "arch", "state_format", "draft", "drafts", "batch", "context", "acceptance",
+    "tokens_per_verification", "speedup", "speedup_pred", "lossless", "rollback_bytes", "status",
+    "note",
 )  # fmt: skip
 
 
@@ -37,6 +38,10 @@ def speculate(
     replay: Annotated[
         int, typer.Option(help="Compute recurrent states from so many inputs; 0: copy them.")
     ] = 0,
+    weights: Annotated[
+        str, typer.Option(help="Predicted: how the target's are stored; default: plain.")
+    ] = "",
+    state: State = "",
     corpus: Annotated[str, typer.Option(help="The text of the prompts.")] = "sotu",
     arch: Annotated[str | None, typer.Option(help="The file the target was trained from.")] = None,
     scale: Annotated[str, typer.Option(help="Predicted: the target's.")] = "8b",
@@ -50,10 +55,15 @@ def speculate(
 
     ks, batches = parse_counts(k), parse_counts(batch)
     if _is_checkpoint(target):
+        if weights:
+            raise UserError(
+                f"weights '{weights}' are of predictions; a checkpoint has its own, so compress it"
+            )
         rows = measured(
             Path(target), draft, ks, batches, parse_counts(context or "64"),
             new_tokens=new_tokens, temperature=temperature, adaptive=adaptive, compiled=compiled,
-            replay=replay, corpus=corpus, arch=arch, device=resolve_device(device), quiet=json_,
+            replay=replay, state=state, corpus=corpus, arch=arch, device=resolve_device(device),
+            quiet=json_,
         )  # fmt: skip
         shown = [{name: row[name] for name in MEASURED if name in row} for row in rows]
         show(rows if json_ else shown, json_)
@@ -67,7 +77,7 @@ def speculate(
     rows = predict(
         target, helper, scale=scale, draft_scale=draft_scale, acceptance=acceptance,
         hardware=hardware.split(","), batches=batches, contexts=parse_counts(context or "4k"),
-        drafts=ks, replay=replay,
+        drafts=ks, replay=replay, weights=weights, state=state,
     )  # fmt: skip
     show_prediction(rows, json_, PREDICTED)
 
@@ -92,13 +102,13 @@ def _drafting(draft: str) -> tuple[str | None, str | None]:
 
 def measured(
     target: Path, draft: str, drafts: list[int], batches: list[int], contexts: list[int], *,
-    new_tokens: int, temperature: float, adaptive: bool, compiled: bool, replay: int, corpus: str,
-    arch: str | None, device: torch.device, quiet: bool,
+    new_tokens: int, temperature: float, adaptive: bool, compiled: bool, replay: int, state: str,
+    corpus: str, arch: str | None, device: torch.device, quiet: bool,
 ) -> list[dict[str, object]]:  # fmt: skip
     """A row per batch, K and context, by our measures' names. Raises UserError."""
     from archs.heads import HEAD
     from eval.measure.decode_plans import CONTEXT, LAYERS, SpeculatePlan
-    from eval.measure.plan import corpus_of, speculate_points
+    from eval.measure.plan import corpus_of, require_kinds, speculate_points
     from eval.measure.progress import Progress
     from eval.measure.site import Site
     from eval.measure.stages import measure
@@ -112,10 +122,11 @@ def measured(
     plan = SpeculatePlan(
         draft=draft if known else CONTEXT, drafts=tuple(drafts), batches=tuple(batches),
         contexts=tuple(contexts), new_tokens=new_tokens, temperature=temperature,
-        adaptive=adaptive, compiled=compiled, replay=replay,
+        adaptive=adaptive, compiled=compiled, replay=replay, state=state,
     )  # fmt: skip
     given = source_of(target, arch)
     spec = read_spec(Path(given.checkpoint), arch)
+    require_kinds(spec, [state] if state else [])
     helper = None if known else source_of(Path(draft))
     identity = read_metadata(Path(given.checkpoint)).identity
     text = corpus_of(identity, corpus)
@@ -132,6 +143,7 @@ def measured(
             at = {
                 "arch": point.arch, "scale": point.scale, "batch": point.batch, **words,
                 "kernel_backend": found.about.kernel_backend,
+                "state_format": found.about.state_format,
             }  # fmt: skip
             if found.failure is not None:
                 rows.append({**at, "status": found.failure.status, "note": found.failure.note})

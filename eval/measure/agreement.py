@@ -20,6 +20,7 @@ from archs.backbone import Model
 from archs.backends import NoFormError
 from archs.mixer import Shared
 from archs.ops.matrix import dense, rows_of
+from archs.storage import rounds_values
 from infer.engine import PAGE_SIZE, Engine
 
 #: Largest error that is rounding whatever the model: orders of summation differ between forms.
@@ -138,7 +139,7 @@ def _kept(
     )  # fmt: skip
     slots = [engine.store.add() for _ in ids]
     exact = model.norm.weight.dtype.itemsize >= 4
-    if exact and not any(t.is_coded for spec in model.state_specs() for t in spec.fixed):
+    if exact and not rounds_values(model):
         kept = engine.extend(slots, ids)[:, first - 1 :]
         return kept, max(limit, TIES * _error((kept, truth)))
     logits = [engine.prefill(slots, ids[:, :first].tolist())[:, None]]

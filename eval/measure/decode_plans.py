@@ -77,6 +77,8 @@ class SpeculatePlan:
     contexts: tokens of the prompts; new_tokens: after each. temperature 0 is greedy.
     adaptive: draft as many as the running acceptance pays for, at most K.
     compiled, backend, replay: as `DecodePlan`'s; 0: a copy of each state in reach is kept.
+    state: as `DecodePlan`'s, of target and draft. A target whose recurrent state is rounded at
+      every step is `unsupported`: verification would not give the tokens of decode.
     """
 
     draft: str = CONTEXT
@@ -90,9 +92,11 @@ class SpeculatePlan:
     compiled: bool = False
     backend: str = AUTO
     replay: int = 0
+    state: str = ""
 
     def __post_init__(self) -> None:
         require_backend(self.backend)
+        StateFormat.named(self.state)
         some(self, "drafts", "batches", "contexts")
         _require_replay(self, max(self.drafts))
         at_least(self, 1, "drafts", "batches", "contexts")

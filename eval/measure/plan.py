@@ -234,8 +234,11 @@ def _of(
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     plain = {name: None if value is None else asdict(value) for name, value in options.items()}
-    if isinstance(options.get("plan"), CompressPlan):
-        plain["plan"] = _stored(options["plan"])
+    match options.get("plan"):
+        case CompressPlan() as plan:
+            plain["plan"] = _stored(plan)
+        case SpeculatePlan() as plan:
+            plain["plan"] = without_later(asdict(plan), STORED)
     return {name: value and without_later(value, LATER) for name, value in plain.items()}
 
 

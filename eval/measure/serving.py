@@ -30,7 +30,7 @@ from eval.measure.serve_plan import (
 )
 from eval.measure.served import Limits
 from eval.measure.site import Failure, Site, about, spec_of
-from eval.measure.speculation import TIE, tie_gap
+from eval.measure.ties import tie_gap
 from eval.measure.workload import Voice, Workload, random_voice, silent_voice
 from eval.predict.calibration import calibrate
 from eval.predict.calls import CountCalls
@@ -47,6 +47,7 @@ from infer.engine import Engine
 from infer.executor import EngineExecutor
 from infer.graphs import CAPTURE_AFTER, bucket
 from infer.sequence import Answer, Ending
+from infer.speculate import NotLosslessError
 from infer.speculating import SpeculatingExecutor
 
 #: Greedy answers that are held to what the engine gives to their requests alone.
@@ -96,7 +97,10 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         turns = list(product(range(plan.repeats), plan.batching))
         for number, (_, batching) in enumerate(turns):
             watch.at(number / len(turns), batching)
-            runs.take(batching, workload)
+            try:
+                runs.take(batching, workload)
+            except NotLosslessError as why:
+                raise Failure(Status.UNSUPPORTED, about(spec, model, **told), str(why)) from None
         rates = rated(again=True)
     _require_answers(engine, runs, about(spec, model, **told))
     rows = runs.rows(rates)
@@ -284,12 +288,12 @@ def _require_answers(engine: Engine, runs: _Runs, told: About) -> None:
             continue
         before = [*request.prompt, *expected[:parted]]
         gap = tie_gap(engine.model, before, expected[parted], answer.tokens[parted])
-        if gap > TIE[engine.model.embedding.weight.dtype]:
+        if not gap.is_tie:
             raise Failure(
                 Status.INCORRECT, told,
                 f"request {request.name} gets token {answer.tokens[parted]} in company and "
                 f"{expected[parted]} alone, {parted} tokens after a prompt of "
-                f"{len(request.prompt)}; their logits differ by {gap:.1e} of the largest",
+                f"{len(request.prompt)}; their logits differ by {gap.apart:.1e} of the largest",
             )  # fmt: skip
 
 

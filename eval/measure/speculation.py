@@ -8,6 +8,7 @@ decode sum in other orders. Any other difference makes the point incorrect, and 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from archs.cost import Step
 from archs.errors import UserError
 from archs.heads import HeadModel
 from archs.ops.matrix import storages_of
-from eval.measure.agreement import exact_logits
 from eval.measure.cell_rows import load_rows, median_row
 from eval.measure.decode_plans import SpeculatePlan
+from eval.measure.keeping import kept_as
 from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, served_dtype
 from eval.measure.suite import CorpusPlan
+from eval.measure.ties import tie_gap
 from eval.measure.trained import Source, Trained, trained
 from eval.predict.calls import CountCalls
 from eval.predict.machine import Roofline
@@ -39,11 +41,9 @@ from infer.drafts import Drafter, EngineDrafter, ModelDrafter, PromptLookup
 from infer.engine import Engine, Generation
 from infer.head_drafts import HeadDrafter
 from infer.sampling import Sampling
-from infer.speculate import Speculation, generate, require_fit
+from infer.speculate import NotLosslessError, Speculation, generate, require_fit
 from train.tokens import TokenSet
 
-#: Two logits closer than this, relative to the largest one, are equal but for rounding.
-TIE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 #: Plain decode and speculation after a warm-up, in turn.
 REPEATS = 3
 #: A warm-up is repeated, at most so often, while steps of new shapes are captured in it.
@@ -75,6 +75,8 @@ class _Subject:
             self.draft = first_layers(target.model, plan.layers)
         if plan.head:
             self.draft = target.head()
+        if plan.state and self.draft is not None:
+            kept_as(self.draft, plan.state, partial(about, target.spec))
         self.batch, self.drafts, self.new_tokens = batch, plan.drafts[0], plan.new_tokens
         self.adaptive = plan.adaptive
         self.sampling = Sampling(temperature=plan.temperature)
@@ -156,6 +158,8 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         )
     for given in filter(None, (target, draft)):
         cast(given.model, served_dtype(given.model, site.device))
+    if plan.state:
+        kept_as(target.model, plan.state, partial(about, target.spec))
     subject = _Subject(options, target, draft, batch, site)
     told = about(
         target.spec, target.model, corpus=options.corpus.spec, tokens=target.seen,
@@ -168,7 +172,10 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     for context in plan.contexts:
         prompts = excerpts(target.tokens, batch, context, plan.new_tokens)
         with Neighbours() as others:
-            runs = subject.runs(prompts, watch)
+            try:
+                runs = subject.runs(prompts, watch)
+            except NotLosslessError as why:
+                raise Failure(Status.UNSUPPORTED, told, str(why)) from None
             rates = site.roofline(
                 (batch, batch * (subject.drafts + 1)), again=True,
                 dtype=target.model.norm.weight.dtype, storages=storages,
@@ -223,27 +230,16 @@ def _compared(
             same += 1
             continue
         gap = tie_gap(subject.model, [*prompt, *plain[:parted]], plain[parted], ours[parted])
-        if gap > TIE[subject.model.embedding.weight.dtype]:
+        if not gap.is_tie:
             raise Failure(
                 Status.INCORRECT, told,
                 f"speculation gives token {ours[parted]} where plain decode gives {plain[parted]}, "
                 f"{parted} tokens after a prompt of {len(prompt)}; their logits differ by "
-                f"{gap:.1e} of the largest",
+                f"{gap.apart:.1e} of the largest",
             )  # fmt: skip
-        ties.append(f"a tie at token {parted} (logits {gap:.1e} apart)")
+        ties.append(f"a tie at token {parted} (logits {gap.apart:.1e} apart)")
     note = "; ".join(ties[:3])
     return [Row(measure="lossless", value=same / len(prompts), n=len(prompts), note=note, **at)]
-
-
-@torch.inference_mode()
-def tie_gap(model: Model, tokens: Sequence[int], one: int, other: int) -> float:
-    """How far two next tokens' exact logits are apart, relative to the largest one."""
-    backend = model.backend
-    model.use("torch")
-    ids = torch.tensor([list(tokens)], device=model.embedding.weight.device)
-    logits = exact_logits(model, ids, len(tokens) - 1)[0, 0].double()
-    model.use(backend)
-    return float((logits[one] - logits[other]).abs() / logits.abs().max())
 
 
 def _figures(subject: _Subject, runs: _Runs, rates: Roofline, at: dict[str, Any]) -> list[Row]:

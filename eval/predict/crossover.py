@@ -5,18 +5,29 @@ where slopes and intercepts say so. The prediction searches the roofline's times
 interpolates between the contexts that were timed and never beyond them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import pandas as pd
 
+from archs.backbone import Model
 from archs.checks import require_at_least
 from archs.cost import Step
 from archs.errors import UserError
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.state_formats import StateFormat
 from eval.predict.accelerators import Hardware, hardware_of
-from eval.predict.roofline import SCALE, require_grid, resident_bytes, room, step_ms
+from eval.predict.roofline import (
+    SCALE,
+    outline_on,
+    require_grid,
+    resident_bytes,
+    room,
+    step_ms,
+    stored_as,
+)
 from eval.results.crossings import ALWAYS, NEVER, between
 from eval.results.tidy import tidy
 
@@ -29,7 +40,7 @@ BATCHES = (1, 64)
 def either(
     first: str, second: str, *, results: pd.DataFrame | None = None, scale: str | None = None,
     hardware: Sequence[str] | None = None, batches: Sequence[int] | None = None,
-    dtype: str | None = None, launch_us: float | None = None,
+    dtype: str | None = None, launch_us: float | None = None, weights: str = "", state: str = "",
 ) -> list[Crossover]:  # fmt: skip
     """Measured crossovers of `results` where there are any, else predicted ones.
 
@@ -42,8 +53,12 @@ def either(
             "launch_us": launch_us,
         }  # fmt: skip
         named = {name: value for name, value in given.items() if value is not None}
-        return crossovers(first, second, **named)
-    for name, value in (("hardware", hardware), ("dtype", dtype), ("launch_us", launch_us)):
+        return crossovers(first, second, weights=weights, state=state, **named)
+    predicted = {
+        "hardware": hardware, "dtype": dtype, "launch_us": launch_us, "weights": weights or None,
+        "state": state or None,
+    }  # fmt: skip
+    for name, value in predicted.items():
         if value is not None:
             raise UserError(
                 f"{name} is of predictions, and results were timed on a machine of their own; "
@@ -55,22 +70,24 @@ def either(
 def crossovers(
     first: str, second: str, scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = BATCHES, *, longest: int = 1 << 20, dtype: str = "bfloat16",
-    launch_us: float | None = None,
+    launch_us: float | None = None, weights: str = "", state: str = "",
 ) -> list[Crossover]:  # fmt: skip
     """The least context from which `first` is faster than `second`, by hardware and batch.
 
     `context` is that context in tokens; `verdict` is "from", "always" or "never" (at any context
     from `looked_from` to `looked_to`), or "until" (faster below the context, not from it on). Times
     are those at `context`, or at `looked_to` without one; None where the batch does not fit there,
-    as `note` then says. Raises UserError on unknown names.
+    as `note` then says. weights, state: as `predict`'s. Raises UserError on unknown names.
     """
     hardware, batches = list(hardware), list(batches)
+    stored, dtype = stored_as(weights, dtype)
     require_grid(hardware=hardware, batches=batches)
     require_at_least("longest", longest, 1)
     rows = []
     for part in (hardware_of(key, dtype, batches, launch_us) for key in hardware):
         for batch in batches:
-            times = [_Times(arch, scale, part, batch) for arch in (first, second)]
+            specs = [ModelSpec(arch=arch, scale=get_scale(scale)) for arch in (first, second)]
+            times = [_Times(outline_on(part, s, stored, state), s.arch, part, batch) for s in specs]
 
             def ahead(context: int, times: list[_Times] = times) -> bool:
                 return times[0].at(context) < times[1].at(context)
@@ -81,6 +98,7 @@ def crossovers(
             rows.append(
                 {
                     "first": first, "second": second, "scale": scale, "hardware": part.key,
+                    "weight_format": weights, "state_format": state,
                     "batch": batch, "verdict": verdict, "context": context,
                     "looked_from": 1, "looked_to": longest,
                     "first_tpot_ms": None if times[0].why_unfit(at) else times[0].at(at),
@@ -94,9 +112,8 @@ def crossovers(
 class _Times:
     """Predicted time per token of one architecture by context."""
 
-    def __init__(self, arch: str, scale: str, part: Hardware, batch: int) -> None:
-        spec = ModelSpec(arch=arch, scale=get_scale(scale))
-        self._model = spec.outline(part.roofline.dtype)
+    def __init__(self, model: Model, arch: str, part: Hardware, batch: int) -> None:
+        self._model = model
         self._arch, self._part, self._batch = arch, part, batch
         self._known: dict[int, float] = {}
 
@@ -142,7 +159,9 @@ def measured_crossovers(
     results: pd.DataFrame, first: str, second: str, *, scale: str | None = None,
     batches: Sequence[int] | None = None,
 ) -> list[Crossover]:  # fmt: skip
-    """The same from timed steps, by scale, batch, hardware, dtype, backend and differing run.
+    """The same from timed steps, by scale, batch, hardware, dtype, weights, backend, differing run.
+
+    States that both have are kept alike.
 
     scale, batches: only these; None: all timed ones.
     `context` is interpolated between the contexts that were timed, from `timed_from` to `timed_to`;
@@ -158,28 +177,45 @@ def measured_crossovers(
         require_grid(batches=batches)
         timed = timed[timed["batch"].isin(list(batches))]
         where += f" in batches of {', '.join(map(str, batches))}"
-    by = ["scale", "hardware", "batch", "dtype", "kernel_backend", "source"]
+    by = ["scale", "hardware", "batch", "dtype", "weight_format", "kernel_backend", "source"]
     rows: list[Crossover] = []
     for key, group in timed.groupby(by, dropna=False):
-        table = group.pivot_table(index="context", columns="arch", values="value").dropna()
-        if {first, second} - set(table.columns) or len(table) < 2:
-            continue
-        contexts = [int(c) for c in table.index]
-        gaps = (table[first] - table[second]).tolist()
-        verdict, context = between(contexts, gaps)
         named = dict(zip(by, key if isinstance(key, tuple) else (key,), strict=True))
-        rows.append(
-            {
-                "first": first, "second": second, **named, "verdict": verdict, "context": context,
-                "timed_from": contexts[0], "timed_to": contexts[-1],
-            }
-        )  # fmt: skip
+        of = {arch: group[group["arch"] == arch] for arch in (first, second)}
+        for one, other in _alike(*(own["state_format"].unique() for own in of.values())):
+            formats = {first: one, second: other}
+            pair = pd.concat(own[own["state_format"] == formats[a]] for a, own in of.items())
+            table = pair.pivot_table(index="context", columns="arch", values="value").dropna()
+            if len(table) < 2:
+                continue
+            contexts = [int(c) for c in table.index]
+            gaps = (table[first] - table[second]).tolist()
+            verdict, context = between(contexts, gaps)
+            rows.append(
+                {
+                    "first": first, "second": second, **named, "first_state_format": one,
+                    "second_state_format": other, "verdict": verdict, "context": context,
+                    "timed_from": contexts[0], "timed_to": contexts[-1],
+                }
+            )  # fmt: skip
     if not rows:
         raise UserError(
             f"the results hold no two contexts at which both '{first}' and '{second}' were timed "
             f"alike{where}; run a suite with both first"
         )
     return rows
+
+
+def _alike(first: Iterable[str], second: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Formats of two architectures that keep alike what both are known to remember."""
+    every = [
+        {name: dict(StateFormat.named(name).kept) for name in names} for names in (first, second)
+    ]
+    kinds = [{kind for kept in formats.values() for kind in kept} for formats in every]
+    common = kinds[0] & kinds[1]
+    for (one, ours), (other, theirs) in product(*(formats.items() for formats in every)):
+        if all(ours.get(kind) == theirs.get(kind) for kind in common):
+            yield one, other
 
 
 def told(row: Crossover) -> Crossover:

@@ -18,22 +18,33 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import require_replay
 from eval.predict.accelerators import hardware_of
-from eval.predict.roofline import Prediction, require_grid, resident_bytes, room, step_ms
+from eval.predict.roofline import (
+    Prediction,
+    outline_on,
+    require_grid,
+    resident_bytes,
+    room,
+    step_ms,
+    stored_as,
+)
 from infer.draft_length import expected_tokens, require_drafts
+from infer.speculate import require_lossless
 
 
 def speculate(
     target: str, draft: str | None, *, scale: str, draft_scale: str | None = None,
     acceptance: float, hardware: Iterable[str] = ("h100",), batches: Iterable[int] = (1,),
     contexts: Iterable[int] = (4096,), drafts: Sequence[int] = (1, 2, 3, 4, 5, 6, 7, 8),
-    dtype: str = "bfloat16", launch_us: float | None = None, replay: int = 0,
+    dtype: str = "bfloat16", launch_us: float | None = None, replay: int = 0, weights: str = "",
+    state: str = "",
 ) -> list[Prediction]:  # fmt: skip
     """One row per part, batch and context: the K of the largest speed-up, or 0 where none pays.
 
     draft: an architecture at `draft_scale`; "mtp", a head of the target (`archs.heads`); None:
     drafts that cost nothing (the context).
     acceptance: the probability that a draft is right, behind right ones. replay: inputs in a ring
-    from which recurrent states are computed anew; 0: a copy of each in reach is kept.
+    from which recurrent states are computed anew; 0: a copy of each in reach is kept. weights,
+    state: the target's, as `predict`'s; a draft is plain.
     `max_drafts` is the largest K that is at least as fast as plain decode. Weights and states of
     both must fit, states with what K tokens of rollback take. Raises UserError on unknown names and
     values that cannot be.
@@ -45,12 +56,14 @@ def speculate(
     require_some("drafts", drafts)
     require_drafts(drafts)
     require_replay(replay, max(drafts))
+    stored, dtype = stored_as(weights, dtype)
     rows: list[Prediction] = []
     widths = {b * (k + 1) for b in batches for k in (0, *drafts)}
     for part in (hardware_of(key, dtype, sorted(widths), launch_us) for key in parts):
         rates = part.roofline
         spec = ModelSpec(arch=target, scale=get_scale(scale))
-        model = spec.outline(rates.dtype)
+        model = outline_on(part, spec, stored, state)
+        require_lossless(model)
         helper: Model | None = None
         if draft == HEAD:
             helper = HeadModel(model, spec.head(rates.dtype))
@@ -80,19 +93,20 @@ def speculate(
                     spent += first + (k - 1) * further
                 speedups[k] = expected_tokens(acceptance, k) * plain_ms / spent
             best = max(speedups, key=lambda k: speedups[k])
-            weights = resident_bytes(model)
-            state = model.state_bytes(context, lookback=best, replay=replay)
-            rollback = state - model.state_bytes(context)
+            weight_bytes = resident_bytes(model)
+            state_bytes = model.state_bytes(context, lookback=best, replay=replay)
+            rollback = state_bytes - model.state_bytes(context)
             if helper is not None:
-                weights += resident_bytes(helper, beside=model)
-                state += helper.state_bytes(context, lookback=best, replay=replay)
-            sequences = room(part, weights, state)
+                weight_bytes += resident_bytes(helper, beside=model)
+                state_bytes += helper.state_bytes(context, lookback=best, replay=replay)
+            sequences = room(part, weight_bytes, state_bytes)
             fits = sequences is None or sequences >= batch
             pays = speedups[best] > 1
             rows.append(
                 {
                     "arch": target, "scale": scale, "hardware": part.key, "batch": batch,
                     "context": context,
+                    "weight_format": model.weight_format, "state_format": model.state_format,
                     "draft": _name(draft, draft_scale or scale),
                     "acceptance": acceptance, "drafts": best if pays else 0,
                     "tokens_per_verification": expected_tokens(acceptance, best),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model
+from archs.storage import rounds_values
 from eval.results.statistics import Estimate, clustered_share
 from eval.tasks.task import Split, Task
 from infer.engine import Engine
@@ -22,10 +23,9 @@ def read_through_store(model: Model, ids: Tensor) -> Iterator[Tensor]:
     Token by token where values are rounded as they are kept, which happens at the end of a step;
     rows are rounded alike in longer ones.
     """
-    rounded = any(t.is_coded for spec in model.state_specs() for t in spec.fixed)
     engine = Engine(model, max_sequences=len(ids), max_context=ids.shape[1], backend="torch")
     slots = [engine.store.add() for _ in ids]
-    for piece in ids.split(1 if rounded else PIECE, 1):
+    for piece in ids.split(1 if rounds_values(model) else PIECE, 1):
         with engine.store.step(slots, piece.shape[1]) as step:
             hidden = model.extend_hidden(piece, step.layers)
         yield hidden

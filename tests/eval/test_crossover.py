@@ -82,6 +82,31 @@ def test_two_runs_that_differ_give_a_crossover_each() -> None:
     assert {row["source"]: row["context"] for row in rows} == {"a": 150, "b": 125}
 
 
+def test_formats_that_differ_are_not_averaged() -> None:
+    """A recurrent state is held against rows as they are and in few bits, and one by one."""
+    flat = timed("gdn", [(100, 5.0), (200, 5.0)])
+    plain, short = timed("gqa", [(100, 4.0), (200, 8.0)]), timed("gqa", [(100, 4.0), (200, 6.0)])
+    packed = [t.assign(weight_format="int4-g64") for t in (flat, plain)]
+    rows = pd.concat([flat, plain, short.assign(state_format="kv:int8"), *packed])
+    found = measured_crossovers(rows.reset_index(drop=True), "gdn", "gqa")
+    at = [(r["weight_format"], r["second_state_format"], r["context"]) for r in found]
+    assert at == [("", "", 125), ("", "kv:int8", 150), ("int4-g64", "", 125)]
+    # Of two that both have rows, those that are kept alike.
+    other = timed("mqa", [(100, 5.0), (200, 5.0)]).assign(state_format="kv:int8")
+    [one] = measured_crossovers(pd.concat([rows, other], ignore_index=True), "mqa", "gqa")
+    assert (one["first_state_format"], one["context"]) == ("kv:int8", 150)
+
+
+def test_formats_are_predicted() -> None:
+    plain, short = (
+        crossovers("gdn", "gqa", "8b", ["h100"], [64], state=state)[0]
+        for state in ("", "kv:int8,memory:int8")
+    )
+    # Rows and states shrink alike, so launches weigh more and the crossover lies farther out.
+    assert short["second_tpot_ms"] < plain["second_tpot_ms"]  # type: ignore[operator]
+    assert short["state_format"] == "kv:int8,memory:int8"
+
+
 def test_committed_results_hold_a_crossover() -> None:
     rows = measured_crossovers(merge([COMMITTED]), "gdn", "mha")
     assert rows and all(row["timed_from"] < row["timed_to"] for row in rows)
@@ -98,6 +123,7 @@ def test_scale_and_batch_choose_among_results_and_a_part_is_refused(
     decodebench(*at, "--scale", "8b").refuses("timed alike at scale 8b", "run a suite with both")
     decodebench(*at, "--hardware", "h100").refuses("hardware is of predictions", "leave out")
     decodebench(*at, "--dtype", "float16").refuses("dtype is of predictions")
+    decodebench(*at, "--state", "kv:int8").refuses("state is of predictions")
     shown = " ".join(decodebench("crossover", "mqa", "mha", "--results", COMMITTED).out.split())
     assert "timed from 256 to 16,384 tokens" in shown
 
