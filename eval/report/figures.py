@@ -16,6 +16,8 @@ from eval.results.tidy import tidy
 
 #: Times that differ by less are called equal: a clock's noise, not an architecture's.
 EQUAL = 0.05
+#: The share of right answers over which a model has learnt a task: others have nothing to lose.
+LEARNT = 0.5
 #: What formats of weights are compared at, beside the architecture.
 PLACE = (
     "scale", "hardware", "state_format", "kernel_backend", "corpus", "options", "tokens", "source",
@@ -152,9 +154,9 @@ class Figures:
         return table, f"tokens {far // 2 + 1} to {far}"
 
     def recalled(self) -> pd.DataFrame:
-        """A task's models in few bits, rounded to nearest: rows of arch, scale, part (weights, kv,
-        memory), format, bits, compressed_accuracy, and plain, the accuracy before; of the task most
-        seen, means over seeds.
+        """A task's models in few bits: rows of arch, scale, part (weights, kv, memory, conv),
+        format, bits, compressed_accuracy, and plain, the accuracy before; of the task most seen,
+        means over the seeds that learnt it (`LEARNT`), of which there are `models`.
         """
         rows = self._good[self._good["stage"] == "recall"]
         if rows.empty:
@@ -167,14 +169,18 @@ class Figures:
             format=rows["state_format"].mask(packed, rows["weight_format"]),
             measure=rows["measure"].str.replace(r"bits_per_.*", "bits", regex=True),
         )
-        rows = rows[~rows["format"].str.contains(r",|-sr|-ef|-kivi|-awq|-gptq")]
+        rows = rows[~rows["format"].str.contains(",")]
         before = self._good[(self._good["stage"] == "task") & (self._good["measure"] == "accuracy")]
         # A format is held against the very models that answered in it.
         plain = before[["arch", "scale", "seed", "value"]].rename(columns={"value": "plain"})
+        plain = plain[plain["plain"] > LEARNT]
         both = rows.merge(plain, on=["arch", "scale", "seed"])
         keys = ["arch", "scale", "part", "format"]
         table = self._pivot(both, keys, ["bits", "compressed_accuracy"])
-        return table.merge(both.groupby(keys, as_index=False)["plain"].mean(), on=keys)
+        seeds = both.groupby(keys, as_index=False).agg(
+            plain=("plain", "mean"), models=("seed", "nunique")
+        )
+        return table.merge(seeds, on=keys)
 
     def speculated(self, setting: Setting) -> pd.DataFrame:
         """Greedy speculation: rows of arch, batch, context, how (what drafts, and what rolls back),

@@ -102,7 +102,7 @@ def test_every_architecture_is_in_the_table_and_in_each_picture(page: Page) -> N
             f"bits-{name}": tuple(arch for arch in KEPT if KEPT[arch] in kinds)
             for name, kinds in (
                 ("rows", ("kv",)), ("memory", ("memory",)), ("position", ("memory",)),
-                ("recall", ("kv", "memory")),
+                ("recall", ("kv", "memory")), ("recall-state", ("kv", "memory")),
             )
         }  # fmt: skip
         assert set(partly.get(name, ARCHS)) <= shown, name

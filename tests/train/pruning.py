@@ -93,3 +93,7 @@ def kill(model: Model, name: str) -> dict[int, Tensor]:
                 dead = part.units[~lives].flatten()
                 block.get_parameter(part.parameter).index_fill_(part.dim, dead, 0.0)
     return alive
+
+
+def spec_of(arch: str) -> ModelSpec:
+    return Case(arch, arch).spec

@@ -1,11 +1,20 @@
-"""The charts of weights in few bits: what bits cost in loss, and what bytes take in time."""
+"""The charts of weights in few bits: what bits cost in loss and recall, what bytes take in time."""
 
 import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
 from eval.report.pictures.canvas import Axis, end_labels, themed
-from eval.report.pictures.marks import Chart, along_x, along_y, named, stands, tips
+from eval.report.pictures.marks import (
+    Along,
+    Chart,
+    along_x,
+    along_y,
+    dashed_curves,
+    named,
+    stands,
+    tips,
+)
 from eval.report.pictures.palette import INK
 
 #: Ways to choose codes, as dashes.
@@ -19,35 +28,62 @@ def loss_against_bits(f: Figures) -> Chart | None:
     data = data[data["weight_format"] != PLAIN]
     if data["weight_format"].nunique() < 2:
         return None
-    scale = str(data["scale"].iloc[0])
-    ways = data["weight_format"].str.extract(rf"-({'|'.join(DASHES)})\b")[0].fillna("nearest")
+    scale, ways = str(data["scale"].iloc[0]), _ways(data["weight_format"])
     data = data.assign(
         way=ways, more=100 * (data["bits_per_byte_ratio"] - 1), curve=data["arch"] + " " + ways,
         how=data["weight_format"], smaller=32 / data["bits_per_weight"],
     ).sort_values("smaller")  # fmt: skip
-    x = Axis.around(list(data["smaller"]), pad=0.06)
-    y = Axis.around([0.0, *data["more"]], log=False, vertical=True)
-    used = [way for way in DASHES if way in set(ways)]
-    dash = alt.Scale(domain=used, range=[DASHES[way] for way in used])
-    look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
-    base = alt.Chart(data).encode(
-        along_x("smaller", x, "times less memory than float32"),
-        along_y("more", y, "bits of text more than with plain weights, %"),
-        f.palette.colour(), detail="curve:N",
-        tooltip=tips("arch", "how", "bits_per_weight", "smaller", "more"),
-    )  # fmt: skip
-    lines = base.mark_line(strokeWidth=1.6).encode(
-        strokeDash=alt.StrokeDash("way:N", scale=dash, legend=look)
-    )
-    points = base.mark_point(filled=True, size=45, opacity=1).encode(f.palette.shape())
-    none = alt.Chart(pd.DataFrame({"more": [0.0]})).mark_rule(color=INK, strokeWidth=1)
     nearest = data[data["way"] == "nearest"]
-    labels = end_labels(stands(nearest.groupby("arch").tail(1), "smaller", "more"), x, y)
-    return themed(
-        none.encode(alt.Y("more:Q", scale=y.scale))
-        + lines + points + named(labels, x, y, f.palette),
-        "What each bit of the weights is worth", f"{scale} shapes, trained · means over seeds",
+    return dashed_curves(
+        f, data, Along.of(data, "smaller", "times less memory than float32"),
+        from_zero(data, "more", "bits of text more than with plain weights, %"), "way", DASHES,
+        nearest.groupby("arch").tail(1), "What each bit of the weights is worth",
+        f"{scale} shapes, trained · means over seeds",
+        tip=("bits_per_weight", "smaller", "more"), origin=True,
     )  # fmt: skip
+
+
+def recall_against_bits(f: Figures) -> Chart | None:
+    """What a task's model still answers with its weights in few bits."""
+    data = f.recalled()
+    if data.empty:
+        return None
+    ways = _ways(data["format"])
+    data = data.assign(way=ways, curve=data["arch"] + ways)
+    return recall_lost(
+        f, data[data["part"] == "weights"], "way", DASHES,
+        "What each bit of the weights is worth in recall",
+    )  # fmt: skip
+
+
+def recall_lost(
+    f: Figures, data: pd.DataFrame, by: str, dashes: dict[str, list[int]], title: str, *said: str
+) -> Chart | None:
+    """Answers lost, of `Figures.recalled`, by how much less memory what is in few bits takes."""
+    if data["bits"].nunique() < 2:
+        return None
+    data = data.assign(
+        smaller=32 / data["bits"], lost=100 * (data["plain"] - data["compressed_accuracy"]),
+        how=data["format"],
+    ).sort_values("smaller")  # fmt: skip
+    worst = data.loc[data.groupby("arch")["lost"].idxmax()]
+    return dashed_curves(
+        f, data, Along.of(data, "smaller", "times less memory than float32"),
+        from_zero(data, "lost", "answers lost, of all that is asked, %"), by, dashes, worst, title,
+        " · ".join((str(data["scale"].iloc[0]), *said, "means over seeds that learnt it")),
+        tip=("bits", "plain", "compressed_accuracy"), origin=True,
+    )  # fmt: skip
+
+
+def from_zero(data: pd.DataFrame, field: str, title: str) -> Along:
+    """A vertical axis of a field that holds zero."""
+    axis = Axis.around([0.0, *data[field]], log=False, vertical=True)
+    return Along(field, axis, title, {})
+
+
+def _ways(formats: pd.Series) -> pd.Series:
+    """How codes are chosen, by the names of formats."""
+    return formats.str.extract(rf"-({'|'.join(DASHES)})\b")[0].fillna("nearest")
 
 
 def time_against_bytes(f: Figures) -> Chart | None:

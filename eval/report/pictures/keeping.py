@@ -1,12 +1,11 @@
 """The charts of states in few bits: what bits cost in loss and in recall, and what time adds."""
 
-import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
-from eval.report.pictures.canvas import Axis, end_labels, themed
-from eval.report.pictures.marks import Chart, along_x, along_y, named, stands, tips
-from eval.report.pictures.palette import INK
+from eval.report.pictures.canvas import Axis
+from eval.report.pictures.compression import recall_lost
+from eval.report.pictures.marks import Along, Chart, dashed_curves
 
 #: Ways to keep numbers, as dashes.
 DASHES = {
@@ -14,8 +13,8 @@ DASHES = {
 }  # fmt: skip
 #: Losses below it are drawn at it: the noise of the text.
 LEAST_NATS = 1e-4
-#: What is in few bits, as dashes.
-PARTS = {"weights": [1, 0], "kv": [6, 3], "memory": [2, 2]}
+#: What of a state is in few bits, as dashes.
+PARTS = {"kv": [6, 3], "memory": [1, 0]}
 #: Of a state, what its loss by position is drawn of.
 DRIFTING = {"memory:int8": [1, 0], "memory:int8-ef": [2, 2], "memory:int4": [6, 3]}
 
@@ -41,26 +40,12 @@ def _against_bits(f: Figures, kind: str, title: str) -> Chart | None:
         smaller=32 / data["bits_per_state_number"],
         more=data["loss_gap_at_position"].clip(lower=LEAST_NATS),
     ).sort_values("smaller")  # fmt: skip
-    x = Axis.around(list(data["smaller"]), pad=0.06)
-    y = Axis.around(list(data["more"]), vertical=True)
-    used = [way for way in DASHES if way in set(ways)]
-    dash = alt.Scale(domain=used, range=[DASHES[way] for way in used])
-    look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
-    base = alt.Chart(data).encode(
-        along_x("smaller", x, "times less memory than a state of float32"),
-        along_y("more", y, "loss over that of a state as computed", unit="nat a token"),
-        f.palette.colour(), detail="curve:N",
-        tooltip=tips("arch", "how", "bits_per_state_number", "loss_gap_at_position"),
-    )  # fmt: skip
-    lines = base.mark_line(strokeWidth=1.6).encode(
-        strokeDash=alt.StrokeDash("way:N", scale=dash, legend=look)
-    )
-    points = base.mark_point(filled=True, size=45, opacity=1).encode(f.palette.shape())
-    labels = end_labels(stands(data.groupby("arch").tail(1), "smaller", "more"), x, y)
-    scale = str(data["scale"].iloc[0])
-    return themed(
-        lines + points + named(labels, x, y, f.palette), title,
-        f"{scale} shapes, trained · {span} · means over seeds · losses under {LEAST_NATS:g} at it",
+    return dashed_curves(
+        f, data, Along.of(data, "smaller", "times less memory than a state of float32"),
+        _loss(data), "way", DASHES, data.groupby("arch").tail(1), title,
+        f"{_scale(data)} shapes, trained · {span} · means over seeds · losses under {LEAST_NATS:g} "
+        "at it",
+        tip=("bits_per_state_number", "loss_gap_at_position"),
     )  # fmt: skip
 
 
@@ -74,59 +59,34 @@ def gap_against_position(f: Figures) -> Chart | None:
         how=data["state_format"], curve=data["arch"] + data["state_format"],
         more=data["value"].clip(lower=LEAST_NATS),
     )  # fmt: skip
-    x = Axis.around(list(data["position"]), pad=0.06)
-    y = Axis.around(list(data["more"]), vertical=True)
-    used = [name for name in DRIFTING if name in set(data["how"])]
-    dash = alt.Scale(domain=used, range=[DRIFTING[name] for name in used])
-    look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
-    base = alt.Chart(data).encode(
-        along_x("position", x, "position, up to", number="d", values=sorted(set(data["position"]))),
-        along_y("more", y, "loss over that of a state as computed", unit="nat a token"),
-        f.palette.colour(), detail="curve:N", tooltip=tips("arch", "how", "position", "value"),
-    )  # fmt: skip
-    lines = base.mark_line(strokeWidth=1.6).encode(
-        strokeDash=alt.StrokeDash("how:N", scale=dash, legend=look)
-    )
-    points = base.mark_point(filled=True, size=35, opacity=1).encode(f.palette.shape())
-    worst = data[data["how"] == used[-1]]
-    labels = end_labels(stands(worst.groupby("arch").tail(1), "position", "more"), x, y)
-    scale = str(data["scale"].iloc[0])
-    return themed(
-        lines + points + named(labels, x, y, f.palette), "What rounding at every token adds up to",
-        f"{scale} shapes, trained · means over seeds · losses under {LEAST_NATS:g} drawn at it",
+    ticks = sorted(set(data["position"]))
+    worst = data[data["how"] == [name for name in DRIFTING if name in set(data["how"])][-1]]
+    return dashed_curves(
+        f, data, Along.of(data, "position", "position, up to", number="d", values=ticks),
+        _loss(data), "how", DRIFTING, worst.groupby("arch").tail(1),
+        "What rounding at every token adds up to",
+        f"{_scale(data)} shapes, trained · means over seeds · losses under {LEAST_NATS:g} drawn at "
+        "it",
+        tip=("position", "value"), size=35,
     )  # fmt: skip
 
 
-def recall_against_bits(f: Figures) -> Chart | None:
-    """What a task's model still answers with its weights, or its state, in few bits."""
+def recall_against_state_bits(f: Figures) -> Chart | None:
+    """What a task's model still answers with its rows, or its recurrent state, in few bits."""
     data = f.recalled()
-    if data.empty or data["bits"].nunique() < 2:
+    if data.empty:
         return None
-    data = data.assign(
-        smaller=32 / data["bits"], lost=100 * (data["plain"] - data["compressed_accuracy"]),
-        how=data["format"], curve=data["arch"] + data["part"],
-    ).sort_values("smaller")  # fmt: skip
-    x = Axis.around(list(data["smaller"]), pad=0.06)
-    y = Axis.around([0.0, *data["lost"]], log=False, vertical=True)
-    used = [part for part in PARTS if part in set(data["part"])]
-    dash = alt.Scale(domain=used, range=[PARTS[part] for part in used])
-    look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
-    base = alt.Chart(data).encode(
-        along_x("smaller", x, "times less memory than float32"),
-        along_y("lost", y, "answers lost, of all that is asked", unit="%", number="d"),
-        f.palette.colour(), detail="curve:N",
-        tooltip=tips("arch", "how", "bits", "plain", "compressed_accuracy"),
+    data = data[data["part"].isin(PARTS) & ~data["format"].str.contains("-sr|-ef|-kivi")]
+    return recall_lost(
+        f, data.assign(curve=data["arch"] + data["part"]), "part", PARTS,
+        "What each bit of the state is worth in recall", "rounded to nearest",
     )  # fmt: skip
-    lines = base.mark_line(strokeWidth=1.6).encode(
-        strokeDash=alt.StrokeDash("part:N", scale=dash, legend=look)
-    )
-    points = base.mark_point(filled=True, size=45, opacity=1).encode(f.palette.shape())
-    none = alt.Chart(pd.DataFrame({"lost": [0.0]})).mark_rule(color=INK, strokeWidth=1)
-    worst = data.loc[data.groupby("arch")["lost"].idxmax()]
-    labels = end_labels(stands(worst, "smaller", "lost"), x, y)
-    return themed(
-        none.encode(alt.Y("lost:Q", scale=y.scale))
-        + lines + points + named(labels, x, y, f.palette),
-        "What each bit is worth in recall",
-        f"{data['scale'].iloc[0]} · rounded to nearest · means over seeds",
-    )  # fmt: skip
+
+
+def _loss(data: pd.DataFrame) -> Along:
+    axis = Axis.around(list(data["more"]), vertical=True)
+    return Along("more", axis, "loss over that of a state as computed", {"unit": "nat a token"})
+
+
+def _scale(data: pd.DataFrame) -> str:
+    return str(data["scale"].iloc[0])

@@ -1,14 +1,14 @@
 """What charts are drawn with: axes, curves with their names, tooltips."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
 from eval.report.pictures.canvas import CHAR, Axis, Label, end_labels, themed
-from eval.report.pictures.palette import PAPER, RULE, Palette
+from eval.report.pictures.palette import INK, PAPER, RULE, Palette
 
 Chart = alt.LayerChart
 #: An axis of thousands would name its origin "0k".
@@ -45,6 +45,51 @@ def curves(
         title,
         *subtitle,
     )
+
+
+class Along(NamedTuple):
+    """One axis of a chart: its field, where it lies, and the title and look of its marks."""
+
+    field: str
+    axis: Axis
+    title: str
+    look: dict[str, Any]
+
+    @classmethod
+    def of(cls, data: pd.DataFrame, field: str, title: str, **look: Any) -> "Along":
+        """Across a table's values, on a log axis. look: as `along_x`'s."""
+        return cls(field, Axis.around(list(data[field]), pad=0.06), title, look)
+
+
+def dashed_curves(
+    f: Figures, data: pd.DataFrame, x: Along, y: Along, by: str,
+    dashes: Mapping[str, Sequence[int]], ends: pd.DataFrame, title: str, *subtitle: str,
+    tip: Sequence[str], size: int = 45, origin: bool = False,
+) -> Chart:  # fmt: skip
+    """A curve for each architecture and each value of `by`, which has a dash of its own.
+
+    data: has `curve`, which tells curves apart. ends: one row for each architecture, where its
+    name goes. tip: fields shown when the pointer rests on a point. origin: a line at y = 0.
+    """
+    used = [name for name in dashes if name in set(data[by])]
+    dash = alt.Scale(domain=used, range=[dashes[name] for name in used])
+    look = alt.Legend(orient="top", title=None, symbolType="stroke", symbolSize=300)
+    base = alt.Chart(data.sort_values(x.field)).encode(
+        along_x(x.field, x.axis, x.title, **x.look), along_y(y.field, y.axis, y.title, **y.look),
+        f.palette.colour(), detail="curve:N", tooltip=tips("arch", "how", *tip),
+    )  # fmt: skip
+    labels = end_labels(stands(ends, x.field, y.field), x.axis, y.axis)
+    chart = (
+        base.mark_line(strokeWidth=1.6).encode(
+            strokeDash=alt.StrokeDash(f"{by}:N", scale=dash, legend=look)
+        )
+        + base.mark_point(filled=True, size=size, opacity=1).encode(f.palette.shape())
+        + named(labels, x.axis, y.axis, f.palette)
+    )
+    if origin:
+        zero = alt.Chart(pd.DataFrame({y.field: [0.0]})).mark_rule(color=INK, strokeWidth=1)
+        chart = zero.encode(alt.Y(f"{y.field}:Q", scale=y.axis.scale)) + chart
+    return themed(chart, title, *subtitle)
 
 
 def stands(data: pd.DataFrame, x: str, y: str) -> dict[str, tuple[float, float]]:

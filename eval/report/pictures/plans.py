@@ -159,10 +159,18 @@ PLANS: dict[str, Plan] = {
         of="models",
     ),
     "bits-recall": Plan(
-        "What bits are worth in recall", keeping.recall_against_bits,
-        "compressed_accuracy of two formats and the accuracy before",
-        "Each point is a model that was trained on the task in full and answers in few bits. Text "
-        "hides such losses: most of its tokens are guessed from the last few.",
+        "What bits of the weights are worth in recall", compression.recall_against_bits,
+        "compressed_accuracy of two formats of weights, of models that learnt the task",
+        "Each point is a model that was trained on the task in full and answers with its weights "
+        "in few bits. Text hides such losses: most of its tokens are guessed from the last few. "
+        "Dashed: codes were chosen by what the weights are multiplied with.",
+        of="models",
+    ),
+    "bits-recall-state": Plan(
+        "What bits of the state are worth in recall", keeping.recall_against_state_bits,
+        "compressed_accuracy of two formats of states, of models that learnt the task",
+        "The same with rows of attention (dashed), or a recurrent state, in few bits: what must be "
+        "recalled lies there, and nowhere else.",
         of="models",
     ),
     "loss-position": Plan(
