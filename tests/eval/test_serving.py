@@ -340,6 +340,27 @@ def test_an_answer_that_depends_on_its_company_fails_the_point(
     assert "in company and" in failure.note
 
 
+@pytest.mark.parametrize(
+    ("arch", "drafts", "status"),
+    [("gqa", 0, Status.OK), ("gdn", 0, Status.OK), ("gqa", 2, Status.OK),
+     ("gdn", 2, Status.UNSUPPORTED)],
+)  # fmt: skip
+def test_states_in_few_bits_are_served_and_drafted_for_where_that_loses_nothing(
+    arch: str, drafts: int, status: Status
+) -> None:
+    """Answers are those of their requests alone, but for what the codes themselves leave open."""
+    plan = replace(
+        PLAN, state="kv:int4-g32,memory:int4", drafts=drafts, batching=("continuous",), repeats=1
+    )
+    point = serve_point(ModelSpec(arch=arch, scale=get_scale("tiny")), plan, "cpu")
+    found = measure(point, Site(None, torch.device("cpu")))
+    assert found.failure is None if status == Status.OK else found.failure is not None
+    if found.failure is not None:
+        assert found.failure.status == status
+        assert "'memory:int4' is rounded at the end of every step" in found.failure.note
+    assert found.about.state_format == {"gqa": "kv:int4-g32", "gdn": "memory:int4"}[arch]
+
+
 def test_answers_that_fail_fail_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(
         self: EngineExecutor, logits: torch.Tensor, asked: Sequence[tuple[int, Answer]]
