@@ -20,7 +20,7 @@ WAYS = ("none", "text", "scratch", "distil")
 
 def pruned_and_distilled(found: Evidence) -> tuple[Verdict, str]:
     """Of each plan that halves something: what is lost, and to what distillation is better."""
-    table = found.pruned()
+    table = found.figures.pruned()
     plans = [name for name in dict.fromkeys(table["plan"]) if HALF.search(name)]
     if table.empty or not plans:
         return "not measured", "no model was pruned to half of something and trained on"

@@ -80,16 +80,6 @@ class Evidence:
         rows = self.figures.stored_rows("compress", measure)
         return rows[rows["weight_format"] == weights]
 
-    def pruned(self) -> pd.DataFrame:
-        """Bits of held-out text of pruned models over their parents': rows of arch, seed, plan,
-        way (none, text, scratch, distil) and value.
-        """
-        long = self.figures.long
-        rows = long[(long["stage"] == "prune") & (long["measure"] == "bits_per_byte_ratio")]
-        rows = rows[rows["status"] == "ok"]
-        words = rows["options"].str.extract(r"^prune=(?P<plan>\S+) train=(?P<way>\w+)$")
-        return pd.concat([rows[["arch", "seed", "value"]], words], axis=1)
-
     @property
     def lossless(self) -> bool | None:
         """Whether no speculation gave other tokens than plain decode; None where all were drawn."""

@@ -182,6 +182,15 @@ class Figures:
         )
         return table.merge(seeds, on=keys)
 
+    def pruned(self) -> pd.DataFrame:
+        """Bits of held-out text of pruned models over their parents': rows of arch, seed, plan,
+        way (none, text, scratch, distil) and value.
+        """
+        rows = self.long[self.long["stage"] == "prune"]
+        rows = rows[(rows["measure"] == "bits_per_byte_ratio") & (rows["status"] == "ok")]
+        words = rows["options"].str.extract(r"^prune=(?P<plan>\S+) train=(?P<way>\w+)$")
+        return pd.concat([rows[["arch", "seed", "value"]], words], axis=1)
+
     def speculated(self, setting: Setting) -> pd.DataFrame:
         """Greedy speculation: rows of arch, batch, context, how (what drafts, and what rolls back),
         drafts, and the speed-up, measured and predicted.

@@ -15,7 +15,8 @@ from eval.report.pictures.plans import PLANS, pictures
 
 __all__ = [
     "crossings", "gap_against_position", "intensity_against_context", "latency_against_context",
-    "loss_against_bits", "loss_against_size", "loss_by_position", "memory_against_bits",
+    "loss_against_bits", "loss_against_size", "loss_by_position", "loss_of_pruned",
+    "memory_against_bits",
     "predicted_against_measured", "quality_against_state", "recall_against_bits",
     "recall_against_state_bits", "roofline", "rows_against_bits", "sequences_against_context",
     "simulated_against_served", "slope_against_state", "speedup_against_drafts", "task",
@@ -53,6 +54,7 @@ memory_against_bits = _plot("bits-memory")
 gap_against_position = _plot("bits-position")
 recall_against_bits = _plot("bits-recall")
 recall_against_state_bits = _plot("bits-recall-state")
+loss_of_pruned = _plot("pruned-loss")
 
 
 def loss_by_position(results: pd.DataFrame, *, from_mean: bool = False) -> alt.LayerChart:

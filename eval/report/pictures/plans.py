@@ -15,7 +15,15 @@ import altair as alt
 import pandas as pd
 
 from eval.report.figures import Figures
-from eval.report.pictures import charts, compression, keeping, serving, speculation, tradeoffs
+from eval.report.pictures import (
+    charts,
+    compression,
+    keeping,
+    pruning,
+    serving,
+    speculation,
+    tradeoffs,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +179,14 @@ PLANS: dict[str, Plan] = {
         "compressed_accuracy of two formats of states, of models that learnt the task",
         "The same with rows of attention (dashed), or a recurrent state, in few bits: what must be "
         "recalled lies there, and nowhere else.",
+        of="models",
+    ),
+    "pruned-loss": Plan(
+        "Pruned, and trained on", pruning.loss_of_pruned,
+        "bits_per_byte_ratio of one way to prune, trained on in two ways",
+        "Each point is one architecture, made smaller by the plan of its row. Distilled models are "
+        "taught by their parent, those on text are not, those from scratch have the smaller shape "
+        "and new weights; all three saw as many tokens. The parent is at 0; left of it is better.",
         of="models",
     ),
     "loss-position": Plan(
