@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Bad input: one line that names the value, the rule and the remedy."""
 
 
+class MisfitError(UserError):
+    """What was asked for exists, and does not fit this model: in a suite others may take it."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not among `known`, with the nearest one suggested."""
     names = sorted(known)

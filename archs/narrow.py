@@ -15,7 +15,7 @@ from torch import Tensor
 
 from archs.axes import Axis
 from archs.backbone import Block, Model
-from archs.errors import UserError
+from archs.errors import MisfitError, UserError
 from archs.layer import LayerSpec
 from archs.registry import ModelSpec
 
@@ -114,7 +114,7 @@ def without_channels(model: Model, spec: ModelSpec, kept: Tensor) -> tuple[Model
     """The model with these channels of its residual stream only: int64 [n], ascending.
 
     Which dimensions are the stream's follows from building the spec at both widths. Norms keep
-    their weights; what they add to a mean grows as the mean does. Raises UserError where a mixer
+    their weights; what they add to a mean grows as the mean does. Raises MisfitError where a mixer
     derives other sizes from the model's width, and on packed weights.
     """
     given = spec.spelled_out()
@@ -128,7 +128,7 @@ def without_channels(model: Model, spec: ModelSpec, kept: Tensor) -> tuple[Model
             if old == new:
                 continue
             if (old, new) != (given.scale.d_model, width):
-                raise UserError(
+                raise MisfitError(
                     f"{name} has {old} entries in a model of d_model={given.scale.d_model} and "
                     f"{new} with {width}, so the width cannot be pruned; let its mixer take that "
                     "size from its options"
@@ -143,15 +143,15 @@ def without_layers(
 ) -> tuple[Model, ModelSpec]:
     """The model without these layers. Layers that share rows must go together (`teams`).
 
-    Raises UserError where no layer is left, and on packed weights.
+    Raises MisfitError where no layer is left or some of a team are, UserError on packed weights.
     """
     given = spec.spelled_out()
     kept = [i for i in range(len(given.layers)) if i not in removed]
     if not kept:
-        raise UserError(f"removing {len(removed)} layers leaves none; remove fewer")
+        raise MisfitError(f"removing {len(removed)} layers leaves none; remove fewer")
     for team in teams(model):
         if 0 < len(set(team) & set(removed)) < len(team):
-            raise UserError(f"layers {team} share rows; remove all of them, or none")
+            raise MisfitError(f"layers {team} share rows; remove all of them, or none")
     smaller = replace(
         given,
         scale=replace(given.scale, n_layers=len(kept)),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from archs.errors import UserError
+from archs.errors import MisfitError
 from archs.ops.dense import product
 from archs.ops.matrix import Matrix, Weight
 from archs.ops.packed import (
@@ -34,7 +34,7 @@ from kernels.quant.torch import (
 
 
 def nearest(weight: Tensor, number: Number) -> Rounded:
-    """A matrix [N, K] rounded to nearest. Raises UserError where a group is wider than a row."""
+    """A matrix [N, K] rounded to nearest. Raises MisfitError where a group is wider than a row."""
     if number.group is not None:
         require_group(number, weight.shape)
         return round_narrow(weight, number.bits, number.group)
@@ -42,9 +42,9 @@ def nearest(weight: Tensor, number: Number) -> Rounded:
 
 
 def require_group(number: Number, shape: Sequence[int]) -> None:
-    """Raise UserError where a group of columns is wider than the rows of a matrix."""
+    """Raise MisfitError where a group of columns is wider than the rows of a matrix."""
     if number.group is not None and number.group > shape[1]:
-        raise UserError(
+        raise MisfitError(
             f"weight format '{number.name}' has groups of {number.group} columns, wider than the "
             f"rows of a matrix {list(shape)}; take smaller groups, or a wider model"
         )

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from archs.errors import UserError, unknown_name
+from archs.errors import MisfitError, UserError, unknown_name
 from archs.formats import PLAIN, Format
 from archs.spec import FixedSpec, RowSpec, StateSpec, TensorSpec
 from kernels.quant.runs import WIDE_SCALE
@@ -42,7 +42,7 @@ BLOCK = 32
 RESIDUAL_BITS = 4
 
 
-class StateFormatError(UserError):
+class StateFormatError(MisfitError):
     """A format does not fit what an architecture remembers."""
 
 

@@ -54,8 +54,8 @@ def store(model: Model, stored: WeightFormat) -> Model:
 def store_projections(block: Block, stored: WeightFormat, choose: Choice) -> None:
     """Store the projections of one block.
 
-    Raises UserError for a group that is wider than a matrix' rows, and for weights that are stored
-    in few bits already.
+    Raises MisfitError for a group that is wider than a matrix' rows, and UserError for weights that
+    are stored in few bits already.
     """
     for name, projection in _projections(block):
         weight = projection.stored

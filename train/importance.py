@@ -11,14 +11,14 @@ from torch import Tensor
 
 from archs.axes import Axis, Signal
 from archs.backbone import Model
-from archs.errors import UserError
+from archs.errors import MisfitError
 from train.observe import Observed
 
 
 def least_influential(influence: Tensor, tied: Sequence[Sequence[int]], count: int) -> list[int]:
     """The `count` layers of least influence in all (ShortGPT), with those that share rows together.
 
-    influence: [L]; tied: `archs.narrow.teams`. Raises UserError where no such layers add up to
+    influence: [L]; tied: `archs.narrow.teams`. Raises MisfitError where no such layers add up to
     `count` of fewer than L.
     """
     layers = len(influence)
@@ -32,7 +32,7 @@ def least_influential(influence: Tensor, tied: Sequence[Sequence[int]], count: i
                 best[wider] = total + own, [*members, *team]
     if count not in best:
         possible = ", ".join(str(size) for size in sorted(best) if size) or "none"
-        raise UserError(
+        raise MisfitError(
             f"{count} of {layers} layers cannot be removed: some must stay, and those that share "
             f"rows go together; numbers that can be: {possible}"
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from archs.axes import Axis
 from archs.backbone import Model
 from archs.checks import require_some
-from archs.errors import UserError, unknown_name
+from archs.errors import MisfitError, UserError, unknown_name
 from archs.mixer import Shared
 from archs.narrow import (
     Choice,
@@ -102,9 +102,9 @@ class Plan:
 def prune(model: Model, spec: ModelSpec, plan: Plan, ids: Tensor) -> tuple[Model, ModelSpec]:
     """A smaller model and its spec; the given one stays as it is.
 
-    ids: calibration text, int64 [B, T]. Raises UserError on an axis that no layer has, on a share
-    that leaves no whole number of units, on layers that cannot be removed, on packed weights and
-    on text that is none.
+    ids: calibration text, int64 [B, T]. Raises MisfitError on an axis that no layer has, on a share
+    that leaves no whole number of units and on layers that cannot be removed, UserError on packed
+    weights and on text that is none.
     """
     for cut in plan.cuts:
         model, spec = _cut(model, spec, cut, ids)
@@ -139,7 +139,7 @@ def _choose(model: Model, spec: ModelSpec, cut: Cut, look: Callable[[], Observed
     if not found:
         known = {STATE, LAYERS, WIDTH}.union(*(axes_of(block) for block in model.layers))
         known -= set() if any(_axis(axes_of(b), STATE) for b in model.layers) else {STATE}
-        raise unknown_name(f"axis of {spec.arch}", cut.axis, known)
+        raise MisfitError(str(unknown_name(f"axis of {spec.arch}", cut.axis, known)))
     left = {at: _left(cut, axis.per_group, _units(axis)) for at, axis in found.items()}
     seen = look()
     scores = {at: unit_importance(model, at, axis, seen) for at, axis in found.items()}
@@ -170,7 +170,7 @@ def _left(cut: Cut, count: int, what: str) -> int:
         below = int(left)
         near = [n for n in (below, below + 1) if 0 < n < count]
         remedy = " or ".join(f"{cut.axis}:{Fraction(n, count)}" for n in near)
-        raise UserError(
+        raise MisfitError(
             f"'{cut}' keeps {float(left):g} of {count} {what}, which is no whole number; "
             + (f"take {remedy}" if remedy else "leave this axis as it is")
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from archs.backbone import Block, Model
-from archs.errors import UserError, unknown_name
+from archs.errors import MisfitError, UserError, unknown_name
 from archs.layers import Projection
 from archs.mixer import Shared
 from archs.storage import runs
@@ -65,11 +65,11 @@ class Sparsity:
     def kept(self, scores: Tensor) -> Tensor:
         """Which of scores [N, K] stay: those of most worth in their row, bool [N, K].
 
-        Raises UserError on 2:4 rows that are no multiple of four.
+        Raises MisfitError on 2:4 rows that are no multiple of four.
         """
         if self.zeros is None:
             if scores.shape[1] % 4:
-                raise UserError(
+                raise MisfitError(
                     f"a matrix {list(scores.shape)} has rows that four does not divide, so 2:4 "
                     f"does not fit; take 0.5-{self.rule}"
                 )

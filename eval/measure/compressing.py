@@ -29,7 +29,7 @@ from eval.measure.decode_plans import CompressPlan
 from eval.measure.gate import agreed_rows
 from eval.measure.progress import Watch
 from eval.measure.quality import DocumentScore, document_scores, over_documents
-from eval.measure.site import Failure, Site, about
+from eval.measure.site import Failure, Site, about, fitting
 from eval.measure.suite import CorpusPlan, QualityPlan
 from eval.measure.trained import Source, Trained, trained
 from eval.predict.neighbours import Neighbours
@@ -61,28 +61,31 @@ class CompressOptions:
 def measure(point: Point, site: Site, watch: Watch) -> Found:
     """Bits per byte, bytes in memory and time per token of the model in the format.
 
-    Raises UserError on a format that the model's matrices do not take, and on a checkpoint whose
-    weights are packed already.
+    Raises UserError on a checkpoint whose weights are packed already, and Failure, "unsupported",
+    on a format that the model's matrices do not take.
     """
     options = parse(CompressOptions, point.options, f"the options of {point.key}")
     plan = options.plan
     stored = WeightFormat.named(plan.weights[0])
     given = trained(options.source, options.corpus, site, watch)
+    seq_len = given.spec.scale.seq_len
+    backend = resolve_backend(plan.backend, site.device)
+    label: dict[str, Any] = {
+        "kernel_backend": backend, "corpus": options.corpus.spec, "tokens": given.seen,
+    }  # fmt: skip
+    asked = replace(about(given.spec, given.model, **label), weight_format=str(stored))
     control = given.model
-    if stored.method == "qat":
-        control = _tuned(given, None, options, point, site, watch)
-        given = replace(given, model=_tuned(given, stored, options, point, site, watch))
-    before = scores(control, given, options.quality)
-    model = stored_model(given, stored, plan.calibration)
+    with fitting(lambda: asked):
+        if stored.method == "qat":
+            control = _tuned(given, None, options, point, site, watch)
+            given = replace(given, model=_tuned(given, stored, options, point, site, watch))
+        before = scores(control, given, options.quality)
+        model = stored_model(given, stored, plan.calibration)
     if site.keeps:
         save_compressed(site.work_folder(point) / CHECKPOINT_NAME, model, given.checkpoint)
     watch.at(0.3, "score")
-    seq_len = given.spec.scale.seq_len
-    backend = resolve_backend(plan.backend, site.device)
     # Both figures are of one model: the columns say how it is stored and what it is served in.
-    told = about(
-        given.spec, model, kernel_backend=backend, corpus=options.corpus.spec, tokens=given.seen
-    )
+    told = about(given.spec, model, **label)
     held, bits = resident_bytes(model), weight_bits(model)
     after = scores(cast(model, torch.float32), given, options.quality)
     scored = estimate_row("compressed_bits_per_byte", over_documents(after), context=seq_len)

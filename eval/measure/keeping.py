@@ -13,7 +13,7 @@ from typing import Any
 from archs.backbone import Model
 from archs.backends import resolve_backend
 from archs.checks import parse
-from archs.state_formats import StateFormat, StateFormatError
+from archs.state_formats import StateFormat
 from archs.storage import keep
 from eval.measure.cell_rows import estimate_row
 from eval.measure.compressing import ratio_row, timed_alone
@@ -25,12 +25,12 @@ from eval.measure.quality import (
     nats_by_position,
     over_documents,
 )
-from eval.measure.site import Failure, Site, about
+from eval.measure.site import Failure, Site, about, fitting
 from eval.measure.suite import CorpusPlan, QualityPlan
 from eval.measure.threads import one_thread
 from eval.measure.trained import Source, trained
 from eval.results.point import Point
-from eval.results.rows import Found, Row, Status
+from eval.results.rows import Found, Row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +91,8 @@ def kept_as(model: Model, state: str, told: Any) -> Model:
 
     told: describes a model. Raises Failure where the format does not fit the state.
     """
-    try:
+    with fitting(lambda: replace(told(model), state_format=state)):
         return keep(model, StateFormat.named(state))
-    except StateFormatError as why:
-        described = replace(told(model), state_format=state)
-        raise Failure(Status.UNSUPPORTED, described, str(why)) from None
 
 
 def state_bits(model: Model, context: int, numbers: int) -> Row:

@@ -30,7 +30,7 @@ from eval.measure.compressing import (
 from eval.measure.decode_plans import CompressPlan
 from eval.measure.progress import Watch
 from eval.measure.quality import over_documents
-from eval.measure.site import Failure, Site, about
+from eval.measure.site import Failure, Site, about, fitting
 from eval.measure.suite import CorpusPlan, QualityPlan
 from eval.measure.threads import one_thread
 from eval.measure.trained import Source, Trained, trained
@@ -64,7 +64,7 @@ class Pruned:
 
     @classmethod
     def of(cls, given: Trained, name: str, ids: Tensor) -> "Pruned":
-        """By the plan of that name. Raises UserError where it does not fit the model."""
+        """By the plan of that name. Raises MisfitError where it does not fit the model."""
         if is_sparsity(name):
             model = deepcopy(given.model)
             return cls(model, given.spec, sparsify(model, Sparsity.named(name), ids))
@@ -78,14 +78,15 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     given = trained(options.source, options.corpus, site, watch)
     seq_len = given.spec.scale.seq_len
     ids = calibration_text(given, plan.calibration)
-    with one_thread():
-        before = scores(given.model, given, options.quality)
-        pruned = Pruned.of(given, name, ids)
     backend = resolve_backend(plan.backend, site.device)
-    told = about(
-        pruned.spec, pruned.model, kernel_backend=backend, corpus=options.corpus.spec,
-        tokens=given.seen, options=f"prune={name}",
-    )  # fmt: skip
+    label: dict[str, Any] = {
+        "kernel_backend": backend, "corpus": options.corpus.spec, "tokens": given.seen,
+        "options": f"prune={name}",
+    }  # fmt: skip
+    with one_thread(), fitting(lambda: about(given.spec, given.model, **label)):
+        pruned = Pruned.of(given, name, ids)
+        before = scores(given.model, given, options.quality)
+    told = about(pruned.spec, pruned.model, **label)
     rows: list[Row] = []
 
     def score(model: Model, how: str) -> None:

@@ -17,7 +17,7 @@ from eval.measure.compressing import weight_bits
 from eval.measure.decode_plans import CompressPlan
 from eval.measure.keeping import kept_as, state_bits, state_numbers
 from eval.measure.progress import Watch
-from eval.measure.site import Site, about
+from eval.measure.site import Site, about, fitting
 from eval.measure.task import Taught, teach
 from eval.measure.threads import one_thread
 from eval.results.point import Point
@@ -48,7 +48,9 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         return replace(found, tokens=taught.about.tokens, kernel_backend="torch")
 
     if plan.weights:
-        model = _stored(taught, plan, point.seed)
+        asked = replace(told(model), weight_format=str(WeightFormat.named(plan.weights[0])))
+        with fitting(lambda: asked):
+            model = _stored(taught, plan, point.seed)
         bits = weight_bits(model)
         model = cast(model, torch.float32)
     else:

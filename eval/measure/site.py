@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
+from archs.errors import MisfitError
 from archs.ops.matrix import weights_of
 from archs.registry import ModelSpec, folder_name
-from archs.state_formats import StateFormatError
 from archs.weights import WeightFormat
 from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.measure.counters import Counters
@@ -49,6 +50,18 @@ class Failure(Exception):
         self.found = Found(
             about=about, rows=(failed(status, note),), stopped=stopped, withheld=tuple(withheld)
         )
+
+
+@contextmanager
+def fitting(told: Callable[[], About]) -> Iterator[None]:
+    """Raise Failure, "unsupported", where what is done does not fit the model.
+
+    told: describes what was asked for.
+    """
+    try:
+        yield
+    except MisfitError as why:
+        raise Failure(Status.UNSUPPORTED, told(), str(why)) from None
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:
@@ -147,17 +160,15 @@ class Site:
         """A model with random weights, stored and its state kept in formats where some are named;
         the last one is kept.
 
-        Raises DoesNotFitError, and Failure where the format does not fit the state.
+        Raises DoesNotFitError, and Failure where a format does not fit the model.
         """
         known = f"{_identity(spec)} {weights} {state}"
         if self._served is None or self._served[0] != known:
             self.release()
             dtype = serving_dtype(self.device)
-            try:
+            outline = about(spec, spec.outline(dtype))
+            with fitting(lambda: replace(outline, weight_format=weights, state_format=state)):
                 made = build_to_serve(spec, self.device, dtype, weights, state)
-            except StateFormatError as why:
-                told = replace(about(spec, spec.outline(dtype)), state_format=state)
-                raise Failure(Status.UNSUPPORTED, told, str(why)) from None
             self._served = known, made
         return self._served[1]
 

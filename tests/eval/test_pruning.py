@@ -67,6 +67,31 @@ def test_a_suite_prunes_its_trained_models(suite: Suite, tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.usefixtures("no_report")
+def test_what_does_not_fit_a_model_is_a_row_and_ends_no_run(tmp_path: Path) -> None:
+    """Cuts that leave no whole unit, axes of others, groups wider than a matrix: not one point."""
+    section = """
+[[compress]]
+prune = ["state:0.5", "key_dim:0.5", "layers:4"]
+weights = ["int4-g128"]
+calibration = 8
+steps = 3
+distil_steps = 0
+"""
+    path = write_suite(tmp_path, ("mqa", "gdn"), more=section)
+    path.write_text(path.read_text().replace('scale = "tiny"', 'scale = "nano"', 1))
+    assert run(replace(load_suite(str(path)), tasks={}, decode=()), tmp_path / "run")
+    rows = load_long(tmp_path / "run" / "results.csv")
+    failed = rows[rows["stage"].isin(["prune", "compress"]) & (rows["status"] != "ok")]
+    assert set(failed["status"]) == {"unsupported"}
+    told = {(r.arch, r.options or r.weight_format): r.note for r in failed.itertuples()}
+    assert "keeps 0.5 of 1 kv_heads units" in told["mqa", "prune=state:0.5"]
+    assert "Unknown axis of mqa 'key_dim'" in told["mqa", "prune=key_dim:0.5"]
+    assert "layers cannot be removed" in told["gdn", "prune=layers:4"]
+    assert "groups of 128 columns, wider" in told["gdn", "int4-g128"]
+    assert ("gdn", "prune=state:0.5") not in told
+
+
 def test_tasks_are_not_asked_of_pruned_models(suite: Suite) -> None:
     stages = [p.stage for p in points(suite, "cpu")]
     assert stages.count("prune") == 2 and "recall" not in stages
