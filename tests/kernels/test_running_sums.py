@@ -24,10 +24,12 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-def inputs(delta: bool, jump: float, tokens: int = TOKENS) -> list[Tensor]:
-    """q, k, v, g, the delta rule's β, state: after tokens 3 and 9 nothing is left of the past."""
+def inputs(delta: bool, jump: float, channels: int = 0, tokens: int = TOKENS) -> list[Tensor]:
+    """q, k, v, g, the delta rule's β, state: after tokens 3 and 9 nothing is left of the past; g by
+    head, or by so many channels.
+    """
     q, k = F.normalize(torch.randn(2, 1, tokens, 1, 16), dim=-1)
-    g = -0.05 * torch.rand(1, tokens, 2)
+    g = -0.05 * torch.rand(1, tokens, 2, *([channels] if channels else []))
     g[:, 3] = jump
     g[:, 9] = jump / 7
     beta = [torch.rand(1, tokens, 2)] if delta else []
@@ -36,15 +38,15 @@ def inputs(delta: bool, jump: float, tokens: int = TOKENS) -> list[Tensor]:
 
 @pytest.mark.parametrize("jump", [-3e2, -3e4, -1e30, -torch.inf], ids=str)
 @pytest.mark.parametrize(
-    ("chunk", "ref"),
-    [(decay_chunk, decay_ref), (decay_kernel, decay_ref),
-     (gdn_chunk, gdn_ref), (gdn_kernel, gdn_ref)],
-    ids=["decay torch", "decay triton", "gdn torch", "gdn triton"],
+    ("chunk", "ref", "channels"),
+    [(decay_chunk, decay_ref, 0), (decay_kernel, decay_ref, 0),
+     (gdn_chunk, gdn_ref, 0), (gdn_kernel, gdn_ref, 0), (gdn_chunk, gdn_ref, 16)],
+    ids=["decay torch", "decay triton", "gdn torch", "gdn triton", "kda torch"],
 )  # fmt: skip
 def test_a_token_that_forgets_all_does_not_blur_those_after_it(
-    chunk: Scan, ref: Scan, jump: float
+    chunk: Scan, ref: Scan, channels: int, jump: float
 ) -> None:
-    args = [t.requires_grad_() for t in inputs("gdn" in ref.__name__, jump)]
+    args = [t.requires_grad_() for t in inputs("gdn" in ref.__name__, jump, channels)]
     exact = [t.detach().double().requires_grad_() for t in args]
     got, expected = chunk(*args), ref(*exact)
     weights = [torch.randn_like(t) for t in got]
