@@ -3,8 +3,8 @@ decay for each key channel.
 
 Short convolution and SiLU on q, k, v; normalised q and k; log decays -e^{A_log} softplus(a +
 dt_bias) with a low-rank projection a, A_log by head and dt_bias by channel; strength β = sigmoid(b)
-by head; RMSNorm per head, then a sigmoid gate, low-rank too. No biases beside dt_bias, no positions. Equals
-the `transformers` implementation in Kimi Linear.
+by head; RMSNorm per head, then a sigmoid gate, low-rank too. No biases beside dt_bias, no
+positions. Equals the `transformers` implementation in Kimi Linear.
 """
 
 from dataclasses import dataclass

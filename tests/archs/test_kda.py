@@ -1,4 +1,6 @@
-"""`kda` equals Kimi Linear's delta attention, parallel and step by step with its cache."""
+"""`kda` equals Kimi Linear's delta attention, and with a latent attention without positions the
+whole hybrid, parallel and step by step.
+"""
 
 import random
 from typing import Any
@@ -6,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.models.kimi_linear import KimiLinearConfig
+from transformers.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 
 from archs.errors import UserError
 from archs.kda import KimiDeltaAttention, KimiDeltaConfig
 from archs.mixer import Place
+from archs.registry import ModelSpec
+from archs.sizes import Scale
+from tests.archs.hf import assert_equal, copy_backbone, copy_latent, random_model
 from tests.archs.recurrent import assert_close, mixer_steps, randomise
 
 SHAPES = [
@@ -87,6 +92,31 @@ def test_kda_steps_equal_kimi_linear_with_its_cache(
     expected = torch.cat([theirs(piece, cache_params=cache) for piece in x.split(sizes, 1)], 1)
     assert_close(mixer_steps(ours, x, sizes), expected)
     assert_close(mixer_steps(ours, x, [1, 33, 5, 30, 9]), expected)
+
+
+@pytest.mark.parametrize("cuts", [[9, 12, 13, 33], [1, 38]], ids=str)
+def test_the_hybrid_with_latent_attention_equals_kimi_linear(cuts: list[int]) -> None:
+    latent = {"n_heads": 3, "rank": 13, "nope_dim": 6, "rope_dim": 4, "v_dim": 5}
+    # With less, heads that say almost nothing are normed to full size, float32's rounding included.
+    eps = 1e-3
+    scale = Scale(name="test", d_model=24, n_layers=8, head_dim=8, vocab_size=101, seq_len=64)
+    config = config_of(
+        24, 2, 10, 4, vocab_size=101, intermediate_size=37, num_hidden_layers=8,
+        layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 2,
+        mlp_layer_types=["dense"] * 8, num_attention_heads=3, num_key_value_heads=3,
+        kv_lora_rank=13, q_lora_rank=None, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+        rms_norm_eps=eps,
+    )  # fmt: skip
+    theirs = random_model(KimiLinearForCausalLM, config, seed=3)
+    delta = {"n_heads": 2, "key_dim": 10, "value_dim": 10, "decay_rank": 10, "gate_rank": 10}
+    spec = ModelSpec(
+        arch="kda:mla=3:1", scale=scale, hidden=37, tied=False, norm_eps=eps,
+        overrides={"kda": delta | {"eps": eps}, "mla": latent | {"positions": False}},
+    )  # fmt: skip
+    model = spec.build()
+    for mixer, other in copy_backbone(model, theirs):
+        (copy_weights if isinstance(mixer, KimiDeltaAttention) else copy_latent)(mixer, other)
+    assert_equal(model, theirs, torch.randint(0, 101, (2, 43)), cuts=cuts)
 
 
 def test_impossible_sizes_are_named() -> None:
