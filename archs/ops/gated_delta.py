@@ -112,10 +112,11 @@ def _triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
     norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
-    from kernels.gated_delta import chunk, step
+    from kernels.gated_delta import channel_chunk, chunk, step
 
+    scan = channel_chunk.kda_chunk if a.dim() == 4 else chunk.gdn_chunk
     if state is None:
-        y, _ = chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
+        y, _ = scan(*_prepared(q, k, v, a, b, a_log, dt_bias))
         return output_norm(y, norm, backend="triton")
     at, replayed = state.slots(name), state.replayed(name)
     if replayed is not None:
@@ -132,7 +133,7 @@ def _triton(
         )  # fmt: skip
         return y.flatten(2)
     inputs = _prepared(q, k, v, a, b, a_log, dt_bias)
-    y, memory = chunk.gdn_chunk(*inputs, state.get(name), new=at.new)
+    y, memory = scan(*inputs, state.get(name), new=at.new)
     state.put(name, memory)
     return output_norm(y, norm, backend="triton")
 
@@ -151,4 +152,4 @@ def _fla(
 
 
 _FORMS = Forms("gated delta rule", {"torch": _torch, "triton": _triton, "fla": _fla})
-_BY_CHANNEL = Forms("gated delta rule by channel", {"torch": _torch})
+_BY_CHANNEL = Forms("gated delta rule by channel", {"torch": _torch, "triton": _triton})

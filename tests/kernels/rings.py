@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tests.kernels.steps import STEPS, Args, Step, angles, int32
 #: Inputs that a row holds, in its order, and what says how wide it is.
 LAYOUTS: dict[str, tuple[str, Callable[[int, int, int, int], int]]] = {
     "gdn": ("kvab", gdn_step.gdn_ring_row),
+    "kda": ("kvab", partial(gdn_step.gdn_ring_row, by_channel=True)),
     "ssm": ("x b dt", ssm_step.ssm_ring_row),
     "linear": ("kv", linear_step.linear_ring_row),
 }

@@ -37,7 +37,8 @@ Args = dict[str, Any]
 Made = tuple[Args, tuple[int, ...]]
 #: Name -> what to replace in arguments that fit, and the error's message.
 Wrong = dict[str, tuple[Callable[[Args], Args], str]]
-#: "heads": head by head, gated after; a number: of groups, gated before.
+#: "heads": head by head, gated after; "sigmoid": so, but opened by a sigmoid; a number: of groups,
+#: gated before.
 Norm = str | int
 
 
@@ -158,7 +159,8 @@ def heads(t: Tensor, count: int) -> Tensor:
 
 def norm_of(norm: Norm | None, k: int, h: int, p: int, dtype: torch.dtype) -> OutputNorm | None:
     groups = norm if isinstance(norm, int) else None
-    return None if norm is None else output_norm(k, h, p, dtype, groups)
+    opened = "sigmoid" if norm == "sigmoid" else "silu"
+    return None if norm is None else output_norm(k, h, p, dtype, groups, opened)
 
 
 def wrong_heads(value: str, *keys: str) -> Wrong:
@@ -187,10 +189,18 @@ def gdn_arguments(
     }, (h, n, p)  # fmt: skip
 
 
+def kda_arguments(k: int, dtype: torch.dtype, n: int = 16, h: int = 2, **sizes: Any) -> Made:
+    """As `gdn_arguments`, decays by channel."""
+    args, state = gdn_arguments(k, dtype, n=n, h=h, **sizes)
+    (a,) = columns(k, dtype, h * n)
+    return args | {"a": heads(a, h), "dt_bias": torch.linspace(-6, 2, h * n).view(h, n)}, state
+
+
 def gdn_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.gated_delta.torch.gdn_step` with the glue of `archs.gdn` around it."""
+    """`kernels.gated_delta.torch.gdn_step` with the glue of `archs.ops.gated_delta` around it."""
     q, k = l2_norm(args["q"]), l2_norm(args["k"])
-    decay = F.softplus(args["a"].float() + args["dt_bias"]) * -args["a_log"].exp()
+    rate = -args["a_log"].exp().view(-1, *[1] * (args["a"].dim() - 3))
+    decay = F.softplus(args["a"].float() + args["dt_bias"]) * rate
     scaled, beta = q * q.shape[-1] ** -0.5, args["b"].sigmoid()
     y, each = gdn_torch.gdn_step(scaled, k, args["v"], decay, beta, state, each=True)
     assert each is not None
@@ -313,6 +323,23 @@ STEPS = {
         tokens=("q", "k", "v", "a", "b"), fixed=("a_log", "dt_bias"), leads=("q", "v"),
         norms=("heads",),
         wrong=wrong_heads("v", "q", "k"),
+    ),
+    "kda": Step(
+        op=gdn_step.gdn_step, ref=gdn_step.gdn_step_ref, torch_form=gdn_form,
+        arguments=kda_arguments,
+        cases=(
+            *MATRIX_CASES,
+            case(1, p=100, norm="sigmoid"),
+            case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="sigmoid"),
+            case(9, p=256, h=1, new=(9, 5, 1), norm="sigmoid"),
+        ),
+        tokens=("q", "k", "v", "a", "b"), fixed=("a_log", "dt_bias"), leads=("q", "v"),
+        norms=("sigmoid",),
+        wrong={
+            "a by head": (put("a", lambda t: t[..., 0]), "^dt_bias has shape"),
+            "a channels": (put("a", lambda t: t[..., 1:]), "^a has shape"),
+            "dt_bias by head": (put("dt_bias", lambda t: t[:, 0]), "^dt_bias has shape"),
+        },
     ),
     "ssm": Step(
         op=ssm_step.ssm_step, ref=ssm_step.ssm_step_ref, torch_form=ssm_form,

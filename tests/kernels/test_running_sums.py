@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from kernels.decay.chunk import decay_chunk as decay_kernel
 from kernels.decay.running_sums import chunk_decays
 from kernels.decay.torch import decay_chunk, decay_ref
+from kernels.gated_delta.channel_chunk import kda_chunk as kda_kernel
 from kernels.gated_delta.chunk import gdn_chunk as gdn_kernel
 from kernels.gated_delta.torch import gdn_chunk, gdn_ref
 from tests.kernels.interpreter import interpreted
@@ -40,8 +41,9 @@ def inputs(delta: bool, jump: float, channels: int = 0, tokens: int = TOKENS) ->
 @pytest.mark.parametrize(
     ("chunk", "ref", "channels"),
     [(decay_chunk, decay_ref, 0), (decay_kernel, decay_ref, 0),
-     (gdn_chunk, gdn_ref, 0), (gdn_kernel, gdn_ref, 0), (gdn_chunk, gdn_ref, 16)],
-    ids=["decay torch", "decay triton", "gdn torch", "gdn triton", "kda torch"],
+     (gdn_chunk, gdn_ref, 0), (gdn_kernel, gdn_ref, 0),
+     (gdn_chunk, gdn_ref, 16), (kda_kernel, gdn_ref, 16)],
+    ids=["decay torch", "decay triton", "gdn torch", "gdn triton", "kda torch", "kda triton"],
 )  # fmt: skip
 def test_a_token_that_forgets_all_does_not_blur_those_after_it(
     chunk: Scan, ref: Scan, channels: int, jump: float
