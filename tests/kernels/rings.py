@@ -13,7 +13,8 @@ from kernels.norm.torch import OutputNorm
 from kernels.recurrent.ring import Ring
 from kernels.recurrent.step_norm import output_norm_ref
 from kernels.rope import rotate as rope_rotate
-from tests.kernels.steps import STEPS, Args, Step, angles, int32
+from tests.kernels.step_inputs import Args, angles, int32
+from tests.kernels.steps import STEPS, Step
 
 #: Inputs that a row holds, in its order, and what says how wide it is.
 LAYOUTS: dict[str, tuple[str, Callable[[int, int, int, int], int]]] = {

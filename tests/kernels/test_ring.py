@@ -14,7 +14,8 @@ from kernels.recurrent.ring import Ring
 from tests.kernels.interpreter import interpreted
 from tests.kernels.rings import RINGED, Books, packed, ring_ref, row_width, turned
 from tests.kernels.slots import in_place
-from tests.kernels.steps import BF16, F32, SLOTS, Args, B, Case, Wrong, case, close, int32, put
+from tests.kernels.step_inputs import BF16, F32, SLOTS, Args, B, int32
+from tests.kernels.steps import Case, Wrong, case, close, put
 
 #: Rows wrap around R in the first sequence, new ones in the second.
 BOOKS = {
