@@ -8,7 +8,8 @@ what the state keeps, beside one rotary key that all heads share. Two forms of t
   one KV head, as wide as a state row, whose values are its first `rank` columns.
 
 Decode is absorbed; `absorbs` picks the cheaper one for longer steps. Equals the attention of
-`transformers`' DeepSeek-V3 (interleaved rotary pairs, norms on both latents, none on the key).
+`transformers`' DeepSeek-V3 (interleaved rotary pairs, norms on both latents, none on the key) and,
+without positions, of its Kimi Linear (arXiv 2510.26692).
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ class LatentConfig(MixerConfig):
     """Channels per head: nope_dim without and rope_dim with positions in keys, v_dim in values.
 
     rank: width of the latent that keys and values come from; q_rank: of the queries' own latent
-    (None: queries come from the input). kv_eps, q_eps: of the norms of the two latents.
+    (None: queries come from the input). kv_eps, q_eps: of the norms of the two latents. positions:
+    whether those rope_dim channels are turned at all; otherwise they are a part of the keys that
+    all heads share, and other layers must tell tokens' order (NoPE).
     """
 
     n_heads: int
@@ -55,11 +58,12 @@ class LatentConfig(MixerConfig):
     rope_theta: float = 10_000.0
     kv_eps: float = 1e-6
     q_eps: float = 1e-6
+    positions: bool = True
 
     def __post_init__(self) -> None:
         at_least(self, 1, "n_heads", "rank", "nope_dim", "rope_dim", "v_dim", "q_rank")
         positive(self, "rope_theta", "kv_eps", "q_eps")
-        if self.rope_dim % 2:
+        if self.positions and self.rope_dim % 2:
             raise UserError(f"rope_dim={self.rope_dim} is odd; rotary pairs need an even one")
 
     @classmethod
@@ -75,6 +79,11 @@ class LatentConfig(MixerConfig):
             "v_dim": dim,
             "q_rank": 3 * rank if scale.d_model >= Q_RANK_FROM_D_MODEL else None,
         }
+
+    @property
+    def theta(self) -> float | None:
+        """Of the rotation; None: there is none."""
+        return self.rope_theta if self.positions else None
 
     @property
     def qk_dim(self) -> int:
@@ -144,9 +153,11 @@ class LatentAttention(Mixer):
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D], expanded."""
         c, tokens = self.config, x.shape[1]
-        angles = rope_table(tokens, c.rope_dim, c.rope_theta, x.device)[:tokens]
-        q_nope, to_turn, latent = self._down(x)
-        q_rope, key = queries_and_key([rotate(t, angles) for t in to_turn])
+        q_nope, slabs, latent = self._down(x)
+        if c.positions:
+            angles = rope_table(tokens, c.rope_dim, c.rope_theta, x.device)[:tokens]
+            slabs = [rotate(t, angles) for t in slabs]
+        q_rope, key = queries_and_key(slabs)
         rows = torch.cat((self.kv_norm(latent), key), -1)
         return self._expanded(q_nope, q_rope, Seen(rows, None, True))
 
@@ -156,7 +167,7 @@ class LatentAttention(Mixer):
         c, norm = self.config, self.kv_norm
         q_nope, to_turn, latent = self._down(x)
         q_rope, seen = append_latent(
-            to_turn, latent, norm.weight, state, "latent", eps=norm.eps, theta=c.rope_theta,
+            to_turn, latent, norm.weight, state, "latent", eps=norm.eps, theta=c.theta,
             backend=self.backend,
         )  # fmt: skip
         absorbs = c.absorbs(x.shape[1], seen.length)
@@ -267,7 +278,10 @@ class LatentAttention(Mixer):
                 weight_bytes=sum(w.nbytes for w in norms),
             ),
             *query,
-            OpCost(name="rope", vector_flops=3 * step.tokens * (c.n_heads + 1) * c.rope_dim),
+            OpCost(
+                name="rope",
+                vector_flops=c.positions * 3 * step.tokens * (c.n_heads + 1) * c.rope_dim,
+            ),
             linear_cost(name, self.kv_up, step.tokens if absorbs else step.batch * rows),
             attention_cost(
                 self.state_spec().rows[0],

@@ -22,6 +22,7 @@ from archs.files import read
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
 from archs.heads import MultiTokenHead
+from archs.kda import KimiDeltaAttention, KimiDeltaConfig
 from archs.layer import LayerSpec
 from archs.layers import NORM_EPS
 from archs.linear import LinearAttention, LinearConfig
@@ -50,6 +51,7 @@ REGISTRY: dict[str, Entry] = {
     "cla": Entry(CrossLayerAttention, CrossLayerConfig),
     "linear": Entry(LinearAttention, LinearConfig),
     "gdn": Entry(GatedDeltaNet, GatedDeltaConfig),
+    "kda": Entry(KimiDeltaAttention, KimiDeltaConfig),
     "mamba1": Entry(Mamba1, Mamba1Config),
     "mamba2": Entry(Mamba2, Mamba2Config),
 }

@@ -174,7 +174,7 @@ def output_norm(y: Tensor, how: OutputNorm, *, backend: str) -> Tensor:
     """Norm and gate a mixer's output y [B, K, H, P] in a launch of its own. -> [B, K, H·P]."""
     return _GATED_RMS_NORM[backend](
         y.reshape(how.gate.shape), how.gate, how.weight, how.eps, gate_first=how.gate_first,
-        group=how.group,
+        group=how.group, opened=how.opened,
     ).flatten(2)  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""The gated delta rule from raw gates to normed outputs, by backend (arXiv 2412.06464, eq. 10)."""
+"""The gated delta rule from raw gates to normed outputs, by backend: decays by head (arXiv
+2412.06464, eq. 10) or by key channel (arXiv 2510.26692, eq. 1).
+"""
 
 from functools import partial
 from typing import NamedTuple
@@ -35,11 +37,14 @@ def gated_delta(
     """q, k are normalised and q scaled by N^-0.5; g = -e^{a_log} softplus(a + dt_bias),
     β = sigmoid(b).
 
-    q, k: [B, K, G, N]; v: [B, K, H, P]; a, b: [B, K, H]; a_log, dt_bias: [H].
+    q, k: [B, K, G, N]; v: [B, K, H, P]; a: [B, K, H] with dt_bias [H], or by channel [B, K, H, N]
+    with dt_bias [H, N]; b: [B, K, H]; a_log: [H].
     Returns [B, K, H·P], normed and gated by `norm`, and advances the state [H, N, P] called
     `name`; without one it starts at zero and is not kept (training).
+    Raises NoFormError for a backend that has no form of it.
     """
-    return _FORMS[backend](q, k, v, a, b, a_log, dt_bias, norm, state, name)
+    forms = _BY_CHANNEL if a.dim() == 4 else _FORMS
+    return forms[backend](q, k, v, a, b, a_log, dt_bias, norm, state, name)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -49,7 +54,8 @@ def _prepared(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor
 ) -> Inputs:
     """Normalised q and k, v, log decay (float32) and strength."""
-    decay = F.softplus(a.float() + dt_bias) * -a_log.float().exp()
+    rate = -a_log.float().exp()
+    decay = F.softplus(a.float() + dt_bias) * (rate[:, None] if a.dim() == 4 else rate)
     return l2_norm(q) * q.shape[-1] ** -0.5, l2_norm(k), v, decay, b.sigmoid()
 
 
@@ -63,7 +69,7 @@ def _torch(
     at = state.replayed(name)
     rule = _DeltaRule(k.shape[2:], v.shape[2:], a_log, dt_bias)
     if at is not None and not at.whole:
-        inputs = torch.cat((k.flatten(2), v.flatten(2), a, b), -1)
+        inputs = torch.cat((k.flatten(2), v.flatten(2), a.flatten(2), b), -1)
         return output_norm(replay(at, state, name, inputs, q, rule), norm, backend="torch")
     memory, each = caught_up(at, state, name, rule), None
     q, k, v, decay, beta = _prepared(q, k, v, a, b, a_log, dt_bias)
@@ -92,9 +98,12 @@ class _DeltaRule(NamedTuple):
         return gdn_chunk(*inputs, value)[1]
 
     def _inputs(self, q: Tensor, rows: Tensor, valid: Tensor | None) -> Inputs:
-        heads = self.heads[0]
-        k, v, a, b = rows.split((self.keys.numel(), self.heads.numel(), heads, heads), -1)
-        k, v = k.unflatten(-1, self.keys), v.unflatten(-1, self.heads)
+        gates = self.dt_bias.shape
+        sizes = (self.keys.numel(), self.heads.numel(), gates.numel(), self.heads[0])
+        k, v, a, b = rows.split(sizes, -1)
+        k, v, a = (
+            t.unflatten(-1, shape) for t, shape in ((k, self.keys), (v, self.heads), (a, gates))
+        )
         q, k, v, decay, beta = _prepared(q, k, v, a, b, self.a_log, self.dt_bias)
         return q, k, v, masked(decay, valid), masked(beta, valid)
 
@@ -103,10 +112,11 @@ def _triton(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
     norm: OutputNorm, state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
-    from kernels.gated_delta import chunk, step
+    from kernels.gated_delta import channel_chunk, chunk, step
 
+    scan = channel_chunk.kda_chunk if a.dim() == 4 else chunk.gdn_chunk
     if state is None:
-        y, _ = chunk.gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
+        y, _ = scan(*_prepared(q, k, v, a, b, a_log, dt_bias))
         return output_norm(y, norm, backend="triton")
     at, replayed = state.slots(name), state.replayed(name)
     if replayed is not None:
@@ -123,7 +133,7 @@ def _triton(
         )  # fmt: skip
         return y.flatten(2)
     inputs = _prepared(q, k, v, a, b, a_log, dt_bias)
-    y, memory = chunk.gdn_chunk(*inputs, state.get(name), new=at.new)
+    y, memory = scan(*inputs, state.get(name), new=at.new)
     state.put(name, memory)
     return output_norm(y, norm, backend="triton")
 
@@ -142,3 +152,4 @@ def _fla(
 
 
 _FORMS = Forms("gated delta rule", {"torch": _torch, "triton": _triton, "fla": _fla})
+_BY_CHANNEL = Forms("gated delta rule by channel", {"torch": _torch, "triton": _triton})

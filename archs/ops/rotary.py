@@ -10,6 +10,7 @@ from torch import Tensor
 
 from archs.backends import everywhere
 from archs.ops.dense import Input, Unnormed, product
+from archs.ops.dense import rms_norm as norm_rows
 from archs.ops.matrix import Weight
 from archs.state import LayerState, Pages, Rows
 from kernels.norm.torch import rms_norm
@@ -36,9 +37,11 @@ def rotate_new(x: Tensor, state: LayerState, *, theta: float, backend: str) -> T
 
 def append_latent(
     to_turn: Sequence[Tensor], latent: Tensor, weight: Tensor, state: LayerState, name: str, *,
-    eps: float, theta: float, backend: str,
+    eps: float, theta: float | None, backend: str,
 ) -> tuple[Tensor, Rows]:  # fmt: skip
     """Turn rotary queries and key, norm latents, store both as rows, and say what is seen.
+
+    theta: None turns nothing: the key is stored as it is.
 
     to_turn: [B, K, ·, r], one or more; in order their heads are the H queries and the key. What
     it was is lost. latent: [B, K, R], before the norm of `weight` [R]. The rows of `name` are
@@ -109,17 +112,23 @@ def queries_and_key(turned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _append_latent_torch(
     to_turn: Sequence[Tensor], latent: Tensor, weight: Tensor, state: LayerState, name: str,
-    eps: float, theta: float,
+    eps: float, theta: float | None,
 ) -> tuple[Tensor, Rows]:  # fmt: skip
-    angles = state.rope(to_turn[0].shape[-1], theta)
-    queries, key = queries_and_key([rotate(t, angles) for t in to_turn])
+    if theta is not None:
+        angles = state.rope(to_turn[0].shape[-1], theta)
+        to_turn = [rotate(t, angles) for t in to_turn]
+    queries, key = queries_and_key(to_turn)
     return queries, state.append(name, torch.cat((rms_norm(latent, weight, eps), key), -1))
 
 
 def _append_latent_triton(
     to_turn: Sequence[Tensor], latent: Tensor, weight: Tensor, state: LayerState, name: str,
-    eps: float, theta: float,
+    eps: float, theta: float | None,
 ) -> tuple[Tensor, Rows]:  # fmt: skip
+    if theta is None:
+        queries, key = queries_and_key(to_turn)
+        normed = norm_rows(latent, weight, eps, backend="triton")
+        return queries, state.append(name, torch.cat((normed, key), -1))
     pages = state.pages(name, latent.dtype)
     if pages is None:
         return _append_latent_torch(to_turn, latent, weight, state, name, eps, theta)

@@ -28,6 +28,7 @@ from kernels.conv import chunk as conv_chunk
 from kernels.conv import step as conv_step
 from kernels.decay import chunk as decay_chunk
 from kernels.decay import linear_step, ssm_step
+from kernels.gated_delta import channel_chunk as kda_chunk
 from kernels.gated_delta import chunk as gdn_chunk
 from kernels.gated_delta import step as gdn_step
 from kernels.latent import append as latent_append
@@ -47,11 +48,12 @@ OPS: dict[str, ModuleType] = {
     "attention_decode": attention_decode, "attention_prefill": attention_prefill,
     "conv_chunk": conv_chunk, "conv_step": conv_step, "decay_chunk": decay_chunk,
     "few_rows": few_rows, "gdn_chunk": gdn_chunk, "gdn_step": gdn_step, "gemv": gemv,
-    "head_gemv": head_gemv, "latent_append": latent_append, "linear_step": linear_step,
-    "mla_decode": mla_decode, "norm_triton": norm_triton, "packed_rows": packed_rows,
-    "page_write": page_write, "project_append": project_append, "rope_append": rope_append,
-    "rope_rotate": rope_rotate, "sample": sample, "selective_chunk": selective_chunk,
-    "selective_step": selective_step, "split_combine": split_combine, "ssm_step": ssm_step,
+    "head_gemv": head_gemv, "kda_chunk": kda_chunk, "latent_append": latent_append,
+    "linear_step": linear_step, "mla_decode": mla_decode, "norm_triton": norm_triton,
+    "packed_rows": packed_rows, "page_write": page_write, "project_append": project_append,
+    "rope_append": rope_append, "rope_rotate": rope_rotate, "sample": sample,
+    "selective_chunk": selective_chunk, "selective_step": selective_step,
+    "split_combine": split_combine, "ssm_step": ssm_step,
 }  # fmt: skip
 
 

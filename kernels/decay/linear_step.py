@@ -65,7 +65,7 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     ring, ring_past, held, fold, ring_slot,
     SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
+    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, NORM_D: tl.constexpr,
     WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     R: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def linear_step_fwd_kernel(  # type: ignore[no-untyped-def]
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
-            NORM_EPS, GATE_FIRST, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
+            NORM_EPS, GATE_FIRST, SIGMOID, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
         )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def _overlap(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse(a, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def unit_inverse(a, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """(I + a)^-1 of a strictly lower [HALF, HALF], HALF 16 or 32; row by row in blocks of 16."""
     BLOCKS: tl.constexpr = HALF // 16
     i = tl.arange(0, 16)
@@ -148,7 +148,7 @@ def gdn_chunk_fwd_solve_kernel(  # type: ignore[no-untyped-def]
     a = _overlap(
         keys, row0, valid0, near0, rest0, row0, valid0, near0, rest0, k_row, N, HALF, BLOCK_N
     )
-    first = _inverse(a * beta0[:, None], HALF)
+    first = unit_inverse(a * beta0[:, None], HALF)
     tile = c[:, None] * CHUNK + c[None, :]
     out = inverse + lane * CHUNK * CHUNK + tile
     kind = inverse.dtype.element_ty
@@ -165,7 +165,7 @@ def gdn_chunk_fwd_solve_kernel(  # type: ignore[no-untyped-def]
         a = _overlap(
             keys, row1, valid1, near1, rest1, row1, valid1, near1, rest1, k_row, N, HALF, BLOCK_N
         )
-        second = _inverse(a * beta1[:, None], HALF)
+        second = unit_inverse(a * beta1[:, None], HALF)
         near1, rest1 = after(near0, rest0, near1, rest1)
         a = _overlap(
             keys, row1, valid1, near1, rest1, row0, valid0, near0, rest0, k_row, N, HALF, BLOCK_N

@@ -1,6 +1,7 @@
 """The gated delta rule for 1 to 9 new tokens on states in slots (arXiv 2412.06464, eq. 10):
-S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t / √N, with
-g = -e^{A_log} softplus(a + dt_bias), β = sigmoid(b) and normalised q and k computed here.
+S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t / √N, with
+g = -e^{A_log} softplus(a + dt_bias), β = sigmoid(b) and normalised q and k computed here. Decays
+are one a head, or with dt_bias one for each key channel (arXiv 2510.26692, eq. 1).
 
 B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
 One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once, or with
@@ -8,6 +9,7 @@ a ring seldom. The output norm spans a head's P channels, several tiles: the las
 does it.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -47,11 +49,17 @@ NORM_EPS = 1e-6
 
 
 @triton.jit
-def advanced(s, kt, vt, at, beta, valid, rate, bias, EPS):  # type: ignore[no-untyped-def]
-    """The tile s after one token: its key, values and decay as they came, and β."""
+def advanced(  # type: ignore[no-untyped-def]
+    s, kt, vt, at, beta, valid, rate, bias, EPS, BY_CHANNEL: tl.constexpr
+):
+    """The tile s after one token: its key, values and decays as they came, and β."""
     kt *= tl.rsqrt(tl.sum(kt * kt, 0) + EPS)
     # A padded token has k = 0; without decay the state passes through it unchanged.
-    s *= tl.exp(rate * tl.where(valid, softplus(at + bias), 0.0))
+    decay = tl.exp(rate * tl.where(valid, softplus(at + bias), 0.0))
+    if BY_CHANNEL:
+        s *= decay[:, None]
+    else:
+        s *= decay
     delta = (vt - tl.sum(kt[:, None] * s, 0)) * beta
     return tl.fma(kt[:, None], delta[None, :], s)
 
@@ -62,9 +70,9 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     q_row, k_row, v_row, a_row, b_row, slot_stride, gate, weight, arrivals, gate_row,
     ring, ring_past, held, fold, ring_slot,
     EPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr,
-    G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    BY_CHANNEL: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, NORM_D: tl.constexpr,
+    NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, NORM_D: tl.constexpr,
     WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     R: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +96,12 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     own = state + head * N * P + tile
     s = tl.load(own + source * slot_stride, mask=inside, other=0.0).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
-    bias = tl.load(dt_bias + head).to(tl.float32)
+    gates: tl.constexpr = H * N if BY_CHANNEL else H
+    if BY_CHANNEL:
+        gate_at, in_gate = head * N + n, in_n
+    else:
+        gate_at, in_gate = head, True
+    bias = tl.load(dt_bias + gate_at, mask=in_gate, other=0.0).to(tl.float32)
     if write is not None:
         last = last_slot(write + batch * K, count, K)
     if ring is not None:
@@ -101,9 +114,10 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
             held_row = ring_row(rows, begun - behind + i, R, ROW)
             kt = tl.load(held_row + group * N + n, mask=in_n, other=0.0).to(tl.float32)
             vt = tl.load(held_row + G * N + head * P + p, mask=in_p, other=0.0).to(tl.float32)
-            at = tl.load(held_row + G * N + H * P + head).to(tl.float32)
-            bt = tl.load(held_row + G * N + H * P + H + head).to(tl.float32)
-            s = advanced(s, kt, vt, at, tl.sigmoid(bt), True, rate, bias, EPS)
+            raw = held_row + G * N + H * P
+            at = tl.load(raw + gate_at, mask=in_gate, other=0.0).to(tl.float32)
+            bt = tl.load(raw + gates + head).to(tl.float32)
+            s = advanced(s, kt, vt, at, tl.sigmoid(bt), True, rate, bias, EPS, BY_CHANNEL)
             if i + 1 == folded:
                 store_as(own + source * slot_stride, s, inside)
     for t in range(K):
@@ -112,19 +126,19 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
         qt = tl.load(q + row * q_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
         kt = tl.load(k + row * k_row + group * N + n, mask=in_n & valid, other=0.0).to(tl.float32)
         vt = tl.load(v + row * v_row + head * P + p, mask=in_p & valid, other=0.0).to(tl.float32)
-        at = tl.load(a + row * a_row + head, mask=valid, other=0.0).to(tl.float32)
+        at = tl.load(a + row * a_row + gate_at, mask=in_gate & valid, other=0.0).to(tl.float32)
         bt = tl.load(b + row * b_row + head, mask=valid, other=0.0).to(tl.float32)
         if ring is not None:
             to = ring_row(rows, begun + t, R, ROW)
             store_as(to + group * N + n, kt, in_n & valid & first_head)
             values = to + G * N + head * P + p
             store_as(values, vt, in_p & valid)
-            gates = to + G * N + H * P + head
-            store_as(gates, at, valid & first_tile)
-            store_as(gates + H, bt, valid & first_tile)
+            raw = to + G * N + H * P
+            store_as(raw + gate_at, at, in_gate & valid & first_tile)
+            store_as(raw + gates + head, bt, valid & first_tile)
         beta = tl.sigmoid(bt)
         qt *= tl.rsqrt(tl.sum(qt * qt, 0) + EPS) * SCALE
-        s = advanced(s, kt, vt, at, beta, valid, rate, bias, EPS)
+        s = advanced(s, kt, vt, at, beta, valid, rate, bias, EPS, BY_CHANNEL)
         yt = tl.sum(qt[:, None] * s, 0)
         tl.store(y + (row * H + head) * P + p, yt.to(y.dtype.element_ty), mask=in_p)
         if EACH:
@@ -135,13 +149,13 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     if gate is not None:
         norm_last(
             y, gate, weight, arrivals, gate_row, count, K, H, P,
-            NORM_EPS, GATE_FIRST, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
+            NORM_EPS, GATE_FIRST, SIGMOID, NORM_D, WEIGHT_D, BLOCK_K, BLOCK_D,
         )  # fmt: skip
 
 
-def gdn_ring_row(groups: int, heads: int, n: int, p: int) -> int:
+def gdn_ring_row(groups: int, heads: int, n: int, p: int, *, by_channel: bool = False) -> int:
     """Elements of a ring's row: a token's k, v, a and b."""
-    return groups * n + heads * (p + 2)
+    return groups * n + heads * (p + 1 + (n if by_channel else 1))
 
 
 def gdn_step(
@@ -153,12 +167,13 @@ def gdn_step(
     """Advance the states of B sequences by K tokens, from slot to slot.
 
     q, k: [B, K, G, N], as the convolution left them; v: [B, K, H, P]; a, b: [B, K, H], the raw
-    gates; a_log, dt_bias: [H]; state: [slots, H, N, P] in float32 or bfloat16; read: int32 [B],
-    write: int32 [B, K], each: the slots of states, as `recurrent.step` says; new: int32 [B] valid
-    tokens of right-padded rows (None: K); norm: of y, head by head (None: y as it is); arrivals:
-    int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each call of a
-    stream to save the launch that clears a fresh one; ring: k, v, a and b of tokens that the states
-    lack, in place of write, as `recurrent.ring` says.
+    gates, or a by channel: [B, K, H, N]; a_log: [H]; dt_bias: [H], by channel [H, N]; state:
+    [slots, H, N, P] in float32 or bfloat16; read: int32 [B], write: int32 [B, K], each: the slots
+    of states, as `recurrent.step` says; new: int32 [B] valid tokens of right-padded rows (None: K);
+    norm: of y, head by head (None: y as it is); arrivals: int32 zeros, at least B * H, left at
+    zero, for a norm: pass the same one on each call of a stream to save the launch that clears a
+    fresh one; ring: k, v, a and b of tokens that the states lack, in place of write, as
+    `recurrent.ring` says.
     Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -170,23 +185,27 @@ def gdn_step(
     require_shape("v", v, (batch, tokens, heads, p))
     require_heads("v", heads, groups)
     inputs = {"q": q, "k": k, "v": v, "a": a, "b": b, "a_log": a_log, "dt_bias": dt_bias}
-    for name in ("a", "b"):
-        require_shape(name, inputs[name], (batch, tokens, heads))
-    for name in ("a_log", "dt_bias"):
-        require_shape(name, inputs[name], (heads,))
+    by_channel = a.dim() == 4
+    gates = (heads, n) if by_channel else (heads,)
+    require_shape("a", a, (batch, tokens, *gates))
+    require_shape("b", b, (batch, tokens, heads))
+    require_shape("a_log", a_log, (heads,))
+    require_shape("dt_bias", dt_bias, gates)
     require_state(gdn_step_fwd_kernel, state, read, write, new, (batch, tokens, heads, n, p))
     require_like(state, **inputs)
     ringed = ring_arguments(
-        ring, state, write, each, tokens, gdn_ring_row(groups, heads, n, p), k=k, v=v, a=a, b=b
-    )
+        ring, state, write, each, tokens,
+        gdn_ring_row(groups, heads, n, p, by_channel=by_channel), k=k, v=v, a=a, b=b,
+    )  # fmt: skip
     y = torch.empty(batch, tokens, heads, p, dtype=v.dtype, device=v.device)
     block_p, warps = CONFIGS[state.dtype]
     normed = norm_arguments(norm, arrivals, y, state, warps)
     gdn_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
         q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
         *(row_stride(name, inputs[name]) for name in "qkvab"), state.stride(0),
-        EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, EACH=each and tokens > 1, G=groups, H=heads, N=n,
-        P=p, BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
+        EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, EACH=each and tokens > 1,
+        BY_CHANNEL=by_channel, G=groups, H=heads, N=n, P=p,
+        BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
         **ringed, **overlapped(q.device),
     )  # fmt: skip
     return y
@@ -203,16 +222,22 @@ def gdn_step_ref(
     share = v.shape[2] // q.shape[2]
     q, k = (t.double().repeat_interleave(share, 2) for t in (q, k))
     q, k = (t * (t.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for t in (q, k))
-    decay = (-a_log.double().exp() * F.softplus(a.double() + dt_bias.double())).exp()
+    steps = F.softplus(a.double() + dt_bias.double())
+    decay = (-a_log.double().exp()[:, None] * steps.reshape(*a.shape[:3], -1)).exp()
     beta, v = b.double().sigmoid(), v.double()
     s, rows, states = state.double(), [], []
     for t in range(v.shape[1]):
-        s = decay[:, t, :, None, None] * s
+        s = decay[:, t, :, :, None] * s
         error = v[:, t] - (k[:, t, :, :, None] * s).sum(-2)
         s = s + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
         rows.append((q[:, t, :, :, None] * s).sum(-2) * q.shape[-1] ** -0.5)
         states.append(s)
     return output_norm_ref(torch.stack(rows, 1), norm), torch.stack(states, 1)
+
+
+#: For a Blackwell ptxas stops at 80 registers where decays are by channel and there is a norm, and
+#: keeps a pair of them in memory, once a program.
+CHANNEL_SPILLS = 8
 
 
 def variants() -> list[Variant]:
@@ -221,11 +246,14 @@ def variants() -> list[Variant]:
 
     def call(dtype: torch.dtype, n: int, p: int, tokens: int, options: str = "") -> NamedCall:
         rows = partial(meta, 1, tokens, 16)
-        norm = output_norm(rows(p)) if "norm" in options else None
-        inputs = [rows(n), rows(n), rows(p), rows(), rows(), floats(16), floats(16)]
+        opened, gates = ("sigmoid", (n,)) if "channels" in options else ("silu", ())
+        norm = output_norm(rows(p), opened=opened) if "norm" in options else None
+        inputs = [
+            rows(n), rows(n), rows(p), rows(*gates), rows(), floats(16), floats(16, *gates)
+        ]  # fmt: skip
         return step_call(
             gdn_step, inputs, (16, n, p), dtype, tokens, options, norm,
-            row=gdn_ring_row(16, 16, n, p),
+            row=gdn_ring_row(16, 16, n, p, by_channel=bool(gates)),
         )  # fmt: skip
 
     calls = (
@@ -235,5 +263,12 @@ def variants() -> list[Variant]:
         call(narrow, 128, 128, 1), call(narrow, 128, 128, 1, "norm"),
         call(narrow, 128, 128, 8, "ragged each"),
         call(wide, 128, 128, 1, "norm ring"), call(wide, 128, 128, 5, "ragged norm ring"),
+        call(wide, 128, 128, 1, "channels norm"), call(wide, 128, 128, 8, "channels ragged each"),
+        call(wide, 64, 100, 3, "channels ragged norm"), call(narrow, 128, 128, 1, "channels norm"),
+        call(wide, 128, 128, 1, "channels norm ring"),
+        call(wide, 128, 128, 5, "channels ragged norm ring"),
     )  # fmt: skip
-    return variants_of(calls, {gdn_step_fwd_kernel: MATRIX_STEP})
+    by_channel = replace(
+        MATRIX_STEP, spills=lambda v: CHANNEL_SPILLS if v.constexprs["BY_CHANNEL"] else 0
+    )
+    return variants_of(calls, {gdn_step_fwd_kernel: by_channel})

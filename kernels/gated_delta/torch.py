@@ -1,9 +1,13 @@
-"""The gated delta rule: S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t.
+"""The gated delta rule: S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t.
 
-Gated DeltaNet (arXiv 2412.06464), chunked by the WY form (arXiv 2406.06484): one triangular
-solve per chunk turns the token-by-token corrections into products. Decays, solves and states are
-float32. H heads of v share the heads of q and k; q and k come normalised, q scaled.
+With one decay g_t a head it is Gated DeltaNet's (arXiv 2412.06464), with one for each key channel,
+a diagonal matrix, Kimi Delta Attention's (arXiv 2510.26692, eq. 1). Chunked by the WY form (arXiv
+2406.06484): one triangular solve per chunk turns the token-by-token corrections into products.
+Decays, solves and states are float32. H heads of v share the heads of q and k; q and k come
+normalised, q scaled.
 """
+
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -11,8 +15,51 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.decay.running_sums import chunk_decays
+from kernels.gated_delta.channels import decayed_scores, decayed_scores_matrix_flops
 
 CHUNK = 32
+
+
+class _Decays(NamedTuple):
+    """Of a chunk of C tokens: scores of the queries and overlaps of the keys [..., H, C, C]; what
+    is left of the state before it, [..., H, C, 1 or N] after each token and [..., H, 1 or N, 1]
+    after the last, and of each token's key after the last, [..., H, C, 1 or N].
+    """
+
+    scores: Tensor
+    overlap: Tensor
+    grown: Tensor
+    kept: Tensor
+    left: Tensor
+
+
+def _decays(q: Tensor, k: Tensor, g: Tensor, share: int) -> _Decays:
+    """q, k: [..., G, C, N]; g: [..., H, C] or [..., H, C, N]."""
+    if g.dim() == q.dim():
+        scores, overlap, since, until = decayed_scores(_spread(q, share), _spread(k, share), g)
+        grown = since.exp()
+        return _Decays(scores, overlap, grown, grown[..., -1, :, None], until.exp())
+    between, past, rest = chunk_decays(g)
+    scores, overlap = (_spread(t @ k.mT, share) * between for t in (q, k))
+    grown = past[..., None]
+    return _Decays(scores, overlap, grown, grown[..., -1:, :], rest[..., None])
+
+
+def _spread(t: Tensor, share: int) -> Tensor:
+    """[..., G, C, ·] -> [..., G·share, C, ·]."""
+    return t if share == 1 else t.repeat_interleave(share, -3)
+
+
+def _corrected(k: Tensor, v: Tensor, beta: Tensor, decays: _Decays) -> tuple[Tensor, Tensor]:
+    """u, w of (I + strictly lower overlap) [u, w] = β [v, e^c k]: a chunk writes u - w S."""
+    strength = beta[..., None]
+    right = torch.cat((v, k * decays.grown), -1) * strength
+    # The solver reads below the diagonal only.
+    solved = torch.linalg.solve_triangular(
+        decays.overlap * strength, right, upper=False, unitriangular=True
+    )
+    u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
+    return u, w
 
 
 def gdn_chunk(
@@ -21,9 +68,11 @@ def gdn_chunk(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form; differentiable.
 
-    q, k: [B, T, G, N]; v: [B, T, H, P]; log_decay (<= 0), beta: [B, T, H];
-    state: [B, H, N, P] before the first token (None: zeros).
+    q, k: [B, T, G, N]; v: [B, T, H, P]; log_decay (<= 0): [B, T, H], or [B, T, H, N] by channel;
+    beta: [B, T, H]; state: [B, H, N, P] before the first token (None: zeros); chunk: tokens, a
+    power of two where decays are by channel.
     Returns y [B, T, H, P] in v's dtype and the state after the last token.
+    Raises ValueError where heads do not divide or a chunk cannot be halved.
     """
     batch, tokens, groups, n = q.shape
     heads, p = v.shape[2:]
@@ -31,38 +80,35 @@ def gdn_chunk(
         raise ValueError(f"v has {heads} heads, not divisible by the {groups} heads of k")
     share = heads // groups
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    size = min(chunk, tokens)
+    size = _chunk_size(tokens, chunk, log_decay.dim() == 4)
     count = -(-tokens // size)
     short = count * size - tokens
     if short:
-        q, k, v = (F.pad(t, (0, 0, 0, 0, 0, short)) for t in (q, k, v))
-        log_decay, beta = (F.pad(t, (0, 0, 0, short)) for t in (log_decay, beta))
-    qc, kc, vc = (rearrange(t.to(wide), "b (i c) h n -> b i h c n", i=count) for t in (q, k, v))
-    gc, bc = (rearrange(t.to(wide), "b (i c) h -> b i h c", i=count) for t in (log_decay, beta))
-    between, since, until = chunk_decays(gc)
-    grown = since[..., None]
-
-    def spread(t: Tensor) -> Tensor:
-        return t if share == 1 else t.repeat_interleave(share, 2)
-
-    overlap = spread(kc @ kc.mT) * between * bc[..., None]
-    kh, qh = spread(kc), spread(qc)
-    # (I + strictly lower overlap) [u, w] = β [v, e^g k]; the solver reads below the diagonal only.
-    right = torch.cat((vc, kh * grown), -1) * bc[..., None]
-    solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
-    u, w = solved.split((p, n), -1)
-    scores = spread(qc @ kc.mT) * between
-    reach = qh * grown
-    left = (kh * until[..., None]).mT
-    kept = grown[..., -1:, :]
+        q, k, v, log_decay, beta = (
+            F.pad(t, (0, 0) * (t.dim() - 2) + (0, short)) for t in (q, k, v, log_decay, beta)
+        )
+    qc, kc, vc, gc, bc = (
+        rearrange(t.to(wide), "b (i c) h ... -> b i h c ...", i=count)
+        for t in (q, k, v, log_decay, beta)
+    )
+    decays = _decays(qc, kc, gc, share)
+    qh, kh = _spread(qc, share), _spread(kc, share)
+    u, w = _corrected(kh, vc, bc, decays)
+    reach = qh * decays.grown
+    left = (kh * decays.left).mT
     current = u.new_zeros(batch, heads, n, p) if state is None else state.to(wide)
     outputs = []
     for i in range(count):
         value = u[:, i] - w[:, i] @ current
-        outputs.append(reach[:, i] @ current + scores[:, i] @ value)
-        current = torch.addcmul(left[:, i] @ value, kept[:, i], current)
+        outputs.append(reach[:, i] @ current + decays.scores[:, i] @ value)
+        current = torch.addcmul(left[:, i] @ value, decays.kept[:, i], current)
     y = rearrange(outputs, "i b h c p -> b (i c) h p")
     return (y[:, :tokens] if short else y).to(v.dtype), current
+
+
+def _chunk_size(tokens: int, chunk: int, by_channel: bool) -> int:
+    """Tokens of a chunk: no more than there are, but a power of two where it is halved."""
+    return min(chunk, 1 << (tokens - 1).bit_length() if by_channel else tokens)
 
 
 def gdn_answers(
@@ -73,30 +119,33 @@ def gdn_answers(
 
     q: [B, K, G, N]; others as `gdn_chunk`'s. Returns y [B, K, H, P] in v's dtype.
     """
-    asked, p = q.shape[1], v.shape[-1]
-    share, n = v.shape[2] // q.shape[2], q.shape[3]
-    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-    qh, kh = (t.to(wide).repeat_interleave(share, 2).transpose(1, 2) for t in (q, k))
-    vh, strength = v.to(wide).transpose(1, 2), beta.to(wide).transpose(1, 2)[..., None]
-    between, since, _ = chunk_decays(log_decay.to(wide).transpose(1, 2))
-    grown, current = since[..., None], state.to(wide)
-    overlap = (kh @ kh.mT) * between * strength
-    right = torch.cat((vh, kh * grown), -1) * strength
-    solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
-    u, w = solved.split((p, n), -1)
+    asked, tokens, dtype, share = q.shape[1], v.shape[1], v.dtype, v.shape[2] // q.shape[2]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    # Tokens of zeros before the first one change nothing.
+    early = _chunk_size(tokens, tokens * 2, log_decay.dim() == 4) - tokens
+    q, k, v, log_decay, beta = (
+        F.pad(t, (0, 0) * (t.dim() - 2) + (early + tokens - t.shape[1], 0)).to(wide).transpose(1, 2)
+        for t in (q, k, v, log_decay, beta)
+    )
+    decays = _decays(q, k, log_decay, share)
+    current = state.to(wide)
+    u, w = _corrected(_spread(k, share), v, beta, decays)
     value = u - w @ current
-    scores = (qh @ kh.mT) * between[..., -asked:, :]
-    y = (qh * grown[..., -asked:, :]) @ current + scores @ value
-    return y.transpose(1, 2).to(v.dtype)
+    reach = (_spread(q, share) * decays.grown)[..., -asked:, :]
+    y = reach @ current + decays.scores[..., -asked:, :] @ value
+    return y.transpose(1, 2).to(dtype)
 
 
 def gdn_chunk_matrix_flops(
-    batch: int, tokens: int, heads: int, groups: int, n: int, p: int, chunk: int = CHUNK
-) -> int:
+    batch: int, tokens: int, heads: int, groups: int, n: int, p: int, chunk: int = CHUNK,
+    by_channel: bool = False,
+) -> int:  # fmt: skip
     """What torch counts for `gdn_chunk`, exactly; it does not count the triangular solve."""
-    size = min(chunk, tokens)
+    size = _chunk_size(tokens, chunk, by_channel)
     count = -(-tokens // size)
     overlaps = 2 * groups * size * size * n
+    if by_channel:
+        overlaps = heads * decayed_scores_matrix_flops(size, n) // 2
     states = 3 * heads * size * n * p
     values = heads * size * size * p
     return 2 * batch * count * (overlaps + states + values)
@@ -115,7 +164,7 @@ def gdn_step(
     if groups != heads:
         q, k = (t.repeat_interleave(heads // groups, 2) for t in (q, k))
     dtype = state.dtype
-    decay = log_decay.to(dtype).exp()[..., None, None]
+    decay = _of_states(log_decay.to(dtype)).exp()
     strength = beta.to(dtype)[..., None, None]
     q, k, wide_v = q.to(dtype).unsqueeze(-2), k.to(dtype), v.to(dtype).unsqueeze(-2)
     outputs, states = [], []
@@ -130,6 +179,11 @@ def gdn_step(
     return y.to(v.dtype), torch.stack(states, 1) if each else None
 
 
+def _of_states(g: Tensor) -> Tensor:
+    """Log decays [B, T, H] or [B, T, H, N] as they meet states: [B, T, H, 1 or N, 1]."""
+    return g.reshape(*g.shape[:3], -1, 1)
+
+
 def gdn_step_matrix_flops(batch: int, tokens: int, heads: int, n: int, p: int) -> int:
     """What torch counts for `gdn_step`, exactly: two read-outs; the update is elementwise."""
     return 4 * batch * tokens * heads * n * p
@@ -142,9 +196,9 @@ def gdn_ref(
     share = v.shape[2] // q.shape[2]
     q, k = (t.double().repeat_interleave(share, 2) for t in (q, k))
     v, g, beta = v.double(), log_decay.double(), beta.double()
-    s, rows = state.double(), []
+    g, s, rows = _of_states(g), state.double(), []
     for t in range(v.shape[1]):
-        s = g[:, t, :, None, None].exp() * s
+        s = g[:, t].exp() * s
         error = v[:, t] - (k[:, t, :, :, None] * s).sum(-2)
         s = s + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
         rows.append((q[:, t, :, :, None] * s).sum(-2))

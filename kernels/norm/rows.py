@@ -1,5 +1,5 @@
-"""RMSNorm (arXiv 1910.07467), alone, after a residual add or with a SiLU gate, and SwiGLU
-(arXiv 2002.05202), each in one pass over its inputs; forward and backward.
+"""RMSNorm (arXiv 1910.07467), alone, after a residual add or with a gate, and SwiGLU (arXiv
+2002.05202), each in one pass over its inputs; forward and backward.
 
 y = x / sqrt(mean(x²) + eps) · w. Rows of D channels (a group of channels is a row of its own); a
 tensor's rows lie at outer · stride + head · stride, so slices of a packed projection need no copy.
@@ -22,6 +22,7 @@ from kernels.aot.recorded import Expected, NamedCall, both_ways, meta, tile_load
 from kernels.checks import form, require
 from kernels.norm.row_parts import DTYPES, block_of, check_rows, check_weight, row_strides
 from kernels.norm.rows_bwd import norm_bwd, norm_bwd_kernel, norm_bwd_wide_kernel
+from kernels.norm.torch import OPENED
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: BLOCK_D -> (BLOCK_R, num_warps): 16 elements per thread of 32 lanes until warps run out.
@@ -37,8 +38,8 @@ SWIGLU_CONFIG = (2048, 4)
 def norm_fwd_kernel(  # type: ignore[no-untyped-def]
     x, residual, gate, weight, y, summed, rows, inner,
     x_outer, x_inner, r_outer, r_inner, g_outer, g_inner,
-    EPS: tl.constexpr, GATE_FIRST: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    EPS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, D: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows, GROUPS): one program's rows share a slice of weight.
 
@@ -64,7 +65,10 @@ def norm_fwd_kernel(  # type: ignore[no-untyped-def]
     if gate is not None:
         at = (outer * g_outer + head * g_inner)[:, None] + d[None, :]
         z = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-        z *= tl.sigmoid(z)
+        if SIGMOID:
+            z = tl.sigmoid(z)
+        else:
+            z *= tl.sigmoid(z)
         if GATE_FIRST:
             xt *= z
     out = xt * tl.rsqrt(tl.sum(xt * xt, 1) / D + EPS)[:, None] * w
@@ -119,7 +123,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x=x)
     check_weight(weight, x, x.shape[-1])
     if _differentiable(x, weight):
-        normed: Tensor = _Norm.apply(x, None, weight, eps, False, 1)
+        normed: Tensor = _Norm.apply(x, None, weight, eps, False, 1, False)
         return normed
     return _norm(x, None, None, weight, eps, False, 1)[0]
 
@@ -144,12 +148,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, gate_first: bool,
-    group: int | None = None,
+    group: int | None = None, opened: str = "silu",
 ) -> Tensor:  # fmt: skip
     """norm(x · silu(gate)) where gate_first, else norm(x) · silu(gate), over groups of channels.
 
     x, gate: [..., D], strided as in `rms_norm`, each in its own way; weight: [D]; group: channels
-    that share one statistic (None: D), a divisor of D and at most 16384.
+    that share one statistic (None: D), a divisor of D and at most 16384; opened: silu or sigmoid.
     Returns [..., D] in x's dtype. Differentiable once.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -157,11 +161,11 @@ def gated_rms_norm(
     dim = x.shape[-1]
     size = dim if group is None else group
     check_weight(weight, x, size)
-    groups = dim // size
+    sigmoid, groups = is_sigmoid(opened), dim // size
     if _differentiable(x, gate, weight):
-        gated: Tensor = _Norm.apply(x, gate, weight, eps, gate_first, groups)
+        gated: Tensor = _Norm.apply(x, gate, weight, eps, gate_first, groups, sigmoid)
         return gated
-    return _norm(x, None, gate, weight, eps, gate_first, groups)[0]
+    return _norm(x, None, gate, weight, eps, gate_first, groups, sigmoid)[0]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -178,6 +182,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _swiglu(gate_up)
 
 
+def is_sigmoid(opened: str) -> bool:
+    """Whether a gate opens by a sigmoid, not by a SiLU. Raises ValueError on any other function."""
+    require(opened in OPENED, "opened", opened, "must be one of {}", ", ".join(OPENED))
+    return opened == "sigmoid"
+
+
 def _check(**tensors: Tensor) -> None:
     check_rows(norm_fwd_kernel, **tensors)
 
@@ -190,17 +200,17 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, first: bool,
-        groups: int,
+        groups: int, sigmoid: bool,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, gate, weight)
-        ctx.options = eps, first, groups
-        return _norm(x, None, gate, weight, eps, first, groups)[0]
+        ctx.options = eps, first, groups, sigmoid
+        return _norm(x, None, gate, weight, eps, first, groups, sigmoid)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
-        return *norm_bwd(x, gate, weight, dy, None, *ctx.options), None, None, None
+        return *norm_bwd(x, gate, weight, dy, None, *ctx.options), None, None, None, None
 
 
 class _AddNorm(torch.autograd.Function):
@@ -217,7 +227,7 @@ class _AddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_summed: Tensor) -> tuple[Tensor | None, ...]:
         summed, weight = ctx.saved_tensors
-        dx, _, d_weight = norm_bwd(summed, None, weight, dy, d_summed, ctx.eps, False, 1)
+        dx, _, d_weight = norm_bwd(summed, None, weight, dy, d_summed, ctx.eps, False, 1, False)
         return dx, dx, d_weight, None
 
 
@@ -242,7 +252,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def _norm(
     x: Tensor, residual: Tensor | None, gate: Tensor | None, weight: Tensor, eps: float,
-    first: bool, groups: int,
+    first: bool, groups: int, sigmoid: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     size = x.shape[-1] // groups
     inner, strides = row_strides(groups, x=x, residual=residual, gate=gate)
@@ -253,7 +263,7 @@ def _norm(
     rows = x.numel() // size
     norm_fwd_kernel[(triton.cdiv(rows // groups, block_r), groups)](
         x, residual, gate, weight, y, summed, rows, inner, *strides, EPS=eps, GATE_FIRST=first,
-        D=size, GROUPS=groups, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        SIGMOID=sigmoid, D=size, GROUPS=groups, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
         **overlapped(x.device),
     )  # fmt: skip
     return y, summed
@@ -273,20 +283,20 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 def norm_ref(
     x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, *,
-    gate_first: bool = False, group: int | None = None,
+    gate_first: bool = False, group: int | None = None, opened: str = "silu",
 ) -> Tensor:  # fmt: skip
     """The oracle of every norm here: float64, one group of channels at a time."""
     x, weight = x.double(), weight.double()
-    silu = None if gate is None else F.silu(gate.double())
-    if silu is not None and gate_first:
-        x = x * silu
+    factor = None if gate is None else OPENED[opened](gate.double())
+    if factor is not None and gate_first:
+        x = x * factor
     size = group or x.shape[-1]
     parts = []
     for part, scale in zip(x.split(size, -1), weight.split(size), strict=True):
         rms = (part.square().mean(-1, keepdim=True) + eps).sqrt()
         parts.append(part / rms * scale)
     y = torch.cat(parts, -1)
-    return y if silu is None or gate_first else y * silu
+    return y if factor is None or gate_first else y * factor
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -319,6 +329,12 @@ def variants() -> list[Variant]:
             both_ways(f"gated {narrow} {dim}", after, *[heads(dim, narrow)] * 2, scale[0]),
             both_ways(f"gated first {wide} 2x{dim}", first, *[rows(2 * dim, wide)] * 2, scale[1]),
         ]
+    for dim in (64, 128):
+        opened = partial(gated_rms_norm, eps=1e-6, gate_first=False, opened="sigmoid")
+        each = heads(dim, narrow)
+        calls.append(
+            both_ways(f"gated sigmoid {narrow} {dim}", opened, each, each, meta(dim, dtype=wide))
+        )
     for dtype, dim in ((narrow, 2048), (half, 2048), (wide, 2048), (narrow, 16384), (wide, 16384)):
         summing = partial(add_rms_norm, eps=1e-6)
         added = [*[rows(dim, dtype)] * 2, meta(dim, dtype=dtype)]

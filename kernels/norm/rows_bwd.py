@@ -23,28 +23,36 @@ MAX_PARTIALS = 512
 
 
 @triton.jit
-def load_normed(x, gate, dy, at, gate_at, dense, inside, GATE_FIRST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """u and the gradient of û · w; silu(z), and dz over what multiplies it (x without a gate)."""
+def load_normed(  # type: ignore[no-untyped-def]
+    x, gate, dy, at, gate_at, dense, inside, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr
+):
+    """u and the gradient of û · w; the gate's factor, silu(z) or sigmoid(z), and dz over what
+    multiplies it (x without a gate).
+    """
     xt = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(dy + dense, mask=inside, other=0.0).to(tl.float32)
-    silu, slope = xt, xt
+    factor, slope = xt, xt
     if gate is not None:
         z = tl.load(gate + gate_at, mask=inside, other=0.0).to(tl.float32)
         sig = tl.sigmoid(z)
-        silu = z * sig
-        slope = sig * (1.0 + z * (1.0 - sig))
+        if SIGMOID:
+            factor = sig
+            slope = sig * (1.0 - sig)
+        else:
+            factor = z * sig
+            slope = sig * (1.0 + z * (1.0 - sig))
         if GATE_FIRST:
             slope *= xt
-            xt *= silu
+            xt *= factor
         else:
             slope *= grad
-            grad *= silu
-    return xt, grad, silu, slope
+            grad *= factor
+    return xt, grad, factor, slope
 
 
 @triton.jit
 def store_gradients(  # type: ignore[no-untyped-def]
-    dx, d_gate, d_summed, unit, grad, silu, slope, w, scale, along, dense, inside,
+    dx, d_gate, d_summed, unit, grad, factor, slope, w, scale, along, dense, inside,
     GATE_FIRST: tl.constexpr,
 ):  # fmt: skip
     """dx and d_gate of a tile; along: mean(g w û) of its rows."""
@@ -52,7 +60,7 @@ def store_gradients(  # type: ignore[no-untyped-def]
     if d_gate is not None:
         if GATE_FIRST:
             dz = du * slope
-            du *= silu
+            du *= factor
         else:
             dz = slope * unit * w
         tl.store(d_gate + dense, dz.to(d_gate.dtype.element_ty), mask=inside)
@@ -65,8 +73,8 @@ def store_gradients(  # type: ignore[no-untyped-def]
 def norm_bwd_kernel(  # type: ignore[no-untyped-def]
     x, gate, weight, dy, d_summed, dx, d_gate, d_weight, rows, inner,
     x_outer, x_inner, g_outer, g_inner,
-    EPS: tl.constexpr, GATE_FIRST: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    EPS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, D: tl.constexpr,
+    GROUPS: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of TILES · BLOCK_R rows, GROUPS); all but x and gate are dense.
 
@@ -84,13 +92,15 @@ def norm_bwd_kernel(  # type: ignore[no-untyped-def]
         at = (outer * x_outer + head * x_inner)[:, None] + d[None, :]
         gate_at = (outer * g_outer + head * g_inner)[:, None] + d[None, :]
         dense = row.to(tl.int64)[:, None] * D + d[None, :]
-        xt, grad, silu, slope = load_normed(x, gate, dy, at, gate_at, dense, inside, GATE_FIRST)
+        xt, grad, factor, slope = load_normed(
+            x, gate, dy, at, gate_at, dense, inside, GATE_FIRST, SIGMOID
+        )
         scale = tl.rsqrt(tl.sum(xt * xt, 1) / D + EPS)[:, None]
         unit = xt * scale
         acc += grad * unit
         along = (tl.sum(grad * w * unit, 1) / D)[:, None]
         store_gradients(
-            dx, d_gate, d_summed, unit, grad, silu, slope, w, scale, along, dense, inside,
+            dx, d_gate, d_summed, unit, grad, factor, slope, w, scale, along, dense, inside,
             GATE_FIRST,
         )  # fmt: skip
     partial = d_weight + (block * GROUPS + group).to(tl.int64) * D + d
@@ -101,8 +111,8 @@ def norm_bwd_kernel(  # type: ignore[no-untyped-def]
 def norm_bwd_wide_kernel(  # type: ignore[no-untyped-def]
     x, gate, weight, dy, d_summed, dx, d_gate, d_weight, rows, inner,
     x_outer, x_inner, g_outer, g_inner,
-    EPS: tl.constexpr, GATE_FIRST: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_D: tl.constexpr,
+    EPS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, D: tl.constexpr,
+    GROUPS: tl.constexpr, TILES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """As `norm_bwd_kernel`, one row in pieces of BLOCK_D: sums first, then gradients."""
     block, group = tl.program_id(0), tl.program_id(1)
@@ -119,8 +129,8 @@ def norm_bwd_wide_kernel(  # type: ignore[no-untyped-def]
         for piece in range(0, D, BLOCK_D):
             d = piece + lane
             inside = (d < D) & (row < rows)
-            xt, grad, silu, slope = load_normed(
-                x, gate, dy, start + d, gate_start + d, dense + d, inside, GATE_FIRST
+            xt, grad, factor, slope = load_normed(
+                x, gate, dy, start + d, gate_start + d, dense + d, inside, GATE_FIRST, SIGMOID
             )
             w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
             square += xt * xt
@@ -130,13 +140,13 @@ def norm_bwd_wide_kernel(  # type: ignore[no-untyped-def]
         for piece in range(0, D, BLOCK_D):
             d = piece + lane
             inside = (d < D) & (row < rows)
-            xt, grad, silu, slope = load_normed(
-                x, gate, dy, start + d, gate_start + d, dense + d, inside, GATE_FIRST
+            xt, grad, factor, slope = load_normed(
+                x, gate, dy, start + d, gate_start + d, dense + d, inside, GATE_FIRST, SIGMOID
             )
             w = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
             unit = xt * scale
             store_gradients(
-                dx, d_gate, d_summed, unit, grad, silu, slope, w, scale, along, dense + d, inside,
+                dx, d_gate, d_summed, unit, grad, factor, slope, w, scale, along, dense + d, inside,
                 GATE_FIRST,
             )  # fmt: skip
             acc = tl.load(partial + d, mask=(d < D) & (tile > 0), other=0.0)
@@ -147,7 +157,7 @@ def norm_bwd_wide_kernel(  # type: ignore[no-untyped-def]
 
 def norm_bwd(
     x: Tensor, gate: Tensor | None, weight: Tensor, dy: Tensor, d_summed: Tensor | None, eps: float,
-    first: bool, groups: int,
+    first: bool, groups: int, sigmoid: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """dx, d_gate and d_weight of what `rows` has checked; gradients that come are copied
     where they are not dense. d_summed: what the sum's other uses add to dx."""
@@ -167,7 +177,7 @@ def norm_bwd(
     tile = {"BLOCK_D": WIDE_BLOCK} if wide else {"BLOCK_R": block_r, "BLOCK_D": block_d}
     kernel[(blocks, groups)](
         x, gate, weight, dy.contiguous(), None if d_summed is None else d_summed.contiguous(),
-        dx, d_gate, partials, rows, inner, *strides, EPS=eps, GATE_FIRST=first, D=size,
-        GROUPS=groups, TILES=tiles, **tile, num_warps=warps, num_stages=1,
+        dx, d_gate, partials, rows, inner, *strides, EPS=eps, GATE_FIRST=first,
+        SIGMOID=sigmoid, D=size, GROUPS=groups, TILES=tiles, **tile, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return dx, d_gate, partials.sum(0).to(weight.dtype)

@@ -4,6 +4,7 @@ Statistics are float32 (float64 stays), results keep the input's dtype. Where gr
 wanted, hand-written backward passes keep only what they must.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -64,24 +65,30 @@ class _RMSNorm(torch.autograd.Function):
 
 def gated_rms_norm(
     x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, gate_first: bool,
-    group: int | None = None,
+    group: int | None = None, opened: str = "silu",
 ) -> Tensor:  # fmt: skip
-    """RMSNorm and a SiLU gate, in either order, over the last dimension or groups of it.
+    """RMSNorm and a gate, in either order, over the last dimension or groups of it.
 
     gate_first: norm(x · silu(gate)) (Mamba-2); else norm(x) · silu(gate) (gated delta, RetNet).
-    x, gate: [..., D]; weight: [D]; group: channels that share one statistic (None: D).
+    x, gate: [..., D]; weight: [D]; group: channels that share one statistic (None: D); opened: the
+    gate's function, silu or sigmoid (Kimi Delta Attention).
+    Raises ValueError where a group does not divide D, KeyError on another function.
     """
-    dim = x.shape[-1]
+    dim, opens = x.shape[-1], OPENED[opened]
     if group is not None and dim % group:
         raise ValueError(f"D={dim} is not divisible by group={group}")
     if gate_first:
-        x = x * F.silu(gate)
+        x = x * opens(gate)
     if group is None or group == dim:
         y = rms_norm(x, weight, eps)
     else:
         ones = weight.new_ones(group)
         y = rms_norm(x.unflatten(-1, (-1, group)), ones, eps).flatten(-2) * weight
-    return y if gate_first else y * F.silu(gate)
+    return y if gate_first else y * opens(gate)
+
+
+#: What a gate's value may be of what it was projected to.
+OPENED: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +103,7 @@ class OutputNorm:
     eps: float
     gate_first: bool
     group: int | None = None
+    opened: str = "silu"
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -41,11 +41,12 @@ def step_call(
     return "_".join((name, *chosen)), call
 
 
-def output_norm(gate: Tensor, group: int | None = None) -> OutputNorm:
+def output_norm(gate: Tensor, group: int | None = None, opened: str = "silu") -> OutputNorm:
     """A norm of rows as wide as the gate's, or of groups of so many channels, gated first."""
     return OutputNorm(
-        gate=gate, weight=meta(gate.shape[-1]), eps=1e-5, gate_first=group is not None, group=group
-    )
+        gate=gate, weight=meta(gate.shape[-1]), eps=1e-5, gate_first=group is not None, group=group,
+        opened=opened,
+    )  # fmt: skip
 
 
 def floats(*shape: int) -> Tensor:

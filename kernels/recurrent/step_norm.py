@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import counters
-from kernels.norm.rows import norm_ref
+from kernels.norm.rows import is_sigmoid, norm_ref
 from kernels.norm.torch import OutputNorm
 from kernels.recurrent.step import require_like, row_stride
 
@@ -22,15 +22,19 @@ BLOCK = 1024
 
 
 @triton.jit
-def silu(x):  # type: ignore[no-untyped-def]
+def opened(x, SIGMOID: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gate's factor: sigmoid(x), or silu(x)."""
     wide = x.to(tl.float32)
-    return wide * tl.sigmoid(wide)
+    factor = tl.sigmoid(wide)
+    if not SIGMOID:
+        factor *= wide
+    return factor
 
 
 @triton.jit
 def norm_last(  # type: ignore[no-untyped-def]
     y, gate, weight, arrivals, gate_row, count, K, H, P,
-    EPS, GATE_FIRST, D, W, BLOCK_K, BLOCK_D,
+    EPS, GATE_FIRST, SIGMOID, D, W, BLOCK_K, BLOCK_D,
 ):  # fmt: skip
     """Called by each program of a grid (tiles of P, H, B) that has stored its tile of y
     [B, K, H, P]; D channels of a norm row, W of the weight, which rows share when it is shorter.
@@ -54,20 +58,20 @@ def norm_last(  # type: ignore[no-untyped-def]
             # Past the first-level cache, which may be older than what other programs stored.
             part = tl.load(out + d, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
             if GATE_FIRST:
-                part *= silu(tl.load(z + d, mask=inside, other=0.0))
+                part *= opened(tl.load(z + d, mask=inside, other=0.0), SIGMOID)
             total += tl.sum(part * part, 1)
         scale = tl.rsqrt(total / D + EPS)[:, None]
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)[None, :]
             inside = (t < count) & (d < D)
             part = tl.load(out + d, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-            opened = silu(tl.load(z + d, mask=inside, other=0.0))
+            factor = opened(tl.load(z + d, mask=inside, other=0.0), SIGMOID)
             if GATE_FIRST:
-                part *= opened
+                part *= factor
             w = tl.load(scales + d, mask=d < D, other=0.0).to(tl.float32)
             part = part * scale * w
             if not GATE_FIRST:
-                part *= opened
+                part *= factor
             tl.store(out + d, part.to(y.dtype.element_ty), mask=inside)
         tl.store(arrived_at, 0)
 
@@ -98,18 +102,29 @@ def norm_arguments(
     return {
         "gate": gate, "weight": weight, "gate_row": row_stride("gate", gate),
         "arrivals": counters(arrivals, batch * heads * p // d, y.device),
-        **norm_constants(tokens, d, width, norm.eps, warps, gate_first=norm.gate_first),
+        **norm_constants(
+            tokens, d, width, norm.eps, warps, gate_first=norm.gate_first,
+            sigmoid=is_sigmoid(norm.opened),
+        ),
     }  # fmt: skip
 
 
 def norm_constants(
-    tokens: int, d: int, width: int, eps: float, warps: int, *, gate_first: bool
+    tokens: int,
+    d: int,
+    width: int,
+    eps: float,
+    warps: int,
+    *,
+    gate_first: bool,
+    sigmoid: bool = False,
 ) -> dict[str, Any]:
     """Constants of a step kernel with a norm: rows of d channels under a weight of `width`."""
     block_k = triton.next_power_of_2(tokens)
     return {
-        "NORM_EPS": eps, "GATE_FIRST": gate_first, "NORM_D": d, "WEIGHT_D": width,
-        "BLOCK_K": block_k, "BLOCK_D": min(triton.next_power_of_2(d), warps * BLOCK // block_k),
+        "NORM_EPS": eps, "GATE_FIRST": gate_first, "SIGMOID": sigmoid, "NORM_D": d,
+        "WEIGHT_D": width, "BLOCK_K": block_k,
+        "BLOCK_D": min(triton.next_power_of_2(d), warps * BLOCK // block_k),
     }  # fmt: skip
 
 
@@ -125,5 +140,5 @@ def output_norm_ref(y: Tensor, norm: OutputNorm | None) -> Tensor:
         return y
     return norm_ref(
         y.reshape(norm.gate.shape), norm.weight, norm.eps, norm.gate, gate_first=norm.gate_first,
-        group=norm.group,
+        group=norm.group, opened=norm.opened,
     ).reshape(y.shape)  # fmt: skip

@@ -10,6 +10,7 @@ from transformers import DynamicCache, set_seed
 
 from archs.backbone import Model
 from archs.gqa import Attention
+from archs.mla import LatentAttention
 from infer.engine import Engine
 
 TOLERANCE = 1e-4
@@ -38,6 +39,8 @@ def interleaved(weight: Tensor, head_dim: int) -> Tensor:
 def copy_backbone(model: Model, theirs: Any) -> Iterator[tuple[Any, Any]]:
     """Copy everything but the mixers; yields (our mixer, their attention) by layer."""
     model.embedding.weight.copy_(theirs.model.embed_tokens.weight)
+    if model.head is not None:
+        model.head.weight.copy_(theirs.lm_head.weight)
     model.norm.weight.copy_(theirs.model.norm.weight)
     for ours, other in zip(model.layers, theirs.model.layers, strict=True):
         assert ours.norm_mlp is not None and ours.mlp is not None
@@ -55,6 +58,26 @@ def copy_attention(mixer: Attention, theirs: Any) -> None:
     dim = mixer.config.head_dim
     q, k = (interleaved(p.weight, dim) for p in (theirs.q_proj, theirs.k_proj))
     mixer.qkv.weight.copy_(torch.cat((q, k, theirs.v_proj.weight)))
+    mixer.out.weight.copy_(theirs.o_proj.weight)
+
+
+@torch.no_grad()
+def copy_latent(mixer: LatentAttention, theirs: Any) -> None:
+    """Their projections interleave a head's parts; ours keep each part of all heads together."""
+    c = mixer.config
+    q_last = theirs.q_proj if c.q_rank is None else theirs.q_b_proj
+    per_head = q_last.weight.unflatten(0, (c.n_heads, -1)).split((c.nope_dim, c.rope_dim), 1)
+    query = [part.flatten(0, 1) for part in per_head]
+    latent, k_rope = theirs.kv_a_proj_with_mqa.weight.split((c.rank, c.rope_dim))
+    if mixer.q_up is None or mixer.q_norm is None:
+        mixer.down.weight.copy_(torch.cat((*query, k_rope, latent)))
+    else:
+        mixer.down.weight.copy_(torch.cat((theirs.q_a_proj.weight, k_rope, latent)))
+        mixer.q_norm.weight.copy_(theirs.q_a_layernorm.weight)
+        mixer.q_up.weight.copy_(torch.cat(query))
+    mixer.kv_norm.weight.copy_(theirs.kv_a_layernorm.weight)
+    up = theirs.kv_b_proj.weight.unflatten(0, (c.n_heads, -1)).split((c.nope_dim, c.v_dim), 1)
+    mixer.kv_up.weight.copy_(torch.cat([part.flatten(0, 1) for part in up]))
     mixer.out.weight.copy_(theirs.o_proj.weight)
 
 

@@ -1,11 +1,12 @@
-"""`mla` equals DeepSeek-V3's attention; its absorbed and expanded forms are the same function."""
-
-from typing import Any
+"""`mla` equals DeepSeek-V3's attention, and Kimi Linear's without positions; its absorbed and
+expanded forms are the same function.
+"""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.models.kimi_linear import KimiLinearConfig, KimiLinearForCausalLM
 
 from archs.errors import UserError
 from archs.mla import LatentAttention, LatentConfig
@@ -13,7 +14,7 @@ from archs.registry import ModelSpec
 from archs.sizes import SCALES, Scale
 from archs.state import Seen
 from kernels.attention.torch import FLOP_FORMULAS
-from tests.archs.hf import assert_equal, copy_backbone, random_model
+from tests.archs.hf import assert_equal, copy_backbone, copy_latent, random_model
 
 SHAPES = [
     pytest.param(3, {"rank": 12, "nope_dim": 6, "rope_dim": 4, "v_dim": 6}, id="no-q-latent"),
@@ -30,26 +31,6 @@ SHAPES = [
 
 def small_scale(heads: int) -> Scale:
     return Scale(name="test", d_model=heads * 8, n_layers=2, head_dim=8, vocab_size=101, seq_len=64)
-
-
-@torch.no_grad()
-def copy_latent(mixer: LatentAttention, theirs: Any) -> None:
-    """Their projections interleave a head's parts; ours keep each part of all heads together."""
-    c = mixer.config
-    q_last = theirs.q_proj if c.q_rank is None else theirs.q_b_proj
-    per_head = q_last.weight.unflatten(0, (c.n_heads, -1)).split((c.nope_dim, c.rope_dim), 1)
-    query = [part.flatten(0, 1) for part in per_head]
-    latent, k_rope = theirs.kv_a_proj_with_mqa.weight.split((c.rank, c.rope_dim))
-    if mixer.q_up is None or mixer.q_norm is None:
-        mixer.down.weight.copy_(torch.cat((*query, k_rope, latent)))
-    else:
-        mixer.down.weight.copy_(torch.cat((theirs.q_a_proj.weight, k_rope, latent)))
-        mixer.q_norm.weight.copy_(theirs.q_a_layernorm.weight)
-        mixer.q_up.weight.copy_(torch.cat(query))
-    mixer.kv_norm.weight.copy_(theirs.kv_a_layernorm.weight)
-    up = theirs.kv_b_proj.weight.unflatten(0, (c.n_heads, -1)).split((c.nope_dim, c.v_dim), 1)
-    mixer.kv_up.weight.copy_(torch.cat([part.flatten(0, 1) for part in up]))
-    mixer.out.weight.copy_(theirs.o_proj.weight)
 
 
 @pytest.mark.parametrize(("heads", "options"), SHAPES)
@@ -71,6 +52,33 @@ def test_model_equals_deepseek_v3(heads: int, options: dict[str, int], batch: in
         copy_latent(mixer, other)
     tokens = torch.randint(0, 101, (batch, 43))
     assert_equal(model, theirs, tokens, cuts=[9, 12, 13, 38])
+
+
+@pytest.mark.parametrize(
+    ("heads", "options"),
+    [*SHAPES, pytest.param(2, {"rank": 9, "nope_dim": 7, "rope_dim": 3, "v_dim": 5}, id="odd-key")],
+)
+def test_without_positions_the_model_equals_kimi_linear(
+    heads: int, options: dict[str, int]
+) -> None:
+    scale, options = small_scale(heads), options | {"positions": False}
+    config = KimiLinearConfig(
+        vocab_size=101, hidden_size=scale.d_model, intermediate_size=37, num_hidden_layers=2,
+        num_attention_heads=heads, num_key_value_heads=heads,
+        layer_types=["full_attention"] * 2, mlp_layer_types=["dense"] * 2,
+        kv_lora_rank=options["rank"], q_lora_rank=options.get("q_rank"),
+        qk_nope_head_dim=options["nope_dim"], qk_rope_head_dim=options["rope_dim"],
+        v_head_dim=options["v_dim"], rms_norm_eps=1e-5, pad_token_id=None, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    theirs = random_model(KimiLinearForCausalLM, config, seed=heads)
+    spec = ModelSpec(
+        arch="mla", scale=scale, overrides={"mla": options}, hidden=37, tied=False
+    )  # fmt: skip
+    model = spec.build()
+    for mixer, other in copy_backbone(model, theirs):
+        copy_latent(mixer, other)
+    assert_equal(model, theirs, torch.randint(0, 101, (2, 43)), cuts=[9, 12, 13, 38])
 
 
 @pytest.mark.parametrize(("heads", "options"), SHAPES)

@@ -36,11 +36,13 @@ QUICK = {
     "attention_prefill": "chunk, ragged, d 64",
     "ssm_step": "8x128x64 new 1 bfloat16 normed",
     "gdn_step": "4x128x128 new 1 bfloat16 normed",
+    "kda_step": "4x128x128 new 1 bfloat16 normed",
     "linear_step": "4x128x128 new 1 bfloat16 turned normed",
     "selective_step": "512x16 new 4 bfloat16",
     "conv_step": "512 new 4",
     "decay_chunk": "2x2x16x32 tokens 65",
     "gdn_chunk": "2x2x16x32 tokens 1",
+    "kda_chunk": "2x2x16x32 tokens 1",
     "selective_chunk": "80x16 tokens 1",
     "gemv": "129x200 bfloat16",
     "head_gemv": "3 heads 40 to 200",
@@ -95,6 +97,8 @@ STEPS = {
     "ssm normed": (recurrent.SSM.normed(flat=True), (2, 32, 16), 5),
     "gdn": (recurrent.GDN, (2, 32, 16), 7),
     "gdn normed": (recurrent.GDN.normed(), (2, 32, 16), 7),
+    "kda": (recurrent.KDA, (2, 32, 16), 7),
+    "kda normed": (recurrent.KDA.normed(opened="sigmoid"), (2, 32, 16), 7),
     "linear": (recurrent.LINEAR, (2, 32, 16), 5),
     "linear turned normed": (recurrent.TURNED.normed(), (2, 32, 16), 5),
     "selective": (recurrent.SELECTIVE, (96, 16), 7),
@@ -104,6 +108,7 @@ STEPS = {
 RINGS = {
     "ssm normed": (recurrent.SSM.normed(flat=True), 5),
     "gdn normed": (recurrent.GDN.normed(), 7),
+    "kda normed": (recurrent.KDA.normed(opened="sigmoid"), 7),
     "linear turned normed": (recurrent.TURNED.normed(), 5),
 }
 
@@ -127,6 +132,7 @@ SCANS = {
     "decay": (chunk.decay_chunk, chunk.decay_inputs, (1, 2, 16, 32), chunk.decay_work,
               decay_scan.decay_chunk, 2),
     "gdn": (chunk.gdn_chunk, chunk.gdn_inputs, (2, 2, 16, 32), chunk.gdn_work, gdn.gdn_chunk, 2),
+    "kda": (chunk.kda_chunk, chunk.kda_inputs, (2, 2, 16, 32), chunk.kda_work, gdn.gdn_chunk, 2),
     "selective": (chunk.selective_chunk, chunk.selective_inputs, (64, 4), chunk.selective_work,
                   selective_scan.selective_scan, 0),
 }  # fmt: skip

@@ -128,6 +128,16 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
     assert engine.kernel_backend == "triton"
 
 
+def test_latents_without_positions_equal_the_torch_form() -> None:
+    subject = subject_of("mla", layers=1)
+    subject.spec = replace(subject.spec, overrides={"mla": {"positions": False}})
+    subject.model = subject.spec.build()
+    tokens = subject.tokens(2, 19)
+    expected, engine = subject.expected(tokens), subject.engine(2, 32)
+    slots = [engine.store.add(), engine.store.add()]
+    assert error_of(subject.run(engine, slots, tokens, [11, 1, 3, 4]), expected) <= TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("check", [check_padding, check_fork, check_rollback])

@@ -15,16 +15,18 @@ B = 3
 
 
 def output_norm(
-    tokens: int, heads: int, p: int, dtype: torch.dtype, groups: int | None = None
-) -> OutputNorm:
+    tokens: int, heads: int, p: int, dtype: torch.dtype, groups: int | None = None,
+    opened: str = "silu",
+) -> OutputNorm:  # fmt: skip
     """Per head, gated after; with groups, over groups of heads, gated before. The gate is columns
     of a wider tensor, as a projection leaves it.
     """
     gate = torch.randn(B, tokens, heads * p + 5).to(dtype)[..., : heads * p]
     if groups is None:
         return OutputNorm(
-            gate=gate.unflatten(-1, (heads, p)), weight=torch.randn(p), eps=1e-5, gate_first=False
-        )
+            gate=gate.unflatten(-1, (heads, p)), weight=torch.randn(p), eps=1e-5, gate_first=False,
+            opened=opened,
+        )  # fmt: skip
     weight, group = torch.randn(heads * p), heads * p // groups
     return OutputNorm(gate=gate, weight=weight, eps=1e-5, gate_first=True, group=group)
 
@@ -34,7 +36,7 @@ def normed(y: Tensor, norm: OutputNorm | None, form: Callable[..., Tensor] = gat
     if norm is None:
         return y
     rows = y.reshape(norm.gate.shape)
-    options = {"gate_first": norm.gate_first, "group": norm.group}
+    options = {"gate_first": norm.gate_first, "group": norm.group, "opened": norm.opened}
     return form(rows, norm.gate, norm.weight, norm.eps, **options).reshape(y.shape)
 
 
@@ -65,6 +67,7 @@ WRONG_NORMS: dict[str, tuple[Callable[[OutputNorm], dict[str, Any]], str]] = {
     "weight strides": (
         lambda n: {"weight": n.weight.repeat(2).sort()[0][::2]}, "weight has strides .*last must"
     ),
+    "opened": (lambda n: {"opened": "relu"}, "opened=relu must be one of silu, sigmoid"),
     "group": (lambda n: {"group": 8}, "group=8 must be a multiple of P=16 and divide"),
     "group zero": (lambda n: {"group": 0}, "group=0 must be"),
     "group beyond": (lambda n: {"group": 64}, "group=64 must be"),

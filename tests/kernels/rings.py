@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from kernels.norm.torch import OutputNorm
 from kernels.recurrent.ring import Ring
 from kernels.recurrent.step_norm import output_norm_ref
 from kernels.rope import rotate as rope_rotate
-from tests.kernels.steps import STEPS, Args, Step, angles, int32
+from tests.kernels.step_inputs import Args, angles, int32
+from tests.kernels.steps import STEPS, Step
 
 #: Inputs that a row holds, in its order, and what says how wide it is.
 LAYOUTS: dict[str, tuple[str, Callable[[int, int, int, int], int]]] = {
     "gdn": ("kvab", gdn_step.gdn_ring_row),
+    "kda": ("kvab", partial(gdn_step.gdn_ring_row, by_channel=True)),
     "ssm": ("x b dt", ssm_step.ssm_ring_row),
     "linear": ("kv", linear_step.linear_ring_row),
 }

@@ -14,31 +14,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.conv import step as conv_step
-from kernels.conv.torch import causal_conv, conv_tail
 from kernels.decay import linear_step, ssm_step
-from kernels.decay.torch import decay_step
 from kernels.gated_delta import step as gdn_step
-from kernels.gated_delta import torch as gdn_torch
-from kernels.norm.torch import OutputNorm, l2_norm
-from kernels.rope.torch import apply_rope
 from kernels.selective import step as selective_step
-from kernels.selective import torch as selective_torch
-from tests.kernels.output_norms import normed, output_norm
 from tests.kernels.slots import in_place
+from tests.kernels.step_inputs import (
+    BF16,
+    F32,
+    POOL,
+    SLOTS,
+    Args,
+    B,
+    Made,
+    Norm,
+    conv_arguments,
+    conv_form,
+    gdn_arguments,
+    gdn_form,
+    kda_arguments,
+    linear_arguments,
+    linear_form,
+    selective_arguments,
+    selective_form,
+    ssm_arguments,
+    ssm_form,
+)
 
-SLOTS = (4, 1, 3)
-B, POOL = len(SLOTS), 6
-#: Tokens before a linear step that is turned; the longest sequence ends with the table.
-PAST, POSITIONS = (7, 0, 12), 21
-F32, BF16 = torch.float32, torch.bfloat16
-
-Args = dict[str, Any]
-#: Arguments without the states and their slots, and the shape of one sequence's state.
-Made = tuple[Args, tuple[int, ...]]
 #: Name -> what to replace in arguments that fit, and the error's message.
 Wrong = dict[str, tuple[Callable[[Args], Args], str]]
-#: "heads": head by head, gated after; a number: of groups, gated before.
-Norm = str | int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,26 +142,8 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Args], Args]:
     return lambda args: {name: change(args[name])}
-
-
-def columns(k: int, dtype: torch.dtype, *widths: int) -> tuple[Tensor, ...]:
-    """Neighbouring columns of one tensor, as a projection leaves them, after three unused ones."""
-    return torch.randn(B, k, 3 + sum(widths)).to(dtype).split((3, *widths), -1)[1:]
-
-
-def heads(t: Tensor, count: int) -> Tensor:
-    return t.unflatten(-1, (count, -1))
-
-
-def norm_of(norm: Norm | None, k: int, h: int, p: int, dtype: torch.dtype) -> OutputNorm | None:
-    groups = norm if isinstance(norm, int) else None
-    return None if norm is None else output_norm(k, h, p, dtype, groups)
 
 
 def wrong_heads(value: str, *keys: str) -> Wrong:
@@ -172,120 +157,6 @@ def wrong_heads(value: str, *keys: str) -> Wrong:
             put(value, lambda t: F.pad(t, (0, 1))[..., :-1]), f"^{value} has strides .*evenly"
         ),
     }  # fmt: skip
-
-
-def gdn_arguments(
-    k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
-    norm: Norm | None = None,
-) -> Made:  # fmt: skip
-    q, key, v = columns(k, dtype, g * n, g * n, h * p)
-    a, b = columns(k, dtype, h, h)
-    return {
-        "q": heads(q, g), "k": heads(key, g), "v": heads(v, h), "a": a, "b": b,
-        "a_log": torch.linspace(-3, 1, h), "dt_bias": torch.linspace(-6, 0.5, h),
-        "norm": norm_of(norm, k, h, p, dtype),
-    }, (h, n, p)  # fmt: skip
-
-
-def gdn_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.gated_delta.torch.gdn_step` with the glue of `archs.gdn` around it."""
-    q, k = l2_norm(args["q"]), l2_norm(args["k"])
-    decay = F.softplus(args["a"].float() + args["dt_bias"]) * -args["a_log"].exp()
-    scaled, beta = q * q.shape[-1] ** -0.5, args["b"].sigmoid()
-    y, each = gdn_torch.gdn_step(scaled, k, args["v"], decay, beta, state, each=True)
-    assert each is not None
-    return normed(y, args["norm"]), each
-
-
-def ssm_arguments(
-    k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
-    norm: Norm | None = None,
-) -> Made:  # fmt: skip
-    x, b, c = columns(k, dtype, h * p, g * n, g * n)
-    (dt,) = columns(k, dtype, h)
-    return {
-        "x": heads(x, h), "dt": dt, "b": heads(b, g), "c": heads(c, g),
-        "a_log": torch.linspace(0, 2, h), "d": torch.linspace(-1, 1, h),
-        "dt_bias": torch.linspace(-6, 0.5, h), "norm": norm_of(norm, k, h, p, dtype),
-    }, (h, n, p)  # fmt: skip
-
-
-def ssm_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.decay.torch.decay_step` with the glue of `archs.mamba2` around it."""
-    x, dt = args["x"], F.softplus(args["dt"].float() + args["dt_bias"])
-    fed, decay = x * dt[..., None].to(x.dtype), dt * -args["a_log"].exp()
-    y, each = decay_step(args["c"], args["b"], fed, decay, state, each=True)
-    assert each is not None
-    return normed(torch.addcmul(y, x, args["d"][:, None].to(x.dtype)), args["norm"]), each
-
-
-def linear_arguments(
-    k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
-    turn: bool = False, norm: Norm | None = None,
-) -> Made:  # fmt: skip
-    q, key, v = columns(k, dtype, g * n, g * n, h * p)
-    rotation = {"cos_sin": angles(POSITIONS, n), "past": int32(*PAST)} if turn else {}
-    return rotation | {
-        "q": heads(q, g), "k": heads(key, g), "v": heads(v, h),
-        "log_decay": torch.linspace(-0.5, -0.001, h), "scale": n**-0.5,
-        "norm": norm_of(norm, k, h, p, dtype),
-    }, (h, n, p)  # fmt: skip
-
-
-def angles(positions: int, n: int) -> Tensor:
-    """Cosines and sines of a fresh angle for each position and pair."""
-    found = torch.rand(positions, n // 2) * 6.3
-    return torch.stack((found.cos(), found.sin()), -1)
-
-
-def linear_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.decay.torch.decay_step` with the glue of `archs.ops.decay` around it."""
-    decay, q, k = args["log_decay"][None, None], args["q"], args["k"]
-    if "past" in args:
-        at = args["past"].long()[:, None] + torch.arange(q.shape[1])
-        turn = torch.view_as_complex(args["cos_sin"])[at][:, :, None]
-        q, k = (apply_rope(t.contiguous(), turn) for t in (q, k))
-    y, each = decay_step(q, k, args["v"], decay, state, each=True)
-    assert each is not None
-    return normed(y * args["scale"], args["norm"]), each
-
-
-def selective_arguments(
-    k: int, dtype: torch.dtype, e: int = 100, n: int = 16, gate: bool = True
-) -> Made:
-    x, z = columns(k, dtype, e, e)
-    b, c = columns(k, dtype, n, n)
-    args = {
-        "x": x, "dt": torch.randn(B, k, e).to(dtype), "b": b, "c": c,
-        "a_log": torch.arange(1, n + 1).float().log().expand(e, -1).contiguous(),
-        "d": torch.linspace(-1, 1, e), "dt_bias": torch.linspace(-6, 0.5, e),
-    }  # fmt: skip
-    return args | ({"z": z} if gate else {}), (e, n)
-
-
-def selective_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.selective.torch.selective_step` with the glue of `archs.mamba1` around it."""
-    dt, a = F.softplus(args["dt"].float() + args["dt_bias"]), -args["a_log"].exp()
-    inputs = (args["x"], dt, a, args["b"], args["c"], args["d"])
-    y, each = selective_torch.selective_step(*inputs, state, each=True)
-    assert each is not None
-    return y * F.silu(args["z"]) if "z" in args else y, each
-
-
-def conv_arguments(
-    k: int, dtype: torch.dtype, c: int = 300, w: int = 4, bias: bool = True, silu: bool = True
-) -> Made:
-    (x,) = columns(k, dtype, c)
-    weight, shift = torch.randn(c, w).to(dtype), torch.randn(c).to(dtype)
-    args = {"x": x, "weight": weight, "bias": shift if bias else None, "silu": silu}
-    return args, (w - 1, c)
-
-
-def conv_form(args: Args, tail: Tensor) -> tuple[Tensor, Tensor]:
-    x, width = args["x"], args["weight"].shape[1]
-    y = causal_conv(x, args["weight"], args["bias"], tail, silu=args["silu"])
-    after = [conv_tail(x, tail, width, new=torch.full((B,), t + 1)) for t in range(x.shape[1])]
-    return y, torch.stack(after, 1)
 
 
 #: Cases of every step on a matrix for each head.
@@ -313,6 +184,23 @@ STEPS = {
         tokens=("q", "k", "v", "a", "b"), fixed=("a_log", "dt_bias"), leads=("q", "v"),
         norms=("heads",),
         wrong=wrong_heads("v", "q", "k"),
+    ),
+    "kda": Step(
+        op=gdn_step.gdn_step, ref=gdn_step.gdn_step_ref, torch_form=gdn_form,
+        arguments=kda_arguments,
+        cases=(
+            *MATRIX_CASES,
+            case(1, p=100, norm="sigmoid"),
+            case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="sigmoid"),
+            case(9, p=256, h=1, new=(9, 5, 1), norm="sigmoid"),
+        ),
+        tokens=("q", "k", "v", "a", "b"), fixed=("a_log", "dt_bias"), leads=("q", "v"),
+        norms=("sigmoid",),
+        wrong={
+            "a by head": (put("a", lambda t: t[..., 0]), "^dt_bias has shape"),
+            "a channels": (put("a", lambda t: t[..., 1:]), "^a has shape"),
+            "dt_bias by head": (put("dt_bias", lambda t: t[:, 0]), "^dt_bias has shape"),
+        },
     ),
     "ssm": Step(
         op=ssm_step.ssm_step, ref=ssm_step.ssm_step_ref, torch_form=ssm_form,

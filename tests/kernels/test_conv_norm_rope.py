@@ -94,6 +94,11 @@ def test_gate_order_and_groups() -> None:
     parts = (x * F.silu(gate)).split(4, -1)
     expected = torch.cat([_norm(p, w) for p, w in zip(parts, weight.split(4), strict=True)], -1)
     torch.testing.assert_close(grouped, expected)
+    for first, expected in (
+        (False, _norm(x, weight) * gate.sigmoid()), (True, _norm(x * gate.sigmoid(), weight)),
+    ):  # fmt: skip
+        opened = gated_rms_norm(x, gate, weight, 1e-5, gate_first=first, opened="sigmoid")
+        torch.testing.assert_close(opened, expected)
     with pytest.raises(ValueError, match="not divisible by group=5"):
         gated_rms_norm(x, gate, weight, 1e-5, gate_first=True, group=5)
 

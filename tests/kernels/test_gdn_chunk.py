@@ -1,5 +1,5 @@
-"""The chunked gated delta rule: oracle, torch form, gradients, raggedness, splits, refusals,
-compilation.
+"""The chunked gated delta rule, by head and by channel: oracle, torch form, gradients, raggedness,
+splits, refusals, compilation.
 
 `torch.empty` is NaN here and so is every padded input: reading or leaving either shows.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.gated_delta import channel_chunk as by_channel
 from kernels.gated_delta import chunk as op
 from kernels.gated_delta import chunk_passes as gdn_chunk_passes
 from kernels.gated_delta.torch import gdn_chunk as torch_chunk
@@ -26,7 +27,9 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """T tokens, G and H heads, N by P states; valid tokens; whether a first state is given."""
+    """T tokens, G and H heads, N by P states; valid tokens; whether a first state is given, and
+    decays are by channel.
+    """
 
     t: int
     n: int = 16
@@ -37,10 +40,16 @@ class Case:
     new: tuple[int, ...] | None = None
     given: bool = True
     batch: int = 1
+    channels: bool = False
+
+    @property
+    def op(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return by_channel.kda_chunk if self.channels else op.gdn_chunk
 
     def __str__(self) -> str:
         kind = str(self.dtype)[6:].replace("bfloat", "bf")
         first = "" if self.given else "-zeros"
+        kind += "-channels" * self.channels
         return f"t{self.t}-{self.n}x{self.p}-g{self.g}h{self.h}-{kind}{first}-new{self.new}"
 
 
@@ -56,6 +65,12 @@ CASES = [
     Case(t=34, g=2, h=4, dtype=BF16),
     Case(t=70, dtype=FP16, batch=4, new=(70, 0, 33, 64)),
     Case(t=18, h=2, batch=3, new=(17, 18, 0), given=False),
+    Case(t=1, channels=True),
+    Case(t=63, dtype=FP16, channels=True),
+    Case(t=33, n=48, p=80, dtype=BF16, given=False, channels=True),
+    Case(t=20, n=48, p=32, g=2, h=4, channels=True),
+    Case(t=18, h=2, batch=3, new=(17, 18, 0), given=False, channels=True),
+    Case(t=34, dtype=BF16, batch=2, new=(34, 9), channels=True),
 ]
 
 
@@ -82,7 +97,7 @@ def arguments(case: Case) -> dict[str, Any]:
         "q": q.unflatten(-1, (c.g, c.n)),
         "k": k.unflatten(-1, (c.g, c.n)),
         "v": v.unflatten(-1, (c.h, c.p)),
-        "log_decay": -(torch.rand(c.batch, c.t, c.h) ** 3),
+        "log_decay": -(torch.rand(c.batch, c.t, c.h, *[c.n] * c.channels) ** 3),
         "beta": torch.rand(c.batch, c.t, 2 * c.h).to(c.dtype if c.given else torch.float32)[
             ..., : c.h
         ],
@@ -118,7 +133,7 @@ def test_equals_the_oracle_and_the_torch_form(case: Case, interpreter: None) -> 
         y, last = gdn_ref(*one, before) if count else (one[2].double(), before.double())
         expected.append((y, last, *(torch_chunk(*one, before) if count else (y, last))))
     spoil(args, case)
-    y, last = op.gdn_chunk(**args)
+    y, last = case.op(**args)
     assert y.dtype == case.dtype and last.dtype == torch.float32
     assert y.shape == args["v"].shape and last.shape == first.shape
     assert args["state"] is None or torch.equal(args["state"], held)
@@ -163,18 +178,23 @@ def test_gradients_equal_those_of_the_oracle(case: Case, interpreter: None) -> N
         grad_y[row, count:] = torch.nan
     for x in inputs.values():
         x.requires_grad_()
-    grads = torch.autograd.grad(op.gdn_chunk(**args), list(inputs.values()), (grad_y, grad_last))
+    grads = torch.autograd.grad(case.op(**args), list(inputs.values()), (grad_y, grad_last))
     for (name, x), grad in zip(inputs.items(), grads, strict=True):
         assert grad.dtype == x.dtype and grad.shape == x.shape
         close(grad, expected[name], TOLERANCE[case.dtype])
 
 
+EACH = pytest.mark.parametrize("channels", [False, True], ids=["heads", "channels"])
+
+
+@EACH
 @pytest.mark.parametrize("which", [0, 1], ids=["y", "last"])
-def test_gradients_of_one_output_alone(which: int, interpreter: None) -> None:
-    args = arguments(Case(t=20, h=2))
+def test_gradients_of_one_output_alone(which: int, channels: bool, interpreter: None) -> None:
+    case = Case(t=20, h=2, channels=channels)
+    args = arguments(case)
     inputs = [args[n].detach().requires_grad_() for n in NAMES]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    out, right = op.gdn_chunk(*inputs)[which], gdn_ref(*wide)[which]
+    out, right = case.op(*inputs)[which], gdn_ref(*wide)[which]
     # The last state knows nothing of q; the oracle has no gradient then.
     expected = torch.autograd.grad(right.square().sum(), wide, allow_unused=True)
     for grad, exact in zip(torch.autograd.grad(out.square().sum(), inputs), expected, strict=True):
@@ -194,25 +214,29 @@ def test_the_solve_holds_where_all_keys_are_equal(dtype: torch.dtype, interprete
     close(inverse, expected, torch.finfo(dtype).eps)
 
 
+@EACH
 @pytest.mark.parametrize("decay", [-1e-6, -30.0, -1e4])
-def test_decays_of_any_size(decay: float, interpreter: None) -> None:
-    args = arguments(Case(t=35))
-    args["log_decay"] = torch.full((1, 35, 1), decay)
+def test_decays_of_any_size(decay: float, channels: bool, interpreter: None) -> None:
+    case = Case(t=35, channels=channels)
+    args = arguments(case)
+    args["log_decay"] = torch.full_like(args["log_decay"], decay)
     inputs = [args[n].detach().requires_grad_() for n in NAMES]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    outputs, right = op.gdn_chunk(*inputs), gdn_ref(*wide)
+    outputs, right = case.op(*inputs), gdn_ref(*wide)
     grads = torch.autograd.grad(sum(o.sum() for o in outputs), inputs)
     exact = torch.autograd.grad(sum(o.sum() for o in right), wide)
     for got, expected in zip((*outputs, *grads), (*right, *exact), strict=True):
         close(got, expected, 1e-5)
 
 
+@EACH
 @pytest.mark.parametrize("at", [1, 16, 30, 39])
-def test_any_split_equals_one_call(at: int, interpreter: None) -> None:
-    args = arguments(Case(t=40, h=2))
-    y, last = op.gdn_chunk(*(args[n] for n in NAMES))
-    first, state = op.gdn_chunk(*(args[n][:, :at] for n in NAMES[:5]), args["state"])
-    second, state = op.gdn_chunk(*(args[n][:, at:] for n in NAMES[:5]), state)
+def test_any_split_equals_one_call(at: int, channels: bool, interpreter: None) -> None:
+    case = Case(t=40, h=2, channels=channels)
+    args = arguments(case)
+    y, last = case.op(*(args[n] for n in NAMES))
+    first, state = case.op(*(args[n][:, :at] for n in NAMES[:5]), args["state"])
+    second, state = case.op(*(args[n][:, at:] for n in NAMES[:5]), state)
     close(torch.cat((first, second), 1), y, 1e-6)
     close(state, last, 1e-6)
 
@@ -274,22 +298,27 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-def acceptable() -> dict[str, Any]:
-    return arguments(Case(t=3, n=32, p=32, g=2, h=4, batch=2))
+def acceptable(channels: bool = False) -> Case:
+    return Case(t=3, n=32, p=32, g=2, h=4, batch=2, channels=channels)
 
 
+@EACH
 @pytest.mark.parametrize("change", WRONG)
 def test_what_does_not_fit_is_refused_before_any_launch(
-    change: str, interpreter: None, monkeypatch: pytest.MonkeyPatch
+    change: str, channels: bool, interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = acceptable()
+    case = acceptable(channels)
+    args = arguments(case)
     spoil_one, message = WRONG[change]
     spoil_one(args)
     monkeypatch.setattr(gdn_chunk_passes, "solve", None)
+    monkeypatch.setattr(by_channel, "_forward", None)
     with pytest.raises(ValueError, match=message):
-        op.gdn_chunk(**args)
+        case.op(**args)
 
 
-def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+@EACH
+def test_cpu_tensors_are_refused_outside_the_interpreter(channels: bool) -> None:
+    case = acceptable(channels)
     with pytest.raises(ValueError, match=r"q=.*is on cpu, needs cuda"):
-        op.gdn_chunk(**acceptable())
+        case.op(**arguments(case))

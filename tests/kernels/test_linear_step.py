@@ -11,22 +11,8 @@ from kernels.rope import rotate as rope_rotate
 from tests.kernels.interpreter import interpreted
 from tests.kernels.output_norms import backwards, normed
 from tests.kernels.slots import in_place
-from tests.kernels.steps import (
-    BF16,
-    F32,
-    POOL,
-    POSITIONS,
-    SLOTS,
-    STEPS,
-    Args,
-    B,
-    Wrong,
-    angles,
-    case,
-    close,
-    int32,
-    put,
-)
+from tests.kernels.step_inputs import BF16, F32, POOL, POSITIONS, SLOTS, Args, B, angles, int32
+from tests.kernels.steps import STEPS, Wrong, case, close, put
 
 STEP = STEPS["linear"]
 

@@ -39,12 +39,14 @@ class Case:
     dtype: torch.dtype = FP32
     weight: torch.dtype = FP32
     packed: bool = False
+    opened: str = "silu"
 
     def __str__(self) -> str:
         gate = {None: "", True: "-first", False: "-after"}[self.gate_first]
         kind = f"{self.dtype}-{self.weight}".replace("torch.", "").replace("float", "f")
         group = f"g{self.group}" if self.group else ""
-        return f"{'x'.join(map(str, self.shape))}{group}{gate}-{kind}{'-packed' * self.packed}"
+        more = "-packed" * self.packed + "-sigmoid" * (self.opened == "sigmoid")
+        return f"{'x'.join(map(str, self.shape))}{group}{gate}-{kind}{more}"
 
 
 CASES = [
@@ -65,6 +67,10 @@ CASES = [
     Case(shape=(3, 65), gate_first=False, group=13, dtype=FP16),
     Case(shape=(1, 9000), gate_first=False),
     Case(shape=(2, 9000), gate_first=True, group=4500, packed=True),
+    Case(shape=(2, 3, 5, 40), gate_first=False, packed=True, opened="sigmoid"),
+    Case(shape=(1, 1, 2, 128), gate_first=False, dtype=BF16, opened="sigmoid"),
+    Case(shape=(3, 65), gate_first=True, group=13, dtype=FP16, opened="sigmoid"),
+    Case(shape=(1, 9000), gate_first=True, opened="sigmoid"),
 ]
 
 
@@ -96,13 +102,14 @@ def apply(module: Any, case: Case, args: dict[str, Tensor]) -> Tensor:
         y: Tensor = module.rms_norm(args["x"], args["weight"], EPS)
         return y
     gated: Tensor = module.gated_rms_norm(
-        **args, eps=EPS, gate_first=case.gate_first, group=case.group
+        **args, eps=EPS, gate_first=case.gate_first, group=case.group, opened=case.opened
     )
     return gated
 
 
 def oracle(case: Case, args: dict[str, Tensor]) -> Tensor:
-    return op.norm_ref(**args, eps=EPS, gate_first=bool(case.gate_first), group=case.group)
+    first = bool(case.gate_first)
+    return op.norm_ref(**args, eps=EPS, gate_first=first, group=case.group, opened=case.opened)
 
 
 def close(got: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
@@ -275,6 +282,11 @@ WRONG: dict[str, tuple[str, Spoil, str]] = {
         "gate=.*must be on cpu",
     ),
     "group": ("gated_rms_norm", lambda a: a.update(group=6), "group=6 must divide D=20"),
+    "opened": (
+        "gated_rms_norm",
+        lambda a: a.update(opened="tanh"),
+        "opened=tanh must be one of silu",
+    ),
     "group zero": ("gated_rms_norm", lambda a: a.update(group=0), "group=0 must divide D=20"),
     "swiglu odd": (
         "swiglu",

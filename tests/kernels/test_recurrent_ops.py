@@ -1,4 +1,6 @@
-"""Decay scan, gated delta rule and selective scan: oracle, split law, padding, FLOPs, gradients."""
+"""Decay scan, gated delta rule by head and by channel, selective scan: oracle, split law, padding,
+FLOPs, gradients.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from kernels.decay.torch import (
     decay_step_matrix_flops,
 )
 from kernels.gated_delta.torch import (
+    gdn_answers,
     gdn_chunk,
     gdn_chunk_matrix_flops,
     gdn_ref,
@@ -26,7 +29,7 @@ from kernels.gated_delta.torch import (
 from kernels.selective import torch as s6
 
 B, G, H, N, P = 2, 2, 4, 6, 5
-LENGTHS = [1, 63, 64, 130]
+LENGTHS = [1, 63, 64, 100, 130]
 Op = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -60,6 +63,12 @@ def delta_inputs(tokens: int) -> list[Tensor]:
     return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, torch.rand(B, tokens, H)]
 
 
+def channel_inputs(tokens: int) -> list[Tensor]:
+    """Decays by channel, of every strength: from e^-0.001 to e^-3000 a token."""
+    q, k, v, _, beta = delta_inputs(tokens)
+    return [q, k, v, -(10 ** torch.empty(B, tokens, H, N).uniform_(-3, 3.5)), beta]
+
+
 def s6_inputs(tokens: int) -> list[Tensor]:
     x, dt = torch.randn(2, B, tokens, H)
     b, c = torch.randn(2, B, tokens, N)
@@ -75,6 +84,11 @@ SCANS = {
     "gdn": Scan(
         gdn_chunk, gdn_step, gdn_ref, delta_inputs, (), (B, H, N, P),
         lambda t: gdn_chunk_matrix_flops(B, t, H, G, N, P),
+        lambda t: gdn_step_matrix_flops(B, t, H, N, P),
+    ),
+    "kda": Scan(
+        gdn_chunk, gdn_step, gdn_ref, channel_inputs, (), (B, H, N, P),
+        lambda t: gdn_chunk_matrix_flops(B, t, H, G, N, P, by_channel=True),
         lambda t: gdn_step_matrix_flops(B, t, H, N, P),
     ),
     "selective": Scan(
@@ -214,3 +228,40 @@ def test_a_decay_fixed_per_head_broadcasts() -> None:
     expected, after = decay_ref(q, k, v, g, torch.zeros(B, H, N, P))
     close(y, expected)
     close(final, after)
+
+
+def test_decays_alike_in_all_channels_are_decays_by_head() -> None:
+    q, k, v, g, beta = delta_inputs(100)
+    state = torch.randn(B, H, N, P)
+    wide = g[..., None].expand(-1, -1, -1, N)
+    for op in (gdn_chunk, gdn_ref):
+        by_channel, by_head = op(q, k, v, wide, beta, state), op(q, k, v, g, beta, state)
+        for got, expected in zip(by_channel, by_head, strict=True):
+            close(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 256])
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 1e4])
+def test_chunks_by_channel_of_any_length_and_decay(chunk: int, strength: float) -> None:
+    q, k, v, g, beta = channel_inputs(300)
+    args, state = (q, k, v, g * strength, beta), torch.randn(B, H, N, P)
+    expected, final = gdn_ref(*args, state)
+    y, after = gdn_chunk(*args, state, chunk=chunk)
+    close(y, expected, 1e-5)
+    close(after, final, 1e-5)
+
+
+def test_a_chunk_by_channel_that_cannot_be_halved_is_refused() -> None:
+    with pytest.raises(ValueError, match="a chunk of 48 tokens is not halved to the end; pad it"):
+        gdn_chunk(*channel_inputs(100), chunk=48)
+
+
+@pytest.mark.parametrize("inputs", [delta_inputs, channel_inputs], ids=["gdn", "kda"])
+@pytest.mark.parametrize(("asked", "tokens"), [(1, 1), (1, 14), (3, 16), (9, 23)])
+def test_answers_are_the_last_rows_of_all(
+    inputs: Callable[[int], list[Tensor]], asked: int, tokens: int
+) -> None:
+    q, *rest = inputs(tokens)
+    state = torch.randn(B, H, N, P)
+    expected, _ = gdn_ref(q, *rest, state)
+    close(gdn_answers(q[:, -asked:], *rest, state), expected[:, -asked:])

@@ -14,7 +14,8 @@ from kernels.recurrent.ring import Ring
 from tests.kernels.interpreter import interpreted
 from tests.kernels.rings import RINGED, Books, packed, ring_ref, row_width, turned
 from tests.kernels.slots import in_place
-from tests.kernels.steps import BF16, F32, SLOTS, Args, B, Case, Wrong, case, close, int32, put
+from tests.kernels.step_inputs import BF16, F32, SLOTS, Args, B, int32
+from tests.kernels.steps import Case, Wrong, case, close, put
 
 #: Rows wrap around R in the first sequence, new ones in the second.
 BOOKS = {
@@ -226,5 +227,5 @@ def test_inputs_of_another_dtype_than_the_ring_are_refused(name: str) -> None:
     args, books = RINGED[name].fitting(), BOOKS["folds"]
     pool = ring_pool(len(args["state"]), 16, row_width(name, args, args["state"]), F32)
     args |= {"write": None, "each": False, "ring": books.ring(pool)}
-    other = {"gdn": "a", "ssm": "dt", "linear": "v"}[name]
+    other = {"gdn": "a", "kda": "a", "ssm": "dt", "linear": "v"}[name]
     RINGED[name].refuses(args | put(other, Tensor.half)(args), f"^{other}=float16.*ring's dtype")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from kernels.decay.chunk import decay_chunk as decay_kernel
 from kernels.decay.running_sums import chunk_decays
 from kernels.decay.torch import decay_chunk, decay_ref
+from kernels.gated_delta.channel_chunk import kda_chunk as kda_kernel
 from kernels.gated_delta.chunk import gdn_chunk as gdn_kernel
 from kernels.gated_delta.torch import gdn_chunk, gdn_ref
 from tests.kernels.interpreter import interpreted
@@ -24,10 +25,12 @@ def interpreter() -> Iterator[None]:
         yield
 
 
-def inputs(delta: bool, jump: float, tokens: int = TOKENS) -> list[Tensor]:
-    """q, k, v, g, the delta rule's β, state: after tokens 3 and 9 nothing is left of the past."""
+def inputs(delta: bool, jump: float, channels: int = 0, tokens: int = TOKENS) -> list[Tensor]:
+    """q, k, v, g, the delta rule's β, state: after tokens 3 and 9 nothing is left of the past; g by
+    head, or by so many channels.
+    """
     q, k = F.normalize(torch.randn(2, 1, tokens, 1, 16), dim=-1)
-    g = -0.05 * torch.rand(1, tokens, 2)
+    g = -0.05 * torch.rand(1, tokens, 2, *([channels] if channels else []))
     g[:, 3] = jump
     g[:, 9] = jump / 7
     beta = [torch.rand(1, tokens, 2)] if delta else []
@@ -36,15 +39,16 @@ def inputs(delta: bool, jump: float, tokens: int = TOKENS) -> list[Tensor]:
 
 @pytest.mark.parametrize("jump", [-3e2, -3e4, -1e30, -torch.inf], ids=str)
 @pytest.mark.parametrize(
-    ("chunk", "ref"),
-    [(decay_chunk, decay_ref), (decay_kernel, decay_ref),
-     (gdn_chunk, gdn_ref), (gdn_kernel, gdn_ref)],
-    ids=["decay torch", "decay triton", "gdn torch", "gdn triton"],
+    ("chunk", "ref", "channels"),
+    [(decay_chunk, decay_ref, 0), (decay_kernel, decay_ref, 0),
+     (gdn_chunk, gdn_ref, 0), (gdn_kernel, gdn_ref, 0),
+     (gdn_chunk, gdn_ref, 16), (kda_kernel, gdn_ref, 16)],
+    ids=["decay torch", "decay triton", "gdn torch", "gdn triton", "kda torch", "kda triton"],
 )  # fmt: skip
 def test_a_token_that_forgets_all_does_not_blur_those_after_it(
-    chunk: Scan, ref: Scan, jump: float
+    chunk: Scan, ref: Scan, channels: int, jump: float
 ) -> None:
-    args = [t.requires_grad_() for t in inputs("gdn" in ref.__name__, jump)]
+    args = [t.requires_grad_() for t in inputs("gdn" in ref.__name__, jump, channels)]
     exact = [t.detach().double().requires_grad_() for t in args]
     got, expected = chunk(*args), ref(*exact)
     weights = [torch.randn_like(t) for t in got]

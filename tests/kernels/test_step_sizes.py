@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from tests.kernels.interpreter import interpreted
 from tests.kernels.slots import in_place
-from tests.kernels.steps import SLOTS, STEPS, case
+from tests.kernels.step_inputs import SLOTS
+from tests.kernels.steps import STEPS, case
 
 RAW = [-80.0, -20.0, -16.0, -7.0, -0.1, 0.0, 3.0, 19.9, 20.1, 300.0]
 

@@ -15,23 +15,8 @@ from kernels.norm import rows as norm_triton
 from tests.kernels.interpreter import interpreted
 from tests.kernels.output_norms import WRONG_ARRIVALS, WRONG_NORMS, backwards, normed
 from tests.kernels.slots import in_place
-from tests.kernels.steps import (
-    BF16,
-    F32,
-    POOL,
-    SLOTS,
-    STEPS,
-    Args,
-    B,
-    Case,
-    Norm,
-    Step,
-    Wrong,
-    case,
-    close,
-    int32,
-    put,
-)
+from tests.kernels.step_inputs import BF16, F32, POOL, SLOTS, Args, B, Norm, int32
+from tests.kernels.steps import STEPS, Case, Step, Wrong, case, close, put
 
 CASES = [
     pytest.param(step, c, id=f"{name}-{c}") for name, step in STEPS.items() for c in step.cases

@@ -21,6 +21,7 @@ from kernels.conv import torch as causal_conv
 from kernels.decay import chunk as decay_chunk
 from kernels.decay import linear_step, ssm_step
 from kernels.decay import torch as decay_scan
+from kernels.gated_delta import channel_chunk as kda_chunk
 from kernels.gated_delta import chunk as gdn_chunk
 from kernels.gated_delta import step as gdn_step
 from kernels.gated_delta import torch as gdn
@@ -192,13 +193,16 @@ def gated(scan: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def delta(scan: Callable[..., Any]) -> Callable[..., Any]:
-    """Gated DeltaNet's inner part from a delta rule: norms and gates before it."""
+    """The inner part of Gated DeltaNet, or of Kimi Delta Attention with a by channel, from a delta
+    rule: norms and gates before it.
+    """
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
         state: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        log_decay = -a_log.exp() * F.softplus(a + dt_bias)
+        rate = -a_log.exp().view(-1, *[1] * (a.dim() - 3))
+        log_decay = rate * F.softplus(a + dt_bias)
         q = l2_norm(q) * q.shape[-1] ** -0.5
         return scan(
             q=q, k=l2_norm(k), v=v, log_decay=log_decay, beta=b.sigmoid(), state=state
@@ -280,6 +284,12 @@ DELTA = [
         run=slotted(gdn_step.gdn_step, ("a_log", "dt_bias")),
         triton=True,
     ),
+]
+
+#: The same with decays by channel: a [B, T, H, N], dt_bias [H, N].
+BY_CHANNEL = [
+    replace(form, run=delta(kda_chunk.kda_chunk)) if form.name == "triton chunk" else form
+    for form in DELTA
 ]
 
 

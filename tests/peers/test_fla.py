@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from kernels.attention.torch import attention, window_mask
 from kernels.rope import torch as rope
 from tests.peers.forms import (
+    BY_CHANNEL,
     DECAY,
     DELTA,
     FIXED_DECAY,
@@ -146,6 +147,42 @@ def test_gated_delta_rule(
 def test_gradients_of_gated_delta_rule(form: Form, dtype: torch.dtype, tokens: int) -> None:
     function = "naive_recurrent_gated_delta_rule"
     compare_gradients(form, gated_delta(function), delta_inputs(tokens, 2))
+
+
+def channel_inputs(tokens: int, groups: int) -> dict[str, Tensor]:
+    """As `delta_inputs`, decays by channel: some forget nearly all at once."""
+    return delta_inputs(tokens, groups) | {
+        "a": torch.randn(B, tokens, H, N),
+        "a_log": torch.linspace(-2, 3, H),
+        "dt_bias": torch.linspace(-4, 2, H * N).view(H, N),
+    }
+
+
+def kimi_delta(function: str) -> Op:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
+        state: Tensor,
+    ) -> Any:  # fmt: skip
+        q, k = (shared(F.normalize(t, dim=-1), H) for t in (q, k))
+        return peer("kda", function)(
+            q, k, v, beta=b.sigmoid(), g=-a_log.exp()[:, None] * F.softplus(a + dt_bias),
+            initial_state=state, output_final_state=True,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("groups", [1, H])
+@pytest.mark.parametrize(("form", "dtype", "tokens"), cases(BY_CHANNEL, LENGTHS))
+def test_kimi_delta_rule(form: Form, dtype: torch.dtype, tokens: int, groups: int) -> None:
+    compare(form, kimi_delta("naive_recurrent_kda"), channel_inputs(tokens, groups))
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "tokens"), cases([f for f in BY_CHANNEL if f.chunked], [65])
+)
+def test_gradients_of_kimi_delta_rule(form: Form, dtype: torch.dtype, tokens: int) -> None:
+    compare_gradients(form, kimi_delta("naive_recurrent_kda"), channel_inputs(tokens, 2))
 
 
 @pytest.mark.parametrize(("form", "dtype", "tokens"), cases(DELTA, LENGTHS))

@@ -51,10 +51,13 @@ def references(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(combined, "mamba_chunk_scan_combined", whole_chunks)
     delta = naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")
+    channels = naive("kda", "naive_recurrent_kda")
     linear = naive("simple_gla", "naive_recurrent_simple_gla")
     for library, function, reference in (
         ("gated_delta_rule", "fused_recurrent_gated_delta_rule", delta),
         ("gated_delta_rule", "chunk_gated_delta_rule", delta),
+        ("kda", "fused_recurrent_kda", channels),
+        ("kda", "chunk_kda", channels),
         ("simple_gla", "fused_recurrent_simple_gla", linear),
         ("simple_gla", "chunk_simple_gla", linear),
     ):
@@ -79,12 +82,14 @@ def scan_case(
 
 DECAY = (chunk.decay_scan.decay_chunk, chunk.decay_inputs)
 DELTA = (chunk.gdn.gdn_chunk, chunk.gdn_inputs)
+CHANNELS = (chunk.gdn.gdn_chunk, chunk.kda_inputs)
 CASES: dict[str, tuple[str, Case]] = {
     "ssm": ("mamba-ssm", step_case(recurrent.ssm_inputs, STATE, baselines.ssm)),
     "selective": (
         "mamba-ssm", step_case(recurrent.selective_inputs, (96, 16), baselines.selective)
     ),
     "gdn": ("fla", step_case(recurrent.gdn_inputs, STATE, baselines.gdn)),
+    "kda": ("fla", step_case(recurrent.kda_inputs, STATE, baselines.kda)),
     "linear": ("fla", step_case(recurrent.linear_inputs, STATE, baselines.linear)),
     **{
         f"{name}{' and back' * backward}": (
@@ -94,6 +99,7 @@ CASES: dict[str, tuple[str, Case]] = {
             ("mamba-ssm decay", DECAY, (1, 2, 16, 32), chunk._mamba_decay),
             ("fla decay", DECAY, (1, 2, 16, 32), chunk._fla_decay),
             ("fla gdn", DELTA, (1, 2, 16, 32), chunk._fla_gdn),
+            ("fla kda", CHANNELS, (2, 2, 16, 32), chunk._fla_kda),
             ("fla gdn of as many heads", DELTA, (2, 2, 16, 32), chunk._fla_gdn),
         )
         for backward in (False, True)

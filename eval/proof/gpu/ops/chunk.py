@@ -1,6 +1,7 @@
 """Chunked scans on a device, forward and backward, beside fla and mamba-ssm."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from eval.proof.gpu.ops.operands import binary, bytes_of, random
 from kernels.decay import torch as decay_scan
 from kernels.decay.chunk import decay_chunk
 from kernels.gated_delta import torch as gdn
+from kernels.gated_delta.channel_chunk import kda_chunk
 from kernels.gated_delta.chunk import gdn_chunk
 from kernels.selective import torch as selective_scan
 from kernels.selective.chunk import selective_scan as selective_chunk
@@ -44,6 +46,12 @@ def gdn_inputs(b: int, t: int, sizes: tuple[int, ...], device: torch.device) -> 
         (q * n**-0.5).bfloat16(), k.bfloat16(), random(b, t, h, p, device=device),
         -torch.rand(b, t, h, device=device) / 8, torch.rand(b, t, h, device=device).bfloat16(),
     ]  # fmt: skip
+
+
+def kda_inputs(b: int, t: int, sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """As `gdn_inputs`, decays by key channel."""
+    q, k, v, _, beta = gdn_inputs(b, t, sizes, device)
+    return [q, k, v, -torch.rand(b, t, *sizes[1:3], device=device) / 8, beta]
 
 
 def selective_inputs(b: int, t: int, sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
@@ -172,6 +180,15 @@ def _fla_gdn(inputs: list[Tensor]) -> Pass:
     return lambda: chunk_gated_delta_rule(q, k, v, g=g, beta=beta, scale=1.0)[0], leaves
 
 
+def _fla_kda(inputs: list[Tensor]) -> Pass:
+    from fla.ops.kda import chunk_kda
+
+    q, k, v, g, beta = inputs
+    q, k = (_per_head(t, v.shape[2]) for t in (q, k))
+    leaves = [q, k, v, g, beta]
+    return lambda: chunk_kda(q, k, v, g=g, beta=beta, scale=1.0)[0], leaves
+
+
 def _cases(
     scan: Scan, make: Make, shapes: Sequence[tuple[tuple[int, ...], int, int]],
     work: Callable[..., int], libraries: Mapping[str, Library],
@@ -202,6 +219,7 @@ def selective_work(sizes: tuple[int, ...]) -> int:
 
 decay_work = _per_token(decay_scan.decay_chunk_matrix_flops)
 gdn_work = _per_token(gdn.gdn_chunk_matrix_flops)
+kda_work = _per_token(partial(gdn.gdn_chunk_matrix_flops, by_channel=True))
 
 OPS = (
     Op(
@@ -231,6 +249,20 @@ OPS = (
         cases=_cases(
             gdn_chunk, gdn_inputs, [((96, 96, 128, 128), 1, 8192), ((16, 16, 128, 128), 8, 4096)],
             gdn_work, {"fla": _fla_gdn, "torch": _of(gdn.gdn_chunk)},
+        ),
+    ),
+    Op(
+        name="kda_chunk",
+        checks=[
+            Check(name=f"{'x'.join(map(str, sizes))} tokens {tokens}", limit=LIMITS["backward"],
+                  run=check_scan(kda_chunk, gdn.gdn_ref, kda_inputs, sizes, (sizes[1], *sizes[2:]),
+                                 tokens))
+            for sizes in ((4, 4, 128, 128), (2, 2, 64, 128), (2, 2, 16, 32))
+            for tokens in (1, 65, 150)
+        ],
+        cases=_cases(
+            kda_chunk, kda_inputs, [((96, 96, 128, 128), 1, 8192), ((16, 16, 128, 128), 8, 4096)],
+            kda_work, {"fla": _fla_kda, "torch": _of(gdn.gdn_chunk)},
         ),
     ),
     Op(

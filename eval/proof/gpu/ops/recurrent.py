@@ -47,6 +47,15 @@ def gdn_inputs(b: int, k: int, sizes: tuple[int, ...], device: torch.device) -> 
     }  # fmt: skip
 
 
+def kda_inputs(b: int, k: int, sizes: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """As `gdn_inputs`, decays by key channel."""
+    heads, n, _ = sizes
+    return gdn_inputs(b, k, sizes, device) | {
+        "a": random(b, k, heads, n, device=device),
+        "dt_bias": random(heads, n, device=device, dtype=torch.float32),
+    }
+
+
 def linear_inputs(
     b: int, k: int, sizes: tuple[int, ...], device: torch.device
 ) -> dict[str, Tensor]:
@@ -87,11 +96,11 @@ def normed_inputs(make: Make, *, flat: bool) -> Make:
     return run
 
 
-def normed(step: Callable[..., Any]) -> Callable[..., Any]:
+def normed(step: Callable[..., Any], opened: str) -> Callable[..., Any]:
     """A step, or its reference, that takes the tensors of its output norm by name."""
 
     def run(gate: Tensor, weight: Tensor, **tensors: Tensor) -> Any:
-        norm = baselines.output_norm({"gate": gate, "weight": weight})
+        norm = baselines.output_norm({"gate": gate, "weight": weight}, opened)
         return step(**tensors, norm=norm)
 
     return run
@@ -195,11 +204,12 @@ class Form:
     more: str = ""
     row: Callable[..., int] | None = None
 
-    def normed(self, *, flat: bool = False) -> "Form":
+    def normed(self, *, flat: bool = False, opened: str = "silu") -> "Form":
         """With the output norm."""
         return Form(
-            step=normed(self.step), reference=normed(self.reference),
-            make=normed_inputs(self.make, flat=flat), others=baselines.normed(self.others),
+            step=normed(self.step, opened), reference=normed(self.reference, opened),
+            make=normed_inputs(self.make, flat=flat),
+            others=baselines.normed(self.others, opened),
             more=f"{self.more} normed", row=self.row,
         )  # fmt: skip
 
@@ -283,6 +293,9 @@ SSM = Form(step=ssm_step.ssm_step, reference=ssm_step.ssm_step_ref, make=ssm_inp
            others=baselines.ssm, row=lambda h, n, p: ssm_step.ssm_ring_row(1, h, n, p))  # fmt: skip
 GDN = Form(step=gdn_step.gdn_step, reference=gdn_step.gdn_step_ref, make=gdn_inputs,
            others=baselines.gdn, row=lambda h, n, p: gdn_step.gdn_ring_row(h, h, n, p))  # fmt: skip
+KDA = Form(step=gdn_step.gdn_step, reference=gdn_step.gdn_step_ref, make=kda_inputs,
+           others=baselines.kda,
+           row=lambda h, n, p: gdn_step.gdn_ring_row(h, h, n, p, by_channel=True))  # fmt: skip
 LINEAR = Form(step=linear_step.linear_step, reference=linear_step.linear_step_ref,
               make=linear_inputs, others=baselines.linear,
               row=lambda h, n, p: linear_step.linear_ring_row(h, h, n, p))  # fmt: skip
@@ -294,6 +307,7 @@ SELECTIVE = Form(step=selective_step.selective_step, reference=selective_step.se
 OPS = (
     _op("ssm_step", [SSM.normed(flat=True), SSM], (8, 128, 64), [(64, 128, 64), (64, 128, 128)], 5),
     _op("gdn_step", [GDN.normed(), GDN], (4, 128, 128), [(32, 128, 128)], 7),
+    _op("kda_step", [KDA.normed(opened="sigmoid"), KDA], (4, 128, 128), [(32, 128, 128)], 7),
     _op("linear_step", [TURNED.normed(), LINEAR], (4, 128, 128), [(32, 128, 128)], 5),
     _op("selective_step", [SELECTIVE], (512, 16), [(4096, 16)], 7),
     Op(name="conv_step", checks=[Check(name="512 new 4", run=check_conv, limit=BF16_LIMIT)],

@@ -5,6 +5,7 @@ q and k that are turned already and states that lie in order, so their time hold
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -72,17 +73,18 @@ def selective(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
 
 
 def _gates(i: Inputs) -> tuple[Tensor, Tensor]:
-    decay = F.softplus(i["a"].float() + i["dt_bias"]) * -i["a_log"].exp()
-    return decay, i["b"].sigmoid()
+    rate = -i["a_log"].exp().view(-1, *[1] * (i["dt_bias"].dim() - 1))
+    return F.softplus(i["a"].float() + i["dt_bias"]) * rate, i["b"].sigmoid()
+
+
+def _delta_by_torch(i: Inputs, pool: Tensor) -> Tensor:
+    q, k = l2_norm(i["q"]) * pool.shape[2] ** -0.5, l2_norm(i["k"])
+    return gdn_step(q, k, i["v"], *_gates(i), pool)[0]
 
 
 def gdn(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
     """The gated delta rule's."""
     scale = pool.shape[2] ** -0.5
-
-    def by_torch() -> Tensor:
-        q, k = l2_norm(i["q"]) * scale, l2_norm(i["k"])
-        return gdn_step(q, k, i["v"], *_gates(i), pool)[0]
 
     def by_library() -> Run:
         from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
@@ -94,7 +96,23 @@ def gdn(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
             output_final_state=True, use_qk_l2norm_in_kernel=True,
         )[0]  # fmt: skip
 
-    return {"torch": by_torch, **_where_installed("fla", by_library)}
+    return {"torch": partial(_delta_by_torch, i, pool), **_where_installed("fla", by_library)}
+
+
+def kda(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
+    """The gated delta rule's, decays by key channel."""
+    scale = pool.shape[2] ** -0.5
+
+    def by_library() -> Run:
+        from fla.ops.kda import fused_recurrent_kda
+
+        decay, beta = _gates(i)
+        return lambda: fused_recurrent_kda(
+            i["q"], i["k"], i["v"], g=decay, beta=beta, scale=scale, initial_state=pool,
+            output_final_state=True, use_qk_l2norm_in_kernel=True,
+        )[0]  # fmt: skip
+
+    return {"torch": partial(_delta_by_torch, i, pool), **_where_installed("fla", by_library)}
 
 
 def linear(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
@@ -115,18 +133,19 @@ def linear(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
     return {"torch": by_torch, **_where_installed("fla", by_library)}
 
 
-def output_norm(i: Inputs) -> OutputNorm:
+def output_norm(i: Inputs, opened: str) -> OutputNorm:
     """Head by head and gated after; over all heads and gated before where the gate is flat."""
     return OutputNorm(
-        gate=i["gate"], weight=i["weight"], eps=1e-5, gate_first=i["gate"].dim() == 3
+        gate=i["gate"], weight=i["weight"], eps=1e-5, gate_first=i["gate"].dim() == 3,
+        opened=opened,
     )  # fmt: skip
 
 
-def normed(others: Baselines) -> Baselines:
+def normed(others: Baselines, opened: str) -> Baselines:
     """The same with the output norm after it: torch's, and after a library our kernel's."""
 
     def make(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
-        how = output_norm(i)
+        how = output_norm(i, opened)
 
         def after(name: str, run: Run) -> Run:
             form = norm.gated_rms_norm if name == "torch" else norm_triton.gated_rms_norm
@@ -134,7 +153,10 @@ def normed(others: Baselines) -> Baselines:
             def both() -> Tensor:
                 y = cast(Tensor, run())
                 rows = y.reshape(how.gate.shape)
-                done = form(rows, how.gate, how.weight, how.eps, gate_first=how.gate_first)
+                done = form(
+                    rows, how.gate, how.weight, how.eps, gate_first=how.gate_first,
+                    opened=how.opened,
+                )  # fmt: skip
                 return done.reshape(y.shape)
 
             return both
