@@ -1,15 +1,24 @@
 """Attention of each token over the few rows that an indexer picks (arXiv 2512.02556).
 
-Three steps: scores of all rows by small keys (`index_scores`), the best k of them (`best_rows`),
-attention over latents of those rows alone (`picked_attention`). The choice is made to be the same
-in every split of a sequence: dot products are float64, so their order hardly matters, scores are
-rounded to float32 once, and among equal scores the earlier row wins.
+Queries and keys of an indexer (`turn_first`), its scores of all rows (`index_scores`), the best k
+of them (`best_rows`), and attention over latents of those rows alone (`picked_attention`). The
+choice is made to be the same in every split of a sequence: dot products are float64, so their order
+hardly matters, scores are rounded to float32 once, and among equal scores the earlier row wins.
 """
 
 import torch
 from torch import Tensor
 
 from kernels.attention.torch import latent_attention
+from kernels.rope.torch import rotate
+
+
+def turn_first(x: Tensor, angles: Tensor, dim: int) -> Tensor:
+    """Rotate the first `dim` channels of x [B, K, H, d] by `angles` of `kernels.rope.torch`: in
+    place where no gradient needs it, else into a new tensor.
+    """
+    turned = rotate(x[..., :dim], angles)
+    return torch.cat((turned, x[..., dim:]), -1) if x.requires_grad else x
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
@@ -61,6 +70,29 @@ def picked_attention(q: Tensor, rows: Tensor, valid: Tensor, *, v_dim: int, scal
     return out.unflatten(0, q.shape[:2]).squeeze(2)
 
 
+def mean_attention(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+    """What an indexer learns: causal attention weights, their mean over heads (equation 3's p).
+
+    q: [B, T, H, d]; k: [B, H, T, d]. Returns float32 [B, T, T], whose rows sum to 1, without
+    gradients.
+    """
+    with torch.no_grad():
+        logits = (scale * q.transpose(1, 2) @ k.mT).float()
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        return logits.masked_fill_(later, -torch.inf).softmax(-1).mean(1)
+
+
+def index_loss(scores: Tensor, attention: Tensor) -> Tensor:
+    """Mean over tokens of KL(attention || softmax(scores)), causal, in nats (equation 3).
+
+    scores, attention: [B, T, T]; gradients go to the scores alone.
+    """
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    guess = scores.masked_fill(later, -torch.inf).log_softmax(-1).masked_fill(later, 0.0)
+    wanted = attention.detach()
+    return (torch.xlogy(wanted, wanted) - wanted * guess).sum(-1).mean()
+
+
 def index_flops(tokens: int, heads: int, dim: int, rows: int) -> int:
     """Matrix FLOPs of `index_scores`: 2·d for each head's dot product, 2 for its weight."""
     return 2 * tokens * heads * rows * (dim + 1)
@@ -76,13 +108,14 @@ def index_scores_ref(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def best_rows_ref(scores: Tensor, mask: Tensor, count: int) -> list[list[list[int]]]:
-    """The oracle of `best_rows`: Python's stable sort, row numbers of each token, ascending."""
-    found = []
+    """The oracle of `best_rows`: sorted pairs in Python; row numbers of each token, ascending."""
+    found: list[list[list[int]]] = []
     for of_tokens, of_masks in zip(scores, mask.expand(scores.shape), strict=True):
-        found.append([])
-        for row, seen in zip(of_tokens.tolist(), of_masks, strict=True):
-            ranked = sorted(seen.nonzero()[:, 0].tolist(), key=lambda s, row=row: -row[s])
-            found[-1].append(sorted(ranked[:count]))
+        ranked = [
+            sorted((-row[s], s) for s in seen.nonzero()[:, 0].tolist())
+            for row, seen in zip(of_tokens.tolist(), of_masks, strict=True)
+        ]
+        found.append([sorted(s for _, s in pairs[:count]) for pairs in ranked])
     return found
 
 

@@ -10,8 +10,10 @@ from kernels.sparse.torch import (
     best_rows,
     best_rows_ref,
     index_flops,
+    index_loss,
     index_scores,
     index_scores_ref,
+    mean_attention,
     picked_attention,
     picked_attention_ref,
     picked_mask,
@@ -125,3 +127,22 @@ def test_attention_over_own_rows_equals_the_oracle(
     torch.testing.assert_close(got.double(), wanted, rtol=ATTENTION[dtype], atol=ATTENTION[dtype])
     assert got.dtype == dtype
     assert counted.get_total_flops() == 2 * batch * new * heads * count * 2 * dim
+
+
+def test_the_loss_is_the_divergence_from_the_mean_of_the_heads() -> None:
+    q, k = torch.randn(2, 9, 3, 4), torch.randn(2, 3, 9, 4)
+    attention = mean_attention(q, k, scale=0.5)
+    logits = 0.5 * torch.einsum("bthd,bhsd->bhts", q.double(), k.double())
+    later = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    weights = logits.masked_fill(later, -torch.inf).softmax(-1).mean(1)
+    torch.testing.assert_close(attention.double(), weights, rtol=1e-5, atol=1e-6)
+    # What stands in the place of later tokens does not count.
+    scores = weights.float().log().masked_fill(later, 9.0)
+    assert float(index_loss(scores, attention)) < 1e-6
+    scores = torch.randn(2, 9, 9)
+    kl = 0.0
+    for b in range(2):
+        for t in range(9):
+            p, log_q = weights[b, t, : t + 1], scores[b, t, : t + 1].double().log_softmax(-1)
+            kl += float((p * (p.log() - log_q)).sum()) / 18
+    assert float(index_loss(scores, attention)) == pytest.approx(kl, rel=1e-5)
