@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from archs.backbone import Model
 from archs.checks import positive
 from archs.errors import UserError
-from archs.mixer import asking_losses, losses_left
+from archs.mixer import asking_losses
 from archs.ops.matrix import dense
 from archs.registry import ModelSpec
 from kernels.loss.cross_entropy import IGNORED
-from train.heads import Losses, LossFunction, sum_of
+from train.heads import Losses, LossFunction, weighted_own
 from train.loop import StepReport, TrainResult, train
 from train.recipe import Recipe
 from train.tokens import Batches, TokenSet
@@ -67,7 +67,7 @@ def distillation(parent: Model, how: Distillation) -> LossFunction:
         )  # fmt: skip
         told = how.weight * cross.detach() + (1 - how.weight) * cross
         others = how.weight * how.temperature**2 * divergence
-        return Losses(told, others, sum_of(losses_left(shared)))
+        return Losses(told, others, weighted_own(shared))
 
     return losses
 

@@ -3,8 +3,7 @@
 The first two serve as drafts of the model itself. The head (`archs.heads`) is attached while a run
 trains and lies in its checkpoint; an early exit adds no weights, but makes the first layers predict
 through the final norm and head (LayerSkip, arXiv 2404.16710, with one exit and a fixed weight).
-A mixer's own loss trains what the next token's cannot reach, such as a choice of rows; its weight
-is 1, as no other loss reaches the same parameters.
+A mixer's own loss trains what the next token's cannot reach, such as a choice of rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +21,15 @@ from archs.registry import ModelSpec
 from kernels.loss.cross_entropy import IGNORED, linear_cross_entropy
 from train.recipe import Recipe
 
+#: Weight of mixers' own losses. No other loss reaches their parameters and optimizers divide by the
+#: size of gradients, so it does not say how fast these learn: it keeps their gradients out of the
+#: norm by which the gradients of all parameters are clipped.
+OWN_WEIGHT = 0.01
+
 
 class Losses(NamedTuple):
     """Mean losses in nats: of the next token, which is what a run reports, and what is trained with
-    it: the weighted sum of all others, and the sum of those that mixers train parts of theirs by.
+    it: the weighted sums of all others, and of those that mixers train parts of theirs by.
     """
 
     next_token: Tensor
@@ -54,10 +58,16 @@ def loss_of(recipe: Recipe) -> LossFunction:
             others.append(weights[0] * _second_token(model, hidden, inputs, targets, shared))
         for states in early:
             others.append(weights[1] * _loss(model, states, targets))
-        own = sum_of(losses_left(shared))
+        own = weighted_own(shared)
         return Losses(_loss(model, hidden, targets), sum_of(others), own)
 
     return losses
+
+
+def weighted_own(shared: Shared) -> Tensor | None:
+    """The weighted sum of the losses that mixers left; None where they left none."""
+    total = sum_of(losses_left(shared))
+    return None if total is None else OWN_WEIGHT * total
 
 
 def sum_of(losses: Sequence[Tensor]) -> Tensor | None:

@@ -1,5 +1,6 @@
 """`dsa` equals DeepSeek-V3.2's attention; rows are chosen by one rule; bytes follow a formula."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from archs.storage import keep
 from infer.engine import Engine
 from tests.archs.hf import assert_equal, copy_backbone, interleaved, our_steps, random_model
 from tests.archs.test_mla import copy_latent, small_scale
+from train.loop import train
+from train.recipe import Recipe
 
 #: Many index heads: with few, many scores are 0, and `topk` breaks such ties as it likes.
 SHAPES = [
@@ -248,8 +251,8 @@ def test_defaults_are_those_of_deepseek_v32_at_8b() -> None:
 
 
 def test_a_backend_without_a_form_says_so() -> None:
-    mixer = small().float().use("triton").layers[0].mixer
-    with pytest.raises(NoFormError, match="choice of rows has no form for backend 'triton'"):
+    mixer = small().use("fla").layers[0].mixer
+    with pytest.raises(NoFormError, match="choice of rows has no form for backend 'fla'; it has"):
         sparse.pick_rows(*[torch.zeros(1)] * 3, 1, backend=mixer.backend)  # type: ignore[arg-type]
 
 
@@ -286,3 +289,43 @@ def test_the_indexer_learns_from_its_loss_alone(q_rank: int | None) -> None:
     found = torch.autograd.grad(hidden.square().sum(), list(named.values()), allow_unused=True)
     reached = {name for name, grad in zip(named, found, strict=True) if grad is not None}
     assert reached == set(named) - of_index
+
+
+def test_the_indexers_loss_falls_as_it_learns() -> None:
+    """Of a model whose attention stays as it is; then its choice holds more of attention, too."""
+    model = small(index_heads=4, index_dim=16).float()
+    tokens = torch.randint(0, 101, (4, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for block in model.layers:
+            mixer = block.mixer
+            assert isinstance(mixer, SparseLatentAttention)
+            # Peaked attention, of which there is something to learn.
+            mixer.down.weight[: 4 * 12] *= 4
+    learning = [p for name, p in model.named_parameters() if ".index_" in name]
+    optimizer = torch.optim.Adam(learning, 1e-2)
+    losses = []
+    for _ in range(60):
+        shared = asking_losses()
+        model.hidden_states(tokens, shared=shared)
+        loss = torch.stack(losses_left(shared)).sum()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0], (losses[0], losses[-1])
+
+
+def test_training_moves_the_indexer(tmp_path: Path) -> None:
+    spec = ModelSpec(arch="dsa", scale=small_scale(4), overrides={"dsa": {"picks": 4}}, hidden=16)
+    recipe = Recipe(steps=3, batch=2, seq_len=12, learning_rate=1e-2, checkpoint_every=0)
+
+    class Same:
+        def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
+            ids = (torch.arange(13) * 7 % 101).expand(2, -1)
+            return ids[:, :-1], ids[:, 1:]
+
+    model, before = spec.build(), dict(spec.build().named_parameters())
+    result = train(model, Same(), recipe, tmp_path, spec=spec)
+    assert result.status == "ok"
+    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+    assert still == []
