@@ -1,6 +1,7 @@
 """The choice of rows by an indexer, and attention over the chosen ones, by backend.
 
-Forms are torch's alone so far, over keys that are gathered from pages; our kernels have none.
+Kernels write index keys, rank all rows and attend over the picked ones where they lie; the largest
+ranks are found by torch, whose selection is a library's, as matrix products are.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import Forms
-from archs.state import LayerState, PagedSeen, Rows, mask_of
+from archs.state import LayerState, PagedSeen, Pages, Rows, mask_of, pages_of
 from kernels.sparse.torch import (
     best_rows,
     index_scores,
@@ -19,11 +20,14 @@ from kernels.sparse.torch import (
     turn_first,
 )
 
+#: Numbers of the scores that torch's form holds at once.
+PIECE = 1 << 23
+
 
 class Picked(NamedTuple):
     """The rows that each new token reads of `rows` rows.
 
-    at: int64 [B, K, k], ascending; valid: bool [B, K, k], False where a token sees fewer.
+    at: int64 [B, K, k]; valid: bool [B, K, k], False where a token sees fewer; those come last.
     """
 
     at: Tensor
@@ -87,8 +91,13 @@ def _append_torch(
 
 
 def _pick_torch(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
-    scores = index_scores(q, weights, keys.rows)
-    return Picked(*best_rows(scores, mask_of(keys, q.shape[1]), count), scores.shape[-1])
+    rows, mask = keys.rows, mask_of(keys, q.shape[1])
+    # A token's choice is its own, so a long step is taken in pieces.
+    size = max(1, PIECE // (len(q) * q.shape[2] * rows.shape[1]))
+    parts_of = zip(q.split(size, 1), weights.split(size, 1), mask.split(size, 1), strict=True)
+    pieces = [best_rows(index_scores(a, b, rows), seen, count) for a, b, seen in parts_of]
+    at, valid = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
+    return Picked(at, valid, rows.shape[1])
 
 
 def _attend_torch(q: Tensor, q_rotary: Tensor, seen: Rows, picked: Picked, scale: float) -> Tensor:
@@ -102,11 +111,74 @@ def _rows_at(seen: Rows, at: Tensor) -> Tensor:
         batch = torch.arange(len(at), device=at.device)[:, None, None]
         return seen.rows[batch, at]
     # Without a window the place of a row is its position; the pages of no other row are touched.
-    pages, size = seen.pages, seen.pages.page_size
-    page = pages.table.long().gather(1, (at // size).flatten(1)).view_as(at)
-    return pages.pool[page * size + at % size]
+    return seen.pages.pool[_pool_rows(seen.pages, at)]
 
 
-_APPEND = Forms("index keys", {"torch": _append_torch, "sdpa": _append_torch})
-_PICK = Forms("choice of rows", {"torch": _pick_torch, "sdpa": _pick_torch})
-_ATTEND = Forms("attention over picked rows", {"torch": _attend_torch, "sdpa": _attend_torch})
+def _append_triton(
+    queries: Tensor, key: Tensor, norm: IndexNorm, state: LayerState, name: str, rope_dim: int,
+    theta: float,
+) -> tuple[Tensor, Rows]:  # fmt: skip
+    pages = state.pages(name, key.dtype)
+    if pages is None:
+        return _append_torch(queries, key, norm, state, name, rope_dim, theta)
+    from kernels.sparse.append import index_append
+
+    index_append(
+        queries, key, norm.weight, norm.bias, state.rotary(rope_dim, theta), pages.pool,
+        pages.table, pages.past, eps=norm.eps, page_size=pages.page_size, new=pages.new,
+    )  # fmt: skip
+    return queries, state.written(name)
+
+
+def _pick_triton(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
+    pages = pages_of(keys)
+    if pages is None:
+        return _pick_torch(q, weights, keys, count)
+    from kernels.sparse.scan import index_scan
+
+    # As many rows as all pages have that are gathered where a mask is asked for.
+    size = pages.page_size
+    rows = min(-(-keys.length // size), pages.table.shape[1]) * size
+    if q.data_ptr() % 16 or any(stride % 16 for stride in q.stride()[:3]):
+        # A view beside a few head weights: the kernel reads 16 bytes at a time.
+        q = q.contiguous()
+    ranks = index_scan(
+        q, weights.contiguous(), pages.pool, pages.table, pages.past, rows=rows, page_size=size
+    )
+    at = ranks.topk(min(count, rows), -1).indices
+    new = torch.arange(1, q.shape[1] + 1, device=q.device)
+    seen = pages.past[:, None] + new
+    return Picked(at, torch.arange(at.shape[-1], device=q.device) < seen[..., None], rows)
+
+
+def _attend_triton(q: Tensor, q_rotary: Tensor, seen: Rows, picked: Picked, scale: float) -> Tensor:
+    pages = pages_of(seen)
+    if pages is None:
+        return _attend_torch(q, q_rotary, seen, picked, scale)
+    from kernels.latent.decode import mla_decode
+
+    # Each token is a sequence of its own, whose pages are the rows that it picked.
+    rows = _pool_rows(pages, picked.at).int().flatten(0, 1)
+    counts = picked.valid.sum(-1, dtype=torch.int32).flatten()
+    out = mla_decode(
+        q.flatten(0, 1)[:, None], q_rotary.flatten(0, 1)[:, None], pages.pool, rows, counts,
+        scale=scale, page_size=1,
+    )  # fmt: skip
+    return out.view_as(q)
+
+
+def _pool_rows(pages: Pages, at: Tensor) -> Tensor:
+    """Where rows [B, K, k] of the sequences lie in the pool, int64 of the same shape."""
+    size = pages.page_size
+    page = pages.table.gather(1, (at // size).flatten(1)).view_as(at)
+    return page.long() * size + at % size
+
+
+_APPEND = Forms(
+    "index keys", {"torch": _append_torch, "triton": _append_triton, "sdpa": _append_torch}
+)
+_PICK = Forms("choice of rows", {"torch": _pick_torch, "triton": _pick_triton, "sdpa": _pick_torch})
+_ATTEND = Forms(
+    "attention over picked rows",
+    {"torch": _attend_torch, "triton": _attend_triton, "sdpa": _attend_torch},
+)
