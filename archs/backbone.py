@@ -162,16 +162,23 @@ class Model(nn.Module):
         if hidden is not None:
             raise UserError("hidden states are read by heads alone; give this model tokens only")
 
-    def hidden_states(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Final normed hidden states, parallel form. tokens: int64 [B, T] -> [B, T, D]."""
-        return self.hidden_after((len(self.blocks),), tokens, hidden)[0]
+    def hidden_states(
+        self, tokens: Tensor, hidden: Tensor | None = None, shared: Shared | None = None
+    ) -> Tensor:
+        """Final normed hidden states, parallel form. tokens: int64 [B, T] -> [B, T, D].
+
+        shared: where layers leave what is no hidden state, losses of their own for one
+        (`archs.mixer.asking_losses`).
+        """
+        return self.hidden_after((len(self.blocks),), tokens, hidden, shared)[0]
 
     def hidden_after(
-        self, depths: Sequence[int], tokens: Tensor, hidden: Tensor | None = None
-    ) -> list[Tensor]:
+        self, depths: Sequence[int], tokens: Tensor, hidden: Tensor | None = None,
+        shared: Shared | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """As `hidden_states`, after each of these numbers of layers."""
         x, residual = self.embed(tokens, hidden), None
-        shared: Shared = {}
+        shared = {} if shared is None else shared
         found: dict[int, Tensor] = {}
         for depth, block in enumerate(self.layers, 1):
             x, residual = block(x, residual, shared)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Initialiser = Callable[[Tensor, torch.Generator], object]
 Shared = dict[int, Any]
+#: Where in `Shared` a caller that trains leaves a list for the losses of mixers' own.
+LOSSES = -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +80,26 @@ def takes_unnormed(extend: Extend) -> Extend:
     return extend
 
 
+def asking_losses() -> Shared:
+    """What `forward` gets of a caller that trains: mixers leave losses of their own in it."""
+    return {LOSSES: []}
+
+
+def asks_losses(shared: Shared | None) -> bool:
+    """Whether the caller trains losses of mixers' own; without it they need not be computed."""
+    return shared is not None and LOSSES in shared
+
+
+def leave_loss(shared: Shared, loss: Tensor) -> None:
+    """Leave a loss in nats, a mean over tokens, for a caller that asks for it."""
+    shared[LOSSES].append(loss)
+
+
+def losses_left(shared: Shared) -> list[Tensor]:
+    """The losses that mixers left, one for each that has one."""
+    return list(shared[LOSSES])
+
+
 class Mixer(nn.Module):
     """Base class of all token mixers."""
 
@@ -92,7 +114,8 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """The parallel, causal form. x: [B, T, D] -> [B, T, D].
 
-        `shared` carries, by layer index, what one layer computes for others (cross-layer KV).
+        `shared` carries, by layer index, what one layer computes for others (cross-layer KV), and
+        takes losses that a mixer trains parts of its own by (`leave_loss`).
         """
         raise NotImplementedError
 

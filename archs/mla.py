@@ -12,8 +12,9 @@ Decode is absorbed; `absorbs` picks the cheaper one for longer steps. Equals the
 without positions, of its Kimi Linear (arXiv 2510.26692).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,10 +111,24 @@ class LatentConfig(MixerConfig):
         return new_tokens == 1 or up > down
 
 
+class Down(NamedTuple):
+    """What a layer makes of its input, before positions are turned into it.
+
+    q_nope: [B, K, H, nope]. to_turn: the rotary queries and, as one more head, the rotary key
+    [B, K, ·, rope], in one slab or two. latent: [B, K, rank], not yet normed. q_latent: what
+    queries come from, [B, K, q_rank]; None where they come from the input.
+    """
+
+    q_nope: Tensor
+    to_turn: list[Tensor]
+    latent: Tensor
+    q_latent: Tensor | None
+
+
 class LatentAttention(Mixer):
     """Softmax attention over keys and values that are kept as one latent per token."""
 
-    Config = LatentConfig
+    Config: ClassVar[type[MixerConfig]] = LatentConfig
 
     def __init__(self, config: LatentConfig, place: Place) -> None:
         super().__init__()
@@ -132,11 +147,9 @@ class LatentAttention(Mixer):
         self.kv_up = Projection(c.rank, heads * c.nope_dim, heads * c.v_dim, plain=True)
         self.out = Projection(heads * c.v_dim, place.d_model, residual=True)
 
-    def _down(self, x: Input) -> tuple[Tensor, list[Tensor], Tensor]:
-        """[B, K, D] -> queries [B, K, H, nope]; what positions turn, in one slab or two: the rotary
-        queries and, as one more head, the rotary key [B, K, ·, rope]; the latent [B, K, rank].
-        """
-        c = self.config
+    def _down(self, x: Input) -> Down:
+        """x: [B, K, D]."""
+        c, q_latent = self.config, None
         down = self.down(x)
         if self.q_norm is None or self.q_up is None:
             q_nope, slab, latent = down.split(
@@ -144,16 +157,17 @@ class LatentAttention(Mixer):
             )
             slabs = [slab]
         else:
-            q_latent, k_rope, latent = down.split(self.down.sizes, -1)
-            q_nope, q_rope = self.q_up(self.q_norm(q_latent)).split(self.q_up.sizes, -1)
+            q_down, k_rope, latent = down.split(self.down.sizes, -1)
+            q_latent = self.q_norm(q_down)
+            q_nope, q_rope = self.q_up(q_latent).split(self.q_up.sizes, -1)
             slabs = [q_rope, k_rope]
         to_turn = [slab.unflatten(-1, (-1, c.rope_dim)) for slab in slabs]
-        return q_nope.unflatten(-1, (c.n_heads, -1)), to_turn, latent
+        return Down(q_nope.unflatten(-1, (c.n_heads, -1)), to_turn, latent, q_latent)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D], expanded."""
         c, tokens = self.config, x.shape[1]
-        q_nope, slabs, latent = self._down(x)
+        q_nope, slabs, latent, _ = self._down(x)
         if c.positions:
             angles = rope_table(tokens, c.rope_dim, c.rope_theta, x.device)[:tokens]
             slabs = [rotate(t, angles) for t in slabs]
@@ -164,32 +178,49 @@ class LatentAttention(Mixer):
     @takes_unnormed
     def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        c, norm = self.config, self.kv_norm
-        q_nope, to_turn, latent = self._down(x)
-        q_rope, seen = append_latent(
-            to_turn, latent, norm.weight, state, "latent", eps=norm.eps, theta=c.theta,
-            backend=self.backend,
+        down = self._down(x)
+        q_rope, seen = self._append(down, state)
+        absorbs = self.config.absorbs(x.shape[1], seen.length)
+        return (self._absorbed if absorbs else self._expanded)(down.q_nope, q_rope, seen)
+
+    def _append(self, down: Down, state: LayerState) -> tuple[Tensor, Rows]:
+        """The rotary queries [B, K, H, rope], and the rows that the new tokens may see."""
+        return append_latent(
+            down.to_turn, down.latent, self.kv_norm.weight, state, "latent", eps=self.kv_norm.eps,
+            theta=self.config.theta, backend=self.backend,
         )  # fmt: skip
-        absorbs = c.absorbs(x.shape[1], seen.length)
-        return (self._absorbed if absorbs else self._expanded)(q_nope, q_rope, seen)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, seen: Rows) -> Tensor:
+        q, k, v = self._raised(q_nope, q_rope, seen)
+        out = attend_expanded(q, k, v, seen, backend=self.backend)
+        return self.out(out.flatten(2))
+
+    def _raised(self, q_nope: Tensor, q_rope: Tensor, seen: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, K, H, ·], and keys and values of every head of the rows, [B, H, S, ·]."""
         c = self.config
         latent, k_rope = seen.rows.split((c.rank, c.rope_dim), -1)
         k_nope, v = self.kv_up(latent).split(self.kv_up.sizes, -1)
         k_nope, v = (t.unflatten(-1, (c.n_heads, -1)) for t in (k_nope, v))
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, c.n_heads, -1)), -1)
-        q = torch.cat((q_nope, q_rope), -1)
-        out = attend_expanded(q, k.transpose(1, 2), v.transpose(1, 2), seen, backend=self.backend)
-        return self.out(out.flatten(2))
+        return torch.cat((q_nope, q_rope), -1), k.transpose(1, 2), v.transpose(1, 2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, seen: Rows) -> Tensor:
+        scale = self.config.qk_dim**-0.5
+
+        def attend(q_latent: Tensor) -> Tensor:
+            return attend_latent(q_latent, q_rope, seen, scale=scale, backend=self.backend)
+
+        return self._in_latents(q_nope, attend)
+
+    def _in_latents(self, q_nope: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer's output of what `attend` makes of queries as wide as latents, [B, K, H, rank]
+        both.
+        """
         c = self.config
         up_k, up_v = (
             w.unflatten(0, (c.n_heads, -1)) for w in self.kv_up.weight.split(self.kv_up.sizes)
         )
-        q_latent = by_head(q_nope, up_k, backend=self.backend)
-        out = attend_latent(q_latent, q_rope, seen, scale=c.qk_dim**-0.5, backend=self.backend)
+        out = attend(by_head(q_nope, up_k, backend=self.backend))
         return self.out(by_head(out, up_v.mT, backend=self.backend).flatten(2))
 
     def state_spec(self) -> StateSpec:
@@ -267,9 +298,24 @@ class LatentAttention(Mixer):
         c = self.config
         rows = step.context + step.new_tokens
         absorbs = c.absorbs(step.new_tokens, rows)
+        width = c.row_dim if absorbs else c.expanded_dim
+        attention = attention_cost(
+            self.state_spec().rows[0],
+            step,
+            heads=c.n_heads,
+            qk_dim=width,
+            v_dim=width,
+            kept=self.kept_spec(),
+        )
+        return self._cost(step, attention, absorbs=absorbs)
+
+    def _cost(self, step: Step, *attention: OpCost, absorbs: bool) -> Cost:
+        """What stands around attention."""
+        c = self.config
+        rows = step.context + step.new_tokens
         norms = [n.weight for n in (self.kv_norm, self.q_norm) if n is not None]
         query = [] if self.q_up is None else [linear_cost("q up", self.q_up, step.tokens)]
-        name, width = ("absorb k, v up", c.row_dim) if absorbs else ("k, v up", c.expanded_dim)
+        up = "absorb k, v up" if absorbs else "k, v up"
         return Cost.of(
             linear_cost("q, latent down", self.down, step.tokens),
             OpCost(
@@ -282,14 +328,7 @@ class LatentAttention(Mixer):
                 name="rope",
                 vector_flops=c.positions * 3 * step.tokens * (c.n_heads + 1) * c.rope_dim,
             ),
-            linear_cost(name, self.kv_up, step.tokens if absorbs else step.batch * rows),
-            attention_cost(
-                self.state_spec().rows[0],
-                step,
-                heads=c.n_heads,
-                qk_dim=width,
-                v_dim=width,
-                kept=self.kept_spec(),
-            ),
+            linear_cost(up, self.kv_up, step.tokens if absorbs else step.batch * rows),
+            *attention,
             linear_cost("attention out", self.out, step.tokens),
         )

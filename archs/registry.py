@@ -17,6 +17,7 @@ import torch
 from archs.backbone import Model, cast, initialise
 from archs.checks import at_least, positive
 from archs.cla import CrossLayerAttention, CrossLayerConfig
+from archs.dsa import SparseLatentAttention, SparseLatentConfig
 from archs.errors import UserError, unknown_name
 from archs.files import read
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
@@ -48,6 +49,7 @@ REGISTRY: dict[str, Entry] = {
     "mqa": Entry(Attention, MultiQueryConfig),
     "swa": Entry(Attention, WindowConfig),
     "mla": Entry(LatentAttention, LatentConfig),
+    "dsa": Entry(SparseLatentAttention, SparseLatentConfig),
     "cla": Entry(CrossLayerAttention, CrossLayerConfig),
     "linear": Entry(LinearAttention, LinearConfig),
     "gdn": Entry(GatedDeltaNet, GatedDeltaConfig),

@@ -142,7 +142,8 @@ class RowSpec(TensorSpec):
     window: newest rows that a token sees, its own included (None: all of them).
     sinks:  first rows that stay visible beside the window.
     owner:  index of the layer that appends them; this one only reads.
-    picks:  rows that a token reads of those it sees, chosen by the mixer (None: all of them).
+    picks:  rows that a token reads of those it sees, chosen by the mixer (None: all of them); a
+            step of many tokens reads every row once at most.
     block:  the fixed tensor in which rows wait until there are `every` of them, which are then
             stored together as one (None: rows are stored as the mixer gives them).
     """
@@ -188,7 +189,7 @@ class RowSpec(TensorSpec):
         visible = self.visible_rows(context, new_tokens)
         if self.picks is None:
             return visible * self.nbytes
-        return new_tokens * min(self.picks, visible) * self.nbytes
+        return min(new_tokens * self.picks, visible) * self.nbytes
 
     def held_pages(self, context: int, page_size: int, lookback: int = 0) -> int:
         """Pages that one sequence holds of them; 0 where another layer owns them."""

@@ -1,8 +1,9 @@
 """Names of the formats that states are kept in.
 
 `kv:int8,memory:int8-ef,conv:bfloat16`: what is kept, and how. `kv` are rows that attention reads
-(keys and values, MLA's latents), `memory` recurrent states, `conv` the tails of convolutions. What
-is left out, and what a model does not have, is kept as the mixer gives it.
+(keys and values, MLA's latents), `index` small keys by which such rows are picked, `memory`
+recurrent states, `conv` the tails of convolutions. What is left out, and what a model does not
+have, is kept as the mixer gives it.
 
 int8, fp8: a scale for each row of a tensor's last dimension: a token's of one head, or a key
 channel's of one head of a recurrent state. int2 to int4: a scale and a zero point for it. -g32 and
@@ -26,7 +27,7 @@ from kernels.quant.torch import NARROW, SCALE_DTYPE
 Declared = TypeVar("Declared", bound=TensorSpec)
 
 #: Kinds of state tensors that formats are given for (`TensorSpec.kind`).
-KINDS = ("kv", "memory", "conv")
+KINDS = ("kv", "index", "memory", "conv")
 #: Plain numbers that a state can be kept in.
 WIDE = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from archs.backbone import Model
 from archs.checks import positive
 from archs.errors import UserError
+from archs.mixer import asking_losses
 from archs.ops.matrix import dense
 from archs.registry import ModelSpec
 from kernels.loss.cross_entropy import IGNORED
-from train.heads import Losses, LossFunction
+from train.heads import Losses, LossFunction, weighted_own
 from train.loop import StepReport, TrainResult, train
 from train.recipe import Recipe
 from train.tokens import Batches, TokenSet
@@ -58,13 +59,15 @@ def distillation(parent: Model, how: Distillation) -> LossFunction:
         with torch.inference_mode():
             known = parent.hidden_states(inputs)
         seen = targets != IGNORED
+        shared = asking_losses()
         cross, divergence = distillation_losses(
-            model.hidden_states(inputs)[seen], dense(model.head_weight),
+            model.hidden_states(inputs, shared=shared)[seen], dense(model.head_weight),
             known.clone()[seen], dense(parent.head_weight).detach(),
             targets[seen], how.temperature,
         )  # fmt: skip
         told = how.weight * cross.detach() + (1 - how.weight) * cross
-        return Losses(told, how.weight * how.temperature**2 * divergence)
+        others = how.weight * how.temperature**2 * divergence
+        return Losses(told, others, weighted_own(shared))
 
     return losses
 

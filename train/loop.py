@@ -270,12 +270,12 @@ class _Run:
                 continue
             with self._autocast():
                 losses = self.loss_fn(self.model, x.to(self.device), y.to(self.device))
-                loss = losses.next_token
-                loss = loss if losses.others is None else loss + losses.others
+                loss, beside = losses.next_token, losses.beside
+                loss = loss if beside is None else loss + beside
             (loss * share).backward()
             total += losses.next_token.detach() * share
-            if losses.others is not None:
-                others += losses.others.detach() * share
+            if beside is not None:
+                others += beside.detach() * share
         parameters = [p for p in self.optimizer.parameters if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, r.clip or float("inf"), foreach=True)
         self.optimizer.step(r.learning_rate_at(self.progress.step))

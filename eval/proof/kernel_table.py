@@ -42,18 +42,20 @@ from kernels.rope import rotate as rope_rotate
 from kernels.sampling import sample
 from kernels.selective import chunk as selective_chunk
 from kernels.selective import step as selective_step
+from kernels.sparse import append as index_append
+from kernels.sparse import scan as index_scan
 
 #: Every op with a Triton kernel: a module with `variants()`, the default one first.
 OPS: dict[str, ModuleType] = {
     "attention_decode": attention_decode, "attention_prefill": attention_prefill,
     "conv_chunk": conv_chunk, "conv_step": conv_step, "decay_chunk": decay_chunk,
     "few_rows": few_rows, "gdn_chunk": gdn_chunk, "gdn_step": gdn_step, "gemv": gemv,
-    "head_gemv": head_gemv, "kda_chunk": kda_chunk, "latent_append": latent_append,
-    "linear_step": linear_step, "mla_decode": mla_decode, "norm_triton": norm_triton,
-    "packed_rows": packed_rows, "page_write": page_write, "project_append": project_append,
-    "rope_append": rope_append, "rope_rotate": rope_rotate, "sample": sample,
-    "selective_chunk": selective_chunk, "selective_step": selective_step,
-    "split_combine": split_combine, "ssm_step": ssm_step,
+    "head_gemv": head_gemv, "index_append": index_append, "index_scan": index_scan,
+    "kda_chunk": kda_chunk, "latent_append": latent_append, "linear_step": linear_step,
+    "mla_decode": mla_decode, "norm_triton": norm_triton, "packed_rows": packed_rows,
+    "page_write": page_write, "project_append": project_append, "rope_append": rope_append,
+    "rope_rotate": rope_rotate, "sample": sample, "selective_chunk": selective_chunk,
+    "selective_step": selective_step, "split_combine": split_combine, "ssm_step": ssm_step,
 }  # fmt: skip
 
 

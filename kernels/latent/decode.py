@@ -199,6 +199,8 @@ def mla_decode(
     pool: [pages * page_size, R + r], or [G, pages * page_size, R + r] with a latent head for each
       H / G query heads; q's dtype.
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
+      Pages of one row make it a list of rows, such as those that an indexer picks
+      (`kernels.sparse`).
     lengths: int32 [B]; rows in the cache, the K new ones included. Token i sits at position
       length - K + i and sees rows up to itself; a token at a negative position returns zeros.
     window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
@@ -289,8 +291,8 @@ def mla_decode_ref(
 
 def variants() -> list[Variant]:
     """Every configuration that the wrapper can pick; first latents of 512 + 64 on Hopper. Pages: of
-    whole tiles, and below a tile; those of fp16 are left out, as its code is that of bf16 but for
-    the type."""
+    whole tiles, below a tile, and of one row; those of fp16 are left out, as its code is that of
+    bf16 but for the type."""
     bf16 = torch.bfloat16
 
     def call(
@@ -321,8 +323,8 @@ def variants() -> list[Variant]:
         for widths in WIDTHS
         for rows in (16, 32, 64)
         for windowed in (False, True)
-        for page in (64, 16)
-        if page == 64 or dtype == bf16
+        for page in (64, 16, 1)
+        if page == 64 or (dtype == bf16 and not (windowed and page == 1))
     )
     expected = Expected(wide_loads=2, narrow_in_loops=narrow, matrix=True, spills=spills)
     default = call(bf16, (512, 64), 16, False, 64)

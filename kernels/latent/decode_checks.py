@@ -40,8 +40,8 @@ def check(
                 "must start at 16 bytes and have strides [16i, 16j, 16k, 1]")  # fmt: skip
     width = sum(widths)
 
-    require(page_size >= 16 and page_size % 16 == 0, "page_size", page_size,
-            "must be a positive multiple of 16")  # fmt: skip
+    require(page_size == 1 or (page_size >= 16 and page_size % 16 == 0), "page_size", page_size,
+            "must be 1 or a positive multiple of 16")  # fmt: skip
     shape = form(pool)
     fits = pool.dim() in (2, 3) and pool.shape[-1] == width and pool.shape[-2] % page_size == 0
     rule = "must be [pages * {0}, {1}] or [G, pages * {0}, {1}]"
@@ -56,6 +56,7 @@ def check(
     require(aligned, "pool", shape, rule, width)
 
     require(window is None or window >= 1, "window", window, "must be None or at least 1")
+    require(window is None or page_size > 1, "window", window, "must be None with pages of 1 row")
     require(sinks >= 0, "sinks", sinks, "must be at least 0")
     table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.shape[1] > 0
     table = table and page_table.dtype == torch.int32 and page_table.is_contiguous()

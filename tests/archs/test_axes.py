@@ -109,6 +109,8 @@ def test_options_follow_what_is_kept() -> None:
     assert options("mqa", "heads") == {"n_heads": 2}
     assert options("mla", "rank") == {"rank": 8, "kv_eps": 2e-6}
     assert options("mla", "query_rank", {"q_rank": 16}) == {"q_rank": 8, "q_eps": 2e-6}
+    assert options("dsa", "query_rank", {"q_rank": 16}) == {"q_rank": 8, "q_eps": 2e-6}
+    assert options("dsa", "index_heads", {"index_heads": 4}) == {"index_heads": 2}
     assert options("gdn", "heads", {"key_heads": 2}) == {"key_heads": 1, "value_heads": 2}
     assert options("gdn", "value_heads", {"key_heads": 2}) == {"value_heads": 2}
     assert options("gdn", "key_dim") == {"key_dim": 2, "eps": 2e-6}

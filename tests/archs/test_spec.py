@@ -92,7 +92,11 @@ def test_held_scanned_and_gathered_bytes_are_told_apart() -> None:
     assert spec.state_bytes(1000) == 1000 * (8 + 64) + 40
     assert spec.scanned_bytes(1000) == 1001 * 8
     assert spec.gathered_bytes(1000) == 16 * 64
-    assert spec.gathered_bytes(9, 2) == 2 * 11 * 64
+    # Rows that several tokens pick are read once.
+    assert spec.gathered_bytes(9, 2) == 11 * 64
+    assert spec.gathered_bytes(1000, 3) == 3 * 16 * 64
+    assert spec.gathered_bytes(1000, 66) == 66 * 16 * 64
+    assert spec.gathered_bytes(1000, 67) == 1067 * 64
     assert spec.read_bytes(1000) == 1001 * 8 + 16 * 64 + 40
 
 

@@ -43,7 +43,7 @@ def test_parts_stand_in_one_order_and_spaces_do_not_count() -> None:
     ("name", "message"),
     [
         ("int8", "'int8' in state format 'int8' is no kind with its format; write kv:int8"),
-        ("kw:int8", "Unknown kind of state 'kw'. Available: conv, kv, memory"),
+        ("kw:int8", "Unknown kind of state 'kw'. Available: conv, index, kv, memory"),
         ("kv:int9", "Unknown state format 'int9'. Did you mean 'int8'"),
         ("kv:int8,kv:int4", "names kv twice"),
         ("kv:float32-g32", "-g32 does not go with what stands before it; float32 takes nothing"),

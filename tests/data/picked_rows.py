@@ -51,6 +51,13 @@ class PickedRows(Mixer):
     def _attend(self, q: Tensor, key_q: Tensor, keys: Rows, kv: Rows) -> Tensor:
         scores = (key_q @ keys.rows.mT).masked_fill(~mask_of(keys, q.shape[1]), -torch.inf)
         best, at = scores.topk(min(self.config.picks, keys.length), -1)
+        if at[0].numel() > keys.length:
+            # All rows under a mask are fewer than the rows of each token.
+            k, v = kv.rows.unbind(1)
+            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, at, True)
+            logits = (q[:, :, None] * k[:, None]).sum(-1) * self.config.dim**-0.5 + scores
+            weights = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+            return self.out((weights[..., None] * v[:, None]).sum(2))
         batch = torch.arange(len(q), device=q.device)[:, None, None]
         k, v = kv.rows[batch, :, at].unbind(3)
         weights = ((q[:, :, None] * k).sum(-1) * self.config.dim**-0.5 + best).softmax(-1)
@@ -65,10 +72,12 @@ class PickedRows(Mixer):
     def cost(self, step: Step) -> Cost:
         c, spec = self.config, self.kept_spec()
         seen = spec.rows[0].visible_rows(step.context, step.new_tokens)
+        read = min(c.picks, seen)
+        read = seen if step.new_tokens * read > seen else read
         attention = OpCost(
             name="picked attention",
             matrix_flops=2 * step.tokens * seen * c.key_dim,
-            vector_flops=step.tokens * (seen + min(c.picks, seen) * (4 * c.dim + 8)),
+            vector_flops=step.tokens * (seen + read * (4 * c.dim + 8)),
             **state_traffic(spec, step),
         )
         projections = linear_cost("q, k, v, keys", self.qkv_keys, step.tokens)

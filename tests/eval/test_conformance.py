@@ -41,9 +41,8 @@ def test_conformance(subject: Subject, law: str) -> None:
     assert verdict.passed, f"{verdict.name}: {verdict.detail}"
 
 
-@pytest.mark.parametrize("law", [law for law in ANYWHERE if law not in ("bfloat16", "float16")])
-def test_rows_that_a_mixer_picks_are_held_to_all_but_rounding(law: str) -> None:
-    """In half precision other rows are picked: what is discontinuous has no rounding error."""
+@pytest.mark.parametrize("law", ANYWHERE)
+def test_a_file_whose_mixer_picks_rows_is_held_to_all_laws(law: str) -> None:
     verdict = judge(Subject(str(DATA / "picked_rows.py")), law)
     assert verdict.passed, f"{verdict.name}: {verdict.detail}"
 

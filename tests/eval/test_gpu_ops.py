@@ -53,6 +53,8 @@ QUICK = {
     "rope_append": "3 tokens",
     "rope_rotate": "2 tokens",
     "latent_append": "8 heads 96+16",
+    "index_append": "4 heads 32 rotary 16",
+    "index_scan": "2 heads 32 new 3",
     "page_write": "4 tokens",
     "conv_chunk": "130 tokens",
     "sample": "9 rows of 1000",

@@ -17,6 +17,7 @@ from archs.backbone import initialise
 from archs.errors import UserError
 from archs.formats import Format
 from archs.heads import HeadModel
+from archs.mixer import asking_losses, losses_left
 from archs.ops import libraries
 from archs.ops.attention import attend
 from archs.registry import HYBRIDS, REGISTRY
@@ -78,7 +79,9 @@ class Launches(TorchDispatchMode):
 
 RUN = InterpretedFunction.run
 #: Latent attention: norm, rotation, its row and its queries put together, their write, attention.
-MORE_LAUNCHES = {"mla": 6}
+#: Picked rows: scales of head weights, latents and index keys written, the scan, torch's selection,
+#: which of its rows are seen and where they lie, attention.
+MORE_LAUNCHES = {"mla": 6, "dsa": 16}
 
 
 @pytest.mark.parametrize("arch", REGISTRY)
@@ -173,8 +176,9 @@ def test_training_form_and_its_gradients(arch: str) -> None:
     found = {}
     for backend in ("torch", "triton"):
         model = subject.spec.build().use(backend)
-        loss = model(tokens).float().square().mean()
-        loss.backward()
+        shared = asking_losses()
+        logits = model.logits(model.hidden_states(tokens, shared=shared))
+        torch.stack([logits.float().square().mean(), *losses_left(shared)]).sum().backward()
         found[backend] = {name: p.grad for name, p in model.named_parameters()}
     for name, expected in found["torch"].items():
         got = found["triton"][name]

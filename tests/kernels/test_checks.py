@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from kernels.checks import Form, form, require
-from tests.kernels import test_latent_append, test_mla_decode, test_rope_append
+from tests.kernels import (
+    test_index_append,
+    test_index_scan,
+    test_latent_append,
+    test_mla_decode,
+    test_rope_append,
+)
 from tests.kernels.interpreter import interpreted
 
 
@@ -23,6 +29,8 @@ def test_nothing_is_described_where_nothing_is_wrong(monkeypatch: pytest.MonkeyP
         test_mla_decode.module.mla_decode(*tensors, **options)
         test_rope_append.module.rope_append(**test_rope_append.operands())
         test_latent_append.module.latent_append(**test_latent_append.operands())
+        test_index_append.module.index_append(**test_index_append.operands())
+        test_index_scan.module.index_scan(**test_index_scan.operands())
 
 
 def test_a_rule_is_written_only_where_it_is_broken() -> None:

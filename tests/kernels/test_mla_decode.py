@@ -65,7 +65,7 @@ def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1], [63], [65], [1000], [0, 130, 5]], ids=str)
-@pytest.mark.parametrize("page_size", [16, 48, 64, 128])
+@pytest.mark.parametrize("page_size", [1, 16, 48, 64, 128])
 def test_lengths_and_shuffled_pages(lengths: list[int], page_size: int) -> None:
     assert_equals_the_oracle(lengths, page_size=page_size)
 

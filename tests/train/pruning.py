@@ -39,6 +39,7 @@ class Case:
 CASES = (
     *(Case(name, name) for name in (*REGISTRY, *HYBRIDS)),
     Case("mla-query-latent", "mla", {"mla": {"q_rank": 16}}, tied=False),
+    Case("dsa-query-latent", "dsa", {"dsa": {"q_rank": 16}}),
     Case("gdn-value-heads", "gdn", {"gdn": {"key_heads": 2}}),
     Case("mamba2-groups", "mamba2", {"mamba2": {"groups": 2}}, short_conv=3),
     Case("cla-short-conv", "cla", short_conv=4),

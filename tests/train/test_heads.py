@@ -129,7 +129,8 @@ def test_every_architecture_has_a_head_whose_cost_counts_its_weights(arch: str) 
         inputs, targets = Counting().batch_at(0)
         losses = loss_of(HEADED)(model, inputs, targets)
         assert losses.others is not None and losses.others.isfinite()
-        losses.others.backward()
+        assert losses.beside is not None
+        losses.beside.backward()
         assert all(p.grad is not None for p in attached_head(model).parameters())
     weights = sum(p.nbytes for p in head.parameters()) - model.embedding.weight.nbytes
     rows = SCALE.d_model * 4

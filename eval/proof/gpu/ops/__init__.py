@@ -1,5 +1,7 @@
 """Every operation that the proof checks and times."""
 
-from eval.proof.gpu.ops import attention, chunk, glue, product, quant, recurrent
+from eval.proof.gpu.ops import attention, chunk, glue, product, quant, recurrent, sparse
 
-OPS = (*attention.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS)
+OPS = (
+    *attention.OPS, *sparse.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
+)  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.proof.gpu.case import Case, Check, Op, Run, installed, lazily
+from eval.proof.gpu.ops import sparse
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, on_cpu, paged, random
 from kernels.attention.decode import attention_decode, attention_decode_ref
 from kernels.attention.prefill import attention_prefill, attention_prefill_ref
@@ -282,7 +283,7 @@ MLA = Op(
             (16, 512, 64, 1, 1), (64, 512, 64, 1, 1), (32, 256, 32, 2, 1), (8, 128, 16, 4, 2),
             (4, 64, 16, 1, 1),
         )
-    ],
+    ] + sparse.PICKED,
     cases=[
         mla_case(0, 128, 4096, 16),
         mla_case(0, 128, 4096, 128),
