@@ -49,13 +49,15 @@ def _nearest(names: Sequence[str]) -> dict[int, str]:
     return {bits: found[bits] for bits in BITS if bits in found}
 
 
-def _memory(nearest: dict[int, str], table: pd.DataFrame, told: list[str]) -> bool:
-    """Whether memory shrinks by nine tenths of the ratio of bits."""
+def _memory(nearest: dict[int, str], table: pd.DataFrame, told: list[str]) -> bool | None:
+    """Whether memory shrinks by nine tenths of the ratio of bits; None beside no plain model."""
     shrinks = {}
     for bits, name in nearest.items():
         both = _beside(table, "bits_per_weight", name)
         if not both.empty:
             shrinks[bits] = float((both["plain"] / both["packed"]).mean())
+    if not shrinks:
+        return None
     said = ", ".join(f"{nearest[b]} {r:.1f} of {32 / b:.1f}" for b, r in shrinks.items())
     scale = table["scale"].iloc[0]
     told.append(f"memory at {scale}, scales and the embedding included, shrinks {said} times")

@@ -78,7 +78,7 @@ def recall_lost(
 def from_zero(data: pd.DataFrame, field: str, title: str) -> Along:
     """A vertical axis of a field that holds zero."""
     axis = Axis.around([0.0, *data[field]], log=False, vertical=True)
-    return Along(field, axis, title, {})
+    return Along(field, axis, title, {"number": "~r"})
 
 
 def _ways(formats: pd.Series) -> pd.Series:
