@@ -98,3 +98,11 @@ def kill(model: Model, name: str) -> dict[int, Tensor]:
 
 def spec_of(arch: str) -> ModelSpec:
     return Case(arch, arch).spec
+
+
+class Text:
+    """The same sequences at every step."""
+
+    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
+        ids = text(2, 13, seed=step)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()

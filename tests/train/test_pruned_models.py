@@ -11,7 +11,7 @@ from archs.narrow import axes_of
 from archs.registry import ModelSpec
 from archs.weights import WeightFormat
 from infer.engine import Engine
-from tests.train.pruning import CASES, SCALE, Case, spec_of, text
+from tests.train.pruning import CASES, SCALE, Case, Text, spec_of, text
 from train import prune as train_prune
 from train.checkpoint import (
     Identity,
@@ -71,14 +71,6 @@ def halves(spec: ModelSpec, name: str) -> bool:
     """Whether a model has such an axis, and always an even number of units to choose from."""
     axes = [train_prune._axis(axes_of(block), name) for block in spec.outline().layers]
     return any(axes) and all(axis is None or axis.per_group % 2 == 0 for axis in axes)
-
-
-class Text:
-    """The same sequences at every step."""
-
-    def batch_at(self, step: int) -> tuple[Tensor, Tensor]:
-        ids = text(2, 13, seed=step)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def test_a_pruned_model_is_stored_before_anybody_trains_it_on(tmp_path: Path) -> None:

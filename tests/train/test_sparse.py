@@ -12,8 +12,7 @@ from archs.layers import Projection
 from archs.registry import ModelSpec
 from archs.storage import runs, store
 from archs.weights import WeightFormat
-from tests.train.pruning import CASES, SCALE, Case, text
-from tests.train.test_prune import Text
+from tests.train.pruning import CASES, SCALE, Case, Text, text
 from train.checkpoint import load_model
 from train.loop import CHECKPOINT_NAME, train
 from train.observe import observe
