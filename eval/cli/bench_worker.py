@@ -29,7 +29,7 @@ Answer = dict[str, Any]
 
 def answer(
     *, arch: str, batch: int, context: int, scale: str, device: str, backend: str, compiled: bool,
-    rounds: int, weights: str, state: str, replay: int,
+    rounds: int, weights: str = "", state: str = "", replay: int = 0,
 ) -> Answer:  # fmt: skip
     """One point: correctness, then `rounds` steps from `context` tokens on. Raises UserError."""
     where = resolve_device(device)

@@ -17,7 +17,7 @@ KNOWN: dict[str, Family] = {
     "mha": "softmax", "gqa": "softmax", "mqa": "softmax", "swa": "window", "mla": "latent",
     "cla": "softmax", "linear": "recurrent", "gdn": "recurrent", "mamba1": "recurrent",
     "mamba2": "recurrent", "gdn:gqa=3:1": "hybrid", "swa:gqa=3:1": "hybrid",
-    "mamba2:gqa=3:1": "hybrid",
+    "mamba2:gqa=3:1": "hybrid", "kda": "recurrent", "dsa": "latent",
 }  # fmt: skip
 
 
