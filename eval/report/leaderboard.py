@@ -190,7 +190,7 @@ def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     """
     by = by or quality_column(table)
     if by is None:
-        return table.assign(rank="").set_index("rank").reset_index()
+        return _with_ranks(table, [""] * len(table))
     column = Column.parse(by)
     if column is None or by not in table:
         near = get_close_matches(by, [str(c) for c in figure_columns(table)], n=3, cutoff=0.3)
@@ -201,7 +201,7 @@ def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     sign = -1.0 if MEASURES[column.measure].better == "higher" else 1.0
     table = table.sort_values(by, ascending=sign > 0, na_position="last", kind="stable")
     if f"{by}:ahead_of" not in table:
-        return table.assign(rank="").set_index("rank").reset_index()
+        return _with_ranks(table, [""] * len(table))
     behind = {
         arch: [] if worse == "" else str(worse).split("; ")
         for arch, worse in zip(table["arch"], table[f"{by}:ahead_of"], strict=True)
@@ -213,7 +213,13 @@ def rank(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
         last = len(behind) - len(behind.get(arch, ()))
         one = str(first) if first == last else f"{first}–{last}"
         ranks.append(one if arch in behind else "")
-    return table.assign(rank=ranks).set_index("rank").reset_index()
+    return _with_ranks(table, ranks)
+
+
+def _with_ranks(table: pd.DataFrame, ranks: list[str]) -> pd.DataFrame:
+    # In one step: a table of so many columns is slow to change column by column.
+    first = pd.Series(ranks, index=table.index, name="rank")
+    return pd.concat([first, table], axis=1).reset_index(drop=True)
 
 
 def quality_column(table: pd.DataFrame) -> str | None:
