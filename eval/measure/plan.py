@@ -26,7 +26,7 @@ from eval.measure.suite import (
 )
 from eval.measure.trained import Source
 from eval.results.point import Point
-from train.checkpoint import read_metadata
+from train.checkpoint import read_metadata, read_spec
 from train.identity import Identity
 from train.recipe import LATER
 
@@ -178,20 +178,25 @@ def train_point(
 
 
 def quality_point(
-    checkpoint: Path, corpus: str, quality: QualityPlan, device: str, arch: str | None = None
-) -> Point:
+    checkpoint: Path, corpus: str, quality: QualityPlan, device: str, arch: str | None = None,
+    state: str = "",
+) -> Point:  # fmt: skip
     """What held-out text says of a checkpoint's model.
 
-    arch: the architecture file of a checkpoint that was trained from one.
-    Raises UserError where there is no checkpoint of ours.
+    arch: the architecture file of a checkpoint that was trained from one. state: the format that
+    its state is kept in.
+    Raises UserError where there is no checkpoint of ours, and as `require_kinds`.
     """
     metadata = read_metadata(checkpoint)
     identity = metadata.identity
+    if state:
+        require_kinds(read_spec(checkpoint, arch), [state])
     options = {
         "checkpoint": str(checkpoint), "step": metadata.progress.step, "arch": arch,
         "corpus": asdict(corpus_of(identity, corpus)),
         "quality": asdict(quality),
     }  # fmt: skip
+    options |= {"state": state} if state else {}
     return Point(
         stage="quality", arch=arch or identity.spec.arch, scale=identity.spec.scale.name,
         seed=identity.recipe.seed, device=device, model=asdict(identity.spec),

@@ -133,13 +133,17 @@ def nats_by_position(
 
 
 def loss_by_position(
-    model: Model, tokens: TokenSet, *, part: Part, reach: int, max_tokens: int | None = None
-) -> dict[int, Estimate]:
+    model: Model, tokens: TokenSet, *, part: Part, reach: int, max_tokens: int | None = None,
+    stored: bool = False,
+) -> dict[int, Estimate]:  # fmt: skip
     """Mean loss in nats of the tokens at positions of each octave, by its last position + 1.
 
     Windows are `reach` long, which may lie beyond the trained length. Intervals are over documents.
+    stored: as `document_scores`'.
     """
-    sums = nats_by_position(model, tokens, part=part, reach=reach, max_tokens=max_tokens)
+    sums = nats_by_position(
+        model, tokens, part=part, reach=reach, max_tokens=max_tokens, stored=stored
+    )
     curve = {}
     for last, (nats, scored) in sums.items():
         found = _mean(nats, scored)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from archs.backbone import Model
 from archs.checks import parse
@@ -142,10 +143,16 @@ class _Sweep:
         ).value
 
 
-def quality_rows(model: Model, tokens: TokenSet, seq_len: int, plan: QualityPlan) -> list[Row]:
-    """Bits per byte, whole and by document, and loss by position."""
+def quality_rows(
+    model: Model, tokens: TokenSet, seq_len: int, plan: QualityPlan, *, stored: bool = False
+) -> list[Row]:
+    """Bits per byte, whole and by document, and loss by position.
+
+    stored: as `document_scores`'.
+    """
     limit = plan.max_tokens or None
-    scores = document_scores(model, tokens, part="test", seq_len=seq_len, max_tokens=limit)
+    read: dict[str, Any] = {"part": "test", "max_tokens": limit, "stored": stored}
+    scores = document_scores(model, tokens, seq_len=seq_len, **read)
     rows = [estimate_row("bits_per_byte", over_documents(scores), context=seq_len)]
     rows += [
         Row(measure=DOCUMENTS, value=s.bits / s.size_bytes, n=round(s.size_bytes),
@@ -154,8 +161,6 @@ def quality_rows(model: Model, tokens: TokenSet, seq_len: int, plan: QualityPlan
     ]  # fmt: skip
     if not plan.reach:
         return rows
-    curve = loss_by_position(
-        model, tokens, part="test", reach=seq_len * plan.reach, max_tokens=limit
-    )
+    curve = loss_by_position(model, tokens, reach=seq_len * plan.reach, **read)
     rows += [estimate_row("loss_at_position", loss, position=at) for at, loss in curve.items()]
     return rows

@@ -45,12 +45,13 @@ def fit(
     memory_bytes: float | None = None, gpus: int = MOST_GPUS, reserve: float = RESERVE,
     dtype: str = "bfloat16", launch_us: float | None = None,
     price_per_hour: Mapping[str, float] | None = None, weights: str = "", state: str = "",
+    replay: int = 0,
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, part and context, the best of each context first.
 
     tpot_ms: the limit. memory_bytes: of each GPU at most this much is used; None: all there is.
     gpus: most of them that one model is split over. reserve: share of memory that is kept free.
-    price_per_hour: of one GPU, by hardware key. weights, state: as `predict`'s.
+    price_per_hour: of one GPU, by hardware key. weights, state, replay: as `predict`'s.
 
     `rank` is by tokens per second and GPU, or by $ where every part has a price. `least_gpus` is
     the fewest GPUs that keep the limit at all. `limited_by` says what keeps the batch from being
@@ -83,7 +84,7 @@ def fit(
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             for context in contexts:
                 options = [
-                    Option.of(Split(model, part, count), context, tpot_ms)
+                    Option.of(Split(model, part, count, replay), context, tpot_ms)
                     for count in _counts(part, shape, gpus)
                 ]
                 row = {**about, "context": context, "tpot_limit_ms": tpot_ms}

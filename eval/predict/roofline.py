@@ -32,33 +32,37 @@ def predict(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
     launch_us: float | None = None, price_per_hour: Mapping[str, float] | None = None,
-    weights: str = "", state: str = "",
+    weights: str = "", state: str = "", replay: int = 0,
 ) -> list[Prediction]:  # fmt: skip
     """One row per architecture, hardware, batch and context, with the Measures' names.
 
     weights: the format that they are stored in (`archs.weights`), which says the dtype of all
     else, too; "": plain numbers of `dtype`. state: the format that states are kept in, as far as an
-    architecture has them (`archs.state_formats`); "": as they are computed.
+    architecture has them (`archs.state_formats`); "": as they are computed. replay: inputs in a
+    ring from which recurrent states are computed anew, and written once in so many steps; 0: at
+    every step. The cost is the mean over many steps.
     launch_us: fixed overhead of every operation; None: the measured one
     (`launches_from`). price_per_hour: by hardware key.
     `fits` says whether weights and states of the batch fit in the part's memory,
     `max_sequences` how many would; a batch that does not fit has no times and no price, and `note`
-    says so. Raises UserError on unknown names.
+    says so. Raises UserError on unknown names, and on a ring that holds less than two steps.
     """
     hardware = list(hardware)
     prices = price_per_hour or {}
     require_prices(prices, hardware)
     rows = []
-    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state)
+    grid = _grid(
+        archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state, replay
+    )
     for arch, model, part, step in grid:
         cost = model.cost(step)
-        state_bytes = model.state_bytes(step.context)
+        state_bytes = model.state_bytes(step.context, replay=replay)
         sequences = room(part, resident_bytes(model), state_bytes)
         row: Prediction = {
             "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
             "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
             "weight_format": model.weight_format, "state_format": model.state_format,
-            "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
+            "replay": replay, "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
             "step_bytes": cost.bytes, "step_flops": cost.flops,
             "arith_intensity_pred": cost.intensity_flop_per_byte,
             "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
@@ -94,15 +98,18 @@ def served(
 def predict_ops(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
-    launch_us: float | None = None, weights: str = "", state: str = "",
+    launch_us: float | None = None, weights: str = "", state: str = "", replay: int = 0,
 ) -> list[Prediction]:  # fmt: skip
     """One row per operation of a step; equal ones of different layers are added up.
 
+    weights, state, replay: as `predict`'s.
     `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
     a bare product with weights, none where every sequence brings bytes of its own.
     """
     rows: list[Prediction] = []
-    grid = _grid(archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state)
+    grid = _grid(
+        archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state, replay
+    )
     for arch, model, part, step in grid:
         ops = Counter(model.cost(step).ops)
         for op, count in ops.items():
@@ -125,13 +132,14 @@ def predict_ops(
 def _grid(
     archs: Iterable[str], scale: str, hardware: Iterable[str], batches: Iterable[int],
     contexts: Iterable[int], dtype: str, launch_us: float | None, weights: str, state: str,
+    replay: int,
 ) -> Iterator[tuple[str, Model, Hardware, Step]]:  # fmt: skip
     archs, hardware = list(archs), list(hardware)
     batches, contexts = list(batches), list(contexts)
     require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)
     stored, dtype = stored_as(weights, dtype)
     parts = [hardware_of(key, dtype, batches, launch_us, stored) for key in hardware]
-    steps = [Step(b, 1, c) for b in batches for c in contexts]
+    steps = [Step(b, 1, c, replay=replay) for b in batches for c in contexts]
     shape = get_scale(scale)
     for arch in archs:
         for part in parts:

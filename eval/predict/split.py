@@ -22,11 +22,15 @@ from eval.results.accelerators import Link
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A model on `gpus` GPUs of one kind, a power of two up to its heads."""
+    """A model on `gpus` GPUs of one kind, a power of two up to its heads.
+
+    replay: inputs in a ring from which recurrent states are computed anew; 0: none.
+    """
 
     model: Model
     part: Hardware
     gpus: int
+    replay: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -39,7 +43,7 @@ class Split:
     def state_bytes(self, context: int) -> int:
         """State of one sequence in the memory of each."""
         specs = self.model.state_specs()
-        return sum(spec.split(self.gpus).state_bytes(context) for spec in specs)
+        return sum(spec.split(self.gpus).state_bytes(context, replay=self.replay) for spec in specs)
 
     def cost(self, step: Step) -> Cost:
         """What each GPU moves and computes in a step."""
@@ -74,7 +78,7 @@ class Split:
 
     def tpot_ms(self, batch: int, context: int) -> float:
         """Predicted time per token, collectives included."""
-        cost = self.cost(Step(batch, 1, context))
+        cost = self.cost(Step(batch, 1, context, replay=self.replay))
         return step_ms(cost, self.part.roofline) + self.link_ms(batch)
 
     def link_ms(self, batch: int) -> float:

@@ -10,10 +10,14 @@ import torch
 from rich.console import Console
 
 import decodebench
+from archs.errors import UserError
+from archs.state_formats import StateFormat
+from archs.storage import keep
 from eval.cli.bench_worker import answer
 from eval.cli.commands import score_checkpoint, train_one
 from eval.measure.decode_plans import DecodePlan
 from eval.measure.progress import Watch
+from eval.measure.quality import document_scores, over_documents
 from eval.measure.site import Site
 from eval.measure.stages import STAGES
 from eval.measure.suite import QualityPlan, Suite
@@ -24,6 +28,7 @@ from eval.results.rows import About, Found, Row, Steps
 from eval.results.schema import load_long
 from tests.eval.micro import run
 from tests.eval.test_decode import CPU
+from train.checkpoint import load_model
 
 PLACE = Place(arch="gqa", scale="tiny", batch=2, context=16, backend="torch")
 STEP_MS = (4.0, 1.0, 1.0)
@@ -141,6 +146,17 @@ def test_the_train_command_and_a_suite_train_the_same_point(
     whole, *curve = score_checkpoint(tmp_path / "alone", suite.corpus.spec, None, CPU)
     assert whole["measure"] == "bits_per_byte" and whole["value"] == row["bits_per_byte"]
     assert [point["position"] for point in curve] == [8, 16, 32, 64]
+    kept, *by_position = score_checkpoint(
+        tmp_path / "alone", suite.corpus.spec, None, CPU, state="kv:int3"
+    )
+    reference = load_model(tmp_path / "alone" / "checkpoint.safetensors").eval()
+    keep(reference, StateFormat.named("kv:int3"))
+    tokens = Site(None, CPU).tokens(suite.corpus.spec, 300)
+    scores = document_scores(reference, tokens, part="test", seq_len=32, stored=True)
+    assert kept["value"] == over_documents(scores).value != whole["value"]
+    assert by_position != curve and [p["position"] for p in by_position] == [8, 16, 32, 64]
+    with pytest.raises(UserError, match="memory"):
+        score_checkpoint(tmp_path / "alone", suite.corpus.spec, None, CPU, state="memory:int8")
 
 
 def test_predictions_rest_on_products_of_as_many_rows_whoever_asks(

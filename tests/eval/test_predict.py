@@ -1,6 +1,7 @@
 """Predictions from declarations, the rooflines they stand on, and what the doctor says."""
 
 import importlib.metadata
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from archs.errors import UserError
 from archs.registry import HYBRIDS, REGISTRY, ModelSpec
 from archs.sizes import get_scale
 from eval.cli.doctor import OPTIONAL, diagnose
+from eval.measure.decode import decode_cost
 from eval.predict.accelerators import hardware_of, prices_of
 from eval.predict.calls import IdleLayer
 from eval.predict.machine import ProductRate, Roofline, measure_roofline, now_s
@@ -188,6 +190,26 @@ def test_operations_add_up_to_the_step() -> None:
         assert sum(int(str(p[part_name])) for p in parts) == whole[name]
     total = sum(float(str(p["time_ms"])) for p in parts)
     assert total == pytest.approx(float(str(whole["tpot_ms"])))
+
+
+def test_a_ring_of_inputs_spares_writes_and_takes_memory(decodebench: Command) -> None:
+    """As the engine that is measured: one write of the large state in so many steps."""
+    model = ModelSpec(arch="gdn", scale=get_scale("8b")).outline(torch.bfloat16)
+    at = ("8b", ["h100"], [64], [4096])
+    rows = {replay: predict(["gdn", "gqa"], *at, replay=replay) for replay in (0, 16)}
+    for (gdn, gqa), replay in zip(rows.values(), rows, strict=True):
+        assert gdn["replay"] == replay
+        assert gdn["step_bytes"] == decode_cost(model, 64, 4096, replay).bytes
+        assert gdn["state_bytes"] == model.state_bytes(4096, replay=replay)
+        assert gqa["tpot_ms"] == rows[0][1]["tpot_ms"]
+    assert float(str(rows[16][0]["tpot_ms"])) < float(str(rows[0][0]["tpot_ms"]))
+    assert int(str(rows[16][0]["state_bytes"])) > int(str(rows[0][0]["state_bytes"]))
+    command = ["predict", "--arch", "gdn", "--batch", "64", "--context", "4k", "--json"]
+    assert json.loads(decodebench(*command, "--replay", "16").out) == [rows[16][0]]
+    parts = predict_ops(["gdn"], *at, replay=16)
+    assert sum(int(str(p["step_bytes"])) for p in parts) == rows[16][0]["step_bytes"]
+    with pytest.raises(UserError, match="replay=1 "):
+        predict(["gdn"], *at, replay=1)
 
 
 def test_a_launch_costs_each_operation() -> None:

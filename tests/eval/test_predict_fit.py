@@ -52,6 +52,15 @@ def test_on_one_gpu_it_is_the_last_batch_that_predict_finds_good(
     assert row["limited_by"] == limited_by
 
 
+def test_states_from_inputs_are_found_for_what_they_take() -> None:
+    [row] = fit(["gdn"], tpot_ms=8, hardware=["h100"], contexts=[1], gpus=1, reserve=0.0, replay=16)
+    tried = predict(["gdn"], "8b", ["h100"], range(1, 300), [1], replay=16)
+    good = [r["batch"] for r in tried if r["fits"] and float(str(r["tpot_ms"])) <= 8]
+    assert row["batch"] == good[-1] < 299
+    [plain] = fit(["gdn"], tpot_ms=8, hardware=["h100"], contexts=[1], gpus=1, reserve=0.0)
+    assert int(str(row["batch"])) > int(str(plain["batch"]))
+
+
 @pytest.mark.parametrize("arch", EVERY)
 def test_on_several_gpus_it_is_the_last_batch_that_holds(arch: str) -> None:
     [row] = fit([arch], tpot_ms=5.5, contexts=[131072], memory_bytes=40e9, gpus=8)
