@@ -43,14 +43,12 @@ PROBE = 16
 class Adaptive:
     """The length that pays most at the acceptance of the last rounds.
 
-    most: drafts. draft_cost: time of a draft, and token_cost: of one more token to verify, over
-    that of a plain step. A sequence whose drafts do not pay is decoded plainly and tries again
-    after `PROBE` rounds.
+    costs: time of a round of k drafts over that of one without, k from 0 to the most that are
+    drafted. A sequence whose drafts do not pay is decoded plainly and tries again after `PROBE`
+    rounds.
     """
 
-    most: int
-    draft_cost: float = 0.1
-    token_cost: float = 0.0
+    costs: Sequence[float]
     #: Weights of rounds fall by this factor; the estimate starts at one half.
     memory: float = 0.9
     tried: float = 1.0
@@ -59,7 +57,7 @@ class Adaptive:
 
     def next(self) -> int:
         """As `DraftLength.next`: the k of most expected tokens per time."""
-        chosen = max(range(self.most + 1), key=self._gain)
+        chosen = max(range(len(self.costs)), key=self._gain)
         if chosen == 0 and self.idle >= PROBE:
             return 1
         return chosen
@@ -74,8 +72,7 @@ class Adaptive:
         self.right = self.memory * self.right + kept
 
     def _gain(self, k: int) -> float:
-        each = self.draft_cost + self.token_cost
-        return expected_tokens(self.right / self.tried, k) / (1 + k * each)
+        return expected_tokens(self.right / self.tried, k) / self.costs[k]
 
 
 def require_drafts(drafts: Sequence[int]) -> None:

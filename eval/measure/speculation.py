@@ -6,7 +6,7 @@ decode sum in other orders. Any other difference makes the point incorrect, and 
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ from eval.predict.roofline import step_ms
 from eval.predict.speculation import first_tokens
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
-from infer.draft_length import Adaptive, expected_tokens
+from infer.draft_length import Adaptive, DraftLength, Fixed, expected_tokens
 from infer.drafts import Drafter, EngineDrafter, ModelDrafter, PromptLookup
 from infer.engine import Engine, Generation
 from infer.head_drafts import HeadDrafter
@@ -112,12 +112,16 @@ class _Subject:
         engines = [plain, target, *own]
         graphs = [e.graphed for e in engines if e.graphed is not None]
 
-        def both() -> tuple[Generation, Speculation]:
-            return plain.generate(prompts, self.new_tokens, self.sampling), generate(
+        def speculated(length: Callable[[], DraftLength] | None) -> Speculation:
+            return generate(
                 target, drafter, prompts, self.new_tokens, drafts=self.drafts,
-                sampling=self.sampling,
-                length=(lambda: Adaptive(self.drafts)) if self.adaptive else None,
+                sampling=self.sampling, length=length,
             )  # fmt: skip
+
+        length: Callable[[], DraftLength] | None = None
+
+        def both() -> tuple[Generation, Speculation]:
+            return plain.generate(prompts, self.new_tokens, self.sampling), speculated(length)
 
         watch.at(0.0, f"context {context}")
         for _ in range(WARM_UPS):
@@ -125,11 +129,32 @@ class _Subject:
             both()
             if sum(g.prepare_s for g in graphs) == prepared_s:
                 break
+        if self.adaptive:
+            costs = round_costs([speculated(partial(Fixed, k)) for k in range(self.drafts + 1)])
+            length = partial(Adaptive, costs)
         found = []
         for repeat in range(REPEATS):
             watch.at((repeat + 1) / (REPEATS + 1), f"context {context}")
             found.append(both())
         return _Runs(target, drafter, [p for p, _ in found], [s for _, s in found])
+
+
+def round_costs(by_drafts: Sequence[Speculation]) -> list[float]:
+    """Time of a round of k drafts over that of one without, from speculations with k at most.
+
+    A drafter may find fewer than it is asked for: what was never drafted is interpolated.
+    """
+    spent: dict[int, list[float]] = {}
+    for found in by_drafts:
+        for made, draft_ms, verify_ms in zip(
+            found.rounds, found.draft_ms, found.verify_ms, strict=True
+        ):
+            spent.setdefault(max(made.drafted), []).append(draft_ms + verify_ms)
+    drafted = sorted(spent)
+    times = np.interp(
+        range(len(by_drafts)), drafted, [statistics.median(spent[k]) for k in drafted]
+    )
+    return [float(ms / times[0]) for ms in times]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from archs.sizes import get_scale
 from eval.measure import speculation
 from eval.measure.decode_plans import SpeculatePlan
 from eval.measure.plan import points
+from eval.measure.speculation import round_costs
 from eval.measure.suite import Suite, load_suite
 from eval.measure.ties import Gap
 from eval.predict.roofline import resident_bytes
@@ -22,7 +23,7 @@ from eval.predict.speculation import speculate
 from eval.results.rows import Status
 from eval.results.schema import load_long
 from infer.draft_length import expected_tokens
-from infer.speculate import NotLosslessError
+from infer.speculate import NotLosslessError, Round, Speculation
 from tests.eval.conftest import Command
 from tests.eval.micro import TRAIN, rows_of, run, write_corpus, write_suite
 
@@ -131,6 +132,19 @@ def test_a_suite_without_it_keeps_its_hash(tmp_path: Path) -> None:
         digests.setdefault(point.stage, point.digest)
     assert digests["train"] == "355b01e6223a" and digests["decode"] == "8df84c65ce8b"
     assert digests["speculate"] == "a4fd77503f07"
+
+
+def test_rounds_cost_what_they_took_and_what_lies_between() -> None:
+    """Tails of a generation draft less than they were asked for; a search may never find k."""
+    rounds = {0: [10.0, 10.0, 30.0], 1: [12.0, 14.0], 2: [], 3: [20.0]}
+    found = [
+        Speculation(
+            [[0]], [*(Round((k,), (0,)) for _ in times), Round((0,), (0,))], 1.0,
+            [2.0 * bool(k) for _ in times] + [0.0], [ms - 2 * bool(k) for ms in times] + [10.0],
+        )
+        for k, times in rounds.items()
+    ]  # fmt: skip
+    assert round_costs(found) == pytest.approx([1.0, 1.3, 1.65, 2.0])
 
 
 def test_the_command_measures_checkpoints(decodebench: Command, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -250,10 +251,12 @@ def test_the_last_draft_that_is_right_makes_one_more_token() -> None:
 
 
 def test_an_adaptive_length_follows_what_is_accepted() -> None:
-    length = Adaptive(8, draft_cost=0.1)
+    length = Adaptive([1 + 0.1 * k for k in range(9)])
     for _ in range(20):
         length.saw(4, 4)
     assert length.next() == 8
+    # A step of one more token that costs as much as two plain ones is never worth its tokens.
+    assert replace(length, costs=[1, 1.1, 1.2, 4, 5]).next() == 2
     for _ in range(40):
         length.saw(4, 0)
     assert length.next() == 0
