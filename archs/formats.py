@@ -83,6 +83,12 @@ class Format:
         """Whether numbers of `dtype` are stored as they come."""
         return self.is_plain and self.rounding == "nearest"
 
+    def has_one_scale(self, numbers: int) -> bool:
+        """Whether `numbers` numbers are codes of 8 bits to nearest, and all share one scale."""
+        alike = self.bits == 8 and self.zero is None and not self.residual_bits
+        whole = self.group is not None and self.group >= numbers
+        return alike and whole and self.rounding == "nearest"
+
     def nbytes(self, numbers: int) -> int:
         """Bytes of `numbers` numbers that are stored together, their scales included."""
         held = ceil(ceil(numbers * self.bits / 8) / self.dtype.itemsize) * self.dtype.itemsize

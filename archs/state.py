@@ -26,6 +26,8 @@ class Pages:
     new:      int32 [B] valid new rows of a right-padded batch (None: all).
     ends:     int64 [B, K], before which row each new token sees (None: token t sees `past + t`
       and those before it, the plain case that kernels know).
+    scales:   float32 [*planes, pages * page_size], what a row's 8-bit codes are multiplied by, and
+      given, the dtype of what they stand for (None: rows are stored as they come).
     """
 
     pool: Tensor
@@ -37,6 +39,8 @@ class Pages:
     window: int | None
     sinks: int
     ends: Tensor | None = None
+    scales: Tensor | None = None
+    given: torch.dtype | None = None
 
     def pages_at(self, new_tokens: int, bound: int) -> tuple[Tensor, Tensor]:
         """Pool pages that hold all that the new tokens may see, int64 [B, P], and the positions of
@@ -129,9 +133,17 @@ class PagedSeen:
 
     @cached_property
     def rows(self) -> Tensor:
-        """[B, *planes, S, row]: a copy of the pages."""
+        """[B, *planes, S, row]: a copy of the pages, codes as what they stand for."""
+        p = self.pages
+        if p.scales is None:
+            return self._gathered(p.pool)
+        # Floats of 8 bits can be moved as bytes alone.
+        codes = self._gathered(p.pool.view(torch.uint8)).view(p.pool.dtype)
+        return codes.to(p.given) * self._gathered(p.scales[..., None]).to(p.given)
+
+    def _gathered(self, pool: Tensor) -> Tensor:
         pages = self._pages_at[0]
-        paged = self.pages.pool.unflatten(-2, (-1, self.pages.page_size))
+        paged = pool.unflatten(-2, (-1, self.pages.page_size))
         # Whole pages by one index: on a CPU single rows take 1.6 to 5 times as long.
         found = paged.index_select(-3, pages.flatten()).unflatten(-3, pages.shape)
         return found.flatten(-3, -2).movedim(-3, 0)

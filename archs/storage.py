@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from archs.backbone import Block, Model, cast
+from archs.backends import NoFormError
 from archs.errors import UserError
+from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Mixer
 from archs.ops.matrix import Matrix, Weight
 from archs.packed import Packed, Stacked, nearest, require_group
+from archs.spec import FixedSpec
 from archs.state_formats import StateFormat
 from archs.weights import Number, WeightFormat
 from kernels.quant.torch import Rounded
 
+#: Backends whose kernels read states in few bits.
+CODED_BACKENDS = ("triton", "sdpa")
 #: Codes of one matrix [N, K], and what columns of its input are multiplied by (None: nothing).
 Chosen = tuple[Rounded, Tensor | None]
 #: Chooses codes: of the projection of this name within what is stored, of its rows [N, K].
@@ -138,6 +143,27 @@ def rounds_values(model: Model) -> bool:
     states and tails of convolutions in few bits. Rows are rounded once each.
     """
     return any(tensor.is_coded for spec in model.state_specs() for tensor in spec.fixed)
+
+
+def require_kernels_read(model: Model, backend: str) -> None:
+    """Raise NoFormError for a state in a format that the backend's kernels cannot read where it
+    lies: they know rows of attention in int8 and fp8, and recurrent states in bfloat16.
+    """
+    for mixer in (block.mixer for block in model.layers):
+        spec = mixer.kept_spec()
+        for tensor in (t for t in (*spec.rows, *spec.fixed) if t.is_coded):
+            if isinstance(tensor, FixedSpec):
+                read = tensor.format == Format.of(torch.bfloat16)
+            else:
+                one_scale = tensor.format.has_one_scale(tensor.shape[-1])
+                read = tensor.name in mixer.coded_rows and one_scale
+            if not read or backend not in CODED_BACKENDS:
+                raise NoFormError(
+                    f"no kernel of backend {backend} reads '{tensor.name}' of "
+                    f"{type(mixer).__name__} in {tensor.format}; {' and '.join(CODED_BACKENDS)} "
+                    "read keys and values in int8 or fp8, and recurrent states in bfloat16; take "
+                    "one of these, or backend=torch"
+                )
 
 
 def state_kinds(model: Model) -> set[str]:

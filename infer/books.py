@@ -253,8 +253,11 @@ class RowBooks:
         )  # fmt: skip
 
     def write(self, pool: Tensor, rows: Tensor, *, newest: bool, kernels: bool) -> None:
-        """Write new rows [B, R, *planes, row] into a pool; newest: those that a ring keeps."""
-        if kernels:
+        """Write new rows [B, R, *planes, row] into a pool; newest: those that a ring keeps.
+
+        Codes that are made already are moved without a kernel.
+        """
+        if kernels and rows.dtype != torch.uint8:
             from kernels.pages.write import page_write
 
             page_write(
@@ -266,6 +269,15 @@ class RowBooks:
         at, chosen = self._newest_targets if newest else self.targets
         flat = rows.flatten(0, 1)
         pool.index_copy_(-2, at, (flat if chosen is None else flat[chosen]).movedim(0, -2))
+
+    def write_codes(self, pool: Tensor, scales: Tensor, rows: Tensor) -> None:
+        """Write new rows as 8-bit codes of the pool's dtype, and scales [*planes, rows]."""
+        from kernels.pages.write import page_write
+
+        page_write(
+            rows, pool, self.blocks, self.before, page_size=self.table.page_size, new=self.valid,
+            sinks=self.table.sinks, scales=scales,
+        )  # fmt: skip
 
     @cached_property
     def targets(self) -> tuple[Tensor, Tensor | None]:

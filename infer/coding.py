@@ -41,6 +41,16 @@ class Coding:
         return self.format.residual_bits > 0
 
     @property
+    def has_one_scale(self) -> bool:
+        """Whether kernels can read its codes, where the scales lie apart."""
+        return self.format.has_one_scale(self.numbers)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored for x [..., N] where scales lie apart: bytes [..., N], scales [..., 1]."""
+        codes, scales, _ = self.encode(x).split(self._runs.sizes, -1)
+        return codes, scales.contiguous().view(self._runs.scale_dtype)
+
+    @property
     def is_random(self) -> bool:
         """Whether numbers are rounded at random."""
         return self.format.rounding == "stochastic"

@@ -225,7 +225,7 @@ class CompiledStep:
                     layer.lent,
                     layer.fixed if slot is None
                     else {name: v.narrow(0, slot, batch) for name, v in layer.fixed.items()},
-                    layer.inputs, layer.codings, layer.blocks,
+                    layer.inputs, layer.codings, layer.blocks, layer.scales,
                 )
                 for index, layer in enumerate(store.pools.layers)
             ]  # fmt: skip

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from archs.backbone import Model, Output, lay_out
-from archs.backends import NoFormError
 from archs.errors import UserError
+from archs.storage import require_kernels_read
 from infer.clock import StepClock
 from infer.compiled import CompiledStep
 from infer.graphs import GraphedStep
@@ -70,7 +70,8 @@ class Engine:
     graphs: replay the decode step as a CUDA graph (None: on CUDA, but for backend torch).
     prefill_chunk: longest piece of a prompt processed at once (None: the whole prompt).
     pages, kept: as `StateStore`'s.
-    Raises UserError on options that exclude each other and on pages that kernels cannot read.
+    Raises UserError on options that exclude each other and on pages and states that kernels cannot
+    read.
     """
 
     def __init__(
@@ -114,11 +115,8 @@ class Engine:
                 f"page_size={page_size} must be a multiple of {multiple} for backend {backend}; "
                 f"take {max(64, multiple)}"
             )
-        if not plain and model.state_format:
-            raise NoFormError(
-                f"state format '{model.state_format}' is read by torch forms alone, and backend "
-                f"{backend} has kernels of its own; take backend=torch, or another format"
-            )
+        if not plain:
+            require_kernels_read(model, backend)
         self.model = lay_out(model.eval(), max_sequences).use(backend)
         longest = max_context if plain else -(-max_context // multiple) * multiple
         page_size = min(page_size, longest)

@@ -110,7 +110,7 @@ class StepPlan:
         # With lookback a copy may stand where an older value of its sequence did.
         self.wrote_fixed |= moved is not None and self.store.lookback > 0
         for layer in self.store.pools.layers:
-            for key, pool, _ in layer.rows.values():
+            for key, pool in layer.row_pools:
                 if key in due:
                     due[key].copy_shared(pool)
             for name, value in layer.fixed.items():
@@ -333,7 +333,8 @@ def layers_of(
             home = None
             if first is not None and store.tables[key].has_homes:
                 home = store.pools.home(index, name, first, step.batch)
-            rows[name] = row_tensor(layer, name, Held(pool, home), forms[key], step.new_tokens)
+            held = Held(pool, home, layer.scales.get(name))
+            rows[name] = row_tensor(layer, name, held, forms[key], step.new_tokens)
         owners = {name: states[owner] for name, owner in layer.lent.items()}
         fixed = Fixed(layer.fixed, layer.inputs, values or NONE, replays, layer.codings)
         states.append(LayerState(step, index, rows, fixed, owners))

@@ -1,6 +1,6 @@
 """The tensors of a store: a pool for every row tensor and every fixed tensor of every layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ class LayerTensors(NamedTuple):
     rows: of its own: their block table, their pool [*planes, rows, row] and a row's shape.
     lent: the layers that own the others. fixed: pools [slots, *shape]. inputs: of those that are
     replayed, pools [slots, R, row]. codings: of tensors that are stored otherwise than they come.
-    blocks: the fixed tensors in which rows wait until a block of them is stored.
+    blocks: the fixed tensors in which rows wait until a block of them is stored. scales: of rows
+    whose codes kernels read, pools [*planes, rows, 1]; those rows' pools hold nothing but codes.
     """
 
     rows: dict[str, tuple[TableKey, Tensor, tuple[int, ...]]]
@@ -31,6 +32,15 @@ class LayerTensors(NamedTuple):
     inputs: dict[str, Tensor]
     codings: dict[str, Coding]
     blocks: dict[str, str]
+    scales: dict[str, Tensor]
+
+    @property
+    def row_pools(self) -> Iterator[tuple[TableKey, Tensor]]:
+        """Every pool behind a block table, [*planes, rows, ·]."""
+        for name, (key, pool, _) in self.rows.items():
+            yield key, pool
+            if name in self.scales:
+                yield key, self.scales[name]
 
 
 class Pools:
@@ -39,16 +49,18 @@ class Pools:
     page_bytes: of a page of each block table, in the pools of all its tensors; slot_bytes: of a
     slot in those of all fixed tensors that are kept in copies; ring_bytes: of one in those of all
     that are replayed. All are counted from the tensors.
+    kernels: whether kernels read them where they lie.
     """
 
     def __init__(
         self, specs: Sequence[StateSpec], tables: Mapping[TableKey, PageTable],
-        slots: SlotTable | None, rings: RingTable | None, device: torch.device,
+        slots: SlotTable | None, rings: RingTable | None, device: torch.device, kernels: bool,
     ) -> None:  # fmt: skip
         self._tables = tables
         self._slots = slots
         self._rings = rings
         self._device = device
+        self._kernels = kernels
         self.layers = [self._layer(index, spec) for index, spec in enumerate(specs)]
         self.page_bytes = {key: self._bytes_of_a_page(key) for key in tables}
         self.slot_bytes = self.ring_bytes = 0
@@ -77,22 +89,34 @@ class Pools:
 
     def _layer(self, index: int, spec: StateSpec) -> LayerTensors:
         tensors = [*spec.owned, *spec.fixed]
-        codings = {t.name: Coding.of(t, index * SALTS + n) for n, t in enumerate(tensors)}
+        found = {t.name: Coding.of(t, index * SALTS + n) for n, t in enumerate(tensors)}
+        codings = {name: coding for name, coding in found.items() if coding is not None}
+        apart = [
+            t for t in spec.owned
+            if self._kernels and t.name in codings and codings[t.name].has_one_scale
+        ]  # fmt: skip
         return LayerTensors(
-            {t.name: (key_of(t), self._rows(t), t.shape) for t in spec.owned},
+            {t.name: (key_of(t), self._rows(t, codes=t in apart), t.shape) for t in spec.owned},
             {t.name: t.owner for t in spec.rows if t.owner is not None},
             {t.name: self._values(t) for t in spec.fixed},
             {t.name: self._inputs(t.inputs) for t in spec.fixed if self._is_replayed(t)},
-            {name: coding for name, coding in codings.items() if coding is not None},
+            codings,
             {t.name: t.block for t in spec.owned if t.block is not None},
+            {t.name: self._scales(t) for t in apart},
         )
 
-    def _rows(self, tensor: RowSpec) -> Tensor:
+    def _rows(self, tensor: RowSpec, *, codes: bool) -> Tensor:
+        *planes, width = tensor.shape if codes else held_shape(tensor)
+        return self._zeros(tensor, (*planes, self._count(tensor), width))
+
+    def _scales(self, tensor: RowSpec) -> Tensor:
+        shape = (*tensor.shape[:-1], self._count(tensor), 1)
+        return torch.zeros(shape, dtype=torch.float32, device=self._device)
+
+    def _count(self, tensor: RowSpec) -> int:
+        """Rows of a pool; one page more, for the rows of padding."""
         table = self._tables[key_of(tensor)]
-        # One page more, for the rows of padding.
-        rows = (table.n_pages + 1) * table.page_size
-        *planes, width = held_shape(tensor)
-        return self._zeros(tensor, (*planes, rows, width))
+        return (table.n_pages + 1) * table.page_size
 
     def _is_replayed(self, tensor: FixedSpec) -> bool:
         return self._rings is not None and tensor.inputs is not None
@@ -112,15 +136,23 @@ class Pools:
         return torch.zeros(shape, dtype=held_dtype(tensor), device=self._device)
 
     def _bytes_of_a_page(self, key: TableKey) -> int:
-        rows = (r for layer in self.layers for r in layer.rows.values())
-        total = sum(pool.nbytes for held_by, pool, _ in rows if held_by == key)
+        pools = (found for layer in self.layers for found in layer.row_pools)
+        total = sum(pool.nbytes for held_by, pool in pools if held_by == key)
         return total // (self._tables[key].n_pages + 1)
 
 
 def decoded(layer: LayerTensors, name: str, held: Tensor) -> Tensor:
-    """A copy of rows or a value in the dtype that the mixer gives."""
+    """A copy of a value, or of rows with their scales, in the dtype that the mixer gives."""
     coding = layer.codings.get(name)
     return held.clone() if coding is None else coding.decode(held)
+
+
+def decoded_rows(layer: LayerTensors, name: str, at: Tensor) -> Tensor:
+    """A copy of the rows at int64 [N], [*planes, N, row], in the dtype that the mixer gives."""
+    held = layer.rows[name][1][..., at, :]
+    if name in layer.scales:
+        held = torch.cat((held, layer.scales[name][..., at, :].view(torch.uint8)), -1)
+    return decoded(layer, name, held)
 
 
 def key_of(tensor: RowSpec) -> TableKey:

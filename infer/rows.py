@@ -56,11 +56,13 @@ class Held(NamedTuple):
     """A row tensor in the store.
 
     pool: [*planes, rows, row]; home: the batch's own rows of it, [B, *planes, home_rows, row],
-    where its sequences are adjacent and at home.
+    where its sequences are adjacent and at home. scales: [*planes, rows, 1], of a pool that holds
+    8-bit codes alone.
     """
 
     pool: Tensor
     home: Tensor | None
+    scales: Tensor | None = None
 
 
 class RowForm(Protocol):

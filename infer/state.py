@@ -6,6 +6,7 @@ come in: `RowForm` stores and sees rows, `ValueForm` gets and puts values.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -118,6 +119,8 @@ class LayerState:
         self._step.wrote_rows = True
         if coding is None:
             seen = form.append(held, rows)
+        elif held.scales is not None:
+            seen = _append_codes(held, held.scales, form, coding, rows)
         elif block is None:
             ends = self._ends(rows.shape[1], every) if coding.is_random else None
             found = form.append(held, coding.encode(rows, ends))
@@ -150,7 +153,8 @@ class LayerState:
         """As `archs.state.LayerState.pages`."""
         held, form, _, coding, *_ = self._row(name)
         if coding is not None:
-            raise ValueError(_NO_CODES)
+            _require_dtype(self._index, name, dtype, coding.given)
+            return None
         _require_dtype(self._index, name, dtype, held.pool.dtype)
         if isinstance(form, InPages):
             return form.books.pages(held.pool)
@@ -209,7 +213,7 @@ class LayerState:
     def slots(self, name: str) -> Slots:
         """As `archs.state.LayerState.slots`."""
         fixed = self._fixed
-        if name in fixed.codings:
+        if name in fixed.codings and fixed.pools[name].dtype == torch.uint8:
             raise ValueError(_NO_CODES)
         if name in fixed.inputs:
             assert fixed.replays is not None
@@ -228,6 +232,27 @@ class LayerState:
 
 _NO_KERNELS = "kernels read and write the state of a store that is opened with kernels=True"
 _NO_CODES = "no kernel reads a state in this format; the engine refuses such stores for kernels"
+
+
+def _append_codes(
+    held: Held, scales: Tensor, form: RowForm, coding: Coding, rows: Tensor
+) -> PagedSeen:
+    """Store new rows as codes, their scales apart; what is seen stays in pages, for kernels."""
+    dtype = coding.format.dtype
+    seen: Rows
+    if isinstance(form, InPages):
+        form.books.write_codes(held.pool.view(dtype), scales[..., 0], rows)
+        seen, by = form.see(held), scales
+    else:
+        codes, sizes = coding.apart(rows)
+        seen, joined = form.append(held, codes), form.append(Held(scales, None), sizes)
+        assert isinstance(joined, PagedSeen)
+        by = joined.pages.pool
+    assert isinstance(seen, PagedSeen)
+    pages = replace(
+        seen.pages, pool=seen.pages.pool.view(dtype), scales=by[..., 0], given=coding.given
+    )
+    return PagedSeen(pages, seen.new_tokens, seen.length)
 
 
 def _require_fit(

@@ -24,7 +24,7 @@ from infer.books import OnDevice
 from infer.memory import require_memory
 from infer.pages import PageTable, StoreFullError, TableKey
 from infer.plan import StepPlan
-from infer.pools import Pools, decoded, key_of, pool_bytes
+from infer.pools import Pools, decoded, decoded_rows, key_of, pool_bytes
 from infer.rings import RingTable
 from infer.slots import SlotTable
 from infer.synthetic import synthesise
@@ -110,7 +110,7 @@ class StateStore:
         self._values = [table for table in (self.slots, self.rings) if table is not None]
         #: Whether what is remembered of a token may be gone after later ones.
         self.bounded = bool(self._values) or any(k.window is not None for k in self.tables)
-        self.pools = Pools(self.specs, self.tables, self.slots, self.rings, self.device)
+        self.pools = Pools(self.specs, self.tables, self.slots, self.rings, self.device, kernels)
         self.on_device = OnDevice(self.tables, max_sequences, max_context, self.device)
         self.peak_bytes = 0
 
@@ -347,13 +347,13 @@ class StateStore:
                 table = self.rings if name in layer.inputs else self.slots
                 assert table is not None
                 found[name] = decoded(layer, name, value[table.current(sequence)])
-            for name, (key, pool, _) in layer.rows.items():
+            for name, (key, _, _) in layer.rows.items():
                 pages = self.tables[key]
                 length, first = pages.rows(self.lengths[sequence]), 0
                 if pages.window is not None:
                     first = max(length - pages.window, pages.oldest_row(sequence))
                 at = torch.tensor(pages.places(sequence, range(first, length)), dtype=torch.int64)
-                found[name] = decoded(layer, name, pool[..., at.to(self.device), :])
+                found[name] = decoded_rows(layer, name, at.to(self.device))
             held.append(found)
         return held
 

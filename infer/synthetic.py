@@ -22,7 +22,11 @@ def synthesise(step: StepPlan) -> None:
     for layer in store.pools.layers:
         for name, (key, pool, _) in layer.rows.items():
             for first, end in runs[key]:
-                _fill(pool[..., first:end, :], layer.codings.get(name))
+                if name in layer.scales:
+                    pool[..., first:end, :] = 1
+                    layer.scales[name][..., first:end, :] = 0.01
+                else:
+                    _fill(pool[..., first:end, :], layer.codings.get(name))
         for name, value in layer.fixed.items():
             for slot in rings if name in layer.inputs else slots:
                 _fill(value[slot], layer.codings.get(name))

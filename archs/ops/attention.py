@@ -59,7 +59,13 @@ def _triton(q: Tensor, seen: Rows) -> Tensor:
     if q.shape[1] <= DECODE_LIMIT:
         from kernels.attention.decode import attention_decode
 
+        if p.scales is not None:
+            at["k_scale"], at["v_scale"] = p.scales.unbind(0)
         return attention_decode(q, k, v, p.table, p.total, **at)
+    if p.scales is not None:
+        # A long step computes so much for each row that a copy of the rows as numbers is little.
+        k, v = seen.rows.unbind(1)
+        return _torch(q, seen) if p.window else _expanded_triton(q, k, v, seen)
     from kernels.attention.prefill import attention_prefill
 
     return attention_prefill(q, k, v, p.table, p.total, new=p.new, **at)

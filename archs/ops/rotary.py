@@ -54,14 +54,14 @@ def _append_torch(
     x: Input, weight: Weight, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
 ) -> tuple[Tensor, Rows]:
     qkv = product(x, weight, backend="torch").view(*x.shape[:2], -1, dim)
-    return _rotate_append(qkv, state, name, kv_heads, theta)
+    return _rotate_append(qkv, state, name, kv_heads, theta, "torch")
 
 
 def _rotate_append(
-    qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float
+    qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float, backend: str
 ) -> tuple[Tensor, Rows]:
-    heads, dim = qkv.shape[2] - 2 * kv_heads, qkv.shape[3]
-    rotate(qkv[..., : heads + kv_heads, :], state.rope(dim, theta))
+    heads = qkv.shape[2] - 2 * kv_heads
+    rotate_new(qkv[..., : heads + kv_heads, :], state, theta=theta, backend=backend)
     seen = state.append(name, qkv[..., heads:, :].unflatten(2, (2, kv_heads)))
     return qkv[..., :heads, :], seen
 
@@ -76,7 +76,7 @@ def _append_triton(
             return q, state.written(name)
     qkv = product(x, weight, backend="triton").view(*x.shape[:2], -1, dim)
     if pages is None:
-        return _rotate_append(qkv, state, name, kv_heads, theta)
+        return _rotate_append(qkv, state, name, kv_heads, theta, "triton")
     from kernels.rope.append import rope_append
 
     heads = qkv.shape[2] - 2 * kv_heads

@@ -78,7 +78,7 @@ AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
 def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     q, k, v, page_table, lengths, k_scale, v_scale, out, partials, partial_lse, used_splits,
-    scale_log2, q_stride_b, q_stride_t, q_stride_h, k_stride_g, v_stride_g,
+    scale_log2, q_stride_b, q_stride_t, q_stride_h, k_stride_g, v_stride_g, k_scale_g, v_scale_g,
     max_pages, group, tokens, row_blocks, window, sinks,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
@@ -120,7 +120,8 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr = D // 2 if EIGHT_BIT else D
     columns = tl.arange(0, WIDTH)
     if EIGHT_BIT:
-        scale_log2 *= tl.load(k_scale + g)
+        k_scale += g.to(tl.int64) * k_scale_g
+        v_scale += g.to(tl.int64) * v_scale_g
         query, odd_query = split_channels(query)
         odd_sums = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     k += g.to(tl.int64) * k_stride_g
@@ -133,7 +134,8 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
     for i in tl.range(start, end):
         row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
-        at = (page.to(tl.int64) * PAGE + held % PAGE)[:, None] * WIDTH + columns[None, :]
+        held_row = page.to(tl.int64) * PAGE + held % PAGE
+        at = held_row[:, None] * WIDTH + columns[None, :]
         # The next page is looked up here: a load that feeds loads would cost pipeline stages.
         after = tl.minimum(i + 1, end - 1)
         page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
@@ -143,6 +145,7 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
         if EIGHT_BIT:
             logits = tl.dot(odd_query, tl.trans(odd_keys), logits, input_precision="ieee")
+            logits *= tl.load(k_scale + held_row)[None, :]
         age = position[:, None] - row[None, :]
         if WINDOWED:
             # One comparison for all: as an unsigned number an age below 0 is huge.
@@ -157,6 +160,8 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(logits - safe[:, None])
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(weights, 1)
+        if EIGHT_BIT:
+            weights *= tl.load(v_scale + held_row)[None, :]
         weights = weights.to(query.dtype)
         values = tl.load(v + at)
         if EIGHT_BIT:
@@ -172,7 +177,6 @@ def attention_decode_fwd_kernel(  # type: ignore[no-untyped-def]
         sums = join_channels(sums, odd_sums)
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     if EIGHT_BIT:
-        result *= tl.load(v_scale + g)
         # Derived anew: kept through the loop, what tells the rows apart would cost it registers
         # that the conversion to 16 bits needs.
         token = position + tokens - tl.load(lengths + b, volatile=True)
@@ -207,7 +211,8 @@ def attention_decode(
       length - K + i and sees rows up to itself; a token at a negative position returns zeros.
     window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
       first `sinks`; pages that no new token sees may be anything.
-    k_scale, v_scale: fp32 [G], what a stored 8-bit value is multiplied by.
+    k_scale, v_scale: fp32 [G, pages * page_size], what a row's 8-bit values are multiplied by;
+      rows of a head lie together.
     out: contiguous [B, K, H, d], written and returned.
     Raises ValueError for anything else, before any launch. Neither the contents of `page_table`
     nor those of `lengths` are checked: they are read on the device only.
@@ -242,13 +247,14 @@ def attention_decode(
     kv_dtype = k_pool.dtype
     if kv_dtype in EIGHT_BIT:
         k_pool, v_pool = as_words(k_pool), as_words(v_pool)
-    stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
+    scales = [partial_lse if t is None else t for t in (k_scale, v_scale)]
+    several = kv_heads > 1
+    stride_k, stride_v = (t.stride(0) if several else 0 for t in (k_pool, v_pool))
+    stride_ks, stride_vs = (t.stride(0) if several else 0 for t in scales)
     attention_decode_fwd_kernel[(splits, parts, batch)](
-        q, k_pool, v_pool, page_table, lengths,
-        *(partial_lse if scales is None else scales for scales in (k_scale, v_scale)),
-        out, partials, partial_lse, used_splits,
+        q, k_pool, v_pool, page_table, lengths, *scales, out, partials, partial_lse, used_splits,
         (dim**-0.5 if scale is None else scale) * math.log2(math.e),
-        stride_b, stride_t, stride_h, stride_k, stride_v,
+        stride_b, stride_t, stride_h, stride_k, stride_v, stride_ks, stride_vs,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         D=dim, PAGE=page_size, BLOCK_M=block_m, TILE=config.tile,
         SPLIT_TILES=SPLIT_ROWS // config.tile, WINDOWED=window is not None,
@@ -294,8 +300,8 @@ def attention_decode_ref(
             for h in range(heads):
                 g = h // (heads // k_pool.shape[0])
                 k, v = k_pool[g, at].double(), v_pool[g, at].double()
-                k = k if k_scale is None else k * k_scale[g].double()
-                v = v if v_scale is None else v * v_scale[g].double()
+                k = k if k_scale is None else k * k_scale[g, at, None].double()
+                v = v if v_scale is None else v * v_scale[g, at, None].double()
                 logits = k @ q[b, i, h].double() * (dim**-0.5 if scale is None else scale)
                 out[b, i, h] = logits.softmax(0) @ v
     return out
@@ -312,7 +318,7 @@ def variants() -> list[Variant]:
     ) -> NamedCall:
         pool = meta(1, page, dim, dtype=kv)
         table, lengths = meta(1, 1, dtype=torch.int32), meta(1, dtype=torch.int32)
-        scale = meta(1, dtype=torch.float32) if kv in EIGHT_BIT else None
+        scale = meta(1, page, dtype=torch.float32) if kv in EIGHT_BIT else None
         name = f"attention_decode {q} kv {kv} d {dim} m {rows} page {page}" + " window" * windowed
         return name.replace("torch.", ""), functools.partial(
             attention_decode, meta(1, 1, rows, dim, dtype=q), pool, pool, table, lengths,
@@ -329,7 +335,7 @@ def variants() -> list[Variant]:
         for page in (64, 16)
         if page == 64 or kv != fp16
     )
-    # Page numbers are narrow.
+    # Page numbers are narrow, and so are rows' scales.
     expected = Expected(wide_loads=2, narrow_in_loops=frozenset({4}), matrix=True, spills=SPILLS)
     default = call(bf16, bf16, 128, 16, False, 64)
     return variants_of((default, *calls), {attention_decode_fwd_kernel: expected})

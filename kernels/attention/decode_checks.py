@@ -64,20 +64,23 @@ def check(
     table = table and page_table.shape[1] > 0
     require(table and page_table.is_contiguous(), "page_table", form(page_table),
              "must be contiguous int32 [{}, max_pages]", batch)  # fmt: skip
-    vectors = [("lengths", lengths, batch, i32)]
+    fits = lengths.shape == (batch,) and lengths.dtype == i32 and lengths.is_contiguous()
+    require(fits, "lengths", form(lengths), "must be contiguous {} [{}]", i32, batch)
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
         require((given is not None) == eight_bit, name, given if given is None else form(given),
                  "must be given exactly when K and V hold 8 bits")  # fmt: skip
-        vectors += [(name, given, kv_heads, f32)] if given is not None else []
-    for name, vector, size, dtype in vectors:
-        fits = vector.shape == (size,) and vector.dtype == dtype and vector.is_contiguous()
-        require(fits, name, form(vector), "must be contiguous {} [{}]", dtype, size)
+        if given is None:
+            continue
+        fits = given.shape == k_pool.shape[:2] and given.dtype == f32 and given.stride(1) == 1
+        require(fits, name, form(given), "must be {} {}, the rows of a head together",
+                f32, list(k_pool.shape[:2]))  # fmt: skip
     if out is not None:
         fits = out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
         require(fits and out.data_ptr() % 16 == 0, "out", form(out),
                  "must be contiguous {} {}, from 16 bytes on", q.dtype, list(q.shape))  # fmt: skip
     others: list[tuple[str, Any]] = [("k_pool", k_pool), ("v_pool", v_pool), ("out", out)]
-    others += [("page_table", page_table), *((name, vector) for name, vector, *_ in vectors)]
+    others += [("page_table", page_table), ("lengths", lengths)]
+    others += [("k_scale", k_scale), ("v_scale", v_scale)]
     for name, tensor in others:
         here = tensor is None or tensor.device == q.device
         require(here, name, tensor.device if tensor is not None else None,

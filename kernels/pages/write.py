@@ -49,23 +49,32 @@ def page_row(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def quantised(x, LOWEST, HIGHEST, WHOLE):  # type: ignore[no-untyped-def]
-    """x clamped, and rounded to the nearest (half to even) where only whole numbers are held."""
-    x = tl.minimum(tl.maximum(x, LOWEST), HIGHEST)
+def quantised(x, MOST, WHOLE):  # type: ignore[no-untyped-def]
+    """Rows x [P, R] as codes from -MOST to MOST, and their scales [P]: a row's largest is MOST.
+
+    Codes are rounded to the nearest (half to even) where only whole numbers are held. A row that is
+    no number has a scale that is none; one of zeros has scale 0.
+    """
+    x = x.to(tl.float32)
+    scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full([x.shape[0]], MOST, tl.float32))
+    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
+    steps = tl.where(scale == 0.0, 1.0, scale)
+    codes = tl.div_rn(x, tl.broadcast_to(steps[:, None], x.shape))
+    codes = tl.minimum(tl.maximum(codes, -MOST), MOST)
     if WHOLE:
         # Beside 1.5 * 2^23 a float32 has no room for a fraction.
-        x = (x + 12582912.0) - 12582912.0
-    return x
+        codes = (codes + 12582912.0) - 12582912.0
+    return codes, scale
 
 
 @triton.jit(do_not_specialize=["tokens", "max_pages", "sinks"])
 def page_write_fwd_kernel(  # type: ignore[no-untyped-def]
-    rows, pool, page_table, lengths, new, first_kept, scale,
-    stride_b, stride_t, stride_p, pool_stride_p, tokens, max_pages, sinks,
+    rows, pool, scales, page_table, lengths, new, first_kept,
+    stride_b, stride_t, stride_p, pool_stride_p, scale_stride_p, tokens, max_pages, sinks,
     P: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * K, tiles of planes, tiles of channels). new, first_kept, scale may be None."""
+    """Grid (B * K, tiles of planes, tiles of channels). new, first_kept, scales may be None."""
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     b = tl.program_id(0) // tokens
@@ -80,13 +89,12 @@ def page_write_fwd_kernel(  # type: ignore[no-untyped-def]
     inside = (p < P)[:, None] & (r < R)[None, :]
     rows += b.to(tl.int64) * stride_b + i.to(tl.int64) * stride_t
     x = tl.load(rows + p[:, None] * stride_p + r[None, :], mask=inside, other=0.0)
-    if scale is not None:
-        divisor = tl.load(scale + p, mask=p < P, other=1.0)
-        x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(divisor[:, None], (BLOCK_P, BLOCK_R)))
+    if scales is not None:
         if pool.dtype.element_ty == tl.int8:
-            x = quantised(x, -128.0, 127.0, True)
+            x, scale = quantised(x, 127.0, True)
         else:
-            x = quantised(x, -448.0, 448.0, False)
+            x, scale = quantised(x, 448.0, False)
+        tl.store(scales + p * scale_stride_p + row, scale, mask=p < P)
     at = pool + p[:, None] * pool_stride_p + row * R + r[None, :]
     tl.store(at, x.to(pool.dtype.element_ty), mask=inside)
 
@@ -94,21 +102,21 @@ def page_write_fwd_kernel(  # type: ignore[no-untyped-def]
 def page_write(
     rows: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, page_size: int,
     new: Tensor | None = None, first_kept: Tensor | None = None, sinks: int = 0,
-    scale: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write the rows of K new tokens per sequence into the pages of a pool, in place.
 
     rows: [B, K, *planes, R] with no plane dimension, one or two; bfloat16, float16 or float32;
       any strides whose last is 1 and whose planes flatten to one dimension.
     pool: [*planes, pages * page_size, R], each plane contiguous; rows are cast to its float dtype,
-      or stored as round(row / scale) clamped to int8 (half to even), or as row / scale clamped to
-      +-448 and cast to float8_e4m3fn.
+      or stored as codes: round(row / scale) (half to even) in int8, row / scale in float8_e4m3fn.
+    scales: float32 [*planes, pages * page_size], written beside codes: what a row's are multiplied
+      by, its largest magnitude over 127 or 448.
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
     lengths: int32 [B], rows in the cache BEFORE this step: token i has position lengths[b] + i.
     new: int32 [B], valid tokens of right-padded rows (None: K); padded ones are not read.
     first_kept, sinks: int32 [B]; of the new tokens only those at positions from first_kept[b] on,
       or below `sinks`, are written (None: all), for prompts longer than a ring of pages.
-    scale: float32 [*planes] ([1] without planes), what a stored 8-bit value is multiplied by.
     A token without a page (its position lies past the table, or its entry is negative) is not
     written. Tokens kept must have pages of their own. Raises ValueError naming the argument, its
     value and the rule, before any launch; the contents of the int32 tensors are not checked.
@@ -136,13 +144,16 @@ def page_write(
     require_capable(pool, "pool")
     check_pages(rows, page_table, lengths, new, first_kept, page_size, sinks, "rows")
     eight_bit = pool.dtype in EIGHT_BIT
-    require((scale is not None) == eight_bit, "scale", scale if scale is None else form(scale),
+    require((scales is not None) == eight_bit, "scales", scales if scales is None else form(scales),
             "must be given exactly when the pool holds 8 bits")  # fmt: skip
-    if scale is not None:
-        shape = torch.Size(planes or [1])
-        fits = scale.shape == shape and scale.dtype == torch.float32 and scale.is_contiguous()
-        require(fits, "scale", form(scale), "must be contiguous float32 {}", list(shape))
-    for name, tensor in (("pool", pool), ("scale", scale)):
+    if scales is not None:
+        fits = scales.shape == pool.shape[:-1] and scales.dtype == torch.float32
+        fits = fits and scales.stride(-1) == 1
+        flat = len(planes) < 2 or planes[0] == 1 or planes[1] == 1
+        flat = flat or scales.stride(0) == planes[1] * scales.stride(1)
+        rule = "must be float32 {}, the rows of a plane together"
+        require(fits and flat, "scales", form(scales), rule, list(pool.shape[:-1]))
+    for name, tensor in (("pool", pool), ("scales", scales)):
         here = tensor is None or tensor.device == rows.device
         require(here, name, tensor.device if tensor is not None else None,
                 "must be on the device of rows, {}", rows.device)  # fmt: skip
@@ -150,20 +161,24 @@ def page_write(
         return
 
     # Flattened planes are as far apart as those of the last dimension that has several.
-    stride_p, pool_stride_p = 0, 0
-    for size, of_rows, of_pool in zip(planes, rows.stride()[2:], pool.stride(), strict=False):
+    stride_p = pool_stride_p = scale_stride_p = 0
+    for plane, size in enumerate(planes):
         if size > 1:
-            stride_p, pool_stride_p = of_rows, of_pool
+            stride_p, pool_stride_p = rows.stride(2 + plane), pool.stride(plane)
+            scale_stride_p = 0 if scales is None else scales.stride(plane)
     # The stride of a single element is arbitrary, and never used.
     stride_b, stride_t = (rows.stride(d) if rows.shape[d] > 1 else 0 for d in range(2))
     count = math.prod(planes)
     elements, warps = CONFIGS[rows.dtype.itemsize]
-    block_r = min(elements, triton.next_power_of_2(width))
-    block_p = min(elements // block_r, triton.next_power_of_2(count))
+    block_r = triton.next_power_of_2(width)
+    if scales is None:
+        block_r = min(elements, block_r)
+    block_p = max(1, min(elements // block_r, triton.next_power_of_2(count)))
     blocks = (triton.cdiv(count, block_p), triton.cdiv(width, block_r))
     page_write_fwd_kernel[(batch * tokens, *blocks)](
-        rows, pool, page_table, lengths, new, first_kept, scale,
-        stride_b, stride_t, stride_p, pool_stride_p, tokens, page_table.shape[1], sinks,
+        rows, pool, scales, page_table, lengths, new, first_kept,
+        stride_b, stride_t, stride_p, pool_stride_p, scale_stride_p,
+        tokens, page_table.shape[1], sinks,
         P=count, R=width, PAGE=page_size, BLOCK_P=block_p, BLOCK_R=block_r, num_warps=warps,
         **overlapped(rows.device),
     )  # fmt: skip
@@ -204,9 +219,10 @@ def check_pages(
 def page_write_ref(
     rows: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, page_size: int,
     new: Tensor | None = None, first_kept: Tensor | None = None, sinks: int = 0,
-    scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The oracle: float64, one token at a time, into a copy. Arguments as `page_write`."""
+    """The oracle: float64, one token at a time, into a copy. Arguments as `page_write`; rows for a
+    pool of codes are codes (`coded_ref`).
+    """
     pool = pool.clone()
     for b in range(rows.shape[0]):
         for i in range(rows.shape[1] if new is None else int(new[b])):
@@ -214,15 +230,17 @@ def page_write_ref(
             if first_kept is not None and sinks <= position < int(first_kept[b]):
                 continue
             row = int(page_table[b, position // page_size]) * page_size + position % page_size
-            value = rows[b, i].double()
-            if scale is not None:
-                value = value / scale.double().view(*rows.shape[2:-1], 1)
-            if pool.dtype == torch.int8:
-                value = value.round().clamp(-128, 127)
-            if pool.dtype == torch.float8_e4m3fn:
-                value = value.clamp(-448, 448)
-            pool[..., row, :] = value.to(pool.dtype)
+            pool[..., row, :] = rows[b, i].double().to(pool.dtype)
     return pool
+
+
+def coded_ref(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The oracle of codes: float64 [..., R] of rows [..., R], and scales, float32 [..., 1]."""
+    most = 127 if dtype == torch.int8 else 448
+    scales = (rows.float().abs().amax(-1, keepdim=True) / most).float()
+    steps = torch.where(scales == 0, 1, scales).double()
+    codes = (rows.double() / steps).clamp(-most, most)
+    return codes.round() if dtype == torch.int8 else codes, scales
 
 
 def variants() -> list[Variant]:
@@ -236,11 +254,11 @@ def variants() -> list[Variant]:
         rows = meta(2, 2, planes, 3 * width, dtype=dtype)[..., :width]
         pool = meta(planes, 65, width, dtype=held)[:, :64]
         some = ints(2) if ragged else None
-        scale = meta(planes, dtype=torch.float32) if held in EIGHT_BIT else None
+        scales = meta(planes, 65, dtype=torch.float32)[:, :64] if held in EIGHT_BIT else None
         name = f"page_write {dtype} to {held} {planes}x{width}" + " ragged" * ragged
         return name.replace("torch.", ""), partial(
             page_write, rows, pool, ints(2, 1), ints(2),
-            page_size=64, new=some, first_kept=some, scale=scale,
+            page_size=64, new=some, first_kept=some, scales=scales,
         )  # fmt: skip
 
     calls = (

@@ -44,9 +44,14 @@ class Runs:
         return ceil(self.numbers / self.group)
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of scales."""
+        return WIDE_SCALE if self.bits == 8 else SCALE_DTYPE
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """Bytes of codes, of scales and zero points, and of residuals."""
-        scale = WIDE_SCALE.itemsize if self.bits == 8 else 2 * SCALE_DTYPE.itemsize
+        scale = self.scale_dtype.itemsize * (1 if self.bits == 8 else 2)
         codes, residuals = (ceil(self.numbers * b / 8) for b in (self.bits, self.residual_bits))
         return codes, self.groups * scale, residuals
 
@@ -59,6 +64,8 @@ class Runs:
         before they are rounded down (stochastic rounding); None: to nearest.
         """
         x = x if residual is None else x + residual.to(x.dtype)
+        # Shorter numbers would round the quotient once more before it is rounded to a code.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         short = self.groups * self.group - self.numbers
         # A last group that is short is filled up with its last number: its range stays the same.
         full = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], short)), -1) if short else x

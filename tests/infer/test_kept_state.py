@@ -287,7 +287,7 @@ def test_synthetic_states_are_numbers_like_others() -> None:
 
 
 def test_kernels_and_codes_are_refused_in_one_line() -> None:
-    with pytest.raises(NoFormError, match="'memory:int8' is read by torch forms alone"):
+    with pytest.raises(NoFormError, match="no kernel of backend triton reads 'memory' of Gated"):
         Engine(kept("gdn", "memory:int8"), backend="triton")
-    with pytest.raises(UserError, match="take backend=torch"):
-        Engine(kept("gqa", "kv:fp8"), backend="sdpa")
+    with pytest.raises(UserError, match="or backend=torch"):
+        Engine(kept("gqa", "kv:fp8"), backend="flash-attn")

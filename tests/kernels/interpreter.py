@@ -4,7 +4,7 @@
 files; helpers they call follow, Triton's own included. No environment variable counts, and
 compiling works again afterwards.
 Keep elementwise arithmetic in fp32: the interpreter adds and multiplies bf16 as raw bits; only
-`tl.dot` and casts are mended here. Programs run one after another: no race can show.
+`tl.dot`, casts and 8-bit floats are mended here. Programs run one after another: no race can show.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import JITFunction
@@ -41,6 +42,7 @@ def interpreted() -> Iterator[None]:
             stack.enter_context(patch.object(form, "__call__", _call_helper))
         stack.enter_context(patch.object(InterpreterBuilder, "create_dot", _dot))
         stack.enter_context(patch.object(InterpreterBuilder, "cast_impl", _cast))
+        stack.enter_context(patch.object(InterpreterBuilder, "create_fp_to_fp", _convert))
         for module in modules:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
@@ -59,6 +61,7 @@ def _call_helper(helper: Any, *args: Any, **kwargs: Any) -> Any:
 
 _library_dot = InterpreterBuilder.create_dot
 _library_cast = InterpreterBuilder.cast_impl
+_library_convert = InterpreterBuilder.create_fp_to_fp
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
@@ -74,6 +77,14 @@ def _cast(self: Any, source: Any, target: Any) -> Any:
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     rounded = np.where(np.isnan(bits.view(np.float32)), bits >> 16 | 0x40, rounded)
     return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+
+def _convert(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """The interpreter loses the carry of a rounded mantissa; GPUs round to even, as torch does."""
+    if target.scalar != tl.float8e4nv or source.dtype.scalar != tl.float32:
+        return _library_convert(self, source, target, rounding)
+    rounded = torch.from_numpy(source.data).to(torch.float8_e4m3fn).view(torch.uint8)
+    return TensorHandle(rounded.numpy(), tl.float8e4nv)
 
 
 def _widen(handle: Any) -> Any:

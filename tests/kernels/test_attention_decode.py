@@ -39,10 +39,10 @@ def operands(
     pool = torch.randn(2, g, pages * page_size, dim)
     options = {"page_size": page_size, **options}
     if kv_dtype is not None:
-        options |= {"k_scale": torch.rand(g) + 0.5, "v_scale": torch.rand(g) + 0.5}
+        scales = torch.rand(2, g, pages * page_size) + 0.5
         if kv_dtype == torch.int8:
             pool = (pool * 40).round().clamp(-128, 127)
-            options |= {n: options[n] / 40 for n in ("k_scale", "v_scale")}
+            scales /= 40
     table = torch.randperm(pages)[: batch * most].view(batch, most).int()
     readable = torch.zeros(pages * page_size, dtype=torch.bool)
     for b, length in enumerate(lengths):
@@ -56,6 +56,9 @@ def operands(
         table[b, gone] = -(10**6)
     if kv_dtype != torch.int8:
         pool[:, :, ~readable] = torch.nan
+    if kv_dtype is not None:
+        scales[..., ~readable] = torch.nan
+        options["k_scale"], options["v_scale"] = scales
     k, v = pool.to(kv_dtype or dtype)
     q = torch.randn(batch, new, h, dim).to(dtype)
     return [q, k, v, table, torch.tensor(lengths, dtype=torch.int32)], options
@@ -155,7 +158,7 @@ def test_an_empty_batch_launches_nothing() -> None:
 
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
-FACTORS = {"k_scale": torch.ones(2), "v_scale": torch.ones(2)}
+FACTORS = {"k_scale": torch.ones(2, 320), "v_scale": torch.ones(2, 320)}
 REFUSALS: dict[str, tuple[str, Change]] = {
     "q rank": (r"q=.*\[B, K, H, d\]", lambda a: {"q": a["q"][0]}),
     "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
@@ -191,11 +194,11 @@ REFUSALS: dict[str, tuple[str, Change]] = {
         lambda a: {n: a[n].to(torch.int8) for n in ("k_pool", "v_pool")},
     ),
     "scale shape": (
-        r"v_scale=.*\[2\]",
+        r"v_scale=.*\[2, 320\]",
         lambda a: {
             **{n: a[n].nan_to_num().to(torch.int8) for n in ("k_pool", "v_pool")},
             **FACTORS,
-            "v_scale": torch.ones(1),
+            "v_scale": torch.ones(2),
         },
     ),
     "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 8, 64)[..., :32]}),

@@ -9,31 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import kernels.pages.write as module
-from kernels.pages.write import FLOATS, page_write_ref
+from kernels.pages.write import FLOATS, coded_ref, page_write_ref
 from tests.kernels.interpreter import interpreted
 
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
-
-
-_library_convert = InterpreterBuilder.create_fp_to_fp
-
-
-@pytest.fixture(autouse=True)
-def eight_bit_floats_that_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter loses the carry of a rounded mantissa; GPUs round to even, as torch does."""
-
-    def convert(self: Any, source: Any, target: Any, rounding: Any) -> Any:
-        if target.scalar != tl.float8e4nv or source.dtype.scalar != tl.float32:
-            return _library_convert(self, source, target, rounding)
-        rounded = torch.from_numpy(source.data).to(torch.float8_e4m3fn).view(torch.uint8)
-        return TensorHandle(rounded.numpy(), tl.float8e4nv)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", convert)
 
 
 def int32(*values: int) -> Tensor:
@@ -67,7 +49,7 @@ def operands(
         written = torch.arange(length, length + count) // page_size
         table[b, [j for j in range(most) if j not in written]] = 10**6
     if held in EIGHT_BIT:
-        options["scale"] = (torch.rand(planes or (1,)) + 0.5) / (50 if held == torch.int8 else 1)
+        options["scales"] = torch.full(pool.shape[:-1], torch.nan)
         pool = torch.randint(-99, 99, pool.shape).float()
     options |= {} if new is None else {"new": int32(*new)}
     return {
@@ -80,12 +62,25 @@ def bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
+def expected_of(given: dict[str, Any]) -> list[Tensor]:
+    """The pool, and the scales of one that holds codes."""
+    how = {n: t for n, t in given.items() if n not in ("rows", "pool", "scales")}
+    rows, pool = given["rows"], given["pool"]
+    if "scales" not in given:
+        return [page_write_ref(rows, pool, **how)]
+    codes, scales = coded_ref(rows, pool.dtype)
+    held = page_write_ref(scales, given["scales"][..., None], **how)
+    return [page_write_ref(codes, pool, **how), held[..., 0]]
+
+
 def assert_equals_the_oracle(given: dict[str, Any]) -> None:
-    expected = page_write_ref(**given)
+    expected = expected_of(given)
     before = given["rows"].clone()
     with interpreted():
         module.page_write(**given)
-    assert torch.equal(bits(given["pool"]), bits(expected))
+    assert torch.equal(bits(given["pool"]), bits(expected[0]))
+    if "scales" in given:
+        assert torch.equal(bits(given["scales"]), bits(expected[1]))
     assert torch.equal(bits(given["rows"]), bits(before))
 
 
@@ -129,8 +124,7 @@ def test_a_token_without_a_page_is_not_written() -> None:
     given = operands((14, 14), tokens=6)
     given["page_table"] = given["page_table"][:, :1].contiguous()
     given["page_table"][1, 0] = -1
-    short = {**given, "pool": given["pool"].clone(), "new": int32(2, 0)}
-    expected = page_write_ref(**short)
+    [expected] = expected_of({**given, "pool": given["pool"].clone(), "new": int32(2, 0)})
     with interpreted():
         module.page_write(**given)
     assert torch.equal(bits(given["pool"]), bits(expected))
@@ -139,20 +133,35 @@ def test_a_token_without_a_page_is_not_written() -> None:
 @pytest.mark.parametrize(
     ("held", "values", "expected"),
     [
-        (torch.int8, [0.25, 0.75, 1.25, -0.25, -0.75, 1e4, -1e4], [0, 2, 2, 0, -2, 127, -128]),
-        (torch.float8_e4m3fn, [0.5, 0.53125, 224.0, 1e4, -1e4, 0.0], [1, 1, 448, 448, -448, 0]),
+        (torch.int8, [0.25, 0.75, 1.25, -0.25, -0.75, 63.5, -63.5], [0, 2, 2, 0, -2, 127, -127]),
+        (torch.float8_e4m3fn, [0.5, 0.53125, 224.0, -224.0, 0.0], [1, 1, 448, -448, 0]),
     ],
     ids=str,
 )
-def test_halves_round_to_even_and_the_rest_clamps(
+def test_the_largest_has_the_last_code_and_halves_round_to_even(
     held: torch.dtype, values: list[float], expected: list[float]
 ) -> None:
     given = operands((4,), tokens=1, planes=(1,), width=len(values), held=held)
     given["rows"][0, 0, 0] = torch.tensor(values)
-    given["scale"] = torch.tensor([0.5])
     assert_equals_the_oracle(given)
     row = given["page_table"][0, 0] * 16 + 4
+    assert given["scales"][0, row] == 0.5
     assert given["pool"][0, row].float().tolist() == expected
+
+
+@pytest.mark.parametrize("held", EIGHT_BIT, ids=str)
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf], ids=str)
+def test_what_is_no_number_stays_none_and_zeros_stay_zeros(held: torch.dtype, wrong: float) -> None:
+    given = operands((4,), tokens=2, planes=(2,), width=20, held=held)
+    given["rows"][0, 0, 0] = 0
+    given["rows"][0, 1, 1, 7] = wrong
+    with interpreted():
+        module.page_write(**given)
+    row = int(given["page_table"][0, 0]) * 16 + 4
+    read = given["pool"].float() * given["scales"][..., None]
+    assert read[0, row].eq(0).all() and given["scales"][0, row] == 0
+    assert not read[1, row + 1, 7].isfinite()
+    assert read[0, row + 1].isfinite().all() and read[1, row].isfinite().all()
 
 
 def test_views_of_pools_and_of_rows() -> None:
@@ -196,11 +205,15 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "lengths": ("lengths=.*int32", lambda a: {"lengths": a["lengths"].long()}),
     "new": (r"new=.*\[3\]", lambda a: {"new": int32(1, 2)}),
     "first_kept": ("first_kept=.*int32", lambda a: {"first_kept": torch.zeros(3)}),
-    "scale unwanted": ("scale=.*8 bits", lambda a: {"scale": torch.ones(2)}),
-    "scale missing": ("scale=None .*8 bits", lambda a: {"pool": a["pool"].to(torch.int8)}),
-    "scale shape": (
-        r"scale=.*float32 \[2\]",
-        lambda a: {"pool": a["pool"].to(torch.int8), "scale": torch.ones(1)},
+    "scales unwanted": ("scales=.*8 bits", lambda a: {"scales": a["pool"][..., 0]}),
+    "scales missing": ("scales=None .*8 bits", lambda a: {"pool": a["pool"].to(torch.int8)}),
+    "scales shape": (
+        r"scales=.*float32 \[2, ",
+        lambda a: {"pool": a["pool"].to(torch.int8), "scales": torch.ones(2)},
+    ),
+    "scales apart": (
+        "scales=.*rows of a plane together",
+        lambda a: {"pool": a["pool"].to(torch.int8), "scales": a["pool"][..., 0]},
     ),
     "pool device": ("pool=meta must be on", lambda a: {"pool": a["pool"].to("meta")}),
     "new device": ("new=meta must be on", lambda a: {"new": a["lengths"].to("meta")}),

@@ -14,6 +14,7 @@ from eval.proof.gpu.case import Case, Check, Op, Run, installed, lazily
 from eval.proof.gpu.ops import sparse
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, on_cpu, paged, random
 from kernels.attention.decode import attention_decode, attention_decode_ref
+from kernels.attention.decode_checks import EIGHT_BIT
 from kernels.attention.prefill import attention_prefill, attention_prefill_ref
 from kernels.latent.decode import mla_decode, mla_decode_ref
 
@@ -28,12 +29,12 @@ Pairs = Sequence[tuple[Tensor, Tensor]]
 def keys_of(
     g: int, rows: int, dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """A pool [G, rows, d] of `dtype`, and the scales [G] of one that holds 8 bits."""
+    """A pool [G, rows, d] of `dtype`, and the scales [G, rows] of one that holds 8 bits."""
     pool = random(g, rows, dim, device=device)
     if dtype == pool.dtype:
         return pool, None
-    scale = torch.rand(g, device=device) / 64 + 1 / 64
-    unit = pool.float() / scale[:, None, None]
+    scale = torch.rand(g, rows, device=device) / 64 + 1 / 64
+    unit = pool.float() / scale[..., None]
     return (unit.round().clamp(-127, 127) if dtype == torch.int8 else unit).to(dtype), scale
 
 
@@ -65,10 +66,11 @@ def decode_case(
     """One new token over `context` rows; flex: beside FlexAttention, too.
 
     FlexAttention compiles for half a minute a shape: it is timed where most depends on it.
-    No baseline reads 8-bit rows with a scale for each head.
+    No baseline reads 8-bit rows with a scale for each.
     """
     h, g = heads
-    rows = batch * context * g * dim * kv.itemsize
+    scale_bytes = torch.float32.itemsize if kv in EIGHT_BIT else 0
+    rows = batch * context * g * (dim * kv.itemsize + scale_bytes)
 
     def build(device: torch.device) -> Mapping[str, Run]:
         table, held, pages = paged([context] * batch, device)
