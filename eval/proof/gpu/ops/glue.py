@@ -17,6 +17,8 @@ from kernels.rope import rotate as rope_rotate
 from kernels.sampling import sample
 
 BF16_LIMIT = 8e-3
+#: A number beside a half may get either code.
+CODE_LIMIT = 2e-2
 EPS = 1e-5
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -154,6 +156,25 @@ def check_page_write(device: torch.device) -> Pairs:
     return [(pool, expected)]
 
 
+def check_code_write(dtype: torch.dtype) -> Callable[[torch.device], Pairs]:
+    """Keys and values of 3 heads as 8-bit codes: what they stand for, and their scales."""
+
+    def run(device: torch.device) -> Pairs:
+        table, lengths, pages = paged([5, 70], device)
+        rows, before = random(2, 4, 2, 3, 128, device=device), lengths - 4
+        pool = torch.zeros(2, 3, pages * PAGE, 128, dtype=dtype, device=device)
+        scales = torch.zeros(pool.shape[:-1], device=device)
+        at = on_cpu(table, before)
+        codes, by = page_write.coded_ref(rows.cpu(), dtype)
+        held = page_write.page_write_ref(codes, pool.cpu(), *at, page_size=PAGE)
+        kept = page_write.page_write_ref(by, scales.cpu()[..., None], *at, page_size=PAGE)
+        page_write.page_write(rows, pool, table, before, page_size=PAGE, scales=scales)
+        read = pool.float() * scales[..., None]
+        return [(read, held.double() * kept.double()), (scales, kept[..., 0].double())]
+
+    return run
+
+
 def check_conv(device: torch.device) -> Pairs:
     """A long causal convolution and its gradients."""
     x, weight = random(2, 130, 160, device=device), random(160, 4, device=device)
@@ -213,7 +234,11 @@ OPS = (
        checks=[Check(name=f"{heads} heads {rank}+{rope}", limit=BF16_LIMIT,
                      run=check_latent(heads, rank, rope))
                for heads, rank, rope in ((8, 96, 16), (32, 256, 32), (128, 512, 64))]),
-    Op(name="page_write", checks=[Check(name="4 tokens", run=check_page_write, limit=BF16_LIMIT)]),
+    Op(name="page_write", checks=[
+        Check(name="4 tokens", run=check_page_write, limit=BF16_LIMIT),
+        Check(name="4 tokens in int8", run=check_code_write(torch.int8), limit=CODE_LIMIT),
+        Check(name="4 tokens in fp8", run=check_code_write(torch.float8_e4m3fn), limit=CODE_LIMIT),
+    ]),
     Op(name="conv_chunk", checks=[Check(name="130 tokens", run=check_conv, limit=BF16_LIMIT)]),
     Op(name="sample",
        checks=[Check(name=f"{rows} rows of {vocab}", run=check_sample(rows, vocab), limit=0.0)
