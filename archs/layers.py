@@ -79,6 +79,9 @@ class Projection(Leaf, nn.Linear):
         #: What products see of the weights in training; None: the weights.
         self.view: Callable[[Tensor], Tensor] | None = None
 
+    def reset_parameters(self) -> None:
+        """Leave weights as they are: `archs.backbone.initialise` gives all of a model theirs."""
+
     @property
     def stored(self) -> Weight:
         """The weights [N, D] as products see them, plain or packed."""

@@ -211,8 +211,7 @@ class ModelSpec:
         """The MLP width in use, where all layers have one."""
         if self.hidden is not None:
             return self.hidden
-        scale = self.scale
-        bare = self._assemble(torch.float32, self._pattern(0)).non_embedding_parameters()
+        scale, bare = self.scale, self._without_mlps()
         norms = scale.n_layers * scale.d_model
         per_unit = 3 * scale.d_model * scale.n_layers
         width = (scale.parameter_budget - bare - norms) / per_unit
@@ -225,6 +224,14 @@ class ModelSpec:
                 "mlp_multiple lower"
             )
         return hidden
+
+    def _without_mlps(self) -> int:
+        """Non-embedding parameters of all but the MLPs; counted once, for it takes a model."""
+        known = repr(self), tuple(entry_of(name) for name, _ in pattern_of(self.arch))
+        if known not in _BARE:
+            bare = self._assemble(torch.float32, self._pattern(0))
+            _BARE[known] = bare.non_embedding_parameters()
+        return _BARE[known]
 
     def _pattern(self, hidden: int) -> tuple[LayerSpec, ...]:
         names = layer_names(self.arch, self.scale.n_layers)
@@ -262,6 +269,10 @@ class ModelSpec:
         place = Place(d_model=scale.d_model, n_layers=n_layers, layer=index, siblings=siblings)
         mixer: Mixer = entry.mixer(entry.config.at(scale, layer.options), place)
         return ShortConv(mixer, scale.d_model, layer.short_conv) if layer.short_conv else mixer
+
+
+#: By a model's text and its mixers, for files may come to define others.
+_BARE: dict[tuple[str, tuple[Entry, ...]], int] = {}
 
 
 def _plain(config: MixerConfig) -> dict[str, Any]:

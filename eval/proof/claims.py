@@ -6,6 +6,7 @@ project's list of claims; predictions use the 8b shapes on an H100 unless they s
 """
 
 from collections.abc import Callable
+from functools import cache
 from math import log2
 
 import pandas as pd
@@ -24,6 +25,7 @@ from eval.report.evidence import Claim, Evidence, Verdict
 from eval.report.figures import Figures, exponent
 
 
+@cache
 def outline(arch: str, scale: str = "8b") -> Model:
     """A model without weights, for its declarations."""
     return ModelSpec(arch=arch, scale=get_scale(scale)).outline(torch.bfloat16)
@@ -53,6 +55,7 @@ def _prefill_and_decode(_: Evidence) -> Found:
     )
 
 
+@cache
 def _op(arch: str, op: str, batch: int) -> dict[str, object]:
     rows = predict_ops([arch], "8b", ["h100"], [batch], [16384])
     return next(row for row in rows if row["op"] == op)
@@ -74,7 +77,9 @@ def _intensity_with_batch(_: Evidence) -> Found:
     )
 
 
-def _without_cache(found: Evidence) -> Found:
+@cache
+def _slopes() -> dict[tuple[int, bool], float]:
+    """Exponents of the FLOPs of n tokens at n, with a cache and without one."""
     model = outline("mha", "1b")
 
     def total(n: int, cached: bool) -> float:
@@ -83,11 +88,15 @@ def _without_cache(found: Evidence) -> Found:
         steps = [model.cost(Step(1, 1, c) if cached else Step(1, c, 0)).flops for c in at]
         return (steps[0] + 4 * steps[1] + steps[2]) * n / 6
 
-    slopes = {
+    return {
         (n, cached): log2(total(2 * n, cached) / total(n, cached))
         for n in (1024, 2**22)
         for cached in (False, True)
     }
+
+
+def _without_cache(found: Evidence) -> Found:
+    slopes = _slopes()
     measured = _measured_exponents(found.figures)
     ok = abs(slopes[2**22, False] - 3) < 0.1 and abs(slopes[2**22, True] - 2) < 0.1
     return (
