@@ -298,8 +298,8 @@ def test_arithmetic_of_the_delta_rule_grows_with_tokens_not_with_their_square(
 def test_pools_of_twice_the_rows_are_counted_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Pools._rows
 
-    def doubled(self: Pools, tensor: RowSpec) -> Tensor:
-        pool = honest(self, tensor)
+    def doubled(self: Pools, tensor: RowSpec, *, codes: bool) -> Tensor:
+        pool = honest(self, tensor, codes=codes)
         return torch.cat((pool, pool), -2)
 
     monkeypatch.setattr(Pools, "_rows", doubled)
