@@ -33,7 +33,7 @@ from infer.engine import Engine
 from infer.executor import Chosen, EngineExecutor
 from infer.policy import Policy
 from infer.sequence import Answer
-from infer.server import Ran
+from infer.turns import Ran
 from kernels.sampling.nucleus import NO_TOKEN
 from tests.eval.synthetic import HERE
 

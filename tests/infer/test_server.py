@@ -24,8 +24,9 @@ from infer.executor import EngineExecutor
 from infer.policy import Policy
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending
-from infer.server import Ran, Server
+from infer.server import Server
 from infer.speculating import SpeculatingExecutor
+from infer.turns import Ran
 from tests.infer.serving import (
     BUDGET,
     PAGE,
@@ -57,7 +58,9 @@ class Company(RuleBasedStateMachine):
         share=st.sampled_from([0.34, 0.5, 1.0]),
         policy=st.sampled_from(
             [{"batching": "static"}, {}, {"cache": True}, {"cache": True, "every": PAGE},
-             {"cache": True, "every": 7}, {"drafts": 2}, {"cache": True, "drafts": 3}]
+             {"cache": True, "every": 7}, {"drafts": 2}, {"cache": True, "drafts": 3},
+             {"batching": "static", "ahead": True}, {"ahead": True},
+             {"cache": True, "ahead": True}, {"cache": True, "every": 7, "ahead": True}]
         ),
     )  # fmt: skip
     def open(self, share: float, policy: dict[str, Any]) -> None:
