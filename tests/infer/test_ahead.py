@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 
 from infer.coming import Coming
-from infer.engine import Engine
 from infer.sequence import Answer, Ending, Request
 from infer.server import Server, drive
 from infer.turns import Turn
@@ -116,7 +116,7 @@ def test_answers_are_the_same_whether_the_server_looks_ahead(
         assert all(a.made == len(a.tokens) for a in answers)
         if policy.get("share") and kind != "scan":
             assert any(a.preemptions for a in answers)
-        if policy.get("cache"):
+        if policy.get("every"):
             assert any(a.hit for a in answers)
         require_nothing_held(server, engine)
         assert not server.executor._streams and not server.executor._sequences
@@ -125,6 +125,23 @@ def test_answers_are_the_same_whether_the_server_looks_ahead(
     assert {ending for _, ending in found[0]} == {Ending.LENGTH, Ending.STOP}
     for answer in answers:
         assert answer.tokens == alone_from(kind, answer, ())
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_turns_are_the_same_where_answers_end_by_length(kind: str) -> None:
+    """Who ran, how far, and what memory that took; answers are preempted and found in a cache."""
+    found = []
+    for ahead in (False, True):
+        server, _ = server_of(served_model(kind), ahead=ahead, cache=True, every=7, share=0.34)
+        answers = [server.submit(r) for r in requests_of(kind) if r.stop is None]
+        turns = followed(server)
+        assert kind == "scan" or any(a.preemptions for a in answers)
+        found.append([
+            ([a.number for a in t.batch.decode], [(a.number, n) for a, n in t.batch.chunks],
+             t.batch.memory, t.batch.grown, t.held, [a.number for a in t.ended])
+            for t in turns
+        ])  # fmt: skip
+    assert found[0] == found[1]
 
 
 def watched(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -171,7 +188,7 @@ def test_a_token_goes_from_step_to_step_without_the_host(monkeypatch: pytest.Mon
         if tokens.shape[1] == 1:
             by_sequence = {s: a for a, s in executor._sequences.items()}
             given = zip(sequences, tokens[:, 0].tolist(), strict=True)
-            fed.extend([by_sequence[s].number, token] for s, token in given)
+            fed.extend([by_sequence[s].number, token] for s, token in given if by_sequence[s].made)
         return extend(sequences, tokens, *more)
 
     monkeypatch.setattr(engine, "extend_last", extending)
@@ -179,12 +196,8 @@ def test_a_token_goes_from_step_to_step_without_the_host(monkeypatch: pytest.Mon
                 for n, size in enumerate((1, 7, 2, 1, 5))]  # fmt: skip
     answers = [server.submit(request) for request in requests]
     drain(server)
-    assert {len(a.request.prompt) for a in answers} > {1}
     for answer in answers:
-        # A prompt of one token is decoded from; of an answer all but the last are given back.
-        got = [token for number, token in fed if number == answer.number]
-        alone_at_once = list(answer.request.prompt) if len(answer.request.prompt) == 1 else []
-        assert got == [*alone_at_once, *answer.tokens[:-1]]
+        assert [token for number, token in fed if number == answer.number] == answer.tokens[:-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,7 +256,7 @@ def test_a_fork_of_an_answer_that_ends_with_the_step_under_way_goes_on_from_what
             server.step()
         with monkeypatch.context() as patch:
             if ending is Ending.FAILED:
-                spoil(engine, patch, lambda: server.executor._sequences[answer])
+                spoil(server, patch, answer)
             turn = server.step()
         assert turn is not None and not turn.ended and len(answer.tokens) == 3
         child = server.fork(answer)
@@ -257,7 +270,7 @@ def test_a_fork_of_an_answer_that_ends_with_the_step_under_way_goes_on_from_what
 
 def test_who_is_cancelled_keeps_the_token_under_way_and_who_ends_with_it_has_ended() -> None:
     server, engine = server_of(served_model("state and rows"), share=1.0, ahead=True)
-    answers = [server.submit(request_of(n, 4, new)) for n, new in ((0, 20), (1, 6), (2, 20))]
+    answers = [server.submit(request_of(n, 3, new)) for n, new in ((0, 20), (1, 6), (2, 20))]
     turns = []
     while answers[1].made < 5:
         turns.append(server.step())
@@ -274,17 +287,19 @@ def test_who_is_cancelled_keeps_the_token_under_way_and_who_ends_with_it_has_end
     require_nothing_held(server, engine)
 
 
-def spoil(engine: Engine, patch: pytest.MonkeyPatch, lost: Callable[[], int]) -> None:
-    """Make the logits of a sequence NaN wherever it is in a step."""
-    extend = engine.extend_last
+def spoil(server: Server, patch: pytest.MonkeyPatch, answer: Answer) -> None:
+    """Make the logits of an answer NaN in every step that it is in."""
+    executor = server.executor
+    extend = executor.engine.extend_last
 
     def spoilt(sequences: list[int], *given: Any) -> torch.Tensor:
         logits = extend(sequences, *given).clone()
-        if lost() in sequences:
-            logits[sequences.index(lost())] = math.nan
+        lost = executor._sequences.get(answer)
+        if lost in sequences:
+            logits[sequences.index(lost)] = math.nan
         return logits
 
-    patch.setattr(engine, "extend_last", spoilt)
+    patch.setattr(executor.engine, "extend_last", spoilt)
 
 
 def offered(server: Server) -> int:
@@ -308,7 +323,7 @@ def test_what_nothing_follows_from_is_offered_to_nobody(
         while answer.made < 3 - ahead:
             server.step()
         with monkeypatch.context() as patch:
-            spoil(engine, patch, lambda: server.executor._sequences[answer])
+            spoil(server, patch, answer)
             server.step()
         while answer.ending is None:
             server.step()
@@ -333,7 +348,7 @@ def test_a_stop_token_that_nothing_follows_from_is_offered_to_nobody(
         server.step()
     with monkeypatch.context() as patch:
         # Launched now is the step that extends it by its stop token.
-        spoil(engine, patch, lambda: server.executor._sequences[answer])
+        spoil(server, patch, answer)
         server.step()
     drain(server)
     assert answer.ending is Ending.STOP and answer.tokens[-1] == stop
@@ -351,7 +366,7 @@ def test_an_answer_that_failed_and_was_preempted_since_does_not_come_back(
     scheduler = server.scheduler
     grow = scheduler._grow
     with monkeypatch.context() as patch:
-        spoil(engine, patch, lambda: server.executor._sequences.get(last, -1))
+        spoil(server, patch, last)
         server.step()
         patch.setattr(scheduler, "_grow", lambda a, n: a is not last and grow(a, n))
         turn = server.step()
@@ -373,10 +388,10 @@ def test_whatever_ends_it_early_nothing_stays_held(
 ) -> None:
     """While an answer's last token is on its way, another has just ended by its stop token."""
     server, engine = server_of(served_model("state and rows"), share=1.0, cache=True, ahead=True)
-    whole = alone("state and rows", request_of(1, 5, 20))
+    whole = alone("state and rows", request_of(1, 3, 20))
     stops = whole[4] if stop else None
     assert whole.index(whole[4]) == 4
-    requests = [request_of(0, 5, 6), request_of(1, 5, 20, stop=stops), request_of(2, 5, 20)]
+    requests = [request_of(0, 3, 6), request_of(1, 3, 20, stop=stops), request_of(2, 3, 20)]
     answers = [server.submit(request) for request in requests]
     while answers[0].made < 5:
         server.step()
@@ -438,7 +453,7 @@ def test_a_driven_server_tells_every_answer_once_and_its_times_follow_one_anothe
     assert Counter(source.over) == Counter([*answers, *(a for t in turns for a in t.ended
                                                         if a not in answers)])  # fmt: skip
     assert answers[3].ending is Ending.CANCELLED
-    for before, after in zip(turns, turns[1:], strict=False):
+    for before, after in pairwise(turns):
         assert before.began_s < before.ended_s <= after.began_s
     for turn in turns:
         for answer in turn.ended:
