@@ -133,9 +133,10 @@ def test_turns_are_the_same_where_answers_end_by_length(kind: str) -> None:
     found = []
     for ahead in (False, True):
         server, _ = server_of(served_model(kind), ahead=ahead, cache=True, every=7, share=0.34)
-        answers = [server.submit(r) for r in requests_of(kind) if r.stop is None]
+        requests = [request_of(n, 9, 20) for n in range(3)] + requests_of(kind)
+        answers = [server.submit(r) for r in requests if r.stop is None]
         turns = followed(server)
-        assert kind == "scan" or any(a.preemptions for a in answers)
+        assert "rows" not in kind or any(a.preemptions for a in answers)
         found.append([
             ([a.number for a in t.batch.decode], [(a.number, n) for a, n in t.batch.chunks],
              t.batch.memory, t.batch.grown, t.held, [a.number for a in t.ended])
@@ -262,6 +263,8 @@ def test_a_fork_of_an_answer_that_ends_with_the_step_under_way_goes_on_from_what
         child = server.fork(answer)
         assert answer.ending is ending
         assert child.tokens == answer.tokens[:3]
+        if ending is Ending.FAILED:
+            assert offered(server) <= len(request.prompt)
         seen = followed(server)
         assert [a for turn in seen for a in turn.ended] == [answer, child]
         assert child.tokens == alone_from(kind, child, answer.tokens[:3])
@@ -379,6 +382,20 @@ def test_an_answer_that_failed_and_was_preempted_since_does_not_come_back(
     assert last.made == len(last.tokens) == 5
     assert first.tokens == alone("rows", first.request)
     require_nothing_held(server, engine)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_is_cancelled_after_a_preemption_leaves_no_random_numbers(ahead: bool) -> None:
+    server, engine = server_of(served_model("rows"), share=0.34, ahead=ahead)
+    answers = [server.submit(request_of(n, 9, 20, temperature=0.9)) for n in range(3)]
+    while not answers[-1].preemptions:
+        server.step()
+    assert answers[-1] in server.scheduler.waiting
+    for answer in answers:
+        server.cancel(answer)
+    drain(server)
+    require_nothing_held(server, engine)
+    assert not server.executor._streams and not server.executor._sequences
 
 
 @pytest.mark.parametrize("at", ["launch", "read", "between"])
