@@ -159,7 +159,7 @@ def _neighbours(tokens: int) -> tuple[int, int]:
 
 
 class ClockExecutor:
-    """Takes a server's steps on a clock (`infer.server.Executor`)."""
+    """Takes a server's steps on a clock (`infer.turns.Executor`)."""
 
     leaps: ClassVar[bool] = True
     ahead: ClassVar[bool] = False
