@@ -119,9 +119,16 @@ class Server:
         self._follow()
 
     def _settle(self) -> None:
-        """Wait for the step under way, if there is one: `step` returns its turn next."""
+        """Wait for the step under way, if there is one: `step` returns its turn next.
+
+        Where that fails, all answers are cancelled and nothing stays held.
+        """
         if self._ahead is not None:
-            self._ahead.settle()
+            try:
+                self._ahead.settle()
+            except BaseException:
+                self.close()
+                raise
 
     def _note_cancelled(self, answer: Answer) -> None:
         answer.ended_s = self.executor.now_s()

@@ -398,7 +398,7 @@ def test_who_is_cancelled_after_a_preemption_leaves_no_random_numbers(ahead: boo
     assert not server.executor._streams and not server.executor._sequences
 
 
-@pytest.mark.parametrize("at", ["launch", "read", "between"])
+@pytest.mark.parametrize("at", ["launch", "read", "fork", "between"])
 @pytest.mark.parametrize("stop", [False, True])
 def test_whatever_ends_it_early_nothing_stays_held(
     at: str, stop: bool, monkeypatch: pytest.MonkeyPatch
@@ -422,7 +422,7 @@ def test_whatever_ends_it_early_nothing_stays_held(
         owner, name = (engine, "extend_last") if at == "launch" else (Coming, "read")
         monkeypatch.setattr(owner, name, fail)
         with pytest.raises(RuntimeError, match="the device is gone"):
-            server.step()
+            _ = server.fork(answers[2]) if at == "fork" else server.step()
     expected = [Ending.CANCELLED, Ending.STOP if stop else Ending.CANCELLED, Ending.CANCELLED]
     assert [a.ending for a in answers] == expected
     assert [a.made for a in answers] == [len(a.tokens) for a in answers] == [5, 5, 5]
