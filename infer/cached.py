@@ -161,7 +161,7 @@ class Cached:
         if point is not None and (node is None or point.stamp <= node.stamp):
             self.drop_point(point)
         elif node is not None:
-            self._drop_node(node)
+            self.drop_node(node)
         else:
             return False
         return True
@@ -209,7 +209,8 @@ class Cached:
             self.touch(at)
             at = parent
 
-    def _drop_node(self, node: Node) -> None:
+    def drop_node(self, node: Node) -> None:
+        """Forget a page that nothing depends on."""
         del self.nodes[node.key]
         self.ledger.take_up(node.pages)
         self.ledger.give(node.pages)
@@ -313,7 +314,7 @@ class Cached:
             if self.keeps:
                 _push(self._old_nodes, unit, len(self.nodes))
             else:
-                self._drop_node(unit)
+                self.drop_node(unit)
 
 
 def _share(answer: Answer, pages: tuple[int, ...]) -> None:

@@ -1,7 +1,8 @@
 """Takes a server's steps on an engine: sequences follow the scheduler, tokens are made and told."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from archs.errors import UserError
 from infer.batch import Batch, Changes
+from infer.books import staged
 from infer.cached import Node, Unit
 from infer.capacity import Capacity
+from infer.coming import Coming, mark
 from infer.engine import Engine
 from infer.kept import Kept, forget, keep, resume, share
-from infer.sampling import Sampler, Sampling, stream
+from infer.sampling import Sampler, Sampling, fed, stream
 from infer.sequence import Answer
-from infer.server import Ran
+from infer.turns import Ran, Tokens
 
 #: `Sampling.rule`.
 Rule = tuple[float, float, int]
@@ -28,24 +31,35 @@ class EngineExecutor:
 
     Every answer has its own sampling parameters and random numbers, which follow from its seed and
     its prompt alone: what it gets depends on nobody else, and equal requests get equal answers.
+    ahead: whether steps are launched before the tokens of the last are read, which then go from
+    step to step on the device (None: on CUDA).
     Raises UserError for an engine that cannot take answers in and out of a batch.
     """
 
     leaps: ClassVar[bool] = False
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, ahead: bool | None = None) -> None:
         if engine.compiled is not None:
             raise UserError(
                 "compiled=True compiles steps of one fixed batch, and a server's changes at every "
                 "step; open the engine without it"
             )
         self.engine = engine
+        on_cuda = engine.device.type == "cuda"
+        self.ahead = on_cuda if ahead is None else ahead
+        #: Whether the host runs ahead of the device, whose own clock then tells what it did.
+        self._behind = on_cuda and self.ahead
+        self._began: torch.cuda.Event | None = None
+        #: What the last step chose, where the next one takes it from there.
+        self._last: Coming | None = None
         self._opened_s = time.perf_counter()
         self._sequences: dict[Answer, int] = {}
         self._kept: dict[Unit, Kept] = {}
         self._streams: dict[Answer, torch.Generator] = {}
         self._samplers: dict[Rule, Sampler] = {}
-        #: Seconds in the model and in sampling; all else is the host's.
+        self._none = torch.empty(0, dtype=torch.int64, device=engine.device)
+        #: Seconds in the model and in sampling; all else is the host's. Where it runs ahead, those
+        #: that the device took for it: all else it stood still.
         self.model_s = 0.0
         #: Verifications of single answers, and drafts that were right in them.
         self.verified = self.kept = 0
@@ -72,8 +86,8 @@ class EngineExecutor:
             )
 
     def now_s(self) -> float:
-        """As `Executor.now_s`; waits for the device."""
-        if self.engine.device.type == "cuda":
+        """As `Executor.now_s`; waits for the device unless it looks ahead."""
+        if self.engine.device.type == "cuda" and not self.ahead:
             torch.cuda.synchronize(self.engine.device)
         return time.perf_counter() - self._opened_s
 
@@ -110,24 +124,28 @@ class EngineExecutor:
         return keep(store, sequence, begin, unit.tokens, whole=True)
 
     def run(self, batch: Batch, times: int, until_s: float) -> Ran:
-        """As `Executor.run`, once."""
-        return Ran(1, self._plain(batch.decode, batch))
+        """As `Executor.run`, once; on CUDA it is under way when this returns."""
+        coming = self._launch(batch.decode, batch)
+        if self.ahead:
+            self._last = coming
+        return Ran(1, lambda: self._read(coming))
 
-    def _plain(self, decode: Sequence[Answer], batch: Batch) -> dict[Answer, list[int]]:
-        """The next tokens of answers that decode, and of those whose chunks end their prompt.
-
-        The device is waited for once, when all of the step is under way.
-        """
+    def _launch(self, decode: Sequence[Answer], batch: Batch) -> Coming:
+        """The next tokens of answers that decode, and of those whose chunks end their prompt."""
+        self._began = None
         chosen = self._extend([(answer, 1) for answer in decode]) if decode else []
         for group in batch.chunk_groups():
             chosen += self._extend(group)
-        if not chosen:
-            return {}
-        began = time.perf_counter()
-        tokens = torch.cat([tokens for _, tokens in chosen]).tolist()
-        self.model_s += time.perf_counter() - began
-        answers = [answer for members, _ in chosen for answer in members]
-        return {answer: [token] for answer, token in zip(answers, tokens, strict=True)}
+        made = [tokens for _, tokens in chosen]
+        tokens = made[0] if len(made) == 1 else torch.cat([self._none, *made])
+        return Coming([a for members, _ in chosen for a in members], tokens, self._began)
+
+    def _read(self, coming: Coming) -> Tokens:
+        """What a step chose; the device is waited for once, when all of the step is under way."""
+        with self._timed():
+            tokens = coming.read()
+        self.model_s += coming.device_s
+        return {answer: [token] for answer, token in zip(coming.answers, tokens, strict=True)}
 
     def _extend(self, group: Sequence[tuple[Answer, int]]) -> list[Chosen]:
         """Read so many tokens of each answer; the next tokens of those that have been read."""
@@ -135,18 +153,43 @@ class EngineExecutor:
         group = sorted(group, key=lambda g: self._sequences[g[0]])
         counts = [count for _, count in group]
         width = max(counts)
-        # An answer that has ended and stays in a static batch is extended by any token.
-        rows = [[*a.next_tokens(n)] if a.ending is None else [0] * n for a, n in group]
-        given = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        given = self._given(group, width)
         new = None if min(counts) == width else torch.tensor(counts)
         asked = [(at, a) for at, (a, n) in enumerate(group) if a.todo == n and a.ending is None]
+        if self._behind and self._began is None:
+            self._began = mark(self.engine.device)
+        with self._timed():
+            logits = self.engine.extend_last([self._sequences[a] for a, _ in group], given, new)
+            return self._sample(logits, asked)
+
+    def _given(self, group: Sequence[tuple[Answer, int]], width: int) -> Tensor:
+        """The next tokens of each answer on the device, [B, width], padded."""
+        device, last = self.engine.device, self._last
+        # An answer that has ended and stays in a static batch is extended by any token.
+        if last is None or width > 1:
+            rows = [[*a.next_tokens(n)] if a.ending is None else [0] * n for a, n in group]
+            return staged([row + [0] * (width - len(row)) for row in rows], device)
+        answers = [answer for answer, _ in group]
+        if answers == last.answers:
+            return fed(last.tokens)
+        # Who got a token in the last step has it on the device; the host may not know it yet.
+        index, known = [], list[int]()
+        for answer in answers:
+            at = last.places.get(answer)
+            if at is None:
+                at = len(last.places) + len(known)
+                known += answer.next_tokens(1) if answer.ending is None else [0]
+            index.append(at)
+        sent = staged([*index, *known], device)
+        return fed(torch.cat((last.tokens, sent[len(index) :]))[sent[: len(index)]])
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the host's time as the model's, where the device's own clock does not tell it."""
         began = time.perf_counter()
-        logits = self.engine.extend_last(
-            [self._sequences[a] for a, _ in group], given.to(self.engine.device), new
-        )
-        chosen = self._sample(logits, asked)
-        self.model_s += time.perf_counter() - began
-        return chosen
+        yield
+        if not self._behind:
+            self.model_s += time.perf_counter() - began
 
     def _sample(self, logits: Tensor, asked: Sequence[tuple[int, Answer]]) -> list[Chosen]:
         """The next tokens of answers whose logits are the rows `at`."""
@@ -157,11 +200,13 @@ class EngineExecutor:
         for members in alike.values():
             sampling = members[0][1].request.sampling
             sampler = self._sampler(sampling)
-            rows = logits if len(members) == len(logits) else logits[[at for at, _ in members]]
+            rows = logits
+            if len(members) < len(logits):
+                rows = logits[staged([at for at, _ in members], self.engine.device)]
             uniforms = None
             if not sampling.greedy:
                 drawn = [torch.rand(1, generator=self._stream(a)) for _, a in members]
-                uniforms = torch.cat(drawn).to(self.engine.device)
+                uniforms = torch.cat(drawn).to(self.engine.device, non_blocking=True)
             chosen.append(([answer for _, answer in members], sampler(rows, uniforms)))
         return chosen
 

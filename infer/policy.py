@@ -63,3 +63,11 @@ class Policy:
     def shares(self) -> bool:
         """Whether sequences can share pages."""
         return BATCHING[self.batching] and self.allocation == PAGED
+
+    def require_shares(self) -> None:
+        """Raise UserError where they cannot: nothing can be forked then."""
+        if not self.shares:
+            raise UserError(
+                f"batching='{self.batching}' with allocation='{self.allocation}' shares nothing, "
+                "so nothing can be forked; serve continuous batches on pages"
+            )

@@ -200,6 +200,32 @@ class Prefixes:
         self._waits.update(dict.fromkeys(waiting, point))
         self.cached.touch(point)
 
+    def retract(self, answer: Answer) -> None:
+        """Offer what an answer has left beyond its prompt to nobody, but to those who have it.
+
+        For one that has left, and from whose state no token followed, as was found since.
+        """
+        if not self.keeps:
+            return
+        size, asked = self._size, len(answer.request.prompt)
+        path = [self.cached.root]
+        while len(path) * size <= answer.known:
+            found = self.cached.nodes.get(self._key(answer, len(path) - 1))
+            if found is None:
+                break
+            path.append(found)
+        self.leave(answer)
+        for node in reversed(path):
+            base = node.depth * size
+            for more in [more for more in node.points if asked <= base + more <= answer.known]:
+                point = node.points[more].get(answer.told(base, base + more))
+                if point is not None and point.is_idle:
+                    self.cached.drop_point(point)
+            if base <= asked:
+                break
+            if node.is_idle:
+                self.cached.drop_node(node)
+
     def leave(self, answer: Answer) -> None:
         """An answer runs no more, and waits for nothing."""
         self._no_longer_waits(answer)

@@ -101,32 +101,33 @@ class Scheduler:
             self._let_siblings_in(leader)
         return leader
 
-    def fork(self, answer: Answer) -> Answer:
+    def fork(self, answer: Answer, made: int | None = None) -> Answer:
         """A second answer that goes on where one stands between two steps, with random numbers of
-        its own. Raises UserError for one that has ended, and where nothing can be shared.
+        its own. made: it has only so many of its tokens, of one that may have ended since. Raises
+        UserError where that is not given for one that has, and where nothing can be shared.
         """
-        if answer.ending is not None:
+        if made is None and answer.ending is not None:
             raise UserError(
                 f"answer {answer.number} has ended ({answer.ending}); fork a running one"
             )
-        if not self.policy.shares:
-            raise UserError(
-                f"batching='{self.policy.batching}' with allocation='{self.policy.allocation}' "
-                "shares nothing, so nothing can be forked; serve continuous batches on pages"
-            )
+        self.policy.require_shares()
         child = self._new(answer.request, answer.leader or answer)
-        child.made, child.tokens = answer.made, list(answer.tokens)
+        child.made = answer.made if made is None else made
+        child.tokens = answer.tokens[: child.made]
         child.inherited = answer.pieces if answer.made else ()
-        if answer in self.running:
+        if answer.ending is None and answer in self.running:
             self.prefixes.checkpoint(answer, [child])
         self._queue(child)
         return child
 
     def cancel(self, answer: Answer) -> None:
-        """End an answer wherever it is, between two steps. One that has ended stays as it is."""
-        if answer.ending is not None:
-            return
-        answer.ending = Ending.CANCELLED
+        """End an answer, between two steps. One that has ended stays as it is."""
+        if answer.ending is None:
+            answer.ending = Ending.CANCELLED
+            self.drop(answer)
+
+    def drop(self, answer: Answer) -> None:
+        """Take out an answer that has ended, wherever it is, between two steps."""
         if answer in self.running:
             self._leave([answer])
             return
@@ -134,6 +135,7 @@ class Scheduler:
         heapify(self._waiting)
         self.prefixes.leave(answer)
         self._let_siblings_in(answer)
+        self._changes.released.append(answer)
 
     def clear(self) -> None:
         """Forget all prefixes that nobody uses."""
@@ -180,12 +182,10 @@ class Scheduler:
         return max(1, times)
 
     def done(
-        self,
-        batch: Batch,
-        times: int = 1,
+        self, batch: Batch, times: int = 1,
         endings: Callable[[Answer], Ending | None] | None = None,
         got: Mapping[Answer, int] | None = None,
-    ) -> Done:
+    ) -> Done:  # fmt: skip
         """Account for a step that was taken `times` times.
 
         endings: of answers that got tokens, whether they end with them, before their full length.
@@ -209,10 +209,8 @@ class Scheduler:
         ended = []
         for answer in told:
             found = None if endings is None else endings(answer)
-            if found is None and answer.left <= 0:
-                found = Ending.LENGTH
-            if found is not None:
-                answer.ending = found
+            if found is not None or answer.left <= 0:
+                answer.ending = found or Ending.LENGTH
                 ended.append(answer)
         batch.grown = self.ledger.memory
         self._leave(ended)
@@ -350,7 +348,7 @@ class Scheduler:
             self._let_siblings_in(answer)
             self._release(answer, known=answer.ending in (Ending.LENGTH, Ending.STOP))
         if ended:
-            self.running = [a for a in self.running if a.ending is None]
+            self.running = [a for a in self.running if a not in ended]
 
 
 class StaticScheduler(Scheduler):

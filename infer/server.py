@@ -1,74 +1,19 @@
 """A server: requests come in, a scheduler batches them, an executor takes the steps.
 
-There are two executors, and the loop does not tell them apart: an engine (`infer.executor`), and a
-clock that advances by what a step is predicted to take (`eval.predict.serving`). Tokens stream:
-every step tells who got one.
+Tokens stream: every step tells who got one. On an executor that looks ahead (`infer.ahead`) a step
+is launched before the tokens of the last are told. The schedule is the same, but for this: an
+answer that ends with its stop token stays one step longer, and a request that comes while a step
+runs, or follows from an answer that ended in it, may join one step later.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Protocol
 
-from infer.batch import Batch, Changes
-from infer.capacity import Capacity
+from infer.ahead import Ahead
 from infer.scheduler import Scheduler
-from infer.sequence import Answer, Ending, Request
-from kernels.sampling.nucleus import NO_TOKEN
-
-
-class Ran(NamedTuple):
-    """What came of a step: how many times it was taken, and the new tokens where there are any.
-
-    tokens: by answer, several where drafts were right; where logits do not decide, `NO_TOKEN` is
-    the last.
-    """
-
-    times: int
-    tokens: dict[Answer, list[int]] | None
-
-
-class Executor(Protocol):
-    """Takes the steps that a scheduler asks for, and has the time.
-
-    leaps: whether it takes several that are alike at once.
-    """
-
-    leaps: ClassVar[bool]
-
-    def require(self, capacity: Capacity) -> None:
-        """Raise UserError unless it has what a scheduler may hand out."""
-        ...
-
-    def now_s(self) -> float:
-        """Seconds since the server was opened."""
-        ...
-
-    def wait(self, until_s: float) -> None:
-        """Let the time come; there is nothing to do before."""
-        ...
-
-    def run(self, batch: Batch, times: int, until_s: float) -> Ran:
-        """Take a step at least once and up to `times` times, until after a point in time."""
-        ...
-
-    def follow(self, changes: Changes) -> None:
-        """Do to states what was decided about them."""
-        ...
-
-
-class Turn(NamedTuple):
-    """A step of the server, taken `times` times in a row.
-
-    got: answers with new tokens, the newest last in `Answer.tokens`, and when each had the one
-    before (None: it is the first). ended: those that ended.
-    """
-
-    batch: Batch
-    began_s: float
-    ended_s: float
-    times: int
-    got: list[tuple[Answer, float | None]]
-    ended: list[Answer]
+from infer.sequence import Answer, Request
+from infer.turns import Endings, Executor, Turn
 
 
 class Server:
@@ -81,6 +26,7 @@ class Server:
         executor.require(scheduler.capacity)
         self.scheduler = scheduler
         self.executor = executor
+        self._ahead = Ahead(scheduler, executor) if executor.ahead else None
         #: Whoever reads it empties it.
         self.cancelled: list[Answer] = []
 
@@ -98,19 +44,34 @@ class Server:
     def fork(self, answer: Answer) -> Answer:
         """As `Scheduler.fork`: a second answer with the same past, which is shared until they
         differ.
+
+        A step under way is waited for first, and the fork has its token too; of an answer that
+        ends with it the fork has what was told of it before.
         """
-        child = self.scheduler.fork(answer)
-        child.first_token_s, child.last_token_s = answer.first_token_s, answer.last_token_s
+        runs, made = answer.ending is None, len(answer.tokens)
+        told_s = answer.first_token_s, answer.last_token_s
+        self._settle()
+        if runs and answer.ending is not None:
+            child = self.scheduler.fork(answer, made)
+        else:
+            child = self.scheduler.fork(answer)
+            told_s = answer.first_token_s, answer.last_token_s
+        child.first_token_s, child.last_token_s = told_s
         self._follow()
         return child
 
     def cancel(self, answer: Answer) -> None:
-        """End an answer between two steps; what it held alone becomes free."""
+        """End an answer between two steps; what it held alone becomes free.
+
+        A step under way is waited for first, and the answer keeps its token; who ends with it has
+        ended so.
+        """
+        if answer.ending is None:
+            self._settle()
         if answer.ending is None:
             self.scheduler.cancel(answer)
             self._follow()
-            answer.ended_s = self.executor.now_s()
-            self.cancelled.append(answer)
+            self._note_cancelled(answer)
 
     def step(self, until_s: float = math.inf) -> Turn | None:
         """One step, or on a clock several that are alike, up to a point in time; None when idle.
@@ -118,7 +79,7 @@ class Server:
         Where the executor fails, all answers are cancelled and nothing stays held.
         """
         try:
-            return self._step(until_s)
+            return self._step(until_s) if self._ahead is None else self._ahead.step()
         except BaseException:
             self.close()
             raise
@@ -134,24 +95,21 @@ class Server:
             if answer.admitted_s is None:
                 answer.admitted_s = began_s
         ran = executor.run(batch, scheduler.repeats(batch) if executor.leaps else 1, until_s)
+        tokens = None if ran.read is None else ran.read()
         now_s = executor.now_s()
-        if ran.tokens is None:
+        if tokens is None:
             done = scheduler.done(batch, ran.times)
         else:
-            counts = {answer: len(tokens) for answer, tokens in ran.tokens.items()}
-            done = scheduler.done(batch, ran.times, _Endings(ran.tokens), counts)
-        got = [(answer, answer.last_token_s) for answer in done.got]
-        for answer, before in got:
-            answer.last_token_s = now_s
-            if before is None:
-                answer.first_token_s = now_s
-        for answer in done.ended:
-            answer.ended_s = now_s
+            counts = {answer: len(made) for answer, made in tokens.items()}
+            done = scheduler.done(batch, ran.times, Endings(tokens), counts)
+        held = sum(answer.held for answer in batch.answers)
         self._follow()
-        return Turn(batch, began_s, now_s, ran.times, got, done.ended)
+        return Turn.told(batch, began_s, now_s, ran.times, done.got, done.ended, held)
 
     def close(self) -> None:
-        """Cancel whatever has not ended, and keep nothing."""
+        """Cancel whatever has not ended, and keep nothing; a step under way tells nobody."""
+        for answer in () if self._ahead is None else self._ahead.abandon():
+            self._note_cancelled(answer)
         for answer in (*self.scheduler.running, *self.scheduler.waiting):
             self.cancel(answer)
         # Siblings of answers that were cancelled have come into the queue.
@@ -159,6 +117,22 @@ class Server:
             self.cancel(answer)
         self.scheduler.clear()
         self._follow()
+
+    def _settle(self) -> None:
+        """Wait for the step under way, if there is one: `step` returns its turn next.
+
+        Where that fails, all answers are cancelled and nothing stays held.
+        """
+        if self._ahead is not None:
+            try:
+                self._ahead.settle()
+            except BaseException:
+                self.close()
+                raise
+
+    def _note_cancelled(self, answer: Answer) -> None:
+        answer.ended_s = self.executor.now_s()
+        self.cancelled.append(answer)
 
     def _follow(self) -> None:
         self.executor.follow(self.scheduler.changes())
@@ -214,20 +188,3 @@ def drive(
                 source.ended(answer, turn.ended_s)
     finally:
         server.close()
-
-
-class _Endings:
-    """Hands tokens to their answers, and tells who ends with one."""
-
-    def __init__(self, tokens: dict[Answer, list[int]]) -> None:
-        self._tokens = tokens
-
-    def __call__(self, answer: Answer) -> Ending | None:
-        *before, last = self._tokens[answer]
-        answer.tokens += before
-        if last == NO_TOKEN:
-            answer.made -= 1
-            answer.note = "its logits are NaN or infinite: no token follows from them"
-            return Ending.FAILED
-        answer.tokens.append(last)
-        return Ending.STOP if last == answer.request.stop else None

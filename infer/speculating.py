@@ -17,8 +17,8 @@ from infer.drafts import Drafter
 from infer.engine import Engine
 from infer.executor import EngineExecutor, Rule
 from infer.sequence import Answer
-from infer.server import Ran
 from infer.speculate import Stream, advance, require_fit
+from infer.turns import Ran
 
 
 class SpeculatingExecutor(EngineExecutor):
@@ -29,7 +29,8 @@ class SpeculatingExecutor(EngineExecutor):
     """
 
     def __init__(self, engine: Engine, drafter: Drafter, *, drafts: int) -> None:
-        super().__init__(engine)
+        # A round drafts from the tokens of the last.
+        super().__init__(engine, ahead=False)
         require_fit(engine, drafter, drafts, engine.store.max_context)
         if drafter.read is not None:
             raise UserError(
@@ -51,14 +52,14 @@ class SpeculatingExecutor(EngineExecutor):
     def run(self, batch: Batch, times: int, until_s: float) -> Ran:
         """As `Executor.run`, once; a round for each rule of sampling."""
         # A first token follows from a prompt, in whatever chunks that was read.
-        tokens = self._plain([a for a in batch.decode if a.made == 0], batch)
+        tokens = self._read(self._launch([a for a in batch.decode if a.made == 0], batch))
         alike: dict[Rule, list[Answer]] = {}
         for answer in batch.decode:
             if answer.made:
                 alike.setdefault(answer.request.sampling.rule, []).append(answer)
         for members in alike.values():
             tokens |= self._round(members)
-        return Ran(1, tokens)
+        return Ran(1, lambda: tokens)
 
     def _round(self, answers: Sequence[Answer]) -> dict[Answer, list[int]]:
         streams = [self._stream_of(a) for a in answers]

@@ -18,7 +18,8 @@ from infer.memory import DoesNotFitError
 from infer.policy import PAGED, Policy
 from infer.scheduler import SCHEDULERS
 from infer.sequence import Answer
-from infer.server import Executor, Server, drive
+from infer.server import Server, drive
+from infer.turns import Executor
 
 #: Shares of the largest throughput at which requests are sent, until it is too much.
 SHARES = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending
-from infer.server import Turn
+from infer.turns import Turn
 
 #: Percentiles of every latency.
 PERCENTILES = (50, 90, 99)
@@ -54,7 +54,7 @@ class Log:
         answers = batch.answers
         self._running_s += span_s * len(answers)
         # In the middle of the turn; who ended in it has given its pages back.
-        held = sum(a.held for a in answers) - len(batch.decode) * turn.times / 2
+        held = turn.held - len(batch.decode) * turn.times / 2
         self._held_s += span_s * held
         capacity = self.scheduler.capacity
         growing = [key.every for key in capacity.pages if key.window is None]

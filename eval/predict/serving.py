@@ -24,7 +24,7 @@ from eval.predict.roofline import step_ms
 from infer.batch import Batch, Changes
 from infer.capacity import Capacity
 from infer.graphs import bucket
-from infer.server import Ran
+from infer.turns import Ran
 
 #: Prompts of more tokens are interpolated between multiples of powers of two of this many parts.
 PARTS = 4
@@ -159,9 +159,10 @@ def _neighbours(tokens: int) -> tuple[int, int]:
 
 
 class ClockExecutor:
-    """Takes a server's steps on a clock (`infer.server.Executor`)."""
+    """Takes a server's steps on a clock (`infer.turns.Executor`)."""
 
     leaps: ClassVar[bool] = True
+    ahead: ClassVar[bool] = False
 
     def __init__(self, times: StepTimes | ConstantTimes) -> None:
         self._times = times

@@ -69,23 +69,12 @@ class _NoModel:
         return self._logits[: len(sequences)]
 
 
-def server_work_ms() -> tuple[float, float]:
-    """As `host_work_ms`, of a whole server: scheduler, tokens in and out, sampling, books."""
-    specs = ModelSpec(arch=ARCH, scale=get_scale(SCALE)).outline(torch.bfloat16).state_specs()
-    capacity = Capacity.of(specs, max_sequences=BATCH, max_context=2048, page_size=64)
-    store = StateStore(
-        specs, max_sequences=BATCH, max_context=2048, page_size=64, pages=capacity.pages,
-        device="meta", kernels=True,
-    )  # fmt: skip
-    engine = cast(Engine, _NoModel(store))
-    scheduler = Scheduler(capacity, Policy(token_budget=BATCH))
-    server = Server(scheduler, EngineExecutor(engine))
-    for first in range(BATCH):
-        # Of unlike lengths, so that pages turn at unlike steps.
-        prompt = [1] * (1 + first)
-        server.submit(Request(prompt=prompt, max_new_tokens=WARMUP + STEPS + 2 * BATCH))
-    while any(a.made == 0 for a in scheduler.running) or scheduler.queued:
-        server.step()
+def server_work_ms(*, ahead: bool) -> tuple[float, float]:
+    """As `host_work_ms`, of a whole server: scheduler, tokens in and out, sampling, books.
+
+    ahead: whether it looks ahead, as it does on a GPU.
+    """
+    server = decoding_server(ahead=ahead)
     gc.collect()
     times = []
     for _ in range(WARMUP + STEPS):
@@ -95,3 +84,23 @@ def server_work_ms() -> tuple[float, float]:
     server.close()
     spans = statistics.quantiles(times[WARMUP:], n=100)
     return spans[49], spans[98]
+
+
+def decoding_server(*, ahead: bool) -> Server:
+    """A server without layers whose sequences all decode."""
+    specs = ModelSpec(arch=ARCH, scale=get_scale(SCALE)).outline(torch.bfloat16).state_specs()
+    capacity = Capacity.of(specs, max_sequences=BATCH, max_context=2048, page_size=64)
+    store = StateStore(
+        specs, max_sequences=BATCH, max_context=2048, page_size=64, pages=capacity.pages,
+        device="meta", kernels=True,
+    )  # fmt: skip
+    engine = cast(Engine, _NoModel(store))
+    scheduler = Scheduler(capacity, Policy(token_budget=BATCH))
+    server = Server(scheduler, EngineExecutor(engine, ahead=ahead))
+    for first in range(BATCH):
+        # Of unlike lengths, so that pages turn at unlike steps.
+        prompt = [1] * (1 + first)
+        server.submit(Request(prompt=prompt, max_new_tokens=WARMUP + STEPS + 2 * BATCH))
+    while any(a.made == 0 for a in scheduler.running) or scheduler.queued:
+        server.step()
+    return server

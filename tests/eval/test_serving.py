@@ -33,7 +33,7 @@ from infer.engine import Engine
 from infer.executor import Chosen, EngineExecutor
 from infer.policy import Policy
 from infer.sequence import Answer
-from infer.server import Ran
+from infer.turns import Ran
 from kernels.sampling.nucleus import NO_TOKEN
 from tests.eval.synthetic import HERE
 
@@ -131,8 +131,8 @@ def test_ragged_steps_take_the_mean_of_uniform_ones(arch: str) -> None:
 class OnClock(EngineExecutor):
     """An engine's tokens at a clock's times."""
 
-    def __init__(self, engine: Engine, clock: ClockExecutor) -> None:
-        super().__init__(engine)
+    def __init__(self, engine: Engine, clock: ClockExecutor, *, ahead: bool = False) -> None:
+        super().__init__(engine, ahead=ahead)
         self._clock = clock
 
     def now_s(self) -> float:
@@ -209,6 +209,38 @@ def test_an_engine_and_a_clock_run_the_same_schedule(
         )
     if workload is SHARING and arch == "gqa":
         assert 0 < figures[0]["shared_state"] < 1
+
+
+@pytest.mark.parametrize("batching", ["continuous", "static"])
+@pytest.mark.parametrize("arch", ["gqa", "gdn:gqa=1:1", "swa"])
+def test_an_engine_that_looks_ahead_runs_the_schedule_of_a_clock(arch: str, batching: str) -> None:
+    """Of requests that come at once; later ones come in the middle of steps."""
+    workload = replace(POISSON, arrivals="once", rate_per_s=0.0)
+    policy = Policy(batching=batching, token_budget=24, reserve=0)
+    model = ModelSpec(arch=arch, scale=SMALL, hidden=16).build(seed=1).eval()
+    capacity = Capacity.of(
+        model.state_specs(), max_sequences=4, max_context=128, page_size=8,
+        memory_bytes=3.5 * model.state_bytes(128), typical_tokens=typical(workload),
+    )  # fmt: skip
+    times = StepTimes(model, H100, max_context=128)
+    engine = Engine(
+        model, max_sequences=capacity.max_sequences, max_context=128, page_size=8,
+        pages=capacity.pages, kept=capacity.checkpoints,
+    )  # fmt: skip
+    runs = [
+        serve(executor, capacity, policy, workload, voice, keep_schedule=True)
+        for executor, voice in (
+            (ClockExecutor(times), silent_voice),
+            (OnClock(engine, ClockExecutor(times), ahead=True), random_voice(31)),
+        )
+    ]
+    assert runs[0].log.schedule == runs[1].log.schedule
+    assert len(runs[0].log.schedule) > 50
+    for clocked, made in zip(runs[0].answers, runs[1].answers, strict=True):
+        assert len(made.tokens) == made.made == clocked.made
+    figures = [run.log.figures(run.answers, LIMITS) for run in runs]
+    for name in ("output_tok_per_s", "running_sequences", "held_tokens", "preemptions"):
+        assert figures[0][name] == pytest.approx(figures[1][name], rel=0.05)
 
 
 @pytest.mark.slow

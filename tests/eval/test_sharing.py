@@ -12,7 +12,8 @@ from infer.pages import TableKey
 from infer.policy import Policy
 from infer.scheduler import Scheduler
 from infer.sequence import Ending
-from infer.server import Server, Turn, drive
+from infer.server import Server, drive
+from infer.turns import Turn
 from tests.eval.test_serving import LIMITS, SHARING
 
 

@@ -1,5 +1,8 @@
 """The way to a GPU, on a stand-in: captures, memory, launches, and kernels compiled ahead."""
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from random import SystemRandom
@@ -92,6 +95,28 @@ def test_prepared_kernels_are_all_that_the_proof_launches(tmp_path: Path) -> Non
     index.write_text(index.read_text().replace('"triton": "', '"triton": "0.'))
     with pytest.raises(UserError, match=r"prepared with triton 0\..*prepare it again"):
         use(folder, tmp_path / "other")
+
+
+def test_a_server_waits_for_one_event_a_step_when_the_next_is_launched() -> None:
+    """And for nothing else: no copy, list or index makes the host wait for the device."""
+    words = [sys.executable, "-m", "tests.gpu_standin.serving"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    turns = found["turns"]
+    assert found["ahead"]
+    assert {turn["got"] for turn in turns} >= {1, 4}
+    assert max(turn["groups"] for turn in turns) == 3
+    # Two events a step, before and behind its work; the first call launches two.
+    groups = [turn["groups"] for turn in turns]
+    step = {n: ["event", *["step"] * n, "event"] for n in (0, *groups)}
+    for turn, now, later in zip(turns, groups, [*groups[1:], 0], strict=True):
+        launched = step[later] if later else []
+        if turn is turns[0]:
+            launched = step[now] + launched
+        assert turn["told"] == [*launched, "wait for an event"]
+    # The stand-in's events lie a millisecond apart.
+    assert found["model_s"] == pytest.approx(1e-3 * len(turns))
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def capacity_of(model: Model, *, share: float = 0.6, drafts: int = 0) -> Capacit
 
 def server_of(
     model: Model, *, share: float = 0.6, batching: str = "continuous", backend: str = "torch",
-    cache: bool = False, every: int = 0, drafts: int = 0,
+    cache: bool = False, every: int = 0, drafts: int = 0, ahead: bool = False,
 ) -> tuple[Server, Engine]:  # fmt: skip
     capacity = capacity_of(model, share=share, drafts=drafts)
     engine = Engine(
@@ -56,7 +56,7 @@ def server_of(
         prefix_cache=cache, checkpoint_every=every, drafts=drafts,
     )  # fmt: skip
     scheduler = SCHEDULERS[batching](capacity, policy)
-    executor = EngineExecutor(engine)
+    executor = EngineExecutor(engine, ahead=ahead)
     if drafts:
         executor = SpeculatingExecutor(engine, PromptLookup(device=engine.device), drafts=drafts)
     return Server(scheduler, executor), engine

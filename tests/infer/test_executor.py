@@ -72,7 +72,9 @@ def test_tokens_are_read_once_when_all_of_a_step_is_under_way(
     ("kind", "cache"), [("rows", False), ("window 9", True), ("state and rows", True)]
 )
 def test_kernels_and_graphs_serve_the_same_answers(kind: str, cache: bool) -> None:
-    """In Triton's interpreter; decode steps are recorded, and replayed in padded batches."""
+    """In Triton's interpreter; decode steps are recorded, and replayed in padded batches, the next
+    before the tokens of the last are read.
+    """
     begun = {"common": 17, "answers": 2} if cache else {}
     requests = [request_of(n, (18 if cache else 3 + 4 * n), 9 - n, **begun) for n in range(5)]
     policy = Policy(token_budget=BUDGET, prefix_cache=cache, checkpoint_every=8 * cache)
@@ -93,7 +95,8 @@ def test_kernels_and_graphs_serve_the_same_answers(kind: str, cache: bool) -> No
             )  # fmt: skip
             if backend == "triton":
                 engine.graphed = GraphedStep(model, engine.store, recorder=Again)
-            server = Server(Scheduler(capacity, policy), EngineExecutor(engine))
+            executor = EngineExecutor(engine, ahead=backend == "triton")
+            server = Server(Scheduler(capacity, policy), executor)
             answers = [server.submit(r) for r in requests]
             drain(server)
             every = [b for a in answers for b in (a, *a.siblings)]

@@ -15,6 +15,7 @@ from archs.formats import Format
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import RowSpec, StateSpec
+from eval.proof.bench_host import decoding_server
 from infer.pages import TableKey
 from infer.store import StateStore
 
@@ -131,3 +132,14 @@ def test_a_step_of_64_sequences_of_the_1b_hybrid_takes_less_than_a_millisecond(
     work = bytecodes(step)
     assert store.tables[TableKey(1, None, 0)].used == gained + 64
     assert work <= 75_000, work
+
+
+def test_a_server_that_looks_ahead_has_no_more_to_do() -> None:
+    """Of 64 sequences of the 1b hybrid; the host's tokens need not be sent then."""
+    work = {}
+    for ahead in (False, True):
+        server = decoding_server(ahead=ahead)
+        work[ahead] = min(bytecodes(server.step) for _ in range(4))
+        server.close()
+    assert work[True] <= 1.01 * work[False], work
+    assert work[True] <= 65_000, work

@@ -24,8 +24,9 @@ from infer.executor import EngineExecutor
 from infer.policy import Policy
 from infer.scheduler import Scheduler
 from infer.sequence import Answer, Ending
-from infer.server import Ran, Server
+from infer.server import Server
 from infer.speculating import SpeculatingExecutor
+from infer.turns import Ran
 from tests.infer.serving import (
     BUDGET,
     PAGE,
@@ -92,7 +93,7 @@ class Company(RuleBasedStateMachine):
         if going and self.server.scheduler.policy.shares:
             answer = data.draw(st.sampled_from(going))
             child = self.server.fork(answer)
-            self.made[child] = list(answer.tokens)
+            self.made[child] = list(child.tokens)
             self.answers.append(child)
 
     @rule(steps=st.integers(1, 6))
