@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 #: The paper's blocks, how many of them a token reads, and its window, for long sequences.
 MOST_BLOCK, MOST_PICKS, MOST_WINDOW = 64, 16, 512
-#: The first block, a token's own and the one before are always read, and one at least is picked.
-LEAST_PICKS = 4
+#: The first block, a token's own and the one before are always read.
+LEAST_PICKS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ class SparseBlockConfig(GroupedConfig):
         16 blocks, beside a window of an eighth, at most 512.
         """
         block = max(1, min(MOST_BLOCK, scale.seq_len // 16))
-        picks = max(LEAST_PICKS, min(MOST_PICKS, scale.seq_len // 4 // block))
+        picks = max(LEAST_PICKS + 1, min(MOST_PICKS, scale.seq_len // 4 // block))
         window = max(1, min(MOST_WINDOW, scale.seq_len // 8))
         return {
             **GroupedConfig.defaults(scale), "block": block, "picks": picks, "window": window,
