@@ -58,7 +58,8 @@ def test_attention_over_means_has_gradients_and_its_weights_have_none() -> None:
     assert not weights.requires_grad
     mine = torch.autograd.grad(out.square().sum(), given)
     theirs = torch.autograd.grad(
-        attend_means_ref(*given, mask, scale=0.3)[0].square().sum(), given  # type: ignore[call-arg]
+        attend_means_ref(*given, mask, scale=0.3)[0].square().sum(),
+        given,  # type: ignore[call-arg]
     )
     for got, wanted in zip(mine, theirs, strict=True):
         torch.testing.assert_close(got, wanted)
