@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from archs.backends import Forms
-from archs.state import LayerState, PagedSeen, Rows, Seen, mask_of
+from archs.ops.attention import DECODE_LIMIT
+from archs.state import LayerState, PagedSeen, Rows, Seen, mask_of, pages_of
 from kernels.attention.torch import attention
 from kernels.blocks.torch import NEWEST, attend_means, best_blocks, block_means, blocks_mask
 
@@ -205,4 +206,44 @@ def _each_alone(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return attention(alone, k, v, mask=mask.flatten(0, 2)[:, None, None]).reshape(q.shape)
 
 
-_ATTEND = Forms("native sparse attention", {"torch": _torch, "triton": _torch, "sdpa": _torch})
+# -- by kernels ----------------------------------------------------------------------------------
+
+
+def _triton(q: Tensor, seen: Rows, state: LayerState, name: str, blocks: Blocks) -> Branches:
+    """Decode; longer steps are torch's, under masks."""
+    p = pages_of(seen)
+    if p is None or q.shape[1] > DECODE_LIMIT:
+        return _torch(q, seen, state, name, blocks)
+    means = state.pages(name, q.dtype)
+    if means is None:
+        return _torch(q, seen, state, name, blocks)
+    from kernels.attention.decode import attention_decode
+    from kernels.blocks.append import block_append
+    from kernels.blocks.pages import block_pages, unit_of
+    from kernels.blocks.scan import block_scan
+
+    size, page = blocks.size, p.page_size
+    block_append(
+        p.pool, p.table, p.past, means.pool, means.table, tokens=q.shape[1], block=size,
+        page_size=page, new=p.new,
+    )  # fmt: skip
+    # As many means as the longest sequence has, in whole pages.
+    most = max(1, min(-(-state.written(name).length // page), means.table.shape[1])) * page
+    out, ranks = block_scan(
+        q, *means.pool.unbind(0), means.table, p.past, means=most, block=size, page_size=page
+    )
+    picks = ranks.topk(min(blocks.count - NEWEST, most), -1).indices
+    rows = p.pool.shape[2]
+    table, counts = block_pages(picks, p.table, p.past, block=size, page_size=page, pool_rows=rows)
+    # Each token and KV head is a sequence of its own, whose pages are what it reads.
+    alone = q.unflatten(2, (p.pool.shape[1], -1)).flatten(0, 2)[:, None]
+    k, v = p.pool.unbind(0)
+    picked = attention_decode(
+        alone, k.view(1, -1, k.shape[-1]), v.view(1, -1, v.shape[-1]), table, counts,
+        page_size=unit_of(size, page),
+    )  # fmt: skip
+    window = attention_decode(q, k, v, p.table, p.total, page_size=page, window=blocks.window)
+    return Branches(out, picked.view_as(out), window)
+
+
+_ATTEND = Forms("native sparse attention", {"torch": _torch, "triton": _triton, "sdpa": _torch})
