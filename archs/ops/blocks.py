@@ -6,6 +6,7 @@ what they read: first the newest rows of each token, which hold its own block an
 then the blocks that were picked. Longer ones read all rows once, under masks.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from kernels.blocks.torch import NEWEST, attend_means, best_blocks, block_means,
 PIECE = 1 << 23
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Blocks:
     """What a token reads: `count` blocks of `size` rows, and the newest `window` rows."""
 
     size: int
@@ -165,11 +167,12 @@ def _gathered(q: Tensor, seen: Rows, state: LayerState, name: str, blocks: Block
 
 def _rows_at(seen: Rows, at: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values by their places: [B, K, G or 1, n] -> [B, K, G, n, d] each."""
+    batch: tuple[Tensor, ...] = ()
     if isinstance(seen, PagedSeen):
         # Without a window the place of a row is its position; no other page is touched.
         p = seen.pages
         page = p.table.gather(1, (at // p.page_size).flatten(1)).view_as(at)
-        at, batch = page.long() * p.page_size + at % p.page_size, ()
+        at = page.long() * p.page_size + at % p.page_size
         k, v = p.pool.unbind(0)
     else:
         batch = (torch.arange(len(at), device=at.device)[:, None, None, None],)
@@ -229,9 +232,8 @@ def _triton(q: Tensor, seen: Rows, state: LayerState, name: str, blocks: Blocks)
     )  # fmt: skip
     # As many means as the longest sequence has, in whole pages.
     most = max(1, min(-(-state.written(name).length // page), means.table.shape[1])) * page
-    out, ranks = block_scan(
-        q, *means.pool.unbind(0), means.table, p.past, means=most, block=size, page_size=page
-    )
+    k, v = means.pool.unbind(0)
+    out, ranks = block_scan(q, k, v, means.table, p.past, means=most, block=size, page_size=page)
     picks = ranks.topk(min(blocks.count - NEWEST, most), -1).indices
     rows = p.pool.shape[2]
     table, counts = block_pages(picks, p.table, p.past, block=size, page_size=page, pool_rows=rows)

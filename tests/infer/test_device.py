@@ -81,8 +81,8 @@ RUN = InterpretedFunction.run
 #: Latent attention: norm, rotation, its row and its queries put together, their write, attention.
 #: Picked rows: scales of head weights, latents and index keys written, the scan, torch's selection,
 #: which of its rows are seen and where they lie, attention.
-#: Blocks: rows and means written, the scan, torch's selection, the pages of its blocks, each token's
-#: queries by KV head, two attentions, gates and the sum of three.
+#: Blocks: rows and means written, the scan, torch's selection, the pages of its blocks, two
+#: attentions, gates and the sum of three.
 MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13}
 
 
