@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def check_scan(
         q = random(3, new, h, dim, device=device)
         k, v = random(2, g, pages * PAGE, dim, device=device)
         lengths, means = held * block + block // 2 - new, table.shape[1] * PAGE
-        options = {"means": means, "block": block, "page_size": PAGE}
+        options: dict[str, Any] = {"means": means, "block": block, "page_size": PAGE}
         out, scores = block_scan_ref(*on_cpu(q, k, v, table, lengths), **options)
         got, found = block_scan(q, k, v, table, lengths, **options)
         if not ranks:
