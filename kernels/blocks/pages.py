@@ -26,12 +26,9 @@ from kernels.overlap import overlapped, start_next, wait_for_previous
 ENTRIES, WARPS = 128, 1
 
 
-@triton.jit(
-    do_not_specialize=["tokens", "heads", "max_pages", "pool_rows", "picked", "stride", "entries"]
-)
+@triton.jit(do_not_specialize=["tokens", "heads", "max_pages", "pool_rows", "picked", "entries"])
 def block_pages_fwd_kernel(  # type: ignore[no-untyped-def]
-    picks, page_table, lengths, table, counts, tokens, heads, max_pages, pool_rows, picked, stride,
-    entries,
+    picks, page_table, lengths, table, counts, tokens, heads, max_pages, pool_rows, picked, entries,
     S: tl.constexpr, PAGE: tl.constexpr, UNIT: tl.constexpr, NEWEST: tl.constexpr,
     ENTRIES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +44,7 @@ def block_pages_fwd_kernel(  # type: ignore[no-untyped-def]
     newest = tl.minimum(own + 1, NEWEST)
     entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     j = entry // (S // UNIT)
-    block = tl.load(picks + each * stride + j, mask=j < older, other=0).to(tl.int32)
+    block = tl.load(picks + each * picked + j, mask=j < older, other=0).to(tl.int32)
     block = tl.where(j < older, block, tl.minimum(own + 1 - newest + j - older, own))
     row = block * S + entry % (S // UNIT) * UNIT
     page = tl.minimum(row // PAGE, max_pages - 1)
@@ -109,7 +106,7 @@ def block_pages(
         return table, counts
     block_pages_fwd_kernel[(all_of, triton.cdiv(entries, ENTRIES))](
         picks, page_table, lengths, table, counts, tokens, heads, page_table.shape[1], pool_rows,
-        picked, picked, entries, S=block, PAGE=page_size, UNIT=unit, NEWEST=NEWEST,
+        picked, entries, S=block, PAGE=page_size, UNIT=unit, NEWEST=NEWEST,
         ENTRIES=ENTRIES, num_warps=WARPS, **overlapped(picks.device),
     )  # fmt: skip
     return table, counts
