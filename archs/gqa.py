@@ -7,7 +7,7 @@ heads (GQA, arXiv 2305.13245), or a single one (MQA, arXiv 1911.02150). Equals t
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class MultiQueryConfig(AttentionConfig):
 class Attention(Mixer):
     """Causal softmax attention, full or windowed, with any number of KV heads."""
 
-    Config = AttentionConfig
+    Config: ClassVar[type[MixerConfig]] = AttentionConfig
     coded_rows = frozenset({"kv"})
 
     def __init__(self, config: AttentionConfig, place: Place) -> None:

@@ -31,6 +31,7 @@ from archs.mamba1 import Mamba1, Mamba1Config
 from archs.mamba2 import Mamba2, Mamba2Config
 from archs.mixer import Mixer, MixerConfig, Place
 from archs.mla import LatentAttention, LatentConfig
+from archs.nsa import SparseBlockAttention, SparseBlockConfig
 from archs.short_conv import ShortConv
 from archs.sizes import Scale, round_to
 from archs.swa import WindowConfig
@@ -50,6 +51,7 @@ REGISTRY: dict[str, Entry] = {
     "swa": Entry(Attention, WindowConfig),
     "mla": Entry(LatentAttention, LatentConfig),
     "dsa": Entry(SparseLatentAttention, SparseLatentConfig),
+    "nsa": Entry(SparseBlockAttention, SparseBlockConfig),
     "cla": Entry(CrossLayerAttention, CrossLayerConfig),
     "linear": Entry(LinearAttention, LinearConfig),
     "gdn": Entry(GatedDeltaNet, GatedDeltaConfig),

@@ -24,6 +24,9 @@ from kernels.aot.content import content_key
 from kernels.attention import combine as split_combine
 from kernels.attention import decode as attention_decode
 from kernels.attention import prefill as attention_prefill
+from kernels.blocks import append as block_append
+from kernels.blocks import pages as block_pages
+from kernels.blocks import scan as block_scan
 from kernels.conv import chunk as conv_chunk
 from kernels.conv import step as conv_step
 from kernels.decay import chunk as decay_chunk
@@ -48,6 +51,7 @@ from kernels.sparse import scan as index_scan
 #: Every op with a Triton kernel: a module with `variants()`, the default one first.
 OPS: dict[str, ModuleType] = {
     "attention_decode": attention_decode, "attention_prefill": attention_prefill,
+    "block_append": block_append, "block_pages": block_pages, "block_scan": block_scan,
     "conv_chunk": conv_chunk, "conv_step": conv_step, "decay_chunk": decay_chunk,
     "few_rows": few_rows, "gdn_chunk": gdn_chunk, "gdn_step": gdn_step, "gemv": gemv,
     "head_gemv": head_gemv, "index_append": index_append, "index_scan": index_scan,

@@ -207,6 +207,7 @@ def attention_decode(
       projection will do.
     k_pool, v_pool: [G, pages * page_size, d]; q's dtype, or int8 or float8_e4m3fn with scales.
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
+      Pages of one row make it a list of rows, such as those of picked blocks (`kernels.blocks`).
     lengths: int32 [B]; rows in the cache, the K new ones included. Token i sits at position
       length - K + i and sees rows up to itself; a token at a negative position returns zeros.
     window, sinks: of the rows before it a token sees the newest `window` (itself counted) and the
@@ -310,7 +311,7 @@ def attention_decode_ref(
 def variants() -> list[Variant]:
     """Every configuration that the wrapper can pick; first 64 query heads on 8 kv heads of 128.
     Pages: of whole tiles, and below a tile; those of fp16 K and V are left out, as their code is
-    that of bf16 but for the type."""
+    that of bf16 but for the type. Of one row: of plain bf16 without a window."""
     bf16, fp16 = torch.bfloat16, torch.float16
 
     def call(
@@ -332,8 +333,8 @@ def variants() -> list[Variant]:
         for dim, rows, eight_bit in CONFIGS
         if eight_bit == (kv in EIGHT_BIT)
         for windowed in (False, True)
-        for page in (64, 16)
-        if page == 64 or kv != fp16
+        for page in (64, 16, 1)
+        if page == 64 or (page == 16 and kv != fp16) or (q == kv == bf16 and not windowed)
     )
     # Page numbers are narrow, and so are rows' scales.
     expected = Expected(wide_loads=2, narrow_in_loops=frozenset({4}), matrix=True, spills=SPILLS)

@@ -34,8 +34,8 @@ def check(
     rule = "must start at 16 bytes and have strides [16i, 16j, 16k, 1]"
     require(aligned, "q", form(q), rule)
 
-    require(page_size >= 16 and page_size % 16 == 0, "page_size", page_size,
-             "must be a positive multiple of 16")  # fmt: skip
+    require(page_size == 1 or (page_size >= 16 and page_size % 16 == 0), "page_size", page_size,
+            "must be 1 or a positive multiple of 16")  # fmt: skip
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         shape = form(pool)
         fits = pool.dim() == 3 and pool.shape[2] == dim and pool.shape[1] % page_size == 0
@@ -58,6 +58,7 @@ def check(
         require(able, "k_pool", form(k_pool), "needs compute capability 8.9; use int8")
 
     require(window is None or window >= 1, "window", window, "must be None or at least 1")
+    require(window is None or page_size > 1, "window", window, "must be None with pages of 1 row")
     require(sinks >= 0, "sinks", sinks, "must be at least 0")
     i32, f32 = torch.int32, torch.float32
     table = page_table.dim() == 2 and page_table.shape[0] == batch and page_table.dtype == i32

@@ -24,7 +24,8 @@ def test_every_op_compiles_soundly_for_hopper() -> None:
     rows = kernel_table(cells(["sm_90"], every=False), progress=QUIET)
     assert [row["op"] for row in rows] == list(OPS)
     assert {row["faults"] for row in rows} == {""}
-    assert all("x16B" in row["loads"] for row in rows)
+    # A table of pages is looked up number by number.
+    assert all("x16B" in row["loads"] for row in rows if row["op"] != "block_pages")
 
 
 def test_an_unknown_target_is_named() -> None:

@@ -33,6 +33,7 @@ def test_compiled_decode_of_attention_gives_the_same_tokens() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"])
 def test_compiled_decode_gives_the_same_tokens(arch: str) -> None:
     same_tokens(arch)

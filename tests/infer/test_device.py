@@ -81,7 +81,9 @@ RUN = InterpretedFunction.run
 #: Latent attention: norm, rotation, its row and its queries put together, their write, attention.
 #: Picked rows: scales of head weights, latents and index keys written, the scan, torch's selection,
 #: which of its rows are seen and where they lie, attention.
-MORE_LAUNCHES = {"mla": 6, "dsa": 16}
+#: Blocks: rows and means written, the scan, torch's selection, the pages of its blocks, two
+#: attentions, gates and the sum of three.
+MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13}
 
 
 @pytest.mark.parametrize("arch", REGISTRY)
@@ -131,6 +133,19 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
     assert engine.kernel_backend == "triton"
 
 
+@pytest.mark.parametrize(("block", "window"), [(16, 20), (32, 70)])
+def test_picked_blocks_as_pages_equal_the_torch_form(block: int, window: int) -> None:
+    subject = subject_of("nsa", layers=1)
+    options = {"block": block, "picks": 3, "window": window}
+    subject.spec = replace(subject.spec, overrides={"nsa": options})
+    subject.model = subject.spec.build()
+    tokens = subject.tokens(2, 6 * block)
+    expected, engine = subject.expected(tokens), subject.engine(2, 6 * block)
+    slots = [engine.store.add(), engine.store.add()]
+    got = subject.run(engine, slots, tokens, [6 * block - 12, 1, 3, 7, 1])
+    assert error_of(got, expected) <= TOLERANCE
+
+
 def test_latents_without_positions_equal_the_torch_form() -> None:
     subject = subject_of("mla", layers=1)
     subject.spec = replace(subject.spec, overrides={"mla": {"positions": False}})
@@ -144,7 +159,7 @@ def test_latents_without_positions_equal_the_torch_form() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("check", [check_padding, check_fork, check_rollback])
-@pytest.mark.parametrize("arch", ["swa:gqa=1:1", "gdn:gqa=1:1", "mla", "mamba1", "mamba2"])
+@pytest.mark.parametrize("arch", ["swa:gqa=1:1", "gdn:gqa=1:1", "mla", "nsa", "mamba1", "mamba2"])
 def test_the_conformance_kit_holds(arch: str, check: Callable[[Subject], object]) -> None:
     verdict = check(subject_of(arch))
     assert verdict.passed, verdict.detail  # type: ignore[attr-defined]

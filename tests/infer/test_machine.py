@@ -50,6 +50,7 @@ KINDS: dict[str, tuple[str, dict[str, int]]] = {
     "shared rows": ("cla", {}),
     "pooled rows": (str(DATA / "pooled_rows.py"), {}),
     "picked rows": (str(DATA / "picked_rows.py"), {}),
+    "picked blocks": ("nsa", {"block": 2, "picks": 3, "window": 3}),
     "retention": ("linear", {}),
     "delta rule": ("gdn", {}),
     "scan": ("mamba1", {}),
@@ -66,7 +67,8 @@ def model_of(kind: str) -> Model:
 @cache
 def built(kind: str) -> Model:
     arch, options = KINDS[kind]
-    overrides = {"swa": options} if options else {}
+    name = "swa" if "swa" in arch else arch
+    overrides = {name: options} if options else {}
     spec = ModelSpec(arch=arch, scale=SCALE, overrides=overrides, hidden=16)
     return spec.build(seed=7).eval()
 

@@ -74,7 +74,7 @@ def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1], [63], [64], [1000], [0, 130, 5]], ids=str)
-@pytest.mark.parametrize("page_size", [16, 48, 64, 128])
+@pytest.mark.parametrize("page_size", [1, 16, 48, 64, 128])
 def test_lengths_and_shuffled_pages(lengths: list[int], page_size: int) -> None:
     assert_equals_the_oracle(lengths, page_size=page_size)
 
@@ -166,7 +166,14 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "q start": ("q=.*16 bytes", lambda a: {"q": torch.randn(257)[1:].view(1, 1, 8, 32)}),
     "head_dim": ("head_dim=48 must be one of", lambda a: {"q": torch.randn(1, 1, 8, 48)}),
     "K": ("K=10 new tokens", lambda a: {"q": torch.randn(1, 10, 8, 32)}),
-    "page_size": ("page_size=24 .*multiple of 16", lambda a: {"page_size": 24}),
+    "page_size": (
+        "page_size=24 must be 1 or a positive multiple of 16",
+        lambda a: {"page_size": 24},
+    ),
+    "window of rows": (
+        "window=9 must be None with pages of 1",
+        lambda a: {"page_size": 1, "window": 9},
+    ),
     "pool rows": (r"k_pool=.*pages \* 128", lambda a: {"page_size": 128}),
     "pool heads": ("k_pool=.*divide the 8", lambda a: {"k_pool": torch.randn(3, 256, 32)}),
     "pool dtype": ("v_pool=.*int8 or", lambda a: {"v_pool": a["v_pool"].half()}),

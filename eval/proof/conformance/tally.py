@@ -1,7 +1,8 @@
 """Count what a step does where torch dispatches it, without looking at any declaration.
 
 A `Tally` marks every byte of the watched tensors that an operation reads, and counts FLOPs by
-kind. Views read nothing; a gather reads what it returns.
+kind. Views read nothing; a gather reads what it returns. Of a state that is read whole in the same
+step, gathers read nothing more.
 """
 
 from collections.abc import Iterable, Iterator
@@ -54,6 +55,11 @@ class Watched:
     def read_bytes(self) -> int:
         """Distinct bytes that were read, and what gathers returned."""
         return int(self._read.sum()) + self.gathered_bytes
+
+    @property
+    def once_bytes(self) -> int:
+        """As `read_bytes`; gathers from a tensor that is read whole add nothing."""
+        return len(self._read) if self._read.all() else self.read_bytes
 
     def mark(self, view: Tensor) -> None:
         """An operation read this view of the tensor."""
@@ -117,7 +123,7 @@ class Tally(TorchDispatchMode):
     @property
     def state_read_bytes(self) -> int:
         """Bytes of watched state that were read, each once."""
-        return sum(w.read_bytes for w in self.state.values())
+        return sum(w.once_bytes for w in self.state.values())
 
     def watch_state(self, tensor: Tensor) -> Watched:
         """Watch a tensor with a storage of its own from now on."""

@@ -1,7 +1,17 @@
 """Every operation that the proof checks and times."""
 
-from eval.proof.gpu.ops import attention, chunk, glue, product, quant, recurrent, sparse
+from eval.proof.gpu.ops import (
+    attention,
+    blocks,
+    chunk,
+    glue,
+    product,
+    quant,
+    recurrent,
+    sparse,
+)
 
 OPS = (
-    *attention.OPS, *sparse.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
+    *attention.OPS, *sparse.OPS, *blocks.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS,
+    *quant.OPS, *glue.OPS,
 )  # fmt: skip
