@@ -54,7 +54,7 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
     for eight in (False, True)
     for d, m, config in (
         (32, 16, Config(128, 4, 2) if eight else Config(64, 2, 3)),
-        (32, 32, Config(64, 4, 3)), (32, 64, Config(64, 4, 3)),
+        *((32, m, Config(64, 2, 2) if eight else Config(64, 4, 3)) for m in (32, 64)),
         (64, 16, Config(64, 4 if eight else 2, 3)), (64, 32, Config(32 if eight else 64, 4, 3)),
         (64, 64, Config(32, 4, 2) if eight else Config(32, 8, 3)),
         (128, 16, Config(64, 4, 3 if eight else 2)),
@@ -66,10 +66,10 @@ CONFIGS: dict[tuple[int, int, bool], Config] = {
 #: Where AMD GPUs differ: 64 KiB of shared memory, more registers for programs of 4 warps, and
 #: twice the threads to a warp, each to load 16 bytes.
 AMD_CONFIGS: dict[tuple[int, int, bool], Config] = {
-    **{(32, m, True): Config(64, 2, 3) for m in BLOCKS_M},
-    (64, 32, True): Config(64, 4, 3), (64, 64, False): Config(32, 4, 3),
+    **{(32, m, True): Config(64, 2, 2) for m in BLOCKS_M},
+    (64, 32, True): Config(64, 4, 2), (64, 64, False): Config(32, 4, 3),
     (64, 64, True): Config(64, 4, 2),
-    (128, 32, True): Config(32, 4, 2),
+    (128, 32, True): Config(32, 4, 3),
     (128, 64, False): Config(64, 8, 2), (128, 64, True): Config(32, 4, 2),
     (256, 16, True): Config(32, 4, 2), (256, 32, True): Config(32, 4, 2),
 }  # fmt: skip
