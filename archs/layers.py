@@ -80,7 +80,9 @@ class Projection(Leaf, nn.Linear):
         self.view: Callable[[Tensor], Tensor] | None = None
 
     def reset_parameters(self) -> None:
-        """Leave weights as they are: `archs.backbone.initialise` gives all of a model theirs."""
+        """As `nn.Linear`'s; weights without memory need no numbers."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     @property
     def stored(self) -> Weight:
