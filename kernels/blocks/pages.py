@@ -127,7 +127,8 @@ def block_pages_ref(
                 read = [*there, *range(max(0, own - NEWEST + 1), own + 1)]
                 starts = torch.tensor(read)[:, None] * block
                 rows = (starts + torch.arange(block)).flatten()
-                rows = rows[rows <= position]
+                # Of its own block, the last, those up to itself.
+                rows = rows[: len(rows) - ((own + 1) * block - 1 - position)]
                 at = page_table[b, rows // page_size].long() * page_size + rows % page_size
                 found.append(at)
     return found
