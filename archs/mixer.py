@@ -107,7 +107,7 @@ class Mixer(nn.Module):
     #: Own parameters that stay in float32 and that weight decay must not touch (decays, steps).
     delicate: ClassVar[frozenset[str]] = frozenset()
     #: Row tensors whose kernels read 8-bit codes, with a scale for each row of a plane.
-    coded_rows: ClassVar[frozenset[str]] = frozenset()
+    coded_rows: frozenset[str] = frozenset()
     #: Which forms of its operations run (`archs.backends`); `Model.use` sets it.
     backend: str = "torch"
     #: How its state is kept; `Model.keep` sets it.

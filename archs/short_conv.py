@@ -24,6 +24,7 @@ class ShortConv(Mixer):
     def __init__(self, mixer: Mixer, d_model: int, width: int) -> None:
         super().__init__()
         self.mixer = mixer
+        self.coded_rows = mixer.coded_rows
         self.width = width
         self.weight = nn.Parameter(torch.empty(d_model, width))
 

@@ -33,7 +33,7 @@ from infer.engine import Engine
 from infer.executor import Chosen, EngineExecutor
 from infer.policy import Policy
 from infer.sequence import Answer
-from infer.turns import Ran
+from infer.turns import Executor, Ran
 from kernels.sampling.nucleus import NO_TOKEN
 from tests.eval.synthetic import HERE
 
@@ -160,6 +160,35 @@ SHARING = replace(
 )  # fmt: skip
 
 
+def engine_in(
+    sequences: float, arch: str, workload: Workload, checkpoints: int = 0
+) -> tuple[Engine, Capacity]:
+    """An engine with memory for so many sequences at full length, and what it may hand out."""
+    model = ModelSpec(arch=arch, scale=SMALL, hidden=16).build(seed=1).eval()
+    capacity = Capacity.of(
+        model.state_specs(), max_sequences=4, max_context=128, page_size=8, checkpoints=checkpoints,
+        memory_bytes=sequences * model.state_bytes(128), typical_tokens=typical(workload),
+    )  # fmt: skip
+    engine = Engine(
+        model, max_sequences=capacity.max_sequences, max_context=128, page_size=8,
+        pages=capacity.pages, kept=capacity.checkpoints,
+    )  # fmt: skip
+    return engine, capacity
+
+
+def of_one_schedule(
+    executors: tuple[Executor, Executor], capacity: Capacity, policy: Policy, workload: Workload
+) -> list[Served]:
+    """Runs on a clock and on an engine, whose schedules are held to be the same."""
+    runs = [
+        serve(executor, capacity, policy, workload, voice, keep_schedule=True)
+        for executor, voice in zip(executors, (silent_voice, random_voice(31)), strict=True)
+    ]
+    assert runs[0].log.schedule == runs[1].log.schedule
+    assert len(runs[0].log.schedule) > 50
+    return runs
+
+
 @pytest.mark.parametrize(
     ("policy", "workload"),
     [
@@ -174,25 +203,10 @@ SHARING = replace(
 def test_an_engine_and_a_clock_run_the_same_schedule(
     arch: str, policy: Policy, workload: Workload
 ) -> None:
-    model = ModelSpec(arch=arch, scale=SMALL, hidden=16).build(seed=1).eval()
-    capacity = Capacity.of(
-        model.state_specs(), max_sequences=4, max_context=128, page_size=8, checkpoints=3,
-        memory_bytes=7.5 * model.state_bytes(128), typical_tokens=typical(workload),
-    )  # fmt: skip
-    times = StepTimes(model, H100, max_context=128, host_ms=0.4)
-    engine = Engine(
-        model, max_sequences=capacity.max_sequences, max_context=128, page_size=8,
-        pages=capacity.pages, kept=capacity.checkpoints,
-    )  # fmt: skip
-    runs = [
-        serve(executor, capacity, policy, workload, voice, keep_schedule=True)
-        for executor, voice in (
-            (ClockExecutor(times), silent_voice),
-            (OnClock(engine, ClockExecutor(times)), random_voice(31)),
-        )
-    ]
-    assert runs[0].log.schedule == runs[1].log.schedule
-    assert len(runs[0].log.schedule) > 50
+    engine, capacity = engine_in(7.5, arch, workload, checkpoints=3)
+    times = StepTimes(engine.model, H100, max_context=128, host_ms=0.4)
+    executors = ClockExecutor(times), OnClock(engine, ClockExecutor(times))
+    runs = of_one_schedule(executors, capacity, policy, workload)
     ended: list[Sequence[Answer]] = [run.answers for run in runs]
     for clocked, made in zip(*ended, strict=True):
         assert len(made.tokens) == made.made == clocked.made
@@ -217,25 +231,10 @@ def test_an_engine_that_looks_ahead_runs_the_schedule_of_a_clock(arch: str, batc
     """Of requests that come at once; later ones come in the middle of steps."""
     workload = replace(POISSON, arrivals="once", rate_per_s=0.0)
     policy = Policy(batching=batching, token_budget=24, reserve=0)
-    model = ModelSpec(arch=arch, scale=SMALL, hidden=16).build(seed=1).eval()
-    capacity = Capacity.of(
-        model.state_specs(), max_sequences=4, max_context=128, page_size=8,
-        memory_bytes=3.5 * model.state_bytes(128), typical_tokens=typical(workload),
-    )  # fmt: skip
-    times = StepTimes(model, H100, max_context=128)
-    engine = Engine(
-        model, max_sequences=capacity.max_sequences, max_context=128, page_size=8,
-        pages=capacity.pages, kept=capacity.checkpoints,
-    )  # fmt: skip
-    runs = [
-        serve(executor, capacity, policy, workload, voice, keep_schedule=True)
-        for executor, voice in (
-            (ClockExecutor(times), silent_voice),
-            (OnClock(engine, ClockExecutor(times), ahead=True), random_voice(31)),
-        )
-    ]
-    assert runs[0].log.schedule == runs[1].log.schedule
-    assert len(runs[0].log.schedule) > 50
+    engine, capacity = engine_in(3.5, arch, workload)
+    times = StepTimes(engine.model, H100, max_context=128)
+    executors = ClockExecutor(times), OnClock(engine, ClockExecutor(times), ahead=True)
+    runs = of_one_schedule(executors, capacity, policy, workload)
     for clocked, made in zip(runs[0].answers, runs[1].answers, strict=True):
         assert len(made.tokens) == made.made == clocked.made
     figures = [run.log.figures(run.answers, LIMITS) for run in runs]

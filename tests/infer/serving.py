@@ -21,6 +21,7 @@ from infer.sequence import Answer, Request
 from infer.server import Server
 from infer.speculate import Stream, advance
 from infer.speculating import SpeculatingExecutor
+from infer.turns import Turn
 from tests.infer.speculating import lively
 from tests.infer.test_machine import CONTEXT, VOCAB, model_of
 
@@ -153,3 +154,11 @@ def require_nothing_held(server: Any, engine: Engine) -> None:
     assert not server.scheduler.prefixes.cached.nodes
     assert server.scheduler.free_pages == tuple(server.scheduler.capacity.pages.values())
     assert engine.store.allocated_bytes == 0
+
+
+def followed(server: Server) -> list[Turn]:
+    """The turns of a server until it is idle."""
+    turns = []
+    while (turn := server.step()) is not None:
+        turns.append(turn)
+    return turns

@@ -133,27 +133,25 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
     assert engine.kernel_backend == "triton"
 
 
-@pytest.mark.parametrize(("block", "window"), [(16, 20), (32, 70)])
-def test_picked_blocks_as_pages_equal_the_torch_form(block: int, window: int) -> None:
-    subject = subject_of("nsa", layers=1)
-    options = {"block": block, "picks": 3, "window": window}
-    subject.spec = replace(subject.spec, overrides={"nsa": options})
+@pytest.mark.parametrize(
+    ("arch", "options", "pieces"),
+    [
+        ("nsa", {"block": 16, "picks": 3, "window": 20}, [84, 1, 3, 7, 1]),
+        ("nsa", {"block": 32, "picks": 3, "window": 70}, [180, 1, 3, 7, 1]),
+        ("mla", {"positions": False}, [11, 1, 3, 4]),
+    ],
+)
+def test_options_equal_the_torch_form(
+    arch: str, options: dict[str, Any], pieces: list[int]
+) -> None:
+    """Parts of pages, pages and several for a picked block; latents that are not turned."""
+    subject = subject_of(arch, layers=1)
+    subject.spec = replace(subject.spec, overrides={arch: options})
     subject.model = subject.spec.build()
-    tokens = subject.tokens(2, 6 * block)
-    expected, engine = subject.expected(tokens), subject.engine(2, 6 * block)
+    tokens = subject.tokens(2, sum(pieces))
+    expected, engine = subject.expected(tokens), subject.engine(2, sum(pieces))
     slots = [engine.store.add(), engine.store.add()]
-    got = subject.run(engine, slots, tokens, [6 * block - 12, 1, 3, 7, 1])
-    assert error_of(got, expected) <= TOLERANCE
-
-
-def test_latents_without_positions_equal_the_torch_form() -> None:
-    subject = subject_of("mla", layers=1)
-    subject.spec = replace(subject.spec, overrides={"mla": {"positions": False}})
-    subject.model = subject.spec.build()
-    tokens = subject.tokens(2, 19)
-    expected, engine = subject.expected(tokens), subject.engine(2, 32)
-    slots = [engine.store.add(), engine.store.add()]
-    assert error_of(subject.run(engine, slots, tokens, [11, 1, 3, 4]), expected) <= TOLERANCE
+    assert error_of(subject.run(engine, slots, tokens, pieces), expected) <= TOLERANCE
 
 
 @pytest.mark.slow

@@ -121,6 +121,13 @@ def test_replayed_steps_read_them(arch: str, state: str) -> None:
     assert error_of(found["triton"], found["torch"]) <= bound
 
 
+def test_a_convolution_before_a_mixer_leaves_its_rows_to_kernels() -> None:
+    spec = ModelSpec(arch="mqa", scale=SCALE, short_conv=3)
+    model = keep(spec.build(seed=3).eval(), StateFormat.named("kv:int8"))
+    found = [read(engine_of(model, backend), ids(1))[0] for backend in ("torch", "triton")]
+    assert error_of(found[1], found[0]) <= ROWS
+
+
 @pytest.mark.parametrize("arch", ["gqa", "swa"])
 def test_synthetic_rows_are_numbers_like_others(arch: str) -> None:
     engine = engine_of(kept(arch, "kv:int8"), "triton")
