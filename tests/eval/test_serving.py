@@ -179,13 +179,15 @@ def engine_in(
 def of_one_schedule(
     executors: tuple[Executor, Executor], capacity: Capacity, policy: Policy, workload: Workload
 ) -> list[Served]:
-    """Runs on a clock and on an engine, whose schedules are held to be the same."""
+    """Runs on a clock and on an engine, held to have one schedule and answers of one length."""
     runs = [
         serve(executor, capacity, policy, workload, voice, keep_schedule=True)
         for executor, voice in zip(executors, (silent_voice, random_voice(31)), strict=True)
     ]
     assert runs[0].log.schedule == runs[1].log.schedule
     assert len(runs[0].log.schedule) > 50
+    for clocked, made in zip(runs[0].answers, runs[1].answers, strict=True):
+        assert len(made.tokens) == made.made == clocked.made
     return runs
 
 
@@ -207,9 +209,7 @@ def test_an_engine_and_a_clock_run_the_same_schedule(
     times = StepTimes(engine.model, H100, max_context=128, host_ms=0.4)
     executors = ClockExecutor(times), OnClock(engine, ClockExecutor(times))
     runs = of_one_schedule(executors, capacity, policy, workload)
-    ended: list[Sequence[Answer]] = [run.answers for run in runs]
-    for clocked, made in zip(*ended, strict=True):
-        assert len(made.tokens) == made.made == clocked.made
+    for clocked, made in zip(runs[0].answers, runs[1].answers, strict=True):
         assert made.ended_s == pytest.approx(clocked.ended_s)
         assert made.first_token_s == pytest.approx(clocked.first_token_s)
     figures = [run.log.figures(run.answers, LIMITS) for run in runs]
@@ -235,8 +235,6 @@ def test_an_engine_that_looks_ahead_runs_the_schedule_of_a_clock(arch: str, batc
     times = StepTimes(engine.model, H100, max_context=128)
     executors = ClockExecutor(times), OnClock(engine, ClockExecutor(times), ahead=True)
     runs = of_one_schedule(executors, capacity, policy, workload)
-    for clocked, made in zip(runs[0].answers, runs[1].answers, strict=True):
-        assert len(made.tokens) == made.made == clocked.made
     figures = [run.log.figures(run.answers, LIMITS) for run in runs]
     for name in ("output_tok_per_s", "running_sequences", "held_tokens", "preemptions"):
         assert figures[0][name] == pytest.approx(figures[1][name], rel=0.05)
