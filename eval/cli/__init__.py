@@ -46,6 +46,9 @@ def _outcome(interrupts: _Interrupts) -> tuple[int, str]:
                 # An output that lacks a character shows a question mark in its place.
                 stream.reconfigure(errors="replace")
         _require_own_packages()
+        from eval.measure.waiting import wait_briefly
+
+        wait_briefly(os.environ)
         from eval.cli.app import run_app
 
         code = run_app()

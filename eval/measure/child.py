@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from eval.measure.waiting import wait_briefly
+
 HOME = Path(__file__).resolve().parents[2]
 
 
@@ -18,4 +20,6 @@ def command(module: str, *words: str) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's environment, in which our modules are found before anybody else's."""
     path = os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path}
+    wait_briefly(environment)
+    return environment

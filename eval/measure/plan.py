@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from archs.errors import UserError
-from archs.registry import ModelSpec
+from archs.registry import ModelSpec, pattern_of
 from archs.sizes import get_scale
 from archs.state_formats import KINDS, StateFormat
 from archs.storage import state_kinds
@@ -268,7 +268,8 @@ def weight(point: Point, trained_scales: list[str]) -> float:
                 steps = rates * plan["sweep_steps"] + steps * (plan["sweep_steps"] != steps)
             return 0.14 * steps
         case "task":
-            return 0.02 * options["steps"]
+            period = sum(count for _, count in pattern_of(point.arch))
+            return 0.01 * options["steps"] * max(options["n_layers"], period)
         case "speculate":
             return 0.1 * options["plan"]["new_tokens"] * len(options["plan"]["contexts"])
         case "compress":

@@ -105,7 +105,9 @@ def side_by_side(
     waiting, running, idle = list(points), list[_Worker](), list[_Worker]()
     try:
         while waiting or running:
-            while len(running) < workers and (point := _next(waiting, running)) is not None:
+            while (
+                len(running) < workers and (point := _next(waiting, weights, running)) is not None
+            ):
                 waiting.remove(point)
                 worker = idle.pop() if idle else _Worker(command, said)
                 worker.begin(point)
@@ -134,10 +136,18 @@ def side_by_side(
             worker.process.wait()
 
 
-def _next(waiting: Sequence[Point], running: Sequence[_Worker]) -> Point | None:
-    """The first point that no earlier one of its architecture and scale is still at."""
+def _next(
+    waiting: Sequence[Point], weights: Mapping[Point, float], running: Sequence[_Worker]
+) -> Point | None:
+    """The heaviest point that no earlier one of its architecture and scale is still at, so that no
+    core is left alone with a long one at the end; of equals the first.
+    """
     taken = {_sweep(w.point) for w in running if w.point is not None}
-    return next((point for point in waiting if _sweep(point) not in taken), None)
+    heads = dict[tuple[str, str, str], Point]()
+    for point in waiting:
+        heads.setdefault(_sweep(point), point)
+    free = [point for sweep, point in heads.items() if sweep not in taken]
+    return max(free, key=weights.__getitem__, default=None)
 
 
 def _sweep(point: Point) -> tuple[str, str, str]:

@@ -1,11 +1,12 @@
 """Mamba's selective scan (S6, arXiv 2312.00752, eq. 2): h_t = e^{Δ_t A} h_{t-1} + Δ_t B_t x_t,
 y_t = C_t · h_t + D x_t.
 
-On a CPU the recurrence itself is one fused multiply-add per token over [B, E, N]; what costs is
+On a CPU the recurrence itself is one fused multiply-add per token over [B, N, E]; what costs is
 memory. So it runs in short pieces whose decays, inputs and states stay in cache, and backward
 computes each piece again from the state at its start. Inside, tensors are token first and dense:
-of a transposed view every result would be one, too, and products would copy it whole. Δ, A and
-states are float32.
+of a transposed view every result would be one, too, and products would copy it whole. States are
+[N, E] there, since the read-out C · h is several times faster along rows of E than along N = 16
+numbers. Δ, A and states are float32.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Floats of one [piece, B, E, N] buffer: three of them should stay in cache.
+#: Floats of one [piece, B, N, E] buffer: three of them should stay in cache.
 PIECE_FLOATS = 1 << 19
+#: Tokens that a piece should have: the state before each piece is kept for backward, and a state
+#: takes as much as what is computed of one token. Sequences are run in groups that leave so many.
+PIECE_TOKENS = 16
 
 
 def selective_scan(
@@ -30,19 +34,11 @@ def selective_scan(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     start = x.new_zeros(x.shape[0], *a.shape, dtype=wide) if state is None else state.to(wide)
     wx, wdt, wa, wb, wc = (t.to(wide) for t in (x, dt, a, b, c))
-    wants_grad = any(t.requires_grad for t in (wx, wdt, wa, wb, wc, start))
-    if torch.is_grad_enabled() and wants_grad:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (wx, wdt, wa, wb, wc, start)):
         y, final = _SelectiveScan.apply(wx, wdt, wa, wb, wc, start)
     else:
-        tx, tdt, tb, tc = _tokens_first(wx, wdt, wb, wc)
-        y, final, _ = _scan(tx, tdt, tb, tc, wa, start, keep=False)
-        y = y.transpose(0, 1)
+        y, final, _ = _scan(wx, wdt, wa, wb, wc, start, keep=False)
     return torch.addcmul(y, wx, d.to(wide)).to(x.dtype), final
-
-
-def piece_tokens(batch: int, width: int, n: int) -> int:
-    """Tokens of one piece."""
-    return max(4, PIECE_FLOATS // (batch * width * n))
 
 
 def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -50,44 +46,64 @@ def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.transpose(0, 1).contiguous() for t in tensors)
 
 
+def _layout(x: Tensor, a: Tensor) -> tuple[int, int]:
+    """How many sequences share pieces, and tokens of a piece (of a state too wide for cache,
+    enough that few starts are kept).
+    """
+    batch, tokens, _ = x.shape
+    group = min(max(1, PIECE_FLOATS // (PIECE_TOKENS * a.numel())), batch)
+    return group, min(max(4, PIECE_FLOATS // (group * a.numel())), tokens)
+
+
 def _buffers(x: Tensor, a: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Room for `count` tensors [piece, B, E, N], once for all pieces: new memory costs more to
+    """Room for `count` tensors [piece, B, N, E], once for all pieces: new memory costs more to
     get than to fill.
     """
-    tokens, batch, width = x.shape
-    size = min(piece_tokens(batch, width, a.shape[1]), tokens)
-    return x.new_empty(count, size, batch, *a.shape).unbind()
+    group, size = _layout(x, a)
+    return x.new_empty(count, size, group, *a.mT.shape).unbind()
 
 
 def _piece(
     x: Tensor, dt: Tensor, b: Tensor, a: Tensor, start: Tensor, room: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decays and states of one piece, [t, B, E, N] each and in `room`, and its Δ·x [t, B, E]."""
-    decay, states = (buffer[: len(x)] for buffer in room)
+    """Decays and states of one piece, [t, B, N, E] each and in `room`, and its Δ·x [t, B, E]; a is
+    [N, E] here.
+    """
+    decay, states = (buffer[: len(x), : x.shape[1]] for buffer in room)
     fed = dt * x
-    torch.mul(dt[..., None], a, out=decay).exp_()
-    torch.mul(fed[..., None], b[:, :, None], out=states)
-    for t in range(len(x)):
-        start = states[t].addcmul_(decay[t], start)
+    torch.mul(dt.unsqueeze(-2), a, out=decay).exp_()
+    torch.mul(fed.unsqueeze(-2), b[..., None], out=states)
+    for state, kept in zip(states.unbind(), decay.unbind(), strict=True):
+        start = state.addcmul_(kept, start)
     return decay, states, fed
 
 
 def _scan(
-    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, start: Tensor, *, keep: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """y [T, B, E] of inputs that are token first, the final state, the state before each piece."""
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor, *, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y [B, T, E] without D x, the final state [B, E, N], and, to `keep`, the states before each
+    piece [piece, B, N, E].
+    """
     room = _buffers(x, a, 2)
-    size = len(room[0])
-    y = torch.empty_like(x)
-    starts = []
-    for first in range(0, len(x), size):
-        rows = slice(first, first + size)
-        if keep:
-            starts.append(start)
-        _, states, _ = _piece(x[rows], dt[rows], b[rows], a, start, room)
-        y[rows] = (states @ c[rows][..., None]).squeeze(-1)
-        start = states[-1].clone()
-    return y, start, starts
+    group, size = _layout(x, a)
+    a, start = a.mT.contiguous(), start.mT.contiguous()
+    y, final = torch.empty_like(x), torch.empty_like(start)
+    pieces = -(-x.shape[1] // size)
+    starts = start.new_empty(pieces, *start.shape) if keep else None
+    for low in range(0, len(x), group):
+        seqs = slice(low, low + group)
+        gx, gdt, gb, gc = _tokens_first(x[seqs], dt[seqs], b[seqs], c[seqs])
+        state = start[seqs]
+        for i in range(pieces):
+            rows = slice(i * size, (i + 1) * size)
+            if starts is not None:
+                starts[i, seqs] = state
+            _, states, _ = _piece(gx[rows], gdt[rows], gb[rows], a, state, room)
+            out = (gc[rows].unsqueeze(-2) @ states).squeeze(-2)
+            y[seqs, rows] = out.transpose(0, 1)
+            state = states[-1].clone()
+        final[seqs] = state
+    return y, final.mT.contiguous(), starts
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -95,42 +111,62 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, dt, b, c = _tokens_first(x, dt, b, c)
-        y, final, starts = _scan(x, dt, b, c, a, start, keep=True)
-        ctx.save_for_backward(x, dt, a, b, c, *starts)
-        return y.transpose(0, 1), final
+        y, final, starts = _scan(x, dt, a, b, c, start, keep=True)
+        ctx.save_for_backward(x, dt, a, b, c, starts)
+        return y, final
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor, ...]:
-        x, dt, a, b, c, *starts = ctx.saved_tensors
-        (grad_y,) = _tokens_first(grad_y)
-        *room, spare = _buffers(x, a, 3)
-        size = len(spare)
-        grad_x, grad_dt, grad_b, grad_c = (torch.empty_like(t) for t in (x, dt, b, c))
+        x, dt, a, b, c, starts = ctx.saved_tensors
+        room = _buffers(x, a, 3)
+        group, size = _layout(x, a)
+        a = a.mT.contiguous()
+        grads = tuple(torch.empty_like(t) for t in (x, dt, b, c))
         grad_a = torch.zeros_like(a)
-        carried = grad_final.clone()
-        for index in reversed(range(len(starts))):
-            rows = slice(index * size, (index + 1) * size)
-            step, bt, gy = dt[rows], b[rows], grad_y[rows]
-            decay, states, fed = _piece(x[rows], step, bt, a, starts[index], room)
-            grad_c[rows] = (gy.unsqueeze(-2) @ states).squeeze(-2)
-            # grad_h[t] = gy_t ⊗ c_t + e^{Δ_{t+1} A} grad_h[t+1]
-            grad_h = torch.mul(gy[..., None], c[rows][:, :, None], out=spare[: len(gy)])
-            grad_h[-1] += carried
-            for t in range(grad_h.shape[0] - 2, -1, -1):
-                grad_h[t].addcmul_(decay[t + 1], grad_h[t + 1])
-            carried = decay[0] * grad_h[0]
-            grad_fed = (grad_h @ bt[..., None]).squeeze(-1)
-            grad_b[rows] = (fed.unsqueeze(-2) @ grad_h).squeeze(-2)
-            through = decay.mul_(grad_h)
-            through[1:].mul_(states[:-1])
-            through[0].mul_(starts[index])
-            # The last use of grad_h's room.
-            grad_dt[rows] = torch.mul(through, a, out=grad_h).sum(-1).addcmul_(grad_fed, x[rows])
-            grad_x[rows] = grad_fed.mul_(step)
-            grad_a += through.mul_(step[..., None]).sum((0, 1))
-        gx, gdt, gb, gc = (g.transpose(0, 1) for g in (grad_x, grad_dt, grad_b, grad_c))
-        return gx, gdt, grad_a, gb, gc, carried
+        grad_start = grad_final.mT.clone(memory_format=torch.contiguous_format)
+        for low in range(0, len(x), group):
+            seqs = slice(low, low + group)
+            inputs = _tokens_first(x[seqs], dt[seqs], b[seqs], c[seqs], grad_y[seqs])
+            carried = grad_start[seqs]
+            for i in reversed(range(len(starts))):
+                rows = slice(i * size, (i + 1) * size)
+                piece = [t[rows] for t in inputs]
+                *found, into_a, carried = _piece_backward(piece, a, starts[i, seqs], carried, room)
+                grad_a += into_a
+                for grad, part in zip(grads, found, strict=True):
+                    grad[seqs, rows] = part.transpose(0, 1)
+            grad_start[seqs] = carried
+        grad_x, grad_dt, grad_b, grad_c = grads
+        return grad_x, grad_dt, grad_a.mT, grad_b, grad_c, grad_start.mT
+
+
+def _piece_backward(
+    inputs: Sequence[Tensor], a: Tensor, start: Tensor, carried: Tensor, room: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Gradients of one piece's x, Δ, B, C and of A, and that of the state before it, from those of
+    its y (the last of the inputs) and of the state after it (`carried`).
+    """
+    x, dt, b, c, gy = inputs
+    *room, spare = room
+    decay, states, fed = _piece(x, dt, b, a, start, room)
+    # Products with a transposed view: of rows of E they take a tenth of the time.
+    grad_c = (gy.unsqueeze(-2) @ states.mT).squeeze(-2)
+    # grad_h[t] = gy_t ⊗ c_t + e^{Δ_{t+1} A} grad_h[t+1]
+    grad_h = torch.mul(gy.unsqueeze(-2), c[..., None], out=spare[: len(x), : x.shape[1]])
+    grad_h[-1] += carried
+    later, kept = grad_h.unbind(), decay.unbind()
+    for t in range(len(later) - 2, -1, -1):
+        later[t].addcmul_(kept[t + 1], later[t + 1])
+    carried = kept[0] * later[0]
+    grad_fed = (b.unsqueeze(-2) @ grad_h).squeeze(-2)
+    grad_b = (fed.unsqueeze(-2) @ grad_h.mT).squeeze(-2)
+    through = decay.mul_(grad_h)
+    through[1:].mul_(states[:-1])
+    through[0].mul_(start)
+    # The last use of grad_h's room.
+    grad_dt = torch.mul(through, a, out=grad_h).sum(-2).addcmul_(grad_fed, x)
+    grad_a = through.mul_(dt.unsqueeze(-2)).sum((0, 1))
+    return grad_fed * dt, grad_dt, grad_b, grad_c, grad_a, carried
 
 
 def selective_scan_matrix_flops(batch: int, tokens: int, width: int, n: int) -> int:

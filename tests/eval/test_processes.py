@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 import torch
 
 from archs.errors import UserError
-from eval.measure import processes
+from eval.measure import plan, processes
 from eval.measure.suite import Suite, load_suite
 from eval.results.point import Point
 from eval.results.schema import load_long
@@ -104,6 +105,7 @@ from eval.measure.suite import load_suite
 from tests.eval.micro import run
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 eval.measure.site.measure_roofline = lambda *_: Roofline(20e9, 200e9, torch.float32)
 suite = load_suite(sys.argv[1])
@@ -136,3 +138,20 @@ def wait_until(holds: Callable[[], object], patience_s: float = 60.0) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.2)
+
+
+def test_the_longest_begins_first_and_a_sweep_in_order(tmp_path: Path) -> None:
+    suite = load_suite(str(write_suite(tmp_path, ("gqa", "mqa", "linear"))))
+    assert suite.train is not None
+    suite = replace(suite, train=replace(suite.train, seeds=(0, 1)))
+    points = [point for point in plan.points(suite, "cpu") if point.stage == "train"]
+    long = next(point for point in points if point.arch == "mqa")
+    weights = {point: 2.0 if point == long else 1.0 for point in points}
+    given, running = list[Point](), list[processes._Worker]()
+    while (point := processes._next(points, weights, running)) is not None:
+        points.remove(point)
+        given.append(point)
+        running.append(Mock(point=point))
+    assert [point.arch for point in given] == ["mqa", "gqa", "linear"]
+    assert {point.seed for point in given} == {0}
+    assert {point.seed for point in points} == {1}
