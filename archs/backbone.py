@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from archs.backends import BACKENDS
 from archs.cost import Cost, OpCost, Step
 from archs.errors import UserError, unknown_name
-from archs.layers import NORM_EPS, Projection, RMSNorm, SwiGLU
+from archs.layers import NORM_EPS, Embedding, Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
 from archs.ops.dense import product
 from archs.ops.matrix import Matrix, Weight, declared_bytes, rows_of, storage_of, weights_of
@@ -100,7 +100,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         widths = [hidden] * len(mixers) if isinstance(hidden, int) else list(hidden)
-        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.embedding = Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(
             Block(d_model, mixer, width, norm_eps)
             for mixer, width in zip(mixers, widths, strict=True)

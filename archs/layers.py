@@ -56,6 +56,15 @@ class RMSNorm(Leaf, nn.Module):
         return dense.add_rms_norm(x, residual, self.weight, self.eps, backend=self.backend)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding`; weights without memory get no numbers."""
+
+    def reset_parameters(self) -> None:
+        """As `nn.Embedding`'s."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Projection(Leaf, nn.Linear):
     """Several projections of one input as one matrix; no bias. [..., D] -> [..., sum(sizes)].
 

@@ -91,9 +91,11 @@ def side_by_side(
 ) -> Iterator[tuple[Point, Found]]:  # fmt: skip
     """Each point with what was found as it ends; stopped where the time budget ended it.
 
-    Points of one architecture and scale are measured in order, since they share a sweep of rates.
+    Points of one architecture and scale are measured in order, since they share a sweep of rates;
+    of others the longest first, as far as weights and earlier points of its architecture tell.
     Raises UserError where a point did.
     """
+    expected = dict(weights)
     command = child.command(
         "eval.measure.processes",
         str(site.folder),
@@ -106,7 +108,7 @@ def side_by_side(
     try:
         while waiting or running:
             while (
-                len(running) < workers and (point := _next(waiting, weights, running)) is not None
+                len(running) < workers and (point := _next(waiting, expected, running)) is not None
             ):
                 waiting.remove(point)
                 worker = idle.pop() if idle else _Worker(command, said)
@@ -129,6 +131,9 @@ def side_by_side(
                 waiting.clear()
             seconds = time.monotonic() - worker.began_s
             progress.done(point.label, weights[point], seconds, worker.text)
+            for later in waiting:
+                if later.arch == point.arch:
+                    expected[later] = weights[later] * seconds / weights[point]
             yield point, found
     finally:
         for worker in [*idle, *running]:
@@ -137,9 +142,9 @@ def side_by_side(
 
 
 def _next(
-    waiting: Sequence[Point], weights: Mapping[Point, float], running: Sequence[_Worker]
+    waiting: Sequence[Point], expected: Mapping[Point, float], running: Sequence[_Worker]
 ) -> Point | None:
-    """The heaviest point that no earlier one of its architecture and scale is still at, so that no
+    """The longest point that no earlier one of its architecture and scale is still at, so that no
     core is left alone with a long one at the end; of equals the first.
     """
     taken = {_sweep(w.point) for w in running if w.point is not None}
@@ -147,7 +152,7 @@ def _next(
     for point in waiting:
         heads.setdefault(_sweep(point), point)
     free = [point for sweep, point in heads.items() if sweep not in taken]
-    return max(free, key=weights.__getitem__, default=None)
+    return max(free, key=expected.__getitem__, default=None)
 
 
 def _sweep(point: Point) -> tuple[str, str, str]:

@@ -146,9 +146,9 @@ def test_the_longest_begins_first_and_a_sweep_in_order(tmp_path: Path) -> None:
     suite = replace(suite, train=replace(suite.train, seeds=(0, 1)))
     points = [point for point in plan.points(suite, "cpu") if point.stage == "train"]
     long = next(point for point in points if point.arch == "mqa")
-    weights = {point: 2.0 if point == long else 1.0 for point in points}
+    expected = {point: 2.0 if point == long else 1.0 for point in points}
     given, running = list[Point](), list[processes._Worker]()
-    while (point := processes._next(points, weights, running)) is not None:
+    while (point := processes._next(points, expected, running)) is not None:
         points.remove(point)
         given.append(point)
         running.append(Mock(point=point))
