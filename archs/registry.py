@@ -20,6 +20,7 @@ from archs.cla import CrossLayerAttention, CrossLayerConfig
 from archs.dsa import SparseLatentAttention, SparseLatentConfig
 from archs.errors import UserError, unknown_name
 from archs.files import read
+from archs.gated_conv import GatedConvConfig, GatedConvolution
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
 from archs.heads import MultiTokenHead
@@ -58,6 +59,7 @@ REGISTRY: dict[str, Entry] = {
     "kda": Entry(KimiDeltaAttention, KimiDeltaConfig),
     "mamba1": Entry(Mamba1, Mamba1Config),
     "mamba2": Entry(Mamba2, Mamba2Config),
+    "shortconv": Entry(GatedConvolution, GatedConvConfig),
 }
 
 #: Hybrids that suites and tests treat like architectures of their own.
