@@ -32,6 +32,7 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "linear": ({"linear_step": 1},) * 2,
     "gdn": ({"conv_step": 1, "gdn_step": 1},) * 2,
     "mamba1": ({"conv_step": 1, "selective_step": 1},) * 2,
+    "shortconv": ({"conv_step": 1},) * 2,
     "mamba2": ({"conv_step": 1, "ssm_step": 1},) * 2,
     "mla": (
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1, "head_gemv": 2},

@@ -83,7 +83,8 @@ RUN = InterpretedFunction.run
 #: which of its rows are seen and where they lie, attention.
 #: Blocks: rows and means written, the scan, torch's selection, the pages of its blocks, two
 #: attentions, gates and the sum of three.
-MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13}
+#: A convolution between gates: one before it, one after.
+MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13, "shortconv": 3}
 
 
 @pytest.mark.parametrize("arch", REGISTRY)
