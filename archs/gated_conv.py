@@ -1,4 +1,4 @@
-"""A gated short convolution as a mixer (LFM2, arXiv 2511.23404, section 3.1).
+"""A gated short convolution as a mixer (LFM2, arXiv 2511.23404).
 
 in_proj -> B, C, x; y = C · conv(B · x), depthwise and causal, and a projection out. What it
 remembers is the convolution's tail of a few rows, the least of all mixers; it stands between layers
