@@ -80,7 +80,7 @@ def test_any_two_architectures_are_within_what_the_readme_says(scale: str) -> No
     sizes = [
         ModelSpec(arch=arch, scale=deep).outline().non_embedding_parameters() for arch in NAMES
     ]
-    assert max(sizes) / min(sizes) <= 1.013
+    assert max(sizes) / min(sizes) <= (1.016 if scale == "nano" else 1.013)
 
 
 @pytest.mark.parametrize("scale", list(SCALES))
