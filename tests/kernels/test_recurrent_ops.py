@@ -265,3 +265,25 @@ def test_answers_are_the_last_rows_of_all(
     state = torch.randn(B, H, N, P)
     expected, _ = gdn_ref(q, *rest, state)
     close(gdn_answers(q[:, -asked:], *rest, state), expected[:, -asked:])
+
+
+def test_sequences_in_groups_of_two_and_one_are_those_of_one_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def of(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=draw, dtype=torch.float64).requires_grad_()
+
+    e, n = 6, 5
+    x, dt, a, b, c, d = of(3, 41, e), of(3, 41, e), of(e, n), of(3, 41, n), of(3, 41, n), of(e)
+    args = x, dt, -a, b, c, d, of(3, e, n)
+    found = []
+    for floats in (s6.PIECE_FLOATS, 2 * s6.PIECE_TOKENS * e * n):
+        monkeypatch.setattr(s6, "PIECE_FLOATS", floats)
+        y, final = s6.selective_scan(*args)
+        leaves = [x, dt, a, b, c, d, args[-1]]
+        grads = torch.autograd.grad(y.square().sum() + final.square().sum(), leaves)
+        found.append([y, final, *grads])
+    for got, expected in zip(*found, strict=True):
+        close(got, expected, 1e-12)
