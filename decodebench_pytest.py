@@ -20,8 +20,6 @@ from typing import Any, Protocol
 import pytest
 
 _HOME = Path(__file__).resolve().parent
-#: As `eval.measure.waiting`, which is not imported here.
-_SPINS = {"GOMP_SPINCOUNT": "1000"}
 
 
 class DecodeBenchError(ValueError):
@@ -59,8 +57,7 @@ class _Worker:
             path = os.pathsep.join(filter(None, (str(_HOME), os.environ.get("PYTHONPATH"))))
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "eval.cli.bench_worker"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, text=True,
-                env={**os.environ, **_SPINS, "PYTHONPATH": path},
+                stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
             )  # fmt: skip
         process = self._process
         assert process.stdin is not None and process.stdout is not None

@@ -46,9 +46,9 @@ def _outcome(interrupts: _Interrupts) -> tuple[int, str]:
                 # An output that lacks a character shows a question mark in its place.
                 stream.reconfigure(errors="replace")
         _require_own_packages()
-        from eval.measure.waiting import wait_briefly
+        from eval.measure.waiting import wait_briefly_beside_others
 
-        wait_briefly(os.environ)
+        wait_briefly_beside_others(os.environ)
         from eval.cli.app import run_app
 
         code = run_app()

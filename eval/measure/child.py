@@ -7,8 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-from eval.measure.waiting import wait_briefly
-
 HOME = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +18,4 @@ def command(module: str, *words: str) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's environment, in which our modules are found before anybody else's."""
     path = os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    wait_briefly(environment)
-    return environment
+    return {**os.environ, "PYTHONPATH": path}

@@ -96,11 +96,10 @@ class Runs:
         codes, scales, _ = held.split(self.sizes, -1)
         if self.bits < 8:
             scale, zero = (_numbers(part, SCALE_DTYPE) for part in scales.chunk(2, -1))
-            steps = self._unpacked(codes, self.bits).to(dtype).sub_(2 ** (self.bits - 1))
-            return steps.mul_(self._spread(scale, dtype)).add_(self._spread(zero, dtype))
-        # In place: of a long context a second tensor takes longer to get than to compute.
+            steps = self._unpacked(codes, self.bits).to(dtype) - 2 ** (self.bits - 1)
+            return steps * self._spread(scale, dtype) + self._spread(zero, dtype)
         found = codes.contiguous().view(self.dtype).to(dtype)
-        return found.mul_(self._spread(_numbers(scales, WIDE_SCALE), dtype))
+        return found * self._spread(_numbers(scales, WIDE_SCALE), dtype)
 
     def residual(self, held: Tensor, dtype: torch.dtype) -> Tensor:
         """uint8 [..., bytes] -> what rounding left [..., N]."""

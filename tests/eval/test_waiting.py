@@ -1,4 +1,4 @@
-"""Threads that wait sleep soon: what OpenMP itself says that it was told, in every entry."""
+"""Threads wait briefly where others have the cores, and as ever where nobody does."""
 
 import os
 import subprocess
@@ -7,32 +7,35 @@ from pathlib import Path
 
 import pytest
 
-import decodebench_pytest
-from eval.measure import child, waiting
+from eval.measure.waiting import SPINS, wait_briefly_beside_others
+from eval.predict.neighbours import Neighbours
 
 HOME = Path(__file__).parents[2]
 
 
-def spins(words: list[str], environment: dict[str, str], given: str = "") -> set[str]:
-    """The turns that OpenMP says, as torch loads it, its threads will wait awake."""
-    done = subprocess.run(
-        words, env={**environment, "OMP_DISPLAY_ENV": "VERBOSE"}, input=given, check=True,
-        capture_output=True, text=True, cwd=HOME,
-    )  # fmt: skip
-    said = (line.strip().partition(" = ") for line in done.stderr.splitlines())
-    return {value.strip("'") for name, _, value in said if name == "GOMP_SPINCOUNT"}
-
-
 @pytest.mark.parametrize("theirs", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
-def test_threads_of_the_command_wait_briefly(theirs: dict[str, str]) -> None:
-    words = [sys.executable, "-m", "eval.cli", "archs"]
-    assert spins(words, {**os.environ, **theirs}) == set(waiting.SPINS.values())
+def test_beside_others_threads_of_the_command_wait_briefly(theirs: dict[str, str]) -> None:
+    """By what OpenMP itself says as torch loads it."""
+    busy = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(busy) for _ in os.sched_getaffinity(0)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "eval.cli", "archs"], cwd=HOME, check=True,
+            env={**os.environ, **theirs, "OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True,
+            text=True,
+        )  # fmt: skip
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert f"GOMP_SPINCOUNT = '{SPINS['GOMP_SPINCOUNT']}'" in done.stderr
 
 
-def test_threads_of_our_processes_wait_briefly() -> None:
-    words = [sys.executable, "-c", "import torch"]
-    assert spins(words, child.environment()) == set(waiting.SPINS.values())
-
-
-def test_the_plugin_says_the_same_without_importing_ours() -> None:
-    assert decodebench_pytest._SPINS == waiting.SPINS
+@pytest.mark.parametrize(("share", "said"), [(0.0, {}), (0.09, {}), (None, {}), (0.5, SPINS)])
+def test_a_quiet_machine_changes_nothing(
+    share: float | None, said: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Neighbours, "__exit__", lambda self, *_: setattr(self, "share", share))
+    environment: dict[str, str] = {}
+    wait_briefly_beside_others(environment)
+    assert environment == said
