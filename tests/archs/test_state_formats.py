@@ -123,11 +123,16 @@ def test_a_format_of_codes_says_what_the_mixer_gives() -> None:
         RowSpec(name="kv", shape=(2, 64), format=Kept.named("int8").format(64))
 
 
+#: What each architecture has that a format may be for.
+REMEMBERED = {
+    arch: state_kinds(ModelSpec(arch=arch, scale=get_scale("tiny")).outline()) for arch in NAMES
+}
+
+
 def remembering(name: str) -> list[str]:
     """Architectures that have what a format is for."""
     wanted = StateFormat.named(name)
-    outlines = {n: ModelSpec(arch=n, scale=get_scale("tiny")).outline() for n in NAMES}
-    return [n for n, model in outlines.items() if str(wanted.of_kinds(state_kinds(model)))]
+    return [arch for arch, kinds in REMEMBERED.items() if str(wanted.of_kinds(kinds))]
 
 
 @pytest.mark.parametrize(("name", "arch"), [(n, a) for n in FORMATS for a in remembering(n)])
