@@ -1,8 +1,9 @@
 """From which context on one architecture decodes faster than another: predicted and measured.
 
-A step's time grows with the context at the slope of its state, so two architectures cross at most
-where slopes and intercepts say so. The prediction searches the roofline's times; the measurement
-interpolates between the contexts that were timed and never beyond them.
+A step's time grows with the context at the slope of its state, so two architectures cross once in
+most cases; windows, choices of rows and what a machine makes of them can turn the order again. The
+prediction searches the roofline's times; the measurement interpolates between the contexts that
+were timed and never beyond them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ from eval.predict.roofline import (
     step_ms,
     stored_as,
 )
-from eval.results.crossings import ALWAYS, NEVER, between
+from eval.results.crossings import ALWAYS, NEVER, Crossing, between, crossing
 from eval.results.tidy import tidy
 
 Crossover = dict[str, object]
@@ -75,7 +76,8 @@ def crossovers(
     """The least context from which `first` is faster than `second`, by hardware and batch.
 
     `context` is that context in tokens; `verdict` is "from", "always" or "never" (at any context
-    from `looked_from` to `looked_to`), or "until" (faster below the context, not from it on). Times
+    from `looked_from` to `looked_to`), or "until" (faster below the context, not from it on);
+    `earlier`: contexts at which the order turns before, as `Crossing` has them. Times
     are those at `context`, or at `looked_to` without one; None where the batch does not fit there,
     as `note` then says. weights, state: as `predict`'s. Raises UserError on unknown names.
     """
@@ -92,15 +94,14 @@ def crossovers(
             def ahead(context: int, times: list[_Times] = times) -> bool:
                 return times[0].at(context) < times[1].at(context)
 
-            verdict, context = _search(ahead, longest)
-            at = context or longest
+            found = _search(ahead, longest)
+            at = found.context or longest
             unfit = [why for one in times if (why := one.why_unfit(at))]
             rows.append(
                 {
                     "first": first, "second": second, "scale": scale, "hardware": part.key,
                     "weight_format": weights, "state_format": state,
-                    "batch": batch, "verdict": verdict, "context": context,
-                    "looked_from": 1, "looked_to": longest,
+                    "batch": batch, **found._asdict(), "looked_from": 1, "looked_to": longest,
                     "first_tpot_ms": None if times[0].why_unfit(at) else times[0].at(at),
                     "second_tpot_ms": None if times[1].why_unfit(at) else times[1].at(at),
                     "note": "; ".join(dict.fromkeys(unfit)),
@@ -133,26 +134,26 @@ class _Times:
         return self._known[context]
 
 
-def _search(ahead: Callable[[int], bool], longest: int) -> tuple[str, int | None]:
-    """Verdict and context. Slopes change at most where a window fills, so the sides are compared
-    at powers of two first and the switch is then bisected to the token.
+def _search(ahead: Callable[[int], bool], longest: int) -> Crossing:
+    """Slopes change at most where a window fills, so the sides are compared at powers of two first
+    and each switch is then bisected to the token.
     """
     grid = [1]
     while grid[-1] < longest:
         grid.append(min(grid[-1] * 2, longest))
     sides = [ahead(context) for context in grid]
-    if all(sides) or not any(sides):
-        return (ALWAYS if sides[0] else NEVER), None
-    # The last switch decides what holds for long contexts.
-    last = max(i for i in range(1, len(sides)) if sides[i] != sides[i - 1])
-    low, high = grid[last - 1], grid[last]
-    while high - low > 1:
-        middle = (low + high) // 2
-        if ahead(middle) == sides[last]:
-            high = middle
-        else:
-            low = middle
-    return ("from" if sides[last] else "until"), high
+
+    def switch(i: int) -> int:
+        low, high = grid[i - 1], grid[i]
+        while high - low > 1:
+            middle = (low + high) // 2
+            if ahead(middle) == sides[i]:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    return crossing(sides, switch)
 
 
 def measured_crossovers(
@@ -190,11 +191,10 @@ def measured_crossovers(
                 continue
             contexts = [int(c) for c in table.index]
             gaps = (table[first] - table[second]).tolist()
-            verdict, context = between(contexts, gaps)
             rows.append(
                 {
                     "first": first, "second": second, **named, "first_state_format": one,
-                    "second_state_format": other, "verdict": verdict, "context": context,
+                    "second_state_format": other, **between(contexts, gaps)._asdict(),
                     "timed_from": contexts[0], "timed_to": contexts[-1],
                 }
             )  # fmt: skip
@@ -223,15 +223,15 @@ def told(row: Crossover) -> Crossover:
     timed = "timed_from" in row
     first, last = (row[f"{'timed' if timed else 'looked'}_{end}"] for end in ("from", "to"))
     place = f"{'timed' if timed else 'looked at'} from {first:,} to {last:,} tokens"
-    at = "" if row["context"] is None else f"{row['context']:,} tokens"
-    words = {
-        "from": f"from {at} on",
-        "until": f"below {at}",
-        ALWAYS: "at every context",
-        NEVER: "at no context",
-    }
-    ends = ("verdict", "context", "looked_from", "looked_to", "timed_from", "timed_to")
+    found = Crossing(row["verdict"], row["context"], row["earlier"])  # type: ignore[arg-type]
+    spans = found.told(
+        "{:,}".format, below="below {} tokens", on="from {} tokens on", to="from {} to {} tokens"
+    )
+    words = {ALWAYS: "at every context", NEVER: "at no context"}.get(found.verdict, spans)
+    ends = (
+        "verdict", "context", "earlier", "looked_from", "looked_to", "timed_from", "timed_to",
+    )  # fmt: skip
     kept = {name: value for name, value in row.items() if name not in ends}
     note = kept.pop("note", "")
-    said = {f"{row['first']} is faster": f"{words[str(row['verdict'])]} ({place})"}
+    said = {f"{row['first']} is faster": f"{words} ({place})"}
     return {**kept, **said, **({"note": note} if note else {})}

@@ -12,6 +12,11 @@ from torch import Tensor
 from kernels.attention.torch import latent_attention
 from kernels.rope.torch import rotate
 
+#: Bytes of the float64 copy of keys that `index_scores` makes at once: what stays in a cache.
+COPY_BYTES = 1 << 22
+#: Rows of it at least, so that a large batch does not become many small calls.
+LEAST_ROWS = 1024
+
 
 def turn_first(x: Tensor, angles: Tensor, dim: int) -> Tensor:
     """Rotate the first `dim` channels of x [B, K, H, d] by `angles` of `kernels.rope.torch`: in
@@ -28,9 +33,16 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     [B, K, S]. Products of two float32 are exact in float64 and sums err by 2^-53, so the rounded
     score depends on neither K nor S but for about one score in 2^28.
     """
-    dots = q.double().flatten(1, 2) @ keys.double().mT
-    dots = dots.unflatten(1, q.shape[1:3]).relu()
-    return (weights.double()[:, :, None] @ dots).squeeze(2).float()
+    queries, heads = q.double().flatten(1, 2), weights.double()[:, :, None]
+
+    def scores(keys: Tensor) -> Tensor:
+        dots = (queries @ keys.double().mT).unflatten(1, q.shape[1:3]).relu()
+        return (heads @ dots).squeeze(2).float()
+
+    size = max(LEAST_ROWS, COPY_BYTES // (8 * len(keys) * keys.shape[-1]))
+    if keys.shape[1] <= size:
+        return scores(keys)
+    return torch.cat([scores(piece) for piece in keys.split(size, 1)], -1)
 
 
 def best_rows(scores: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,20 @@ def test_the_measured_crossover_is_interpolated() -> None:
     assert (row["verdict"], row["context"], row["timed_to"]) == ("from", 125, 200)
 
 
+def test_an_order_that_turns_twice_is_told_whole() -> None:
+    """A sparse architecture may pay between two contexts alone."""
+    contexts = (100, 200, 300, 400)
+    flat = timed("dsa", [(context, 5.0) for context in contexts])
+    rising = timed("mla", list(zip(contexts, (4.0, 6.0, 6.0, 4.0), strict=True)))
+    rows = pd.concat([flat, rising], ignore_index=True)
+    [row] = measured_crossovers(rows, "dsa", "mla")
+    assert (row["verdict"], row["context"], row["earlier"]) == ("until", 350, (150,))
+    assert told(row)["dsa is faster"] == "from 150 to 350 tokens (timed from 100 to 400 tokens)"
+    [turned] = measured_crossovers(rows, "mla", "dsa")
+    said = "below 150 tokens, from 350 tokens on (timed from 100 to 400 tokens)"
+    assert told(turned)["mla is faster"] == said
+
+
 def test_two_runs_that_differ_give_a_crossover_each() -> None:
     rising = [(100, 4.0), (200, 8.0)]
     slow = timed("gdn", [(100, 6.0), (200, 6.0)]), timed("gqa", rising)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import kernels.sparse.torch as sparse
 from kernels.attention.torch import FLOP_FORMULAS
 from kernels.sparse.torch import (
     best_rows,
@@ -51,6 +52,19 @@ def test_scores_equal_the_oracle(shape: tuple[int, ...], dtype: torch.dtype) -> 
     assert float((got.double() - wanted).abs().max()) <= TOLERANCE[dtype] * size
     batch, new, heads, rows, dim = shape
     assert count.get_total_flops() == index_flops(batch * new, heads, dim, rows)
+
+
+def test_scores_of_long_contexts_are_those_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are taken in pieces: the same bits, and the same gradients."""
+    given = [t.requires_grad_() for t in operands((2, 3, 2, 50, 4))]
+    whole = index_scores(*given)
+    wanted = torch.autograd.grad(whole.square().sum(), given)
+    monkeypatch.setattr(sparse, "COPY_BYTES", 0)
+    monkeypatch.setattr(sparse, "LEAST_ROWS", 7)
+    pieces = index_scores(*given)
+    assert torch.equal(pieces, whole)
+    for got, one in zip(torch.autograd.grad(pieces.square().sum(), given), wanted, strict=True):
+        torch.testing.assert_close(got, one)
 
 
 def test_scores_have_gradients() -> None:

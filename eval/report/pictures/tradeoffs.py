@@ -221,11 +221,14 @@ def _crossing(table: pd.DataFrame, first: str, second: str) -> tuple[str, str]:
     gaps = [x - y for x, y in zip(a, b, strict=True)]
     if all(abs(gap) < EQUAL * min(x, y) for gap, x, y in zip(gaps, a, b, strict=True)):
         return "equal", "="
-    verdict, context = between(contexts, gaps)
-    if context is None:
-        return verdict, verdict if verdict == "always" else ""
-    rounded = short_count(context) if context % 1024 == 0 else f"{context:,}"
-    return verdict, f"{'≥' if verdict == 'from' else '<'} {rounded}"
+    found = between(contexts, gaps)
+    if found.context is None:
+        return found.verdict, found.verdict if found.verdict == "always" else ""
+    return found.verdict, found.told(_rounded, below="< {}", on="≥ {}", to="{} to {}")
+
+
+def _rounded(context: int) -> str:
+    return short_count(context) if context % 1024 == 0 else f"{context:,}"
 
 
 def loss_against_size(f: Figures) -> Chart | None:
