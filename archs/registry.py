@@ -1,10 +1,10 @@
 """All architectures by name, and how a name, a pattern or a file becomes a model.
 
-A name is a registry entry, the path of a Python file that defines one `Mixer`, or a layer
-pattern over both: `gdn:gqa=3:1` repeats three `gdn` layers and one `gqa` layer.
+A name is a registry entry, the path of a Python file that defines one `Mixer`, either with options
+of its own (`archs/names.py`), or a layer pattern over these: `gdn:gqa=3:1` repeats three `gdn`
+layers and one `gqa` layer.
 """
 
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
@@ -32,6 +32,7 @@ from archs.mamba1 import Mamba1, Mamba1Config
 from archs.mamba2 import Mamba2, Mamba2Config
 from archs.mixer import Mixer, MixerConfig, Place
 from archs.mla import LatentAttention, LatentConfig
+from archs.names import Layers, digest, is_pattern, mixer_of, mixers_in, periods
 from archs.nsa import SparseBlockAttention, SparseBlockConfig
 from archs.short_conv import ShortConv
 from archs.sizes import Scale, round_to
@@ -67,7 +68,10 @@ HYBRIDS = ("gdn:gqa=3:1", "swa:gqa=3:1", "mamba2:gqa=3:1")
 
 
 def entry_of(name: str) -> Entry:
-    """The entry of a registry name or of a Python file with one mixer. Raises UserError."""
+    """The entry of a registry name or of a Python file with one mixer, whatever options the name
+    has. Raises UserError.
+    """
+    name = mixer_of(name)
     if name in REGISTRY:
         return REGISTRY[name]
     if name.endswith(".py"):
@@ -79,57 +83,38 @@ def source_digest(arch: str) -> str:
     """What the architecture files in a name or pattern said when they were loaded, as 12 hex digits
     for all of them; "" where there are none. Raises UserError as `entry_of` does.
     """
-    return _digest_of(name for name, _ in pattern_of(arch))
+    return _digest_of(layers.mixer for layers in pattern_of(arch))
 
 
 def _digest_of(names: Iterable[str]) -> str:
     files = dict.fromkeys(name for name in names if name not in REGISTRY)
     digests = [_loaded(Path(name)).digest for name in files]
-    return _digest(" ".join(digests))[:12] if digests else ""
+    return digest(digests)[:12] if digests else ""
 
 
-def is_pattern(arch: str) -> bool:
-    """Whether a name is a layer pattern: it ends in counts, which no file's path does."""
-    return "=" in arch and not arch.endswith(".py")
-
-
-def names_in(arch: str) -> list[str]:
-    """The mixers that a name or pattern speaks of, whether they exist or not."""
-    return arch.rpartition("=")[0].split(":") if is_pattern(arch) else [arch]
-
-
-def folder_name(arch: str) -> str:
-    """A folder's name for an architecture; paths that differ in any character have two."""
-    plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in arch)
-    return f"{plain}-{_digest(arch)[:8]}" if ".py" in arch else plain
-
-
-def pattern_of(arch: str) -> list[tuple[str, int]]:
-    """The mixers of one period with how many layers each has. Raises UserError on a bad pattern."""
+def pattern_of(arch: str) -> list[Layers]:
+    """The layers of one period. Raises UserError on a bad pattern and an unknown mixer."""
     if not is_pattern(arch):
         entry_of(arch)
-        return [(arch, 1)]
-    left, _, right = arch.rpartition("=")
-    names, counts = left.split(":"), right.split(":")
-    if len(names) != len(counts) or not all(c.isdecimal() and int(c) > 0 for c in counts):
-        raise UserError(
-            f"pattern '{arch}' needs one positive count per architecture, as in gdn:gqa=3:1"
-        )
-    for name in names:
-        entry_of(name)
-    return [(name, int(count)) for name, count in zip(names, counts, strict=True)]
+    found = periods(arch)
+    for layers in found:
+        entry_of(layers.mixer)
+    return found
 
 
 def layer_names(arch: str, n_layers: int) -> list[str]:
     """The mixer of each layer: the pattern, repeated. Raises UserError on a bad pattern."""
-    pattern = pattern_of(arch)
-    layers = sum(count for _, count in pattern)
-    if layers > n_layers:
+    return [layers.mixer for layers in _layers(arch, n_layers)]
+
+
+def _layers(arch: str, n_layers: int) -> list[Layers]:
+    """What each layer is of."""
+    period = [layers for layers in pattern_of(arch) for _ in range(layers.count)]
+    if len(period) > n_layers:
         raise UserError(
-            f"pattern '{arch}' has {layers} layers but the scale only {n_layers}; "
+            f"pattern '{arch}' has {len(period)} layers but the scale only {n_layers}; "
             "shorten the pattern or take a deeper scale"
         )
-    period = [name for name, count in pattern for _ in range(count)]
     return [period[i % len(period)] for i in range(n_layers)]
 
 
@@ -137,7 +122,8 @@ def layer_names(arch: str, n_layers: int) -> list[str]:
 class ModelSpec:
     """Everything that determines a model but its weights; data only, so it can be stored.
 
-    overrides: mixer options by architecture name, e.g. {"gqa": {"kv_heads": 1}}.
+    overrides: mixer options by architecture name, e.g. {"gqa": {"kv_heads": 1}}; options that the
+      name of `arch` has go before them.
     hidden: MLP width; None: chosen so that non-embedding parameters match `mha`; 0: no MLP.
     short_conv: width of a short convolution before every mixer, the same for all; 0: none.
     layers: each of the scale's layers, where the pattern of `arch` and the three above do not say
@@ -231,23 +217,23 @@ class ModelSpec:
 
     def _without_mlps(self) -> int:
         """Non-embedding parameters of all but the MLPs; counted once, for it takes a model."""
-        known = repr(self), tuple(entry_of(name) for name, _ in pattern_of(self.arch))
+        known = repr(self), tuple(entry_of(name) for name in mixers_in(self.arch))
         if known not in _BARE:
             bare = self._assemble(torch.float32, self._pattern(0))
             _BARE[known] = bare.non_embedding_parameters()
         return _BARE[known]
 
     def _pattern(self, hidden: int) -> tuple[LayerSpec, ...]:
-        names = layer_names(self.arch, self.scale.n_layers)
+        layers = _layers(self.arch, self.scale.n_layers)
         for name in self.overrides:
-            if name not in names:
-                raise unknown_name("architecture in overrides", name, set(names))
+            if name not in (known := {each.mixer for each in layers}):
+                raise unknown_name("architecture in overrides", name, known)
         return tuple(
             LayerSpec(
-                mixer=name, options=self.overrides.get(name, {}), hidden=hidden,
-                short_conv=self.short_conv,
+                mixer=each.mixer, options={**self.overrides.get(each.mixer, {}), **each.options},
+                hidden=hidden, short_conv=self.short_conv,
             )
-            for name in names
+            for each in layers
         )  # fmt: skip
 
     def _assemble(self, dtype: torch.dtype, layers: tuple[LayerSpec, ...]) -> Model:
@@ -284,10 +270,6 @@ def _plain(config: MixerConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 class _Loaded(NamedTuple):
     entry: Entry
     digest: str
@@ -305,9 +287,9 @@ def _loaded(path: Path) -> _Loaded:
         raise UserError(
             f"architecture file '{path}' does not exist; give a registry name or a file"
         )
-    digest = _digest(read(path).decode("utf-8", errors="replace"))
+    source = digest([read(path).decode("utf-8", errors="replace")])
     # Files of one name in two folders must not take each other's place among the modules.
-    module_name = f"decodebench_user_{path.stem}_{_digest(str(path))[:12]}"
+    module_name = f"decodebench_user_{path.stem}_{digest([str(path)])[:12]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"architecture file '{path}' cannot be imported as Python")
@@ -325,5 +307,5 @@ def _loaded(path: Path) -> _Loaded:
     if len(found) != 1:
         names = ", ".join(v.__name__ for v in found) or "none"
         raise UserError(f"architecture file '{path}' must define exactly one Mixer (found {names})")
-    _FILES[path] = _Loaded(Entry(found[0], found[0].Config), digest)
+    _FILES[path] = _Loaded(Entry(found[0], found[0].Config), source)
     return _FILES[path]

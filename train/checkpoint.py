@@ -22,7 +22,8 @@ from archs.checks import parse
 from archs.errors import UserError
 from archs.files import make_folder, write
 from archs.heads import HEAD, HeadModel
-from archs.registry import ModelSpec, names_in, source_digest
+from archs.names import mixer_of, mixers_in, periods
+from archs.registry import ModelSpec, source_digest
 from archs.storage import store
 from archs.weights import PLAIN_WEIGHTS, WeightFormat
 from train.identity import Identity
@@ -219,7 +220,7 @@ def read_spec(path: Path, arch: str | None = None) -> ModelSpec:
 
 def _spec(path: Path, metadata: Metadata, arch: str | None) -> ModelSpec:
     spec = metadata.identity.spec
-    mixers = {layer.mixer for layer in spec.layers} or set(names_in(spec.arch))
+    mixers = {layer.mixer for layer in spec.layers} or set(mixers_in(spec.arch))
     if arch is not None:
         files = sorted({layer.mixer for layer in spec.layers if layer.mixer.endswith(".py")})
         if len(files) > 1:
@@ -227,9 +228,15 @@ def _spec(path: Path, metadata: Metadata, arch: str | None) -> ModelSpec:
                 f"{path} was trained from {len(files)} architecture files, {', '.join(files)}; "
                 f"arch='{arch}' can stand for one alone: build its ModelSpec and load the weights"
             )
-        options = {arch if k == spec.arch else k: v for k, v in spec.overrides.items()}
+        if not spec.layers and _own_options(arch) != _own_options(spec.arch):
+            raise UserError(
+                f"{path} was trained as '{spec.arch}', which has other options than arch='{arch}'; "
+                "name the same ones"
+            )
+        file, trained = mixer_of(arch), mixer_of(spec.arch)
+        options = {file if k == trained else k: v for k, v in spec.overrides.items()}
         layers = tuple(
-            replace(layer, mixer=arch) if layer.mixer.endswith(".py") else layer
+            replace(layer, mixer=file) if layer.mixer.endswith(".py") else layer
             for layer in spec.layers
         )
         spec = replace(spec, arch=spec.arch if layers else arch, overrides=options, layers=layers)
@@ -240,6 +247,10 @@ def _spec(path: Path, metadata: Metadata, arch: str | None) -> ModelSpec:
             "from a file you name, so pass it as arch"
         )
     return spec
+
+
+def _own_options(arch: str) -> list[dict[str, Any]]:
+    return [layers.options for layers in periods(arch)]
 
 
 def _read(path: Path, wanted: str) -> tuple[Metadata, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from archs.errors import UserError
+from archs.names import names_in
 from eval.cli.console import err, out
 from eval.cli.options import State, Weights, leave, parse_bytes, resolve_device
 from eval.cli.show import Json, show, show_prediction
@@ -72,7 +73,7 @@ def serve(
     json_: Json = False,
 ) -> None:
     """Serve a workload: latency, throughput, goodput and memory, by policy and arrival rate."""
-    archs = [name for name in arch.split(",") if name]
+    archs = names_in(arch)
     rates = () if rate in (None, "sweep") else tuple(map(_rate, str(rate).split(",")))
     every = [_interval(text) for text in checkpoint_every.split(",")]
     held = None if memory is None else parse_bytes(memory) / 2**30

@@ -268,7 +268,7 @@ def weight(point: Point, trained_scales: list[str]) -> float:
                 steps = rates * plan["sweep_steps"] + steps * (plan["sweep_steps"] != steps)
             return 0.14 * steps
         case "task":
-            period = sum(count for _, count in pattern_of(point.arch))
+            period = sum(layers.count for layers in pattern_of(point.arch))
             return 0.01 * options["steps"] * max(options["n_layers"], period)
         case "speculate":
             return 0.1 * options["plan"]["new_tokens"] * len(options["plan"]["contexts"])

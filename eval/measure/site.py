@@ -15,8 +15,9 @@ from archs.backbone import Model
 from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
 from archs.errors import MisfitError
+from archs.names import folder_name
 from archs.ops.matrix import weights_of
-from archs.registry import ModelSpec, folder_name
+from archs.registry import ModelSpec
 from archs.weights import WeightFormat
 from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.measure.counters import Counters

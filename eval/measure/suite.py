@@ -210,11 +210,11 @@ class Suite:
     @property
     def mixers(self) -> set[str]:
         """The mixers of all architectures."""
-        return {name for arch in self.archs for name, _ in pattern_of(arch)}
+        return {layers.mixer for arch in self.archs for layers in pattern_of(arch)}
 
     def only(self, archs: Sequence[str]) -> "Suite":
         """This suite over other architectures, without overrides of mixers that these lack."""
-        kept = {name for arch in archs for name, _ in pattern_of(arch)}
+        kept = {layers.mixer for arch in archs for layers in pattern_of(arch)}
         tasks = {
             name: {k: _of(kept, v) if k == "overrides" else v for k, v in options.items()}
             for name, options in self.tasks.items()

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import pandas as pd
 
+from archs.names import mixers_in
+
 Family = Literal["softmax", "latent", "window", "recurrent", "hybrid", "unknown"]
 
 #: Families of the architectures that tables had before they had this column, in the order of their
@@ -40,8 +42,10 @@ def known_family(arch: str) -> Family | None:
     """The family of a name or a pattern of names in `KNOWN`; None for any other."""
     if arch in KNOWN:
         return KNOWN[arch]
-    mixers = arch.rpartition("=")[0].split(":")
-    kinds = {KNOWN.get(name) for name in mixers}
+    if "(" in arch:
+        # An option may change what is remembered.
+        return None
+    kinds = {KNOWN.get(name) for name in mixers_in(arch)}
     if None in kinds:
         return None
     return kinds.pop() if len(kinds) == 1 else "hybrid"

@@ -92,8 +92,8 @@ class Task(ABC):
         pattern = pattern_of(arch)
         wanted = {**overrides, **self.overrides}
         return ModelSpec(
-            arch=arch, scale=self._scale(layers=sum(count for _, count in pattern)),
-            overrides={name: wanted[name] for name, _ in pattern if name in wanted}, hidden=0,
+            arch=arch, scale=self._scale(layers=sum(layers.count for layers in pattern)),
+            overrides={p.mixer: wanted[p.mixer] for p in pattern if p.mixer in wanted}, hidden=0,
             short_conv=self.short_conv,
         )  # fmt: skip
 

@@ -361,3 +361,15 @@ def test_a_process_of_its_own_shows_no_traceback() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("decodebench: Unknown arch 'gqq'")
     assert done.stderr.count("\n") == 1
+
+
+def test_architectures_may_have_options_of_their_own(decodebench: Command) -> None:
+    asked = ("predict", "--arch", "gqa(kv_heads=1)", "--arch", "mqa", "--json")
+    rows = json.loads(decodebench(*asked).out)
+    apart = [
+        [{k: v for k, v in row.items() if k != "arch"} for row in rows if row["arch"] == arch]
+        for arch in ("gqa(kv_heads=1)", "mqa")
+    ]
+    assert apart[0]
+    assert apart[0] == apart[1]
+    decodebench("predict", "--arch", "gqa(heads=1)").refuses("option 'heads'")
