@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from archs.backends import BACKENDS
 from archs.cost import Cost, OpCost, Step
 from archs.errors import UserError, unknown_name
+from archs.experts import Mixture
 from archs.layers import NORM_EPS, Embedding, Projection, RMSNorm, SwiGLU
 from archs.mixer import Mixer, Shared
 from archs.ops.dense import product
 from archs.ops.matrix import Matrix, Weight, declared_bytes, rows_of, storage_of, weights_of
+from archs.sizes import Experts
 from archs.spec import StateSpec
 from archs.state import LayerState
 
@@ -38,14 +40,21 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: mixer and MLP, each behind a norm and a residual. No MLP when `hidden` is 0."""
+    """One layer: mixer and MLP, each behind a norm and a residual. No MLP when `hidden` is 0;
+    `experts` stand in its place where there are some.
+    """
 
-    def __init__(self, d_model: int, mixer: Mixer, hidden: int, norm_eps: float) -> None:
+    def __init__(
+        self, d_model: int, mixer: Mixer, hidden: int, norm_eps: float,
+        experts: Experts | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm_mixer = RMSNorm(d_model, norm_eps)
         self.mixer = mixer
         self.norm_mlp = RMSNorm(d_model, norm_eps) if hidden else None
-        self.mlp = SwiGLU(d_model, hidden) if hidden else None
+        self.mlp: SwiGLU | Mixture | None = None
+        if hidden:
+            self.mlp = Mixture(d_model, hidden, experts) if experts else SwiGLU(d_model, hidden)
 
     def forward(self, x: Tensor, residual: Tensor | None, shared: Shared) -> Stream:
         """x + residual is the stream [B, T, D]; so is what comes back, for the next norm to add."""
@@ -84,8 +93,9 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A language model over one list of mixers.
 
-    mixers: one per layer; hidden: MLP width of each layer, or of all, 0 for none; tied: whether
-    the head is the embedding; norm_eps: of all norms but the mixers' own.
+    mixers: one per layer; hidden: MLP width of each layer, or of all, 0 for none; experts: what
+    stands in place of each MLP; tied: whether the head is the embedding; norm_eps: of all norms but
+    the mixers' own.
     """
 
     def __init__(
@@ -95,6 +105,7 @@ class Model(nn.Module):
         d_model: int,
         mixers: Sequence[Mixer],
         hidden: int | Sequence[int],
+        experts: Experts | None = None,
         tied: bool = True,
         norm_eps: float = NORM_EPS,
     ) -> None:
@@ -102,7 +113,7 @@ class Model(nn.Module):
         widths = [hidden] * len(mixers) if isinstance(hidden, int) else list(hidden)
         self.embedding = Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(
-            Block(d_model, mixer, width, norm_eps)
+            Block(d_model, mixer, width, norm_eps, experts)
             for mixer, width in zip(mixers, widths, strict=True)
         )
         self.norm = RMSNorm(d_model, norm_eps)
@@ -129,7 +140,7 @@ class Model(nn.Module):
         if backend not in BACKENDS:
             raise unknown_name("backend", backend, BACKENDS)
         for module in self.modules():
-            if isinstance(module, Mixer | Projection | RMSNorm | SwiGLU):
+            if isinstance(module, Mixer | Projection | RMSNorm | SwiGLU | Mixture):
                 module.backend = backend
         return self
 

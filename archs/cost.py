@@ -56,7 +56,8 @@ class OpCost:
     """FLOPs and bytes of one named operation, for the whole batch.
 
     rows: of a product with weights, the rows they are multiplied with; 0 where it is none.
-    storage: the format of the weights where it is none of plain numbers.
+    storage: the format of the weights where it is none of plain numbers. held_bytes: weights that
+    larger batches read, where this step does not read them all; 0: it does.
     """
 
     name: str
@@ -67,6 +68,7 @@ class OpCost:
     state_write_bytes: int = 0
     rows: int = 0
     storage: str = ""
+    held_bytes: int = 0
 
     @property
     def flops(self) -> int:

@@ -17,6 +17,7 @@ from archs.axes import Axis
 from archs.backbone import Block, Model
 from archs.errors import MisfitError, UserError
 from archs.layer import LayerSpec
+from archs.layers import SwiGLU
 from archs.registry import ModelSpec
 
 #: How a block calls what has axes.
@@ -26,7 +27,7 @@ MIXER, MLP = "mixer", "mlp"
 def axes_of(block: Block) -> dict[str, Axis]:
     """A block's axes by name, with parameters as the block names them."""
     found = [axis.within(MIXER) for axis in block.mixer.axes()]
-    if block.mlp is not None:
+    if isinstance(block.mlp, SwiGLU):
         found.append(block.mlp.axis().within(MLP))
     return {axis.name: axis for axis in found}
 

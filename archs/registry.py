@@ -248,7 +248,8 @@ class ModelSpec:
             ]  # fmt: skip
             model = Model(
                 vocab_size=scale.vocab_size, d_model=scale.d_model, mixers=mixers,
-                hidden=[layer.hidden for layer in layers], tied=self.tied, norm_eps=self.norm_eps,
+                hidden=[layer.hidden for layer in layers], experts=scale.experts, tied=self.tied,
+                norm_eps=self.norm_eps,
             )  # fmt: skip
             return cast(model, dtype)
 

@@ -2,19 +2,57 @@
 
 Trained scales (nano to base) carry real losses; deployment scales (70m to 8b) carry random
 weights and real latencies. Every architecture gets the MLP width that brings its non-embedding
-parameters to those of `mha` at the same scale.
+parameters to those of `mha` at the same scale. Any of them may have experts in place of its MLPs
+(`archs/experts.py`), as its name then says: `8b+64x8`.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from archs.checks import at_least, positive
 from archs.errors import UserError, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Experts:
+    """`active` of `count` experts take each token."""
+
+    count: int
+    active: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.active <= self.count:
+            raise UserError(
+                f"{self.count}x{self.active}: each token takes {self.active} of {self.count} "
+                "experts; name 1 or more, and no more than there are"
+            )
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """From its name, such as 64x8: 64 experts, of which a token takes 8. Raises UserError."""
+        parts = name.split("x")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            raise UserError(
+                f"'{name}' names no experts; write how many there are and how many take a token, "
+                "as in 64x8"
+            )
+        return cls(count=int(parts[0]), active=int(parts[1]))
+
+    def width(self, hidden: int) -> int:
+        """Hidden units of each expert, of which all active ones have `hidden` together."""
+        return max(1, round(hidden / self.active))
+
+    def read(self, tokens: int) -> float:
+        """How many experts so many tokens pick on average, each picking evenly among all."""
+        return self.count * (1 - (1 - self.active / self.count) ** tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """One shape. `mlp_multiple` is the step in which MLP widths are chosen."""
+    """One shape. `mlp_multiple` is the step in which MLP widths are chosen.
+
+    name: with a plus sign before experts where there are some.
+    """
 
     name: str
     d_model: int
@@ -30,11 +68,18 @@ class Scale:
         at_least(self, 1, "d_model", "n_layers", "head_dim", "vocab_size", "seq_len", "window")
         at_least(self, 1, "mlp_multiple")
         positive(self, "mlp_ratio")
+        _ = self.experts
         if self.d_model % self.head_dim:
             raise UserError(
                 f"d_model={self.d_model} is not divisible by head_dim={self.head_dim}; "
                 "choose a head_dim that divides it"
             )
+
+    @property
+    def experts(self) -> Experts | None:
+        """What stands in place of each MLP; None: nothing does."""
+        _, plus, named = self.name.partition("+")
+        return Experts.named(named) if plus else None
 
     @property
     def n_heads(self) -> int:
@@ -112,7 +157,11 @@ SCALES: dict[str, Scale] = {
 
 
 def get_scale(name: str) -> Scale:
-    """The scale of that name; raises `UserError` with the nearest name otherwise."""
-    if name not in SCALES:
-        raise unknown_name("scale", name, SCALES)
-    return SCALES[name]
+    """The scale of that name, such as `8b` or, with experts, `8b+64x8`.
+
+    Raises `UserError` with the nearest name, and on experts that cannot be.
+    """
+    base, *_ = name.partition("+")
+    if base not in SCALES:
+        raise unknown_name("scale", base, SCALES)
+    return replace(SCALES[base], name=name)

@@ -23,6 +23,7 @@ from archs.backbone import Model
 from archs.errors import UserError
 from archs.files import refusing
 from archs.registry import ModelSpec
+from archs.sizes import Scale
 from kernels.loss.cross_entropy import IGNORED
 from train.checkpoint import Progress, resume, save_checkpoint
 from train.heads import LossFunction, attached, loss_of
@@ -83,6 +84,15 @@ def training_bytes(spec: ModelSpec, recipe: Recipe) -> int:
     return (2 + averages) * sum(p.nbytes for part in parts for p in part.parameters())
 
 
+def require_trainable(scale: Scale) -> None:
+    """Raise UserError for a shape with experts."""
+    if scale.experts:
+        raise UserError(
+            f"scale '{scale.name}' has experts, whose router is not trained here; train "
+            f"'{scale.name.partition('+')[0]}', and name experts in decode, bench and predict"
+        )
+
+
 def train(
     model: Model,
     data: Batches,
@@ -108,8 +118,9 @@ def train(
     enough: told each evaluation; True ends the run early, well.
     loss_fn: None: the recipe's (`train.heads.loss_of`).
     Raises UserError on batches that do not fit the recipe or the vocabulary, on a checkpoint of
-    another run, and on a full disk.
+    another run, on a full disk, and as `require_trainable`.
     """
+    require_trainable(spec.scale)
     with attached(model, spec, recipe):
         run = _Run(model, data, recipe, run_dir, loss_fn or loss_of(recipe))
         source = spec.source_digest()

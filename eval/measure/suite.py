@@ -24,6 +24,7 @@ from eval.measure.decode_plans import CompressPlan, DecodePlan, SpeculatePlan, r
 from eval.measure.serve_plan import ServePlan
 from eval.tasks import Task, task_named
 from train.corpus import check_spec
+from train.loop import require_trainable
 from train.recipe import LATER, Recipe
 from train.tokenizer import SMALLEST_VOCAB
 
@@ -80,6 +81,7 @@ class TrainPlan:
         if swept and not self.sweep_steps:
             raise UserError("several learning_rates need sweep_steps >= 1; set it")
         for scale in self.scales:
+            require_trainable(get_scale(scale))
             if self.early_exit_layers:
                 require_exit(self.early_exit_layers, get_scale(scale).n_layers)
             for rate in self.rates_at(scale):

@@ -219,7 +219,8 @@ def compute_bound_batch(op: OpCost, batch: int, roofline: Roofline) -> float | N
     """The batch b with flops(b) = ridge · bytes(b); both grow by what one sequence brings."""
     ridge = roofline.ridge_flop_per_byte
     gain = (op.flops - ridge * (op.bytes - op.weight_bytes)) / batch
-    return ridge * op.weight_bytes / gain if gain > 0 and op.weight_bytes else None
+    held = max(op.weight_bytes, op.held_bytes)
+    return ridge * held / gain if gain > 0 and held else None
 
 
 def resident_bytes(model: Model, *, beside: Model | None = None) -> int:

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from archs.backbone import Model
+from archs.layers import SwiGLU
 from archs.registry import ModelSpec
 from archs.sizes import Scale, get_scale
 from eval.measure.decode import measure_decode
@@ -105,7 +106,7 @@ def copy_llama(ours: Model, theirs: Any, heads: int, kv_heads: int, dim: int) ->
         other.self_attn.k_proj.weight.copy_(halves(k, kv_heads))
         other.self_attn.v_proj.weight.copy_(v)
         other.self_attn.o_proj.weight.copy_(mixer.out.weight)
-        assert block.mlp is not None and block.norm_mlp is not None
+        assert isinstance(block.mlp, SwiGLU) and block.norm_mlp is not None
         gate, up = block.mlp.gate_up.weight.chunk(2)
         other.mlp.gate_proj.weight.copy_(gate)
         other.mlp.up_proj.weight.copy_(up)
