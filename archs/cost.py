@@ -194,10 +194,11 @@ def attention_cost(
 
     Matrix FLOPs 2·B·H·K·S·(d_qk + d_v) over S visible rows; about 5 vector FLOPs per score.
     """
-    scores = step.tokens * heads * rows.visible_rows(step.context, step.new_tokens)
+    kept = StateSpec(rows=(rows,)) if kept is None else kept
+    scores = step.tokens * heads * kept.visible_rows(rows, step.context, step.new_tokens)
     return OpCost(
         name="attention",
         matrix_flops=2 * scores * (qk_dim + v_dim),
         vector_flops=5 * scores,
-        **state_traffic(StateSpec(rows=(rows,)) if kept is None else kept, step),
+        **state_traffic(kept, step),
     )

@@ -85,7 +85,7 @@ class Attention(Mixer):
     """Causal softmax attention, full or windowed, with any number of KV heads."""
 
     Config: ClassVar[type[MixerConfig]] = AttentionConfig
-    coded_rows = frozenset({"kv"})
+    coded_rows = evictable = frozenset({"kv"})
 
     def __init__(self, config: AttentionConfig, place: Place) -> None:
         super().__init__()

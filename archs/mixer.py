@@ -108,6 +108,8 @@ class Mixer(nn.Module):
     delicate: ClassVar[frozenset[str]] = frozenset()
     #: Row tensors whose kernels read 8-bit codes, with a scale for each row of a plane.
     coded_rows: frozenset[str] = frozenset()
+    #: Row tensors that it reads by `archs.ops.attention.attend` alone: a store may drop rows.
+    evictable: frozenset[str] = frozenset()
     #: Which forms of its operations run (`archs.backends`); `Model.use` sets it.
     backend: str = "torch"
     #: How its state is kept; `Model.keep` sets it.
@@ -132,9 +134,9 @@ class Mixer(nn.Module):
     def kept_spec(self) -> StateSpec:
         """The same as it is kept: what a store holds, and a step's bytes are counted of.
 
-        Raises StateFormatError where the format does not fit a tensor.
+        Raises StateFormatError and EvictionError where the format does not fit a tensor.
         """
-        return self.state_format.stored(self.state_spec())
+        return self.state_format.stored(self.state_spec(), self.evictable)
 
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step in this layer, by operation."""

@@ -86,7 +86,7 @@ class SparseBlockAttention(Attention):
 
     Config: ClassVar[type[MixerConfig]] = SparseBlockConfig
     #: Means of blocks are made of rows as they come.
-    coded_rows = frozenset()
+    coded_rows = evictable = frozenset()
     config: SparseBlockConfig
 
     def __init__(self, config: SparseBlockConfig, place: Place) -> None:

@@ -207,16 +207,39 @@ class RowSpec(TensorSpec):
         return ceil(lookback / self.every)
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Rows of which the store keeps `rows`, by the attention that each has had.
+
+    newest: of them, which stay whatever they get. fade: of a row's sum, at each token.
+    """
+
+    rows: int
+    newest: int
+    fade: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FixedSpec(TensorSpec):
     """One value per sequence, whatever the context.
 
     inputs: of one token, from which the mixer computes the value after it: a store may keep a ring
     of them instead of a copy of the value for each token (None: copies alone serve).
+    keeps: of the rows of a mixer that the store chooses among, [2, G, rows, d] (None: the mixer
+    puts the value itself).
     """
 
     kind: str = "memory"
     inputs: TensorSpec | None = None
+    keeps: Keeping | None = None
+
+    def written_bytes(self, new_tokens: int, lookback: int) -> int:
+        """Bytes that a step writes of it, replay apart: of rows only those of the new tokens,
+        where no copies are kept.
+        """
+        if self.keeps is not None and lookback == 0:
+            return min(new_tokens, self.keeps.rows) * self.nbytes // self.keeps.rows
+        return kept_states(new_tokens, lookback) * self.nbytes
 
     def held_bytes(self, context: int, lookback: int = 0, replay: int = 0) -> int:
         """Bytes that one sequence holds after `context` tokens, taken one by one.
@@ -259,6 +282,15 @@ class StateSpec:
     def owned(self) -> tuple[RowSpec, ...]:
         """Row tensors that this layer appends to."""
         return tuple(t for t in self.rows if t.owner is None)
+
+    def visible_rows(self, rows: RowSpec, context: int, new_tokens: int) -> int:
+        """Rows of a mixer's row tensor that `new_tokens` tokens see, as they are kept here."""
+        for tensor in (*self.rows, *self.fixed):
+            if tensor.name == rows.name and isinstance(tensor, FixedSpec):
+                return tensor.keeps.rows if tensor.keeps else 0
+            if tensor.name == rows.name and isinstance(tensor, RowSpec) and tensor.every == 1:
+                return tensor.visible_rows(context, new_tokens)
+        return rows.visible_rows(context, new_tokens)
 
     def split(self, gpus: int) -> "StateSpec":
         """What one of `gpus` GPUs holds, flat."""
@@ -322,11 +354,10 @@ class StateSpec:
         are replayed the mean over many such steps.
         """
         written = sum(t.new_rows(context, new_tokens) * t.nbytes for t in self.owned)
-        states = kept_states(new_tokens, lookback)
         _, share = Replay(replay, lookback).mean(new_tokens)
         for tensor in self.fixed:
             if not replay or tensor.inputs is None:
-                written += states * tensor.nbytes
+                written += tensor.written_bytes(new_tokens, lookback)
                 continue
             written += round(share * tensor.nbytes)
             if new_tokens <= RECURRENT_LIMIT:

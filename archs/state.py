@@ -5,6 +5,7 @@ Torch forms read what `append`, `seen` and `get` return; kernels read and write 
 where they lie.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -154,7 +155,35 @@ class PagedSeen:
         return self.pages.mask_of(self._pages_at[1], self.new_tokens)
 
 
-Rows = Seen | PagedSeen
+class Kept(ABC):
+    """Rows of which the store keeps some, chosen by the attention that they get.
+
+    What a token sees depends on what those before it have asked, so rows are asked, never read.
+    """
+
+    causal = False
+
+    @abstractmethod
+    def attend(self, q: Tensor) -> Tensor:
+        """As `archs.ops.attention.attend`, q: [B, K, H, d] -> [B, K, H, d]; once in a step."""
+
+    @property
+    def rows(self) -> Tensor:
+        """Raises ValueError, as the others do."""
+        raise ValueError("rows that a store drops are read by attention alone (`Mixer.evictable`)")
+
+    @property
+    def mask(self) -> Tensor:
+        """Never there."""
+        return self.rows
+
+    @property
+    def length(self) -> int:
+        """Never there."""
+        return len(self.rows)
+
+
+Rows = Seen | PagedSeen | Kept
 
 
 def pages_of(seen: Rows) -> Pages | None:

@@ -9,16 +9,19 @@ int8, fp8: a scale for each row of a tensor's last dimension: a token's of one h
 channel's of one head of a recurrent state. int2 to int4: a scale and a zero point for it. -g32 and
 others: for so many numbers of it. -kivi: keys by channel and values by token, in blocks of 32
 tokens (arXiv 2402.02750). -sr: stochastic rounding. -ef: error feedback, what rounding left is kept
-in four bits more and added before the next rounding.
+in four bits more and added before the next rounding. Of `kv` there may be a policy instead, by
+which rows are dropped (`archs/eviction.py`).
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
 import torch
 
 from archs.errors import MisfitError, UserError, unknown_name
+from archs.eviction import FADES, Eviction, EvictionError
 from archs.formats import PLAIN, Format
 from archs.spec import FixedSpec, RowSpec, StateSpec, TensorSpec
 from kernels.quant.runs import WIDE_SCALE
@@ -66,7 +69,8 @@ class Kept:
         """From its name. Raises UserError on an unknown number and on what it cannot go with."""
         base, *ways = name.split("-")
         if base not in (*WIDE, *BYTES, *FEW):
-            raise unknown_name("state format", base, (*WIDE, *BYTES, *FEW))
+            policies = (f"{way}64" for way in (*FADES, "window"))
+            raise unknown_name("state format", base, (*WIDE, *BYTES, *FEW, *policies))
         found: dict[str, Any] = {}
         for way in ways:
             told = _way(base, way)
@@ -170,12 +174,12 @@ class StateFormat:
     Raises UserError on an unknown kind.
     """
 
-    kept: tuple[tuple[str, Kept], ...] = ()
+    kept: tuple[tuple[str, Kept | Eviction], ...] = ()
 
     @classmethod
     def named(cls, name: str) -> Self:
         """From its name, "" for a state as mixers give it. Raises UserError on unknown parts."""
-        kept: dict[str, Kept] = {}
+        kept: dict[str, Kept | Eviction] = {}
         for part in filter(None, (p.strip() for p in name.split(","))):
             kind, colon, stored = part.partition(":")
             if not colon:
@@ -187,7 +191,13 @@ class StateFormat:
                 raise unknown_name("kind of state", kind, KINDS)
             if kind in kept:
                 raise UserError(f"state format '{name}' names {kind} twice; name it once")
-            kept[kind] = Kept.named(stored)
+            policy = Eviction.named(stored)
+            if policy is not None and kind != "kv":
+                raise UserError(
+                    f"'{part}' in state format '{name}': a store drops rows of attention alone; "
+                    f"write kv:{stored}"
+                )
+            kept[kind] = policy or Kept.named(stored)
         return cls(tuple((kind, kept[kind]) for kind in KINDS if kind in kept))
 
     def __str__(self) -> str:
@@ -197,10 +207,12 @@ class StateFormat:
         """What it says of these kinds."""
         return StateFormat(tuple(pair for pair in self.kept if pair[0] in kinds))
 
-    def stored(self, spec: StateSpec) -> StateSpec:
+    def stored(self, spec: StateSpec, evictable: Collection[str] = ()) -> StateSpec:
         """A layer's state as it is kept; integers stay what they are.
 
-        Raises StateFormatError where a format does not fit a tensor.
+        evictable: row tensors that the mixer reads by attention alone, whose rows may be dropped.
+        Raises StateFormatError where a format does not fit a tensor, and EvictionError where a
+        policy does not.
         """
         if not self.kept:
             return spec
@@ -212,6 +224,15 @@ class StateFormat:
             kept = formats.get(tensor.kind) if tensor.name in numbers else None
             if kept is None:
                 rows.append(tensor)
+            elif isinstance(kept, Eviction):
+                if tensor.name not in evictable:
+                    raise EvictionError(
+                        f"{tensor.kind}:{kept}: the mixer reads '{tensor.name}' otherwise than by "
+                        "plain attention; leave it out for this architecture"
+                    )
+                held, values = kept.applied(tensor)
+                rows += held
+                fixed += values
             elif kept.blocks:
                 block, waiting = kept.in_blocks(tensor)
                 rows.append(block)
@@ -226,6 +247,8 @@ class StateFormat:
                 rows.append(kept.applied(tensor))
         for value in spec.fixed:
             kept = formats.get(value.kind) if value.name in numbers else None
+            if isinstance(kept, Eviction):
+                raise EvictionError(f"{value.kind}:{kept}: '{value.name}' has no rows to drop")
             if kept is not None and kept.blocks:
                 raise StateFormatError(
                     f"{value.kind}:{kept}: blocks are of tokens, and '{value.name}' has none; "

@@ -132,7 +132,7 @@ def keep(model: Model, state: StateFormat) -> Model:
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     found = state.of_kinds(state_kinds(model))
     for mixer in mixers:
-        found.stored(mixer.state_spec())
+        found.stored(mixer.state_spec(), mixer.evictable)
     for mixer in mixers:
         mixer.state_format = found
     return model
@@ -151,6 +151,11 @@ def require_kernels_read(model: Model, backend: str) -> None:
     """
     for mixer in (block.mixer for block in model.layers):
         spec = mixer.kept_spec()
+        if any(t.keeps for t in spec.fixed):
+            raise NoFormError(
+                f"no kernel of backend {backend} chooses among the rows of a state that drops some "
+                f"({mixer.state_format}); take backend=torch"
+            )
         for tensor in (t for t in (*spec.rows, *spec.fixed) if t.is_coded):
             if isinstance(tensor, FixedSpec):
                 read = tensor.format == Format.of(torch.bfloat16)

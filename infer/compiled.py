@@ -124,7 +124,7 @@ def _step(
             for name, (key, home, _) in layer.rows.items()
         }
         owners = {name: states[owner] for name, owner in layer.lent.items()}
-        fixed = Fixed(layer.fixed, layer.inputs, values, None, layer.codings)
+        fixed = Fixed(layer.fixed, layer.inputs, values, None, layer.codings, layer.keeps)
         states.append(LayerState(step, index, rows, fixed, owners))
     return model.step(tokens, states, hidden, every_token=every_token)
 
@@ -225,7 +225,7 @@ class CompiledStep:
                     layer.lent,
                     layer.fixed if slot is None
                     else {name: v.narrow(0, slot, batch) for name, v in layer.fixed.items()},
-                    layer.inputs, layer.codings, layer.blocks, layer.scales,
+                    layer.inputs, layer.codings, layer.blocks, layer.scales, layer.keeps,
                 )
                 for index, layer in enumerate(store.pools.layers)
             ]  # fmt: skip

@@ -336,7 +336,9 @@ def layers_of(
             held = Held(pool, home, layer.scales.get(name))
             rows[name] = row_tensor(layer, name, held, forms[key], step.new_tokens)
         owners = {name: states[owner] for name, owner in layer.lent.items()}
-        fixed = Fixed(layer.fixed, layer.inputs, values or NONE, replays, layer.codings)
+        fixed = Fixed(
+            layer.fixed, layer.inputs, values or NONE, replays, layer.codings, layer.keeps
+        )
         states.append(LayerState(step, index, rows, fixed, owners))
     return states
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from archs.spec import FixedSpec, RowSpec, StateSpec, TensorSpec
+from archs.spec import FixedSpec, Keeping, RowSpec, StateSpec, TensorSpec
 from infer.coding import Coding, held_dtype, held_shape
 from infer.pages import PageTable, TableKey
 from infer.rings import RingTable
@@ -24,6 +24,7 @@ class LayerTensors(NamedTuple):
     replayed, pools [slots, R, row]. codings: of tensors that are stored otherwise than they come.
     blocks: the fixed tensors in which rows wait until a block of them is stored. scales: of rows
     whose codes kernels read, pools [*planes, rows, 1]; those rows' pools hold nothing but codes.
+    keeps: of fixed tensors that are rows of a mixer.
     """
 
     rows: dict[str, tuple[TableKey, Tensor, tuple[int, ...]]]
@@ -33,6 +34,7 @@ class LayerTensors(NamedTuple):
     codings: dict[str, Coding]
     blocks: dict[str, str]
     scales: dict[str, Tensor]
+    keeps: dict[str, Keeping]
 
     @property
     def row_pools(self) -> Iterator[tuple[TableKey, Tensor]]:
@@ -103,6 +105,7 @@ class Pools:
             codings,
             {t.name: t.block for t in spec.owned if t.block is not None},
             {t.name: self._scales(t) for t in apart},
+            {t.name: t.keeps for t in spec.fixed if t.keeps is not None},
         )
 
     def _rows(self, tensor: RowSpec, *, codes: bool) -> Tensor:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from archs.errors import UserError
+from archs.spec import Keeping
 from archs.state import PagedSeen, Pages, Replayed, Rows, Seen, Slots
 from infer.blocks import append_blocks
+from infer.choosing import Choosing
 from infer.coding import Coding
 from infer.rows import Held, InPages, Joined, RowForm
 from infer.values import Fixed, Slotted
@@ -113,6 +115,9 @@ class LayerState:
 
     def append(self, name: str, rows: Tensor) -> Rows:
         """As `archs.state.LayerState.append`."""
+        keeps = self._fixed.keeps.get(name)
+        if keeps is not None:
+            return self._append_kept(name, rows, keeps)
         held, form, shape, coding, block, every = self._row(name)
         dtype = held.pool.dtype if coding is None else coding.given
         _require_fit(self._index, name, rows, (self._step.batch, *shape), dtype)
@@ -128,6 +133,14 @@ class LayerState:
         else:
             seen = self._append_blocks(held, form, coding, rows, block)
         self._seen[name] = seen
+        return seen
+
+    def _append_kept(self, name: str, rows: Tensor, keeps: Keeping) -> Rows:
+        pool = self._fixed.pools[name]
+        _, heads, _, dim = pool.shape[1:]
+        shape = self._step.batch, self._step.new_tokens, 2, heads, dim
+        _require_fit(self._index, name, rows, shape, pool.dtype)
+        self._seen[name] = seen = Choosing(self, name, rows, keeps)
         return seen
 
     def _append_blocks(
@@ -151,6 +164,8 @@ class LayerState:
 
     def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
         """As `archs.state.LayerState.pages`."""
+        if name in self._fixed.keeps:
+            return None
         held, form, _, coding, *_ = self._row(name)
         if coding is not None:
             _require_dtype(self._index, name, dtype, coding.given)

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from archs.spec import Keeping
 from archs.state import Replayed, Slots
 from infer.books import Books
 from infer.coding import Coding
@@ -144,7 +145,7 @@ class Fixed(NamedTuple):
     """The fixed tensors of a layer in a step.
 
     pools, inputs, codings: as `infer.pools.LayerTensors.fixed` and others. values: of those that
-    are kept in copies; replays: of the others.
+    are kept in copies; replays: of the others. keeps: of those that are rows of a mixer.
     """
 
     pools: Mapping[str, Tensor]
@@ -152,6 +153,7 @@ class Fixed(NamedTuple):
     values: ValueForm
     replays: Replays | None
     codings: Mapping[str, Coding]
+    keeps: Mapping[str, Keeping]
 
     def form(self, name: str) -> ValueForm:
         """How a tensor is got and put."""

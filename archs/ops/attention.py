@@ -13,7 +13,7 @@ from torch import Tensor
 
 from archs.backends import Forms
 from archs.ops import libraries
-from archs.state import Rows, pages_of
+from archs.state import Kept, Rows, pages_of
 from kernels.attention.torch import attention, latent_attention
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
@@ -26,7 +26,7 @@ def attend(q: Tensor, seen: Rows, *, backend: str) -> Tensor:
 
     q: [B, K, H, d] -> [B, K, H, d]. Raises UserError where the backend has no attention.
     """
-    return _ATTEND[backend](q, seen)
+    return seen.attend(q) if isinstance(seen, Kept) else _ATTEND[backend](q, seen)
 
 
 def attend_latent(q: Tensor, q_rotary: Tensor, seen: Rows, *, scale: float, backend: str) -> Tensor:

@@ -35,7 +35,7 @@ def compress(
     ] = None,
     state: Annotated[
         list[str] | None,
-        typer.Option(help="kv:int8, kv:int4-kivi, memory:int8-ef,conv:int8,...; repeatable."),
+        typer.Option(help="kv:int8, kv:int4-kivi, kv:heavy64, memory:int8-ef,...; repeatable."),
     ] = None,
     prune: Annotated[
         list[str] | None,
