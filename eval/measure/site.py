@@ -85,7 +85,7 @@ def about(spec: ModelSpec, model: Model, **more: Any) -> About:
     """The columns that describe a point's model."""
     return About(
         pattern=" ".join(layer.mixer for layer in spec.layer_specs()),
-        family=state_family(model.state_specs()),
+        family=state_family(block.mixer.state_spec() for block in model.layers),
         params=sum(w.numel() for w in weights_of(model)),
         weight_format=model.weight_format,
         state_format=model.state_format,

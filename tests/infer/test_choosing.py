@@ -16,6 +16,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.state_formats import StateFormat
 from archs.storage import keep, require_kernels_read
+from eval.measure.site import about
 from infer.engine import Engine
 from infer.store import StateStore
 from kernels.rope.torch import rope_table, rotate
@@ -198,3 +199,9 @@ def test_kernels_do_not_choose() -> None:
 def test_a_name_is_what_it_says() -> None:
     for name in ("heavy64", "recent8", "window64", "window64-sinks4"):
         assert str(Eviction.named(name)) == name
+
+
+@pytest.mark.parametrize("state", ["kv:heavy8", "kv:window8-sinks2"])
+def test_an_architecture_stays_what_it_is(state: str) -> None:
+    spec = ModelSpec(arch="gqa", scale=NANO)
+    assert about(spec, model(state)).family == about(spec, model("")).family == "softmax"
