@@ -191,7 +191,7 @@ def test_rows_that_are_read_otherwise_are_refused(arch: str) -> None:
 
 
 def test_kernels_do_not_choose() -> None:
-    with pytest.raises(NoFormError, match="chooses among the rows .* take backend=torch"):
+    with pytest.raises(NoFormError, match="chooses among the rows"):
         require_kernels_read(model("kv:heavy8"), "triton")
     require_kernels_read(model("kv:window8-sinks2"), "triton")
 
