@@ -267,6 +267,8 @@ class Scheduler:
         return min(held + self._width, max(held + 1, self.capacity.max_context))
 
     def _admit(self) -> None:
+        if not self._waiting:
+            return
         left = self.policy.token_budget - sum(a.todo for a in self.running)
         while self._waiting and len(self.running) < self.capacity.max_sequences and left > 0:
             answer = self._waiting[0][1]

@@ -6,7 +6,7 @@ forgets slots and nothing is copied. A fork holds its source's slots once more; 
 several sequences hold is never written to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,13 +38,13 @@ class Moved:
     parted: what it no longer holds from the step's begin; late: from its end.
     """
 
-    before: list[State]
-    stay: list[State] = field(default_factory=list)
-    written: list[State] = field(default_factory=list)
-    taken: list[int] = field(default_factory=list)
-    reused: set[int] = field(default_factory=set)
-    parted: list[State] = field(default_factory=list)
-    late: list[State] = field(default_factory=list)
+    before: Sequence[State]
+    stay: Sequence[State] = ()
+    written: Sequence[State] = ()
+    taken: Sequence[int] = ()
+    reused: Collection[int] = ()
+    parted: Sequence[State] = ()
+    late: Sequence[State] = ()
 
 
 @dataclass(slots=True)
@@ -145,10 +145,19 @@ class SlotTable:
             change.read.append(held[-1].slot)
             change.last.append(self.padding)
             return
+        slot = held[-1].slot
         if self.lookback:
             moved = self._beside(held, length + new, new, step)
+        elif self._is_own(slot):
+            # Nearly every sequence of every step: nothing moves.
+            write[new - 1] = slot
+            change.read.append(slot)
+            change.last.append(slot)
+            self.states[sequence] = written = [State(length + new, slot)]
+            change.moved[sequence] = Moved(held, written=written, reused=(slot,))
+            return
         else:
-            moved = self._in_place(sequence, held, length + new)
+            moved = self._apart(sequence, held, length + new)
         read, last = held[-1], moved.written[-1].slot
         if read in moved.parted:
             # Somebody else may write to what is parted with: it is read where it is copied to.
@@ -162,33 +171,36 @@ class SlotTable:
         change.moved[sequence] = moved
         self.states[sequence] = [*moved.stay, *moved.written]
 
-    def _in_place(self, sequence: int, held: list[State], end: int) -> Moved:
-        slot = held[-1].slot
-        if self._is_own(slot):
-            return Moved(held, written=[State(end, slot)], reused={slot})
+    def _apart(self, sequence: int, held: list[State], end: int) -> Moved:
+        """A slot of its own for what it shares, or for its first value."""
         self._require_free(1)
         self._drop(held)
         fresh = self._take(ZERO + 1 + sequence)
-        return Moved(held, written=[State(end, fresh)], taken=[fresh], parted=held)
+        return Moved(held, written=(State(end, fresh),), taken=(fresh,), parted=held)
 
     def _beside(self, held: list[State], end: int, new: int, step: int) -> Moved:
         """Values beside those that stay in reach; what falls out of it makes room."""
-        kept, moved = min(new, kept_states(step, self.lookback)), Moved(held)
+        kept = min(new, kept_states(step, self.lookback))
+        stay: list[State] = []
         if step <= RECURRENT_LIMIT:
-            moved.stay = [s for s in held if s.length >= end - self.lookback]
+            stay = [s for s in held if s.length >= end - self.lookback]
         room: list[State] = []
-        for state in held[: len(held) - len(moved.stay)]:
+        parted: list[State] = []
+        late: list[State] = []
+        for state in held[: len(held) - len(stay)]:
             if state == held[-1] and (kept < self.share or state.slot == ZERO):
-                moved.late.append(state)
+                late.append(state)
             elif self._is_own(state.slot):
                 room.append(state)
             else:
-                moved.parted.append(state)
+                parted.append(state)
         self._require_free(kept - len(room))
         # What the step reads gives way to its last value alone.
         read = room.pop() if room and room[-1] == held[-1] else None
-        moved.parted += room[kept:]
-        self._drop(moved.parted)
+        parted += room[kept:]
+        self._drop(parted)
+        written: list[State] = []
+        taken: list[int] = []
         for at, length in enumerate(range(end - kept + 1, end + 1)):
             if read is not None and length == end:
                 slot = read.slot
@@ -196,10 +208,10 @@ class SlotTable:
                 slot = room[at].slot
             else:
                 slot = self._take(ZERO + 1)
-                moved.taken.append(slot)
-            moved.written.append(State(length, slot))
-        moved.reused = {s.slot for s in moved.written}.difference(moved.taken)
-        return moved
+                taken.append(slot)
+            written.append(State(length, slot))
+        reused = {s.slot for s in written}.difference(taken)
+        return Moved(held, stay, written, taken, reused, parted, late)
 
     def _is_own(self, slot: int) -> bool:
         """Whether one sequence alone holds a slot."""
@@ -207,8 +219,9 @@ class SlotTable:
 
     def settle(self, change: SlotChange) -> None:
         """The step is done: values that it read and that fell out of reach go."""
-        for moved in change.moved.values():
-            self._drop(moved.late)
+        if self.lookback:
+            for moved in change.moved.values():
+                self._drop(moved.late)
 
     def undo(self, change: SlotChange, *, written: bool) -> set[int]:
         """Take back what a step did; returns the sequences whose value it has overwritten.
@@ -220,7 +233,7 @@ class SlotTable:
             for slot in moved.taken:
                 self._slots.drop(slot)
             if written:
-                spoilt |= moved.reused.union(moved.taken)
+                spoilt.update(moved.reused, moved.taken)
         for sequence, moved in change.moved.items():
             kept: list[State] = []
             for state in moved.before:
