@@ -36,9 +36,26 @@ from kernels.trapezoid.torch import (
     trapezoid_ref,
 )
 
-#: Elements of a tile to a warp: three tiles of them lie in registers.
-WARP = 1024
-MAX_CHANNELS = 256
+#: Elements of a tile to a warp, and those of the largest: two tiles lie in registers.
+WARP, MAX_WARPS = 1024, 8
+MAX_TILE = 128 * 128
+
+
+@triton.jit
+def cos_sin(turn):  # type: ignore[no-untyped-def]
+    """Cosine and sine of an angle in turns, from 0 to 1, by their series within an eighth of one.
+
+    Those of the library also serve angles so large that a thread needs a stack for them.
+    """
+    quarter = tl.floor(4.0 * turn + 0.5)
+    x = 6.283185307179586 * (turn - 0.25 * quarter)
+    z = x * x
+    sin = x * (1 + z * (-1 / 6 + z * (1 / 120 + z * (-1 / 5040 + z * (1 / 362880)))))
+    cos = 1 + z * (-1 / 2 + z * (1 / 24 + z * (-1 / 720 + z * (1 / 40320))))
+    at = quarter.to(tl.int32) % 4
+    odd = at % 2 == 1
+    first, second = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where((at == 1) | (at == 2), -first, first), tl.where(at >= 2, -second, second)
 
 
 @triton.jit
@@ -127,7 +144,7 @@ def trapezoid_step_fwd_kernel(  # type: ignore[no-untyped-def]
             # tanh(θ) / 2 = sigmoid(2θ) - 1/2. Whole turns go without a rounding.
             turn += (tl.sigmoid(2.0 * theta) - 0.5) * step
             turn -= tl.floor(turn)
-        cos, sin = tl.cos(6.283185307179586 * turn), tl.sin(6.283185307179586 * turn)
+        cos, sin = cos_sin(turn)
         slot = tl.load(write + batch * K + t).to(tl.int64)
         kept = valid & (slot >= 0)
         if not EACH:
@@ -183,8 +200,10 @@ def trapezoid_step(
     require_state(
         trapezoid_step_fwd_kernel, state, read, write, new, (batch, tokens, s.heads, s.n, s.p)
     )
-    for name, size in (("N", s.n), ("P", s.p)):
-        require(2 <= size <= MAX_CHANNELS, name, size, "must be 2 to {}", MAX_CHANNELS)
+    block_n, block_p = (triton.next_power_of_2(size) for size in (s.n, s.p))
+    require(s.n > 1, "N", s.n, "must be at least 2")
+    if block_n * block_p > MAX_TILE:
+        raise ValueError(f"N={s.n}, P={s.p} take a tile of {block_n}x{block_p}; at most {MAX_TILE}")
     require_like(state, inputs=inputs, last=last)
     strides = [_slot_stride("last", last, (1, s.last), state), 0]
     if s.angles or angle is not None:
@@ -194,7 +213,6 @@ def trapezoid_step(
         strides[1] = _slot_stride("angle", angle, (s.heads, s.angles), state)
     _check_weights(s, weights, state)
     y = torch.empty(batch, tokens, s.inner, dtype=inputs.dtype, device=inputs.device)
-    block_n, block_p = (triton.next_power_of_2(size) for size in (s.n, s.p))
     w = weights
     trapezoid_step_fwd_kernel[(s.heads, batch)](
         inputs, w.dt_bias, w.d, w.b_norm, w.c_norm, w.b_bias, w.c_bias, w.mimo_x, w.mimo_z,
@@ -202,7 +220,7 @@ def trapezoid_step(
         row_stride("inputs", inputs), *strides, state.stride(0),
         K=tokens, EACH=each and tokens > 1, G=s.groups, H=s.heads, N=s.n, P=s.p, R=s.rank,
         A=s.angles, EPS=w.eps, FLOOR=w.floor, BLOCK_N=block_n, BLOCK_P=block_p,
-        num_warps=min(16, max(1, block_n * block_p // WARP)), **overlapped(inputs.device),
+        num_warps=min(MAX_WARPS, max(1, block_n * block_p // WARP)), **overlapped(inputs.device),
     )  # fmt: skip
     return y
 
