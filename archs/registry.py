@@ -30,6 +30,7 @@ from archs.layers import NORM_EPS
 from archs.linear import LinearAttention, LinearConfig
 from archs.mamba1 import Mamba1, Mamba1Config
 from archs.mamba2 import Mamba2, Mamba2Config
+from archs.mamba3 import Mamba3, Mamba3Config
 from archs.mixer import Mixer, MixerConfig, Place
 from archs.mla import LatentAttention, LatentConfig
 from archs.names import Layers, digest, is_pattern, mixer_of, mixers_in, periods
@@ -60,6 +61,7 @@ REGISTRY: dict[str, Entry] = {
     "kda": Entry(KimiDeltaAttention, KimiDeltaConfig),
     "mamba1": Entry(Mamba1, Mamba1Config),
     "mamba2": Entry(Mamba2, Mamba2Config),
+    "mamba3": Entry(Mamba3, Mamba3Config),
     "shortconv": Entry(GatedConvolution, GatedConvConfig),
 }
 

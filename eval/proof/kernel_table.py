@@ -47,6 +47,7 @@ from kernels.selective import chunk as selective_chunk
 from kernels.selective import step as selective_step
 from kernels.sparse import append as index_append
 from kernels.sparse import scan as index_scan
+from kernels.trapezoid import step as trapezoid_step
 
 #: Every op with a Triton kernel: a module with `variants()`, the default one first.
 OPS: dict[str, ModuleType] = {
@@ -60,6 +61,7 @@ OPS: dict[str, ModuleType] = {
     "page_write": page_write, "project_append": project_append, "rope_append": rope_append,
     "rope_rotate": rope_rotate, "sample": sample, "selective_chunk": selective_chunk,
     "selective_step": selective_step, "split_combine": split_combine, "ssm_step": ssm_step,
+    "trapezoid_step": trapezoid_step,
 }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ QUICK = {
     "kda_step": "4x128x128 new 1 bfloat16 normed",
     "linear_step": "4x128x128 new 1 bfloat16 turned normed",
     "selective_step": "512x16 new 4 bfloat16",
+    "trapezoid_step": "4x64x32 rank 4 new 1 float32",
     "conv_step": "512 new 4",
     "decay_chunk": "2x2x16x32 tokens 65",
     "gdn_chunk": "2x2x16x32 tokens 1",

@@ -140,12 +140,16 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
         ("nsa", {"block": 16, "picks": 3, "window": 20}, [84, 1, 3, 7, 1]),
         ("nsa", {"block": 32, "picks": 3, "window": 70}, [180, 1, 3, 7, 1]),
         ("mla", {"positions": False}, [11, 1, 3, 4]),
+        ("mamba3", {"rank": 4, "groups": 2}, [21, 1, 3, 4]),
+        ("mamba3", {"rank": 2, "rope_fraction": 0.0}, [11, 1, 3, 4]),
     ],
 )
 def test_options_equal_the_torch_form(
     arch: str, options: dict[str, Any], pieces: list[int]
 ) -> None:
-    """Parts of pages, pages and several for a picked block; latents that are not turned."""
+    """Parts of pages, pages and several for a picked block; latents that are not turned; several
+    columns of B and C, and states that do not turn.
+    """
     subject = subject_of(arch, layers=1)
     subject.spec = replace(subject.spec, overrides={arch: options})
     subject.model = subject.spec.build()
@@ -158,7 +162,9 @@ def test_options_equal_the_torch_form(
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("check", [check_padding, check_fork, check_rollback])
-@pytest.mark.parametrize("arch", ["swa:gqa=1:1", "gdn:gqa=1:1", "mla", "nsa", "mamba1", "mamba2"])
+@pytest.mark.parametrize(
+    "arch", ["swa:gqa=1:1", "gdn:gqa=1:1", "mla", "nsa", "mamba1", "mamba2", "mamba3"]
+)
 def test_the_conformance_kit_holds(arch: str, check: Callable[[Subject], object]) -> None:
     verdict = check(subject_of(arch))
     assert verdict.passed, verdict.detail  # type: ignore[attr-defined]

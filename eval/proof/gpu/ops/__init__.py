@@ -9,9 +9,10 @@ from eval.proof.gpu.ops import (
     quant,
     recurrent,
     sparse,
+    trapezoid,
 )
 
 OPS = (
-    *attention.OPS, *sparse.OPS, *blocks.OPS, *recurrent.OPS, *chunk.OPS, *product.OPS,
-    *quant.OPS, *glue.OPS,
+    *attention.OPS, *sparse.OPS, *blocks.OPS, *recurrent.OPS, *trapezoid.OPS, *chunk.OPS,
+    *product.OPS, *quant.OPS, *glue.OPS,
 )  # fmt: skip
