@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 LEAST_DECAY = -math.exp(-0.5)
 #: Blends of a token and the one before it, in their order, and the powers by which they start.
 BLENDS = {"receptance": 0.2, "decay": 0.9, "key": 0.7, "value": 0.7, "rate": 0.9, "gate": 0.2}
+VALUE = list(BLENDS).index("value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,14 +172,14 @@ class Rwkv7(Mixer):
         `shared` for the others; ValueError where it has not.
         """
         blends = self._blends(x)
-        v = self.value(blends[3])
+        v = self.value(blends[VALUE])
         if self.reads_first:
             if shared is None or self.owner not in shared:
                 raise ValueError(
                     f"layer {self.place.layer} reads the values of layer {self.owner}: run that "
                     "layer first, with the same `shared`"
                 )
-            v = self._blended(v, shared[self.owner], blends[3])
+            v = self._blended(v, shared[self.owner], blends[VALUE])
         elif self.config.value_residual and shared is not None:
             shared[self.place.layer] = v
         return self._mix(blends, v)
@@ -186,9 +187,9 @@ class Rwkv7(Mixer):
     def extend(self, x: Tensor, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         blends = self._blends(x, state)
-        v = self.value(blends[3])
+        v = self.value(blends[VALUE])
         if self.reads_first:
-            v = self._blended(v, _newest(state.seen("values"), x.shape[1]), blends[3])
+            v = self._blended(v, _newest(state.seen("values"), x.shape[1]), blends[VALUE])
         elif self.config.value_residual:
             v = _newest(state.append("values", v), x.shape[1])
         return self._mix(blends, v, state)

@@ -16,6 +16,7 @@ from archs.mixer import Place, Shared
 from archs.registry import ModelSpec
 from archs.rwkv7 import BLENDS, Rwkv7, Rwkv7Config
 from archs.sizes import get_scale
+from eval.proof.conformance import Subject, judge
 from infer.store import StateStore
 from tests.archs.recurrent import assert_close, mixer_steps
 
@@ -150,6 +151,18 @@ def test_values_of_the_first_layer_reach_the_others(d: int, heads: int, n: int, 
             assert_close(stepped, wanted.float())
     with pytest.raises(ValueError, match="layer 2 reads the values of layer 0: run that layer fir"):
         mixers[2](xs[2], {})
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        "declared state", "batch and padding invariance", "fork, then diverge", "rollback",
+        "declared = allocated bytes", "declared = counted cost", "gradients",
+    ],
+)  # fmt: skip
+def test_stored_values_obey_the_laws(law: str) -> None:
+    verdict = judge(Subject("rwkv7(value_residual=true)"), law)
+    assert verdict.passed, verdict.detail
 
 
 @torch.no_grad()
