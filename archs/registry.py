@@ -35,6 +35,7 @@ from archs.mixer import Mixer, MixerConfig, Place
 from archs.mla import LatentAttention, LatentConfig
 from archs.names import Layers, digest, is_pattern, mixer_of, mixers_in, periods
 from archs.nsa import SparseBlockAttention, SparseBlockConfig
+from archs.rwkv7 import Rwkv7, Rwkv7Config
 from archs.short_conv import ShortConv
 from archs.sizes import Scale, round_to
 from archs.swa import WindowConfig
@@ -63,6 +64,7 @@ REGISTRY: dict[str, Entry] = {
     "mamba2": Entry(Mamba2, Mamba2Config),
     "mamba3": Entry(Mamba3, Mamba3Config),
     "shortconv": Entry(GatedConvolution, GatedConvConfig),
+    "rwkv7": Entry(Rwkv7, Rwkv7Config),
 }
 
 #: Hybrids that suites and tests treat like architectures of their own.

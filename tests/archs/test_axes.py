@@ -119,6 +119,8 @@ def test_options_follow_what_is_kept() -> None:
     assert options("mamba2", "state_dim", {"groups": 2}) == {"state_dim": 4}
     assert options("mamba2", "heads", {"groups": 2}) == {"n_heads": 4, "eps": 2e-5}
     assert options("mamba2", "head_dim") == {"head_dim": 4, "eps": 2e-5}
+    assert options("rwkv7", "key_dim") == {"key_dim": 2}
+    assert options("rwkv7", "heads") == {"n_heads": 2}
     assert options("gqa", "mlp") == 12
     spread = Case("linear", "linear").spec.spelled_out().layers[0]
     assert spread.options["exponents"] == []
@@ -139,12 +141,14 @@ def test_a_spec_spelled_out_is_the_same_model(case: Case) -> None:
 
 def test_layers_that_share_rows_are_one_team() -> None:
     def of(arch: str, **options: object) -> list[list[int]]:
-        return teams(Case(arch, arch, {"cla": options} if options else {}).spec.outline())
+        return teams(Case(arch, arch, {arch: options} if options else {}).spec.outline())
 
     assert of("gqa") == [[0], [1], [2], [3]]
     assert of("cla") == [[0, 1], [2, 3]]
     assert of("cla", group=3) == [[0, 1, 2], [3]]
     assert of("cla:gqa=1:1") == [[0, 2], [1], [3]]
+    assert of("rwkv7") == [[0], [1], [2], [3]]
+    assert of("rwkv7", value_residual=True) == [[0, 1, 2, 3]]
 
 
 def test_layers_that_share_rows_go_together() -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from archs.backbone import initialise
+from archs.backends import NoFormError
 from archs.errors import UserError
 from archs.formats import Format
 from archs.heads import HeadModel
@@ -33,9 +34,10 @@ from infer.head_drafts import HeadDrafter
 from infer.sampling import Sampling
 from infer.store import StateStore
 from tests.infer.recorded import Again
-from tests.kernels.interpreter import interpreted
+from tests.kernels.interpreter import TORCH_ALONE, interpreted
 
 TOLERANCE = 1e-4
+KERNELED = tuple(arch for arch in (*REGISTRY, *HYBRIDS) if arch not in TORCH_ALONE)
 #: Two wide heads instead of four: the interpreter takes its time by programs.
 SCALE = replace(CHECK_SCALE, head_dim=64)
 
@@ -87,7 +89,7 @@ RUN = InterpretedFunction.run
 MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13, "shortconv": 3}
 
 
-@pytest.mark.parametrize("arch", REGISTRY)
+@pytest.mark.parametrize("arch", [arch for arch in KERNELED if arch in REGISTRY])
 def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,9 +119,22 @@ def subject_of(arch: str, backend: str = "triton", layers: int = 2) -> Subject:
 
 
 def quick(*names: str) -> list[object]:
-    """Every architecture, those that are not named marked slow."""
+    """Every architecture with kernels, those that are not named marked slow."""
     slow = pytest.mark.slow
-    return [a if a in names else pytest.param(a, marks=slow) for a in (*REGISTRY, *HYBRIDS)]
+    return [a if a in names else pytest.param(a, marks=slow) for a in KERNELED]
+
+
+@pytest.mark.parametrize("arch", TORCH_ALONE)
+def test_an_architecture_without_kernels_is_refused(arch: str) -> None:
+    """In training, prefill and decode: no step runs in part or in another form."""
+    subject, said = subject_of(arch), "has no form for backend 'triton'; it has torch"
+    with pytest.raises(NoFormError, match=said):
+        subject.spec.build().use("triton")(subject.tokens(1, 9))
+    engine = subject.engine(2, 32)
+    for tokens in (1, 20):
+        with pytest.raises(NoFormError, match=said):
+            engine.extend([engine.store.add()], subject.tokens(1, tokens))
+    assert engine.store.lengths == [0] * len(engine.store.lengths)
 
 
 @pytest.mark.parametrize("arch", quick("mqa", "swa", "mla", "cla", "linear", "gdn", "mamba2"))

@@ -28,6 +28,9 @@ from triton.runtime.interpreter import (
 
 import kernels
 
+#: Architectures with an operation that has a torch form alone: there is nothing to interpret.
+TORCH_ALONE = ("rwkv7",)
+
 
 @contextmanager
 def interpreted() -> Iterator[None]:

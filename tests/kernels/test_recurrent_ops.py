@@ -1,5 +1,5 @@
-"""Decay scan, gated delta rule by head and by channel, selective scan: oracle, split law, padding,
-FLOPs, gradients.
+"""Decay scan, gated delta rule by head and by channel, diagonal plus low rank, selective scan:
+oracle, split law, padding, FLOPs, gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,13 @@ from kernels.decay.torch import (
     decay_ref,
     decay_step,
     decay_step_matrix_flops,
+)
+from kernels.dplr.torch import (
+    dplr_chunk,
+    dplr_chunk_matrix_flops,
+    dplr_ref,
+    dplr_step,
+    dplr_step_matrix_flops,
 )
 from kernels.gated_delta.torch import (
     gdn_answers,
@@ -69,6 +76,14 @@ def channel_inputs(tokens: int) -> list[Tensor]:
     return [q, k, v, -(10 ** torch.empty(B, tokens, H, N).uniform_(-3, 3.5)), beta]
 
 
+def dplr_inputs(tokens: int) -> list[Tensor]:
+    """What is read is erased in part, channel by channel, beside decays of every strength."""
+    q, k, v, g, _ = channel_inputs(tokens)
+    a = F.normalize(torch.randn(B, tokens, H, N), dim=-1)
+    q, k = (t.repeat_interleave(H // G, 2) for t in (q, k))
+    return [q, k, v, g, a, -a * torch.rand(B, tokens, H, N)]
+
+
 def s6_inputs(tokens: int) -> list[Tensor]:
     x, dt = torch.randn(2, B, tokens, H)
     b, c = torch.randn(2, B, tokens, N)
@@ -90,6 +105,11 @@ SCANS = {
         gdn_chunk, gdn_step, gdn_ref, channel_inputs, (), (B, H, N, P),
         lambda t: gdn_chunk_matrix_flops(B, t, H, G, N, P, by_channel=True),
         lambda t: gdn_step_matrix_flops(B, t, H, N, P),
+    ),
+    "dplr": Scan(
+        dplr_chunk, dplr_step, dplr_ref, dplr_inputs, (), (B, H, N, P),
+        lambda t: dplr_chunk_matrix_flops(B, t, H, N, P),
+        lambda t: dplr_step_matrix_flops(B, t, H, N, P),
     ),
     "selective": Scan(
         s6.selective_scan, s6.selective_step, s6.selective_scan_ref, s6_inputs,
@@ -156,7 +176,11 @@ def test_any_split_equals_one_call(scan: Scan, sizes: tuple[int, ...]) -> None:
 def test_padding_leaves_the_state_alone(scan: Scan) -> None:
     inputs = scan.inputs(40)
     padded = [t.clone() for t in inputs]
-    silent = {4: (1, 3), 5: (3, 4)}[len(inputs)] if scan.ref is not s6.selective_scan_ref else (1,)
+    silent = (
+        {4: (1, 3), 5: (3, 4), 6: (1, 3, 5)}[len(inputs)]
+        if scan.ref is not s6.selective_scan_ref
+        else (1,)
+    )
     for index in silent:
         padded[index][:, 30:] = 0
     state = torch.randn(scan.state)
@@ -254,6 +278,34 @@ def test_chunks_by_channel_of_any_length_and_decay(chunk: int, strength: float) 
 def test_a_chunk_by_channel_that_cannot_be_halved_is_refused() -> None:
     with pytest.raises(ValueError, match="a chunk of 48 tokens is not halved to the end; pad it"):
         gdn_chunk(*channel_inputs(100), chunk=48)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 256])
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 1e4])
+def test_diagonals_plus_low_rank_of_any_chunk_and_decay(chunk: int, strength: float) -> None:
+    q, k, v, g, a, b = dplr_inputs(300)
+    args, state = (q, k, v, g * strength, a, b), torch.randn(B, H, N, P)
+    expected, final = dplr_ref(*args, state)
+    y, after = dplr_chunk(*args, state, chunk=chunk)
+    close(y, expected, 1e-5)
+    close(after, final, 1e-5)
+
+
+def test_one_key_for_all_is_the_delta_rule() -> None:
+    """Which erases what is left after the decay: `a` takes the decay in."""
+    q, k, v, g, beta = channel_inputs(100)
+    g = g.clamp(min=-3)
+    q, k = (t.repeat_interleave(H // G, 2) for t in (q, k))
+    state, strength = torch.randn(B, H, N, P), beta[..., None]
+    expected = gdn_ref(q, k, v, g, beta, state)
+    found = dplr_chunk(q, k * strength, v, g, g.exp() * k, -k * strength, state)
+    for got, wanted in zip(found, expected, strict=True):
+        close(got, wanted)
+
+
+def test_a_chunk_that_cannot_be_halved_is_refused() -> None:
+    with pytest.raises(ValueError, match="a chunk of 48 tokens is not halved to the end; take a"):
+        dplr_chunk(*dplr_inputs(100), chunk=48)
 
 
 @pytest.mark.parametrize("inputs", [delta_inputs, channel_inputs], ids=["gdn", "kda"])

@@ -21,6 +21,7 @@ from kernels.conv import torch as causal_conv
 from kernels.decay import chunk as decay_chunk
 from kernels.decay import linear_step, ssm_step
 from kernels.decay import torch as decay_scan
+from kernels.dplr import torch as dplr
 from kernels.gated_delta import channel_chunk as kda_chunk
 from kernels.gated_delta import chunk as gdn_chunk
 from kernels.gated_delta import step as gdn_step
@@ -290,6 +291,12 @@ DELTA = [
 BY_CHANNEL = [
     replace(form, run=delta(kda_chunk.kda_chunk)) if form.name == "triton chunk" else form
     for form in DELTA
+]
+
+#: A transition that is diagonal plus a product of two vectors: q, k, v, log_decay, a, b, state.
+LOW_RANK = [
+    Form(name="torch chunk", run=dplr.dplr_chunk, chunked=True),
+    Form(name="torch step", run=torch_steps(dplr.dplr_step)),
 ]
 
 

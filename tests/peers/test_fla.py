@@ -1,4 +1,4 @@
-"""Our gated delta rule, decay scan, attention and rotary forms against fla-core's naive functions.
+"""Our delta rules, decay scan, attention and rotary forms against fla-core's naive functions.
 
 They compute in float32 whatever they are given, heads are not shared, and q is scaled by them.
 """
@@ -18,6 +18,7 @@ from tests.peers.forms import (
     DECAY,
     DELTA,
     FIXED_DECAY,
+    LOW_RANK,
     PAGED,
     Form,
     cases,
@@ -183,6 +184,36 @@ def test_kimi_delta_rule(form: Form, dtype: torch.dtype, tokens: int, groups: in
 )
 def test_gradients_of_kimi_delta_rule(form: Form, dtype: torch.dtype, tokens: int) -> None:
     compare_gradients(form, kimi_delta("naive_recurrent_kda"), channel_inputs(tokens, 2))
+
+
+def low_rank_inputs(tokens: int) -> dict[str, Tensor]:
+    """Decays as strong as RWKV-7's may be, and vectors that share nothing."""
+    q, k, a, b = torch.randn(4, B, tokens, H, N) * N**-0.5
+    return {
+        "q": q, "k": k, "v": torch.randn(B, tokens, H, P),
+        "log_decay": -0.6 * torch.rand(B, tokens, H, N), "a": a, "b": b,
+        "state": torch.randn(B, H, N, P),
+    }  # fmt: skip
+
+
+def low_rank(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> Any:
+    parts = (t.transpose(1, 2) for t in (q * N**0.5, k, v, a, b, log_decay))
+    y, last = peer("generalized_delta_rule.dplr", "dplr_recurrence")(*parts, initial_state=state)
+    return y.transpose(1, 2), last
+
+
+@pytest.mark.parametrize(("form", "dtype", "tokens"), cases(LOW_RANK, LENGTHS))
+def test_diagonal_plus_low_rank(form: Form, dtype: torch.dtype, tokens: int) -> None:
+    compare(form, low_rank, low_rank_inputs(tokens))
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "tokens"), cases([f for f in LOW_RANK if f.chunked], [65])
+)
+def test_gradients_of_diagonal_plus_low_rank(form: Form, dtype: torch.dtype, tokens: int) -> None:
+    compare_gradients(form, low_rank, low_rank_inputs(tokens))
 
 
 @pytest.mark.parametrize(("form", "dtype", "tokens"), cases(DELTA, LENGTHS))
