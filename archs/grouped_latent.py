@@ -73,6 +73,7 @@ class GroupedLatentAttention(LatentAttention):
     def __init__(self, config: GroupedLatentConfig, place: Place) -> None:
         super().__init__(config, place)
         c, heads = config, config.n_heads // config.groups
+        # Each group has an up-projection of its own instead.
         del self.kv_up
         self.kv_ups = nn.ModuleList(
             Projection(c.group_rank, heads * c.nope_dim, heads * c.v_dim, plain=True)
@@ -161,6 +162,7 @@ class GroupedLatentAttention(LatentAttention):
 
         channels, latent = spans(0, c.group_rank, 1), of_all(first, c.group_rank, 1)
         values = of_all(0, heads, c.v_dim)
+        # The first group stands for all where the one weight of their norms is fitted.
         rank = Axis(
             name="rank",
             kind="state",

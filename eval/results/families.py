@@ -18,7 +18,7 @@ KNOWN: dict[str, Family] = {
     "cla": "softmax", "linear": "recurrent", "gdn": "recurrent", "mamba1": "recurrent",
     "mamba2": "recurrent", "gdn:gqa=3:1": "hybrid", "swa:gqa=3:1": "hybrid",
     "mamba2:gqa=3:1": "hybrid", "kda": "recurrent", "dsa": "latent",
-    "nsa": "softmax", "shortconv": "recurrent", "gta": "softmax", "grouped_latent": "latent",
+    "nsa": "softmax", "shortconv": "recurrent", "gta": "softmax", "grouped_latent": "softmax",
 }  # fmt: skip
 
 
