@@ -12,7 +12,7 @@ Decode is absorbed; `absorbs` picks the cheaper one for longer steps. Equals the
 without positions, of its Kimi Linear (arXiv 2510.26692).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -212,6 +212,10 @@ class LatentAttention(Mixer):
 
         return self._in_latents(q_nope, attend)
 
+    def _ups(self) -> Sequence[Projection]:
+        """From latents up to keys and values."""
+        return (self.kv_up,)
+
     def _in_latents(self, q_nope: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer's output of what `attend` makes of queries as wide as latents, [B, K, H, rank]
         both.
@@ -315,7 +319,7 @@ class LatentAttention(Mixer):
         rows = step.context + step.new_tokens
         norms = [n.weight for n in (self.kv_norm, self.q_norm) if n is not None]
         query = [] if self.q_up is None else [linear_cost("q up", self.q_up, step.tokens)]
-        up = "absorb k, v up" if absorbs else "k, v up"
+        up, raised = ("absorb k, v up", step.tokens) if absorbs else ("k, v up", step.batch * rows)
         return Cost.of(
             linear_cost("q, latent down", self.down, step.tokens),
             OpCost(
@@ -328,7 +332,7 @@ class LatentAttention(Mixer):
                 name="rope",
                 vector_flops=c.positions * 3 * step.tokens * (c.n_heads + 1) * c.rope_dim,
             ),
-            linear_cost(up, self.kv_up, step.tokens if absorbs else step.batch * rows),
+            *(linear_cost(up, part, raised) for part in self._ups()),
             *attention,
             linear_cost("attention out", self.out, step.tokens),
         )

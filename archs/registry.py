@@ -23,6 +23,8 @@ from archs.files import read
 from archs.gated_conv import GatedConvConfig, GatedConvolution
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
+from archs.grouped_latent import GroupedLatentAttention, GroupedLatentConfig
+from archs.gta import TiedAttention, TiedConfig
 from archs.heads import MultiTokenHead
 from archs.kda import KimiDeltaAttention, KimiDeltaConfig
 from archs.layer import LayerSpec
@@ -53,7 +55,9 @@ REGISTRY: dict[str, Entry] = {
     "gqa": Entry(Attention, GroupedConfig),
     "mqa": Entry(Attention, MultiQueryConfig),
     "swa": Entry(Attention, WindowConfig),
+    "gta": Entry(TiedAttention, TiedConfig),
     "mla": Entry(LatentAttention, LatentConfig),
+    "grouped_latent": Entry(GroupedLatentAttention, GroupedLatentConfig),
     "dsa": Entry(SparseLatentAttention, SparseLatentConfig),
     "nsa": Entry(SparseBlockAttention, SparseBlockConfig),
     "cla": Entry(CrossLayerAttention, CrossLayerConfig),

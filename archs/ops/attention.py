@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from archs.backends import Forms
 from archs.ops import libraries
-from archs.state import Kept, Rows, pages_of
+from archs.state import Kept, Pages, Rows, mask_of, pages_of
 from kernels.attention.torch import attention, latent_attention
+from kernels.latent.torch import tied_attention
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
 DECODE_LIMIT = 9
@@ -37,10 +39,21 @@ def attend_latent(q: Tensor, q_rotary: Tensor, seen: Rows, *, scale: float, back
     return _ATTEND_LATENT[backend](q, q_rotary, seen, scale)
 
 
+def attend_tied(
+    q: Tensor, q_rotary: Tensor, seen: Rows, key: Rows, *, scale: float, backend: str
+) -> Tensor:
+    """Attention over rows [G, d] that are values and, in their first columns, keys, beside the one
+    rotary key [r] that all KV heads share.
+
+    q: [B, K, H, n], n <= d; q_rotary: [B, K, H, r] -> [B, K, H, d].
+    """
+    return _ATTEND_TIED[backend](q, q_rotary, seen, key, scale)
+
+
 def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str) -> Tensor:
     """Attention over keys and values that were made from the rows of `seen`, in their order.
 
-    q: [B, K, H, d]; k: [B, H, S, d]; v: [B, H, S, dv]; returns [B, K, H, dv].
+    q: [B, K, H, d]; k: [B, G, S, d], G dividing H; v: [B, G, S, dv]; returns [B, K, H, dv].
     """
     return _ATTEND_EXPANDED[backend](q, k, v, seen)
 
@@ -83,12 +96,19 @@ def _latent_torch(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Tens
 
 
 def _latent_triton(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Tensor:
-    p, new = pages_of(seen), q.shape[1]
+    p = pages_of(seen)
     if p is None:
         return _latent_torch(q, q_rotary, seen, scale)
+    return _latent_pages(q, q_rotary, p, None, scale)
+
+
+def _latent_pages(
+    q: Tensor, q_rotary: Tensor, p: Pages, keys: Tensor | None, scale: float
+) -> Tensor:
+    """A few tokens at a time; keys: the pool of a rotary key that all latents share."""
     from kernels.latent.decode import mla_decode
 
-    pieces = []
+    new, pieces = q.shape[1], []
     for start in range(0, new, MLA_DECODE_LIMIT):
         at = slice(start, start + MLA_DECODE_LIMIT)
         later = max(0, new - start - MLA_DECODE_LIMIT)
@@ -96,10 +116,26 @@ def _latent_triton(q: Tensor, q_rotary: Tensor, seen: Rows, scale: float) -> Ten
         pieces.append(
             mla_decode(
                 q[:, at], q_rotary[:, at], p.pool, p.table, total, scale=scale,
-                page_size=p.page_size,
+                page_size=p.page_size, keys=keys,
             )
         )  # fmt: skip
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _tied_torch(q: Tensor, q_rotary: Tensor, seen: Rows, key: Rows, scale: float) -> Tensor:
+    everything = seen.mask is None and not seen.causal
+    mask = None if everything else mask_of(seen, q.shape[1])
+    return tied_attention(q, q_rotary, seen.rows, key.rows, scale=scale, mask=mask)
+
+
+def _tied_triton(q: Tensor, q_rotary: Tensor, seen: Rows, key: Rows, scale: float) -> Tensor:
+    p, keys = pages_of(seen), pages_of(key)
+    if p is None or keys is None:
+        return _tied_torch(q, q_rotary, seen, key, scale)
+    if q.shape[-1] < p.pool.shape[-1]:
+        # Zeros meet the columns that are values alone.
+        q = F.pad(q, (0, p.pool.shape[-1] - q.shape[-1]))
+    return _latent_pages(q, q_rotary, p, keys.pool, scale)
 
 
 def _expanded_torch(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
@@ -137,6 +173,9 @@ _ATTEND = Forms(
 )
 _ATTEND_LATENT = Forms(
     "latent attention", {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
+)
+_ATTEND_TIED = Forms(
+    "tied attention", {"torch": _tied_torch, "triton": _tied_triton, "sdpa": _tied_torch}
 )
 _ATTEND_EXPANDED = Forms(
     "attention", {"torch": _expanded_torch, "triton": _expanded_triton, "sdpa": _expanded_torch}

@@ -56,6 +56,9 @@ def predict(
     hardware: Annotated[str, typer.Option(help="h100,h200,...,this-machine")] = "h100",
     batch: Annotated[str | None, typer.Option(help="1,8 or 1:512; default: 1.")] = None,
     context: Annotated[str, typer.Option(help="4k,128k or 1k:1m")] = "1k,16k",
+    new_tokens: Annotated[
+        str | None, typer.Option(help="Of a sequence in a step: 1,2,4; drafts after the first.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and per-token state.")] = "bfloat16",
     launch_us: Launch = None,
     price: Annotated[str, typer.Option(help="$ per hour: 2.5, or h100=2.5,h200=3.2")] = "",
@@ -93,8 +96,11 @@ def predict(
     parts = hardware.split(",")
     names = arch or [*REGISTRY, *HYBRIDS]
     if largest:
-        if by_op or picture or batch is not None:
-            raise UserError("--fit finds the batch; leave out --batch, --by-op and --picture")
+        if by_op or picture or batch is not None or new_tokens is not None:
+            raise UserError(
+                "--fit finds the batch of plain decode; leave out --batch, --by-op, --new-tokens "
+                "and --picture"
+            )
         rows = _fit(
             names, tpot, memory, scale=scale, hardware=parts, contexts=parse_counts(context),
             dtype=dtype, launch_us=launch_us, price_per_hour=prices_of(price, parts),
@@ -115,9 +121,11 @@ def predict(
     grid = (names, scale, parts, parse_counts(batch), parse_counts(context))
     if by_op and (price or picture):
         raise UserError("--by-op has no price and no picture; leave out --price and --picture")
+    if new_tokens is not None and picture:
+        raise UserError("a picture shows times per token of decode; leave out --new-tokens")
     options: dict[str, Any] = {
         "dtype": dtype, "launch_us": launch_us, "weights": weights, "state": state,
-        "replay": replay,
+        "replay": replay, "new_tokens": parse_counts(new_tokens or "1"),
     }  # fmt: skip
     if by_op:
         rows = predict_ops(*grid, **options)
@@ -129,7 +137,8 @@ def predict(
         from eval.cli.predicted import draw
 
         draw(rows, picture)
-    show_prediction(rows, json_, PREDICTION)
+    unasked = "new_tokens" if new_tokens is None else ""
+    show_prediction(rows, json_, [name for name in PREDICTION if name != unasked])
 
 
 def _fit(

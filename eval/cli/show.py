@@ -23,8 +23,8 @@ Cells = Mapping[str, object]
 #: Columns that tell rows apart.
 KEYS = frozenset(
     {"rank", "arch", "first", "second", "scale", "hardware", "batch", "context", "op", "case",
-     "backend", "kernel_backend", "weight_format", "state_format", "variant", "target", "measure",
-     "position", "number", "source"}
+     "new_tokens", "backend", "kernel_backend", "weight_format", "state_format", "variant",
+     "target", "measure", "position", "number", "source"}
 )  # fmt: skip
 #: Titles of columns whose names do not say it.
 TITLES = {
@@ -53,8 +53,8 @@ WORDS = {
 }
 #: The columns of a prediction that people see; all others are for scripts.
 PREDICTION = (
-    "rank", "arch", "hardware", "weight_format", "state_format", "batch", "context", "op", "count",
-    "state_bytes", "step_bytes",
+    "rank", "arch", "hardware", "weight_format", "state_format", "batch", "context", "new_tokens",
+    "op", "count", "state_bytes", "step_bytes",
     "arith_intensity_pred", "tpot_ms", "time_ms", "output_tok_per_s", "output_tok_per_s_per_user",
     "bound_by", "compute_bound_batch", "max_sequences", "usd_per_million_tok", "note",
 )  # fmt: skip

@@ -23,6 +23,9 @@ from eval.predict.machine import Roofline
 
 Prediction = dict[str, object]
 
+#: What a row says of every output token.
+PER_TOKEN = ("tpot_ms", "output_tok_per_s", "output_tok_per_s_per_user", "usd_per_million_tok")
+
 #: The default hardware, batches and contexts of predictions.
 SCALE = "8b"
 CONTEXTS = (1024, 16384)
@@ -32,9 +35,10 @@ def predict(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
     launch_us: float | None = None, price_per_hour: Mapping[str, float] | None = None,
-    weights: str = "", state: str = "", replay: int = 0,
+    weights: str = "", state: str = "", replay: int = 0, new_tokens: Iterable[int] = (1,),
 ) -> list[Prediction]:  # fmt: skip
-    """One row per architecture, hardware, batch and context, with the Measures' names.
+    """One row per architecture, hardware, batch, context and tokens in a step, with the Measures'
+    names.
 
     weights: the format that they are stored in (`archs.weights`), which says the dtype of all
     else, too; "": plain numbers of `dtype`. state: the format that states are kept in, as far as an
@@ -52,26 +56,32 @@ def predict(
     require_prices(prices, hardware)
     rows = []
     grid = _grid(
-        archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state, replay
-    )
+        archs, scale, hardware, batches, contexts, new_tokens, dtype, launch_us, weights, state,
+        replay,
+    )  # fmt: skip
     for arch, model, part, step in grid:
-        cost = model.cost(step)
-        state_bytes = model.state_bytes(step.context, replay=replay)
+        cost = model.cost(step, all_logits=True)
+        state_bytes = model.state_bytes(step.context, lookback=step.lookback, replay=replay)
         sequences = room(part, resident_bytes(model), state_bytes)
         row: Prediction = {
             "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
-            "context": step.context, "dtype": str(part.roofline.dtype).removeprefix("torch."),
+            "context": step.context, "new_tokens": step.new_tokens,
+            "dtype": str(part.roofline.dtype).removeprefix("torch."),
             "weight_format": model.weight_format, "state_format": model.state_format,
             "replay": replay, "state_bytes": state_bytes, "weight_bytes": cost.weight_bytes,
             "step_bytes": cost.bytes, "step_flops": cost.flops,
             "arith_intensity_pred": cost.intensity_flop_per_byte,
             "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
-            "product_launch_us": part.roofline.launch_us(step.batch),
+            "product_launch_us": part.roofline.launch_us(step.tokens),
             "call_us": part.roofline.call_us, "launches_from": part.launches_from,
             "bound_by": bound_by(cost, part.roofline),
         }  # fmt: skip
-        tpot_ms = step_ms(cost, part.roofline)
-        rows.append(row | served(step.batch, tpot_ms, sequences, prices.get(part.key)))
+        time_ms = step_ms(cost, part.roofline)
+        row |= served(step.batch, time_ms, sequences, prices.get(part.key))
+        if step.new_tokens > 1:
+            row |= {name: None for name in PER_TOKEN if name in row}
+            row["time_ms"] = time_ms if row["fits"] else None
+        rows.append(row)
     return rows
 
 
@@ -99,25 +109,28 @@ def predict_ops(
     archs: Iterable[str], scale: str = SCALE, hardware: Iterable[str] = ("h100",),
     batches: Iterable[int] = (1,), contexts: Iterable[int] = CONTEXTS, *, dtype: str = "bfloat16",
     launch_us: float | None = None, weights: str = "", state: str = "", replay: int = 0,
+    new_tokens: Iterable[int] = (1,),
 ) -> list[Prediction]:  # fmt: skip
     """One row per operation of a step; equal ones of different layers are added up.
 
-    weights, state, replay: as `predict`'s.
+    weights, state, replay, new_tokens: as `predict`'s.
     `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
     a bare product with weights, none where every sequence brings bytes of its own.
     """
     rows: list[Prediction] = []
     grid = _grid(
-        archs, scale, hardware, batches, contexts, dtype, launch_us, weights, state, replay
-    )
+        archs, scale, hardware, batches, contexts, new_tokens, dtype, launch_us, weights, state,
+        replay,
+    )  # fmt: skip
     for arch, model, part, step in grid:
-        ops = Counter(model.cost(step).ops)
+        ops = Counter(model.cost(step, all_logits=True).ops)
         for op, count in ops.items():
             time_ms = count * op_ms(op, part.roofline)
             rows.append(
                 {
                     "arch": arch, "scale": scale, "hardware": part.key, "batch": step.batch,
-                    "context": step.context, "op": op.name, "count": count,
+                    "context": step.context, "new_tokens": step.new_tokens, "op": op.name,
+                    "count": count,
                     "step_bytes": count * op.bytes, "step_flops": count * op.flops,
                     "arith_intensity_pred": op.intensity_flop_per_byte,
                     "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
@@ -131,15 +144,18 @@ def predict_ops(
 
 def _grid(
     archs: Iterable[str], scale: str, hardware: Iterable[str], batches: Iterable[int],
-    contexts: Iterable[int], dtype: str, launch_us: float | None, weights: str, state: str,
-    replay: int,
+    contexts: Iterable[int], new_tokens: Iterable[int], dtype: str, launch_us: float | None,
+    weights: str, state: str, replay: int,
 ) -> Iterator[tuple[str, Model, Hardware, Step]]:  # fmt: skip
     archs, hardware = list(archs), list(hardware)
-    batches, contexts = list(batches), list(contexts)
+    batches, contexts, new_tokens = list(batches), list(contexts), list(new_tokens)
     require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)
+    require_some("new_tokens", new_tokens)
+    require_at_least("new_tokens", new_tokens, 1)
     stored, dtype = stored_as(weights, dtype)
-    parts = [hardware_of(key, dtype, batches, launch_us, stored) for key in hardware]
-    steps = [Step(b, 1, c, replay=replay) for b in batches for c in contexts]
+    steps = [Step(b, k, c, k - 1, replay) for b in batches for c in contexts for k in new_tokens]
+    tokens = sorted({step.tokens for step in steps})
+    parts = [hardware_of(key, dtype, tokens, launch_us, stored) for key in hardware]
     shape = get_scale(scale)
     for arch in archs:
         for part in parts:

@@ -4,7 +4,7 @@ Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) keeps one row c = [l
 per position. With the up-projections absorbed into query and output, a head computes
 softmax(scale · (q_latent · c_latent + q_rotary · c_rotary)) c_latent: keys are whole rows, values
 their first R columns, so a row is loaded once. Several latent heads make it grouped-latent
-attention (arXiv 2505.21487).
+attention (arXiv 2505.21487), where all of them may share one rotary key, in a pool of its own.
 
 Legend: B batch, K new tokens, H query heads, G latent heads, R latent width, r rotary width,
 M rows of one matrix product: the H/G query heads of a latent head times K tokens. Splits, the
@@ -26,7 +26,7 @@ from kernels.attention.combine import MAX_SPLITS, split_combine
 from kernels.attention.decode import SPILLS, multiprocessors
 from kernels.attention.tiles import page_of, rows_of
 from kernels.device import gpu
-from kernels.latent.decode_checks import WIDTHS, check
+from kernels.latent.decode_checks import WIDTHS, WIDTHS_APART, check
 from kernels.overlap import overlapped, start_next, wait_for_previous
 
 #: Fewest rows worth a split of their own.
@@ -77,7 +77,7 @@ MEASURED_SPILLS = 176
 
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "row_blocks", "window", "sinks"])
 def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, q_rotary, pool, page_table, lengths, out, partials, partial_lse, used_splits,
+    q, q_rotary, pool, keys, page_table, lengths, out, partials, partial_lse, used_splits,
     scale_log2, q_stride_b, q_stride_t, q_stride_h, r_stride_b, r_stride_t, r_stride_h,
     pool_stride_g,
     max_pages, group, tokens, row_blocks, window, sinks,
@@ -85,6 +85,8 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    """Grid (splits, G * tiles of M, B). keys may be None."""
+    ROW: tl.constexpr = LATENT + ROTARY if keys is None else LATENT
     wait_for_previous(OVERLAP)
     split, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     g = part // row_blocks
@@ -135,8 +137,13 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     page = page_of(page_table, start, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
     for i in tl.range(start, end):
         row, held = rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED)
-        at = pool + page.to(tl.int64) * (PAGE * (LATENT + ROTARY))
-        at = (at + held % PAGE * (LATENT + ROTARY))[:, None]
+        at = pool + page.to(tl.int64) * (PAGE * ROW)
+        at = (at + held % PAGE * ROW)[:, None]
+        if keys is None:
+            key_at = at + LATENT
+        else:
+            key_at = keys + page.to(tl.int64) * (PAGE * ROTARY)
+            key_at = (key_at + held % PAGE * ROTARY)[:, None]
         # The next page is looked up here: a load that feeds loads would cost pipeline stages.
         after = tl.minimum(i + 1, end - 1)
         page = page_of(page_table, after, sink_tiles, sunk, oldest, last, PAGE, TILE, WINDOWED)
@@ -144,7 +151,7 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
             c = tl.load(at + latent[None, :])
         else:
             c = tl.load(at + latent[None, :], mask=(latent < LATENT)[None, :], other=0.0)
-        k_rotary = tl.load(at + LATENT + rotary[None, :])
+        k_rotary = tl.load(key_at + rotary[None, :])
         logits = tl.dot(q_turned, tl.trans(k_rotary), input_precision="ieee")
         logits = tl.dot(q_latent, tl.trans(c), logits, input_precision="ieee")
         age = position[:, None] - row[None, :]
@@ -189,15 +196,18 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
 
 def mla_decode(
     q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, scale: float,
-    page_size: int, window: int | None = None, sinks: int = 0, out: Tensor | None = None,
+    page_size: int, window: int | None = None, sinks: int = 0, keys: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale · [q, q_rotary] cᵀ) c[:, :R] over the rows c that a token sees: [B, K, H, R].
 
     q: [B, K, H, R], queries that meet latents; q_rotary: [B, K, H, r], those that meet the rotary
-      key; R and r a pair of `WIDTHS`, K <= 4, bf16 or fp16; strides multiples of 16, so products
-      by heads and views of a packed projection will do.
+      key; R and r a pair of `WIDTHS`, or of `WIDTHS_APART` where `keys` are given; K <= 4, bf16 or
+      fp16; strides multiples of 16, so products by heads and views of a packed projection will do.
     pool: [pages * page_size, R + r], or [G, pages * page_size, R + r] with a latent head for each
-      H / G query heads; q's dtype.
+      H / G query heads; q's dtype. With `keys` its rows are R wide: c is [latent | key].
+    keys: contiguous [pages * page_size, r], the rotary key that all latent heads share; pages of
+      more than one row and no window then. None: each latent head has its own, in its rows.
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
       Pages of one row make it a list of rows, such as those that an indexer picks
       (`kernels.sparse`).
@@ -210,7 +220,7 @@ def mla_decode(
     nor those of `lengths` are checked: they are read on the device only.
     """
     groups = check(
-        q, q_rotary, pool, page_table, lengths, page_size, window, sinks, out,
+        q, q_rotary, pool, keys, page_table, lengths, page_size, window, sinks, out,
         kernel=mla_decode_fwd_kernel,
     )  # fmt: skip
     batch, tokens, heads, latent = q.shape
@@ -239,7 +249,7 @@ def mla_decode(
     # The stride of a single element is arbitrary, and never used.
     strides = (t.stride(i) if t.shape[i] > 1 else 0 for t in (q, q_rotary) for i in range(3))
     mla_decode_fwd_kernel[(splits, parts, batch)](
-        q, q_rotary, pool, page_table, lengths, out, partials, partial_lse, used_splits,
+        q, q_rotary, pool, keys, page_table, lengths, out, partials, partial_lse, used_splits,
         scale * math.log2(math.e), *strides, pool.stride(0) if groups > 1 else 0,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
         LATENT=latent, BLOCK_LATENT=triton.next_power_of_2(latent), ROTARY=q_rotary.shape[3],
@@ -267,11 +277,14 @@ def _family(device: torch.device) -> str:
 def mla_decode_ref(
     q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *,
     scale: float, page_size: int, window: int | None = None, sinks: int = 0,
+    keys: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The oracle: float64, one new token of one head at a time. Arguments as `mla_decode`."""
     batch, tokens, heads, latent = q.shape
     q = torch.cat((q, q_rotary), -1)
     pool = pool if pool.dim() == 3 else pool[None]
+    if keys is not None:
+        pool = torch.cat((pool, keys.expand(len(pool), -1, -1)), -1)
     out = torch.zeros((batch, tokens, heads, latent), dtype=torch.float64)
     for b in range(batch):
         for i in range(tokens):
@@ -292,19 +305,22 @@ def mla_decode_ref(
 def variants() -> list[Variant]:
     """Every configuration that the wrapper can pick; first latents of 512 + 64 on Hopper. Pages: of
     whole tiles, below a tile, and of one row; those of fp16 are left out, as its code is that of
-    bf16 but for the type."""
+    bf16 but for the type. Then two latent heads that share their key."""
     bf16 = torch.bfloat16
 
     def call(
-        dtype: torch.dtype, widths: tuple[int, int], rows: int, windowed: bool, page: int
-    ) -> NamedCall:
-        q, q_rotary = (meta(1, 1, rows, width, dtype=dtype) for width in widths)
-        pool = meta(page, sum(widths), dtype=dtype)
+        dtype: torch.dtype, widths: tuple[int, int], rows: int, windowed: bool, page: int,
+        apart: bool = False,
+    ) -> NamedCall:  # fmt: skip
+        heads = 2 if apart else 1
+        q, q_rotary = (meta(1, 1, heads * rows, width, dtype=dtype) for width in widths)
+        pool = meta(heads, page, widths[0] if apart else sum(widths), dtype=dtype)
+        keys = meta(page, widths[1], dtype=dtype) if apart else None
         table, lengths = meta(1, 1, dtype=torch.int32), meta(1, dtype=torch.int32)
         name = f"mla_decode {str(dtype)[6:]} latent {widths[0]}+{widths[1]} rows {rows} page {page}"
-        return name + " window" * windowed, functools.partial(
+        return name + " window" * windowed + " keys apart" * apart, functools.partial(
             mla_decode, q, q_rotary, pool, table, lengths, scale=0.1, page_size=page,
-            window=1 if windowed else None,
+            window=1 if windowed else None, keys=keys,
         )  # fmt: skip
 
     def narrow(v: Variant) -> frozenset[int]:
@@ -326,6 +342,14 @@ def variants() -> list[Variant]:
         for page in (64, 16, 1)
         if page == 64 or (dtype == bf16 and not (windowed and page == 1))
     )
+    apart = (
+        call(dtype, widths, rows, False, page, apart=True)
+        for dtype in (bf16, torch.float16)
+        for widths in WIDTHS_APART
+        for rows in (16, 32, 64)
+        for page in (64, 16)
+        if page == 64 or dtype == bf16
+    )
     expected = Expected(wide_loads=2, narrow_in_loops=narrow, matrix=True, spills=spills)
     default = call(bf16, (512, 64), 16, False, 64)
-    return variants_of((default, *calls), {mla_decode_fwd_kernel: expected})
+    return variants_of((default, *calls, *apart), {mla_decode_fwd_kernel: expected})

@@ -12,11 +12,16 @@ WIDTHS = (
     (32, 16), (64, 16), (64, 32), (96, 16), (128, 16), (128, 32), (128, 64), (256, 32), (256, 64),
     (512, 64),
 )  # fmt: skip
+#: The same of latent heads that share one rotary key, whose rows lie apart.
+WIDTHS_APART = (
+    (32, 16), (32, 32), (48, 16), (64, 16), (64, 32), (128, 32), (128, 64), (256, 64),
+)  # fmt: skip
 
 
 def check(
-    q: Tensor, q_rotary: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, page_size: int,
-    window: int | None, sinks: int, out: Tensor | None, *, kernel: object,
+    q: Tensor, q_rotary: Tensor, pool: Tensor, keys: Tensor | None, page_table: Tensor,
+    lengths: Tensor, page_size: int, window: int | None, sinks: int, out: Tensor | None, *,
+    kernel: object,
 ) -> int:  # fmt: skip
     """Every rule of `mla_decode`; returns G.
 
@@ -30,7 +35,8 @@ def check(
     fits = q_rotary.shape[:-1] == q.shape[:-1] and q_rotary.dtype == q.dtype
     require(fits, "q_rotary", form(q_rotary), "must be {} {}", q.dtype, [batch, tokens, heads, "r"])
     widths = latent, q_rotary.shape[3]
-    require(widths in WIDTHS, "(R, r)", widths, "must be one of {}; use backend torch", WIDTHS)
+    served = WIDTHS if keys is None else WIDTHS_APART
+    require(widths in served, "(R, r)", widths, "must be one of {}; use backend torch", served)
     require(1 <= tokens <= MAX_TOKENS, "K", tokens, "new tokens must be 1 to {}", MAX_TOKENS)
     require(heads >= 1, "q", form(q), "must have at least one head")
     for name, part in (("q", q), ("q_rotary", q_rotary)):
@@ -38,7 +44,7 @@ def check(
         aligned = part.stride(3) == 1 and not any(s % 16 for s in strides)
         require(aligned and part.data_ptr() % 16 == 0, name, form(part),
                 "must start at 16 bytes and have strides [16i, 16j, 16k, 1]")  # fmt: skip
-    width = sum(widths)
+    width = sum(widths) if keys is None else latent
 
     require(page_size == 1 or (page_size >= 16 and page_size % 16 == 0), "page_size", page_size,
             "must be 1 or a positive multiple of 16")  # fmt: skip
@@ -55,6 +61,13 @@ def check(
     rule = "must start at 16 bytes and have strides [16i, {}, 1]"
     require(aligned, "pool", shape, rule, width)
 
+    if keys is not None:
+        fits = keys.shape == (pool.shape[-2], widths[1]) and keys.dtype == q.dtype
+        fits = fits and keys.is_contiguous() and keys.data_ptr() % 16 == 0
+        require(fits, "keys", form(keys), "must be contiguous {} {}, from 16 bytes on", q.dtype,
+                [pool.shape[-2], widths[1]])  # fmt: skip
+        require(window is None, "window", window, "must be None with keys apart")
+        require(page_size > 1, "page_size", page_size, "must be above 1 with keys apart")
     require(window is None or window >= 1, "window", window, "must be None or at least 1")
     require(window is None or page_size > 1, "window", window, "must be None with pages of 1 row")
     require(sinks >= 0, "sinks", sinks, "must be at least 0")
@@ -65,6 +78,8 @@ def check(
     fits = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
     require(fits, "lengths", form(lengths), "must be contiguous int32 [{}]", batch)
     others = {"q_rotary": q_rotary, "pool": pool, "page_table": page_table, "lengths": lengths}
+    if keys is not None:
+        others["keys"] = keys
     if out is not None:
         others["out"] = out
         result = [batch, tokens, heads, latent]

@@ -35,7 +35,7 @@ def write(folder: Path, text: str) -> str:
 
 
 #: What the suite of minutes leaves to longer ones: its time is promised.
-NOT_IN_MINUTES = {"dsa", "kda", "mamba3", "nsa", "rwkv7", "shortconv"}
+NOT_IN_MINUTES = {"dsa", "grouped_latent", "gta", "kda", "mamba3", "nsa", "rwkv7", "shortconv"}
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base"])

@@ -86,7 +86,9 @@ RUN = InterpretedFunction.run
 #: Blocks: rows and means written, the scan, torch's selection, the pages of its blocks, two
 #: attentions, gates and the sum of three.
 #: A convolution between gates: one before it, one after.
-MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13, "shortconv": 3}
+#: Tied rows: rotation, rows and key written, queries filled up, attention. Groups of latents: a
+#: norm for each and what puts them together, and two of the latter around attention.
+MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13, "shortconv": 3, "gta": 5, "grouped_latent": 9}
 
 
 @pytest.mark.parametrize("arch", [arch for arch in KERNELED if arch in REGISTRY])
@@ -157,13 +159,15 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
         ("mla", {"positions": False}, [11, 1, 3, 4]),
         ("mamba3", {"rank": 4, "groups": 2}, [21, 1, 3, 4]),
         ("mamba3", {"rank": 2, "rope_fraction": 0.0}, [11, 1, 3, 4]),
+        ("gta", {"kv_heads": 2}, [11, 1, 3, 4, 9]),
+        ("grouped_latent", {"rank": 128, "q_rank": 48}, [11, 1, 3, 4]),
     ],
 )
 def test_options_equal_the_torch_form(
     arch: str, options: dict[str, Any], pieces: list[int]
 ) -> None:
     """Parts of pages, pages and several for a picked block; latents that are not turned; several
-    columns of B and C, and states that do not turn.
+    columns of B and C, and states that do not turn; KV heads and latents that share a key.
     """
     subject = subject_of(arch, layers=1)
     subject.spec = replace(subject.spec, overrides={arch: options})
@@ -178,7 +182,18 @@ def test_options_equal_the_torch_form(
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("check", [check_padding, check_fork, check_rollback])
 @pytest.mark.parametrize(
-    "arch", ["swa:gqa=1:1", "gdn:gqa=1:1", "mla", "nsa", "mamba1", "mamba2", "mamba3"]
+    "arch",
+    [
+        "swa:gqa=1:1",
+        "gdn:gqa=1:1",
+        "mla",
+        "gta",
+        "grouped_latent",
+        "nsa",
+        "mamba1",
+        "mamba2",
+        "mamba3",
+    ],
 )
 def test_the_conformance_kit_holds(arch: str, check: Callable[[Subject], object]) -> None:
     verdict = check(subject_of(arch))

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels.latent.decode as module
+from archs.grouped_latent import GroupedLatentConfig
+from archs.gta import TiedConfig
 from archs.mla import LatentConfig
 from archs.sizes import SCALES
 from kernels.latent.decode import CONFIGS, mla_decode_ref
-from kernels.latent.decode_checks import WIDTHS
+from kernels.latent.decode_checks import WIDTHS, WIDTHS_APART
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {
@@ -30,9 +32,13 @@ def operands(
     widths: tuple[int, int] = (64, 16),
     page_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    apart: bool = False,
     **options: Any,
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """A pool of shuffled pages with spare ones; rows that nobody may read are NaN."""
+    """A pool of shuffled pages with spare ones; rows that nobody may read are NaN.
+
+    apart: latent heads share the rotary keys of a pool of their own.
+    """
     h, g = heads
     batch, most = len(lengths), max(1, -(-max(lengths) // page_size))
     pages = batch * most + 3
@@ -50,6 +56,10 @@ def operands(
         table[b, gone] = -(10**6)
     pool[:, ~readable] = torch.nan
     options = {"page_size": page_size, "scale": 0.15, **options}
+    if apart:
+        # Of the last latent head: the others' are not read.
+        options["keys"] = pool[-1, :, widths[0] :].contiguous()
+        pool = pool[..., : widths[0]].contiguous()
     parts = [torch.randn(batch, new, h, width).to(dtype) for width in widths]
     held = torch.tensor(lengths, dtype=torch.int32)
     return [*parts, pool if g > 1 else pool[0], table, held], options
@@ -110,10 +120,40 @@ def test_narrow_and_padded_latents_over_several_splits(
     assert_equals_the_oracle([1000, 40, 0], widths=widths, new=3, heads=(6, 2), **options)
 
 
+@pytest.mark.parametrize("widths", WIDTHS_APART, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_widths_of_keys_apart(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    how = {"widths": widths, "dtype": dtype, "new": 2, "heads": (6, 2)}
+    assert_equals_the_oracle([270, 70], apart=True, **how)
+
+
+@pytest.mark.parametrize("new", [1, 2, 4])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (40, 2), (4, 4)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 48, 64])
+def test_keys_apart_over_pages_and_splits(new: int, heads: tuple[int, int], page_size: int) -> None:
+    how = {"new": new, "heads": heads, "page_size": page_size, "widths": (32, 16)}
+    assert_equals_the_oracle([1000, 65, new, 0], apart=True, **how)
+
+
+def test_keys_apart_are_those_of_rows_that_repeat_them() -> None:
+    (q, q_rotary, pool, table, lengths), options = operands([300, 7], heads=(4, 2), apart=True)
+    keys = options.pop("keys")
+    rows = torch.cat((pool, keys.expand(2, -1, -1)), -1)
+    with interpreted():
+        got = module.mla_decode(q, q_rotary, pool, table, lengths, keys=keys, **options)
+        expected = module.mla_decode(q, q_rotary, rows, table, lengths, **options)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("scale", sorted(set(SCALES) - {"nano"}))  # nano: heads of 16 are refused.
 def test_every_scale_is_served(scale: str) -> None:
     c = LatentConfig.defaults(SCALES[scale])
     assert (c["rank"], c["rope_dim"]) in WIDTHS
+    tied = TiedConfig.at(SCALES[scale], {})
+    assert (tied.head_dim, tied.half) in WIDTHS_APART
+    # micro: latents of 16 are refused.
+    grouped = GroupedLatentConfig.at(SCALES[scale], {})
+    assert ((grouped.group_rank, grouped.rope_dim) in WIDTHS_APART) is (scale != "micro")
 
 
 def test_equals_torch() -> None:
@@ -168,6 +208,14 @@ def test_an_empty_batch_launches_nothing() -> None:
 
 QUERIES = ("q", "q_rotary")
 Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def apart(given: dict[str, Any]) -> dict[str, Any]:
+    """The same rows with their keys in a pool of their own."""
+    rows = given["pool"]
+    return {"pool": rows[:, :64].contiguous(), "keys": rows[:, 64:].contiguous()}
+
+
 REFUSALS: dict[str, tuple[str, Change]] = {
     "q rank": (r"q=.*\[B, K, H, R\]", lambda a: {"q": a["q"][0]}),
     "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
@@ -201,6 +249,26 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "table batch": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].repeat(2, 1)}),
     "table empty": ("page_table=.*int32", lambda a: {"page_table": a["page_table"][:, :0]}),
     "lengths": ("lengths=.*int32", lambda a: {"lengths": a["lengths"].long()}),
+    "keys rows": ("keys=.*contiguous", lambda a: {**apart(a), "keys": torch.randn(64, 16)}),
+    "keys dtype": ("keys=.*float32", lambda a: {**apart(a), "keys": apart(a)["keys"].half()}),
+    "keys strides": (
+        "keys=.*contiguous",
+        lambda a: {**apart(a), "keys": torch.randn(len(a["pool"]), 32)[:, :16]},
+    ),
+    "keys device": (
+        "keys=meta must be on",
+        lambda a: {**apart(a), "keys": apart(a)["keys"].to("meta")},
+    ),
+    "keys window": ("window=3 must be None with keys", lambda a: {**apart(a), "window": 3}),
+    "keys page": ("page_size=1 must be above 1", lambda a: {**apart(a), "page_size": 1}),
+    "keys widths": (
+        r"\(R, r\)=\(64, 48\) must be one of .*; use backend torch",
+        lambda a: {**apart(a), "q_rotary": torch.randn(1, 1, 4, 48)},
+    ),
+    "rows too wide for keys": (
+        r"pool=.*, 64\]",
+        lambda a: {**apart(a), "pool": a["pool"]},
+    ),
     "window": ("window=0 must", lambda a: {"window": 0}),
     "sinks": ("sinks=-1 must", lambda a: {"sinks": -1}),
     "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 4, 80)[..., :64]}),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.proof.gpu.case import Case, Check, Op, Run, installed, lazily
-from eval.proof.gpu.ops import sparse
+from eval.proof.gpu.ops import grouped, sparse
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, on_cpu, paged, random
 from kernels.attention.decode import attention_decode, attention_decode_ref
 from kernels.attention.decode_checks import EIGHT_BIT
@@ -285,7 +285,7 @@ MLA = Op(
             (16, 512, 64, 1, 1), (64, 512, 64, 1, 1), (32, 256, 32, 2, 1), (8, 128, 16, 4, 2),
             (4, 64, 16, 1, 1),
         )
-    ] + sparse.PICKED,
+    ] + grouped.CHECKS + sparse.PICKED,
     cases=[
         mla_case(0, 128, 4096, 16),
         mla_case(0, 128, 4096, 128),
@@ -294,6 +294,7 @@ MLA = Op(
             for heads in (16, 64, 128)
             for batch, context, new in ((1, 32768, 1), (32, 16384, 1), (128, 8192, 2))
         ),
+        *grouped.CASES,
     ],
 )  # fmt: skip
 
