@@ -14,19 +14,33 @@ from torch import Tensor
 from archs.backends import Forms
 from archs.ops import libraries
 from archs.state import Rows, pages_of
-from kernels.attention.torch import attention, latent_attention
+from kernels.attention.torch import attention, attention_with_sinks, latent_attention
+from kernels.rope.torch import rotated
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
 DECODE_LIMIT = 9
 MLA_DECODE_LIMIT = 4
 
 
-def attend(q: Tensor, seen: Rows, *, backend: str) -> Tensor:
+def attend(q: Tensor, seen: Rows, sinks: Tensor | None = None, *, backend: str) -> Tensor:
     """softmax(d^-0.5 · q kᵀ) v over the rows [2, G, ·, d] that hold K and V.
 
-    q: [B, K, H, d] -> [B, K, H, d]. Raises UserError where the backend has no attention.
+    q: [B, K, H, d] -> [B, K, H, d]. sinks: [H], a logit more in each head's softmax, of no value.
+    Raises UserError where the backend has no such attention.
     """
-    return _ATTEND[backend](q, seen)
+    return _ATTEND[backend](q, seen) if sinks is None else _ATTEND_SINKS[backend](q, seen, sinks)
+
+
+def attend_tied(
+    q: Tensor, seen: Rows, weight: Tensor | None, angles: Tensor, sinks: Tensor | None = None, *,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """`attend` over rows [G, ·, d] that are values as they lie, and keys once rotated.
+
+    weight: [d], what a key's channels are multiplied by first (None: 1). angles: of the rows, as
+    `kernels.rope.torch.rotate` takes them, [S, d/2]. Raises UserError as `attend` does.
+    """
+    return _ATTEND_TIED[backend](q, seen, weight, angles, sinks)
 
 
 def attend_latent(q: Tensor, q_rotary: Tensor, seen: Rows, *, scale: float, backend: str) -> Tensor:
@@ -48,6 +62,22 @@ def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str
 def _torch(q: Tensor, seen: Rows) -> Tensor:
     k, v = seen.rows.unbind(1)
     return attention(q, k, v, mask=seen.mask, causal=seen.causal)
+
+
+def _sinks_torch(q: Tensor, seen: Rows, sinks: Tensor) -> Tensor:
+    k, v = seen.rows.unbind(1)
+    return attention_with_sinks(q, k, v, sinks, mask=seen.mask, causal=seen.causal)
+
+
+def _tied_torch(
+    q: Tensor, seen: Rows, weight: Tensor | None, angles: Tensor, sinks: Tensor | None
+) -> Tensor:
+    rows = seen.rows
+    keys = rotated(rows if weight is None else rows * weight, angles)
+    at: dict[str, Any] = {"mask": seen.mask, "causal": seen.causal}
+    if sinks is None:
+        return attention(q, keys, rows, **at)
+    return attention_with_sinks(q, keys, rows, sinks, **at)
 
 
 def _triton(q: Tensor, seen: Rows) -> Tensor:
@@ -135,6 +165,8 @@ _ATTEND = Forms(
     "attention",
     {"torch": _torch, "triton": _triton, "sdpa": _torch, "flash-attn": _flash_attn},
 )
+_ATTEND_SINKS = Forms("attention with learned sinks", {"torch": _sinks_torch})
+_ATTEND_TIED = Forms("attention over rows that are keys and values", {"torch": _tied_torch})
 _ATTEND_LATENT = Forms(
     "latent attention", {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
 )

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from archs.backbone import initialise
+from archs.backends import NoFormError
 from archs.errors import UserError
 from archs.formats import Format
 from archs.heads import HeadModel
@@ -140,19 +141,55 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
         ("nsa", {"block": 16, "picks": 3, "window": 20}, [84, 1, 3, 7, 1]),
         ("nsa", {"block": 32, "picks": 3, "window": 70}, [180, 1, 3, 7, 1]),
         ("mla", {"positions": False}, [11, 1, 3, 4]),
+        ("gqa", {"qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1, 3, 5]),
+        ("mqa", {"output_gate": True, "rope_dim": 0}, [13, 1, 3]),
+        ("swa", {"qk_norm": True, "rope_dim": 32, "window": 9}, [21, 1, 3, 5]),
+        ("cla", {"qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1, 3]),
     ],
 )
 def test_options_equal_the_torch_form(
     arch: str, options: dict[str, Any], pieces: list[int]
 ) -> None:
-    """Parts of pages, pages and several for a picked block; latents that are not turned."""
-    subject = subject_of(arch, layers=1)
+    """Parts of pages, pages and several for a picked block; heads that are normed, gated, partly
+    rotated or not at all.
+    """
+    subject = subject_of(arch, layers=2 if arch == "cla" else 1)
     subject.spec = replace(subject.spec, overrides={arch: options})
     subject.model = subject.spec.build()
     tokens = subject.tokens(2, sum(pieces))
     expected, engine = subject.expected(tokens), subject.engine(2, sum(pieces))
     slots = [engine.store.add(), engine.store.add()]
     assert error_of(subject.run(engine, slots, tokens, pieces), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("arch", ["mha", "mqa"])
+def test_one_token_is_rotated_in_part_by_the_product_that_makes_it(arch: str) -> None:
+    subject = subject_of(arch, layers=1)
+    subject.spec = replace(subject.spec, overrides={arch: {"rope_dim": 16}})
+    subject.model = subject.spec.build()
+    tokens = subject.tokens(1, 14)
+    expected, engine = subject.expected(tokens), subject.engine(1, 14)
+    got = subject.run(engine, [engine.store.add()], tokens, [11, 1, 1, 1])
+    assert error_of(got, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "operation"),
+    [
+        ("gqa", {"learned_sinks": True}, "attention with learned sinks"),
+        ("cla", {"tied_kv": True}, "attention over rows that are keys and values"),
+    ],
+)
+def test_options_without_kernels_are_refused(
+    arch: str, options: dict[str, Any], operation: str
+) -> None:
+    subject = subject_of(arch)
+    subject.spec = replace(subject.spec, overrides={arch: options})
+    subject.model = subject.spec.build()
+    engine = subject.engine(1, 8)
+    slot = engine.store.add()
+    with pytest.raises(NoFormError, match=f"{operation} has no form for backend 'triton'; it has"):
+        engine.extend([slot], subject.tokens(1, 3))
 
 
 @pytest.mark.slow
