@@ -140,8 +140,8 @@ class CrossLayerAttention(Attention):
             kv = replace(kv, shape=kv.shape[1:])
         return StateSpec(rows=(replace(kv, owner=self.owner),))
 
-    def _before(self, step: Step) -> list[OpCost]:
-        c, found = self.config, super()._before(step)
+    def _cost_before(self, step: Step) -> list[OpCost]:
+        c, found = self.config, super()._cost_before(step)
         if c.tied_kv:
             rows = self.state_spec().rows[0].visible_rows(step.context, step.new_tokens)
             each = 3 * c.turned + c.qk_norm * c.head_dim

@@ -258,7 +258,7 @@ class Attention(Mixer):
         c, (kv,) = self.config, self.state_spec().rows
         return Cost.of(
             linear_cost("q, k, v", self.qkv, step.tokens),
-            *self._before(step),
+            *self._cost_before(step),
             attention_cost(
                 kv,
                 step,
@@ -267,11 +267,11 @@ class Attention(Mixer):
                 v_dim=c.head_dim,
                 kept=self.kept_spec(),
             ),
-            *self._after(step),
+            *self._cost_after(step),
             linear_cost("attention out", self.out, step.tokens),
         )
 
-    def _before(self, step: Step) -> list[OpCost]:
+    def _cost_before(self, step: Step) -> list[OpCost]:
         """What happens to queries and keys before attention."""
         c = self.config
         heads = c.n_heads + c.kv_heads * (self.kv_parts > 0)
@@ -282,7 +282,7 @@ class Attention(Mixer):
             found.insert(0, OpCost(name="q, k norms", vector_flops=flops, weight_bytes=read))
         return found
 
-    def _after(self, step: Step) -> list[OpCost]:
+    def _cost_after(self, step: Step) -> list[OpCost]:
         """What happens to attention's weights and output beside attention and projection."""
         c, found = self.config, list[OpCost]()
         if self.sink_logits is not None:
