@@ -6,12 +6,13 @@ Training is torch's fused attention under every backend: it picks FlashAttention
 published forward and backward rates on Hopper are above those of Triton kernels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from archs.backends import Forms
+from archs.backends import Forms, NoFormError
 from archs.ops import libraries
 from archs.state import Rows, pages_of
 from kernels.attention.torch import attention, attention_with_sinks, latent_attention
@@ -161,12 +162,27 @@ def _as_pool(t: Tensor) -> Tensor:
     return t.as_strided(size, (rows * dim, dim, 1))
 
 
+def _in_training(operation: str, form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The torch form of an operation without kernels: it trains, and refuses rows in pages."""
+
+    def attended(q: Tensor, seen: Rows, *given: Any) -> Tensor:
+        if pages_of(seen) is not None:
+            raise NoFormError(f"{operation} has no kernel over rows in pages; use --backend torch")
+        return form(q, seen, *given)
+
+    return attended
+
+
+def _without_kernels(operation: str, form: Callable[..., Tensor]) -> Forms[Callable[..., Tensor]]:
+    return Forms(operation, {"torch": form, "triton": _in_training(operation, form)})
+
+
 _ATTEND = Forms(
     "attention",
     {"torch": _torch, "triton": _triton, "sdpa": _torch, "flash-attn": _flash_attn},
 )
-_ATTEND_SINKS = Forms("attention with learned sinks", {"torch": _sinks_torch})
-_ATTEND_TIED = Forms("attention over rows that are keys and values", {"torch": _tied_torch})
+_ATTEND_SINKS = _without_kernels("attention with learned sinks", _sinks_torch)
+_ATTEND_TIED = _without_kernels("attention over rows that are keys and values", _tied_torch)
 _ATTEND_LATENT = Forms(
     "latent attention", {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
 )

@@ -188,8 +188,13 @@ def test_options_without_kernels_are_refused(
     subject.model = subject.spec.build()
     engine = subject.engine(1, 8)
     slot = engine.store.add()
-    with pytest.raises(NoFormError, match=f"{operation} has no form for backend 'triton'; it has"):
+    with pytest.raises(NoFormError, match=f"{operation} has no kernel over rows in pages; use --b"):
         engine.extend([slot], subject.tokens(1, 3))
+    assert engine.store.lengths[slot] == 0
+    ids = subject.tokens(2, 9)
+    # Training is torch's attention under every backend.
+    logits = subject.model.use("triton")(ids).detach()
+    assert error_of(logits, subject.expected(ids)) <= TOLERANCE
 
 
 @pytest.mark.slow
