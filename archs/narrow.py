@@ -144,7 +144,8 @@ def without_layers(
 ) -> tuple[Model, ModelSpec]:
     """The model without these layers. Layers that share rows must go together (`teams`).
 
-    Raises MisfitError where no layer is left or some of a team are, UserError on packed weights.
+    Raises MisfitError where no layer is left, where some of a team are, and where the mixers'
+    options would have others share rows; UserError on packed weights.
     """
     given = spec.spelled_out()
     kept = [i for i in range(len(given.layers)) if i not in removed]
@@ -158,6 +159,12 @@ def without_layers(
         scale=replace(given.scale, n_layers=len(kept)),
         layers=tuple(given.layers[i] for i in kept),
     )
+    left = [[kept.index(i) for i in team] for team in teams(model) if team[0] in kept]
+    if teams(smaller.outline()) != left:
+        raise MisfitError(
+            f"without layers {sorted(removed)} others would share rows than do now; keep those "
+            "that share"
+        )
     weights = plain_weights(model)
     for at in range(len(given.layers)):
         own = {

@@ -25,7 +25,7 @@ from archs.axes import Axis, rows, spans
 from archs.checks import at_least
 from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
 from archs.errors import UserError
-from archs.gqa import Attention, GroupedConfig
+from archs.gqa import OPTIONS, Attention, GroupedConfig
 from archs.layers import Projection
 from archs.mixer import MixerConfig, Place, Shared
 from archs.ops.blocks import Blocks, attend_all_blocks, attend_blocks
@@ -53,6 +53,12 @@ class SparseBlockConfig(GroupedConfig):
 
     def __post_init__(self) -> None:
         GroupedConfig.__post_init__(self)
+        for name in OPTIONS:
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                raise UserError(
+                    f"{name}={value}: nsa's three attentions have no such form; leave it out"
+                )
         at_least(self, 1, "block")
         at_least(self, LEAST_PICKS, "picks")
         if self.window is None:
@@ -96,7 +102,7 @@ class SparseBlockAttention(Attention):
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
-        q, kv = self._split(x, self._angles(x))
+        q, kv = self._rotated(self._heads(x)[0])
         found = attend_all_blocks(q, kv.movedim(1, -2), self.config.blocks)
         return self.out(found.gated(self._gates(x)).flatten(2))
 

@@ -25,6 +25,7 @@ class ShortConv(Mixer):
         super().__init__()
         self.mixer = mixer
         self.coded_rows = mixer.coded_rows
+        self.evictable = mixer.evictable
         self.width = width
         self.weight = nn.Parameter(torch.empty(d_model, width))
 

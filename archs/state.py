@@ -325,12 +325,17 @@ class LayerState(Protocol):
         """Tokens of each sequence before this step, int32 [B]."""
         ...
 
-    def rope(self, dim: int, theta: float) -> Tensor:
-        """Rotary angles of the new tokens, complex64 [1 or B, K, 1, dim/2]."""
+    def rope(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
+        """Rotary angles of the new tokens, complex64 [1 or B, K, 1, dim/2].
+
+        turned: as in `kernels.rope.torch.rope_table`.
+        """
         ...
 
-    def rotary(self, dim: int, theta: float) -> Tensor:
-        """Cosines and sines of all positions, float32 [positions, dim/2, 2], for kernels."""
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
+        """Cosines and sines of all positions, float32 [positions, dim/2, 2], for kernels and for
+        rows that are rotated when they are read.
+        """
         ...
 
     def append(self, name: str, rows: Tensor) -> Rows:

@@ -42,6 +42,10 @@ def staged(
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
+#: What rotary angles depend on beside positions: dim, theta and turned of `LayerState.rope`.
+Rotary = tuple[int, float, int | None]
+
+
 class OnDevice:
     """What all steps of a store share on its device: block tables and rotary tables."""
 
@@ -55,7 +59,8 @@ class OnDevice:
         # On the host itself the block tables are those of the books, not copies of them.
         self.blocks = {key: torch.from_numpy(t.blocks).to(device) for key, t in tables.items()}
         self._sequences = sequences
-        self._rotary: dict[tuple[int, float], Tensor] = {}
+        #: What layers have asked `rotary` for, by its arguments.
+        self.angles: dict[Rotary, Tensor] = {}
 
     @cached_property
     def arrivals(self) -> Tensor:
@@ -73,13 +78,13 @@ class OnDevice:
                 self.blocks[key][sent[0], sent[1]] = sent[2].int()
             table.changed.clear()
 
-    def rotary(self, dim: int, theta: float) -> Tensor:
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """Cosines and sines of all positions, float32 [>= max_context, dim/2, 2]."""
-        found = self._rotary.get((dim, theta))
+        found = self.angles.get((dim, theta, turned))
         if found is None:
-            table = rope_table(self.max_context, dim, theta, self.device)
+            table = rope_table(self.max_context, dim, theta, self.device, turned)
             found = torch.view_as_real(table).squeeze(1).contiguous()
-            self._rotary[dim, theta] = found
+            self.angles[dim, theta, turned] = found
         return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from archs.backbone import Model, Output
 from archs.errors import UserError
+from infer.books import Rotary
 from infer.pages import TableKey
 from infer.plan import StepPlan, row_tensor
 from infer.pools import LayerTensors
@@ -25,12 +26,13 @@ from infer.state import LayerState
 from infer.values import Fixed, InPlace, Slotted, ValueForm
 from kernels.rope.torch import rope_table
 
-Rotary = tuple[int, float]
-
 _NUMBERS = count()
 
 #: Sources of `_step`'s inputs, in torch's notation, that one engine never changes.
-STAYS = ("G[", *(f"L['{name}']" for name in ("model", "layers", "angles", "every_token")))
+STAYS = (
+    "G[",
+    *(f"L['{name}']" for name in ("model", "layers", "angles", "everywhere", "every_token")),
+)
 
 
 class Whole(NamedTuple):
@@ -62,23 +64,27 @@ class TracedStep:
 
     wrote_rows = wrote_fixed = True
 
-    def __init__(self, tokens: Tensor, told: Told, angles: Mapping[Rotary, Tensor]) -> None:
+    def __init__(
+        self, tokens: Tensor, told: Told, angles: Mapping[Rotary, Tensor],
+        everywhere: Mapping[Rotary, Tensor],
+    ) -> None:  # fmt: skip
         self.batch, self.new_tokens = tokens.shape
         self.positions, self.new, self.valid, self.each = told
         self.angles = angles
+        self.everywhere = everywhere
 
     @property
     def past(self) -> Tensor:
         """As `LayerState.past`."""
         return self.positions[:, 0].int().expand(self.batch)
 
-    def rope(self, dim: int, theta: float) -> Tensor:
+    def rope(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `LayerState.rope`, but real [1 or B, K, 1, dim/2, 2]."""
-        return self.angles[dim, theta]
+        return self.angles[dim, theta, turned]
 
-    def rotary(self, dim: int, theta: float) -> Tensor:
-        """Kernels ask for it, and none are compiled here."""
-        raise NotImplementedError
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
+        """As `LayerState.rotary`."""
+        return self.everywhere[dim, theta, turned]
 
 
 class Shape(NamedTuple):
@@ -109,14 +115,17 @@ def _step(
     tokens: Tensor,
     told: Told,
     angles: Mapping[Rotary, Tensor],
+    everywhere: Mapping[Rotary, Tensor],
     tables: Mapping[TableKey, Plain | AtHome],
     values: ValueForm,
     layers: Sequence[LayerTensors],
     hidden: Tensor | None,
     every_token: bool,
 ) -> Output:
-    """layers: their tensors as the batch sees them: home rows, and values in place or in slots."""
-    step = TracedStep(tokens, told, angles)
+    """angles: of the new tokens; everywhere: of all positions. layers: their tensors as the batch
+    sees them: home rows, and values in place or in slots.
+    """
+    step = TracedStep(tokens, told, angles, everywhere)
     states: list[LayerState] = []
     for index, layer in enumerate(layers):
         rows = {
@@ -140,6 +149,7 @@ class CompiledStep:
         self.model = model
         self._layout = model.head_weight.stride()
         self._tables: dict[Rotary, Tensor] | None = None
+        self._everywhere: dict[Rotary, Tensor] = {}
         self._layers: dict[tuple[int, int, int | None], list[LayerTensors]] = {}
         self._code: dict[Shape, Callable[..., Output]] = {}
 
@@ -163,9 +173,10 @@ class CompiledStep:
             found = self.model.step(tokens, step.layers, hidden, every_token=every_token)
             end = step.store.max_context
             self._tables = {
-                (dim, theta): torch.view_as_real(rope_table(end, dim, theta, step.device)[None])
-                for dim, theta in step.asked
+                asked: torch.view_as_real(rope_table(end, *asked[:2], step.device, asked[2])[None])
+                for asked in step.asked
             }
+            self._everywhere = dict(step.store.on_device.angles)
             return found
         # Compiled code writes where it pleases.
         step.wrote_rows = step.wrote_fixed = True
@@ -195,8 +206,9 @@ class CompiledStep:
         run_compiled = self._code[shape]
         layers = self._layers_of(step)
         return run_compiled(
-            self.model, tokens, told, angles, tables, values, layers, hidden, every_token
-        )
+            self.model, tokens, told, angles, self._everywhere, tables, values, layers, hidden,
+            every_token,
+        )  # fmt: skip
 
     def _compiled(self, shape: Shape) -> Callable[..., Output]:
         # torch 2.13 frees a tensor twice where its C++ wrapper writes by index under deterministic

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from archs.spec import kept_states
-from infer.books import Books, OnDevice, Padding, book, staged
+from infer.books import Books, OnDevice, Padding, Rotary, book, staged
 from infer.pages import PageTable, TableKey
 from infer.pools import LayerTensors, Pools
 from infer.rings import RingChange, RingTable
@@ -69,7 +69,7 @@ class StepPlan:
         self.slots = SlotChange()
         self.rings: RingChange | None = None
         self.batch = len(sequences)
-        self._rope: dict[tuple[int, float], Tensor] = {}
+        self._rope: dict[Rotary, Tensor] = {}
 
     def reserve(self) -> None:
         """Make rows and values writable. Raises StoreFullError, with part of the work done."""
@@ -180,26 +180,26 @@ class StepPlan:
             return self.books.positions
         return torch.arange(self.start, self.start + self.new_tokens, device=self.device)[None]
 
-    def rope(self, dim: int, theta: float) -> Tensor:
+    def rope(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `archs.state.LayerState.rope`."""
-        angles = self._rope.get((dim, theta))
+        angles = self._rope.get((dim, theta, turned))
         if angles is None:
-            table = rope_table(self.bound, dim, theta, self.device)
+            table = rope_table(self.bound, dim, theta, self.device, turned)
             if self.uniform:
                 angles = table[self.start : self.bound].unsqueeze(0)
             else:
                 angles = table[self.positions]
-            self._rope[dim, theta] = angles
+            self._rope[dim, theta, turned] = angles
         return angles
 
     @property
-    def asked(self) -> list[tuple[int, float]]:
-        """The (dim, theta) of the rotary angles that layers have asked for in this step."""
+    def asked(self) -> list[Rotary]:
+        """The rotary angles of new tokens that layers have asked for in this step."""
         return list(self._rope)
 
-    def rotary(self, dim: int, theta: float) -> Tensor:
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `archs.state.LayerState.rotary`."""
-        return self.store.on_device.rotary(dim, theta)
+        return self.store.on_device.rotary(dim, theta, turned)
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -277,14 +277,14 @@ class DeviceStep:
         """As `archs.state.LayerState.positions`."""
         return self.books.positions
 
-    def rope(self, dim: int, theta: float) -> Tensor:
+    def rope(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `archs.state.LayerState.rope`."""
         end = max(self.store.max_context, self.bound)
-        return rope_table(end, dim, theta, self.store.device)[self.positions]
+        return rope_table(end, dim, theta, self.store.device, turned)[self.positions]
 
-    def rotary(self, dim: int, theta: float) -> Tensor:
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `archs.state.LayerState.rotary`."""
-        return self.store.on_device.rotary(dim, theta)
+        return self.store.on_device.rotary(dim, theta, turned)
 
     @property
     def layers(self) -> list[LayerState]:

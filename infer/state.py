@@ -43,8 +43,8 @@ class StepContext(Protocol):
     def positions(self) -> Tensor: ...
     @property
     def past(self) -> Tensor: ...
-    def rope(self, dim: int, theta: float) -> Tensor: ...
-    def rotary(self, dim: int, theta: float) -> Tensor: ...
+    def rope(self, dim: int, theta: float, turned: int | None = None) -> Tensor: ...
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor: ...
 
 
 class RowTensor(NamedTuple):
@@ -98,13 +98,13 @@ class LayerState:
         """As `archs.state.LayerState.past`."""
         return self._step.past
 
-    def rope(self, dim: int, theta: float) -> Tensor:
+    def rope(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `archs.state.LayerState.rope`."""
-        return self._step.rope(dim, theta)
+        return self._step.rope(dim, theta, turned)
 
-    def rotary(self, dim: int, theta: float) -> Tensor:
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `archs.state.LayerState.rotary`."""
-        return self._step.rotary(dim, theta)
+        return self._step.rotary(dim, theta, turned)
 
     # -- rows ------------------------------------------------------------------------------------
 

@@ -6,29 +6,46 @@ Training is torch's fused attention under every backend: it picks FlashAttention
 published forward and backward rates on Hopper are above those of Triton kernels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backends import Forms
+from archs.backends import Forms, NoFormError
 from archs.ops import libraries
 from archs.state import Kept, Pages, Rows, mask_of, pages_of
-from kernels.attention.torch import attention, latent_attention
+from kernels.attention.torch import attention, attention_with_sinks, latent_attention
 from kernels.latent.torch import tied_attention
+from kernels.rope.torch import rotated
 
 #: Longest step that the split decode kernels take; longer ones are prefill.
 DECODE_LIMIT = 9
 MLA_DECODE_LIMIT = 4
 
 
-def attend(q: Tensor, seen: Rows, *, backend: str) -> Tensor:
+def attend(q: Tensor, seen: Rows, sinks: Tensor | None = None, *, backend: str) -> Tensor:
     """softmax(d^-0.5 · q kᵀ) v over the rows [2, G, ·, d] that hold K and V.
 
-    q: [B, K, H, d] -> [B, K, H, d]. Raises UserError where the backend has no attention.
+    q: [B, K, H, d] -> [B, K, H, d]. sinks: [H], a logit more in each head's softmax, of no value.
+    Raises UserError where the backend has no such attention.
     """
+    if sinks is not None:
+        return _ATTEND_SINKS[backend](q, seen, sinks)
     return seen.attend(q) if isinstance(seen, Kept) else _ATTEND[backend](q, seen)
+
+
+def attend_turned(
+    q: Tensor, seen: Rows, weight: Tensor | None, angles: Tensor, sinks: Tensor | None = None, *,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """`attend` over rows [G, ·, d] that are values as they lie, and keys once rotated.
+
+    weight: [d], what a key's channels are multiplied by first (None: 1). angles: of the rows, as
+    `kernels.rope.torch.rotate` takes them, [S, d/2]. Raises UserError as `attend` does.
+    """
+    return _ATTEND_TURNED[backend](q, seen, weight, angles, sinks)
 
 
 def attend_latent(q: Tensor, q_rotary: Tensor, seen: Rows, *, scale: float, backend: str) -> Tensor:
@@ -61,6 +78,22 @@ def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str
 def _torch(q: Tensor, seen: Rows) -> Tensor:
     k, v = seen.rows.unbind(1)
     return attention(q, k, v, mask=seen.mask, causal=seen.causal)
+
+
+def _sinks_torch(q: Tensor, seen: Rows, sinks: Tensor) -> Tensor:
+    k, v = seen.rows.unbind(1)
+    return attention_with_sinks(q, k, v, sinks, mask=seen.mask, causal=seen.causal)
+
+
+def _turned_torch(
+    q: Tensor, seen: Rows, weight: Tensor | None, angles: Tensor, sinks: Tensor | None
+) -> Tensor:
+    rows = seen.rows
+    keys = rotated(rows if weight is None else rows * weight, angles)
+    at: dict[str, Any] = {"mask": seen.mask, "causal": seen.causal}
+    if sinks is None:
+        return attention(q, keys, rows, **at)
+    return attention_with_sinks(q, keys, rows, sinks, **at)
 
 
 def _triton(q: Tensor, seen: Rows) -> Tensor:
@@ -167,10 +200,27 @@ def _as_pool(t: Tensor) -> Tensor:
     return t.as_strided(size, (rows * dim, dim, 1))
 
 
+def _in_training(operation: str, form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The torch form of an operation without kernels: it trains, and refuses rows in pages."""
+
+    def attended(q: Tensor, seen: Rows, *given: Any) -> Tensor:
+        if pages_of(seen) is not None:
+            raise NoFormError(f"{operation} has no kernel over rows in pages; use --backend torch")
+        return form(q, seen, *given)
+
+    return attended
+
+
+def _without_kernels(operation: str, form: Callable[..., Tensor]) -> Forms[Callable[..., Tensor]]:
+    return Forms(operation, {"torch": form, "triton": _in_training(operation, form)})
+
+
 _ATTEND = Forms(
     "attention",
     {"torch": _torch, "triton": _triton, "sdpa": _torch, "flash-attn": _flash_attn},
 )
+_ATTEND_SINKS = _without_kernels("attention with learned sinks", _sinks_torch)
+_ATTEND_TURNED = _without_kernels("attention over rows that are keys and values", _turned_torch)
 _ATTEND_LATENT = Forms(
     "latent attention", {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
 )

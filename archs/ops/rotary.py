@@ -19,20 +19,35 @@ from kernels.rope.torch import rotate
 
 def project_append(
     x: Input, weight: Weight, state: LayerState, name: str, *, kv_heads: int, head_dim: int,
-    theta: float, backend: str,
+    theta: float, rope_dim: int | None = None, backend: str,
 ) -> tuple[Tensor, Rows]:  # fmt: skip
     """Project to queries, keys and values, rotate the former two, store the latter two, and say
     what is seen.
 
     x: [B, K, D]; weight: [(H + 2·G)·d, D], queries first, G = kv_heads, d = head_dim; the rows of
-    `name` are [2, G, d]. Returns queries [B, K, H, d] and all rows that the new tokens may see.
+    `name` are [2, G, d]. rope_dim: channels of a head that rotate, the first (None: all; 0: none).
+    Returns queries [B, K, H, d] and all rows that the new tokens may see.
     """
-    return _APPEND[backend](x, weight, state, name, kv_heads, head_dim, theta)
+    return _APPEND[backend](x, weight, state, name, kv_heads, head_dim, theta, rope_dim)
 
 
-def rotate_new(x: Tensor, state: LayerState, *, theta: float, backend: str) -> Tensor:
-    """Rotate x [B, K, H, d] by the new tokens' positions, in place."""
-    return _ROTATE[backend](x, state, theta)
+def rotate_append(
+    qkv: Tensor, state: LayerState, name: str, *, kv_heads: int, theta: float,
+    rope_dim: int | None = None, backend: str,
+) -> tuple[Tensor, Rows]:  # fmt: skip
+    """`project_append` of heads qkv [B, K, H + 2·G, d] that are there already; what they were is
+    lost.
+    """
+    return _ROTATE_APPEND[backend](qkv, state, name, kv_heads, theta, rope_dim)
+
+
+def rotate_new(
+    x: Tensor, state: LayerState, *, theta: float, rope_dim: int | None = None, backend: str
+) -> Tensor:
+    """Rotate x [B, K, H, d], or its first `rope_dim` channels, by the new tokens' positions, in
+    place.
+    """
+    return x if rope_dim == 0 else _ROTATE[backend](x, state, theta, rope_dim)
 
 
 def append_latent(
@@ -51,39 +66,50 @@ def append_latent(
 
 
 def _append_torch(
-    x: Input, weight: Weight, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
-) -> tuple[Tensor, Rows]:
+    x: Input, weight: Weight, state: LayerState, name: str, kv_heads: int, dim: int, theta: float,
+    rope_dim: int | None,
+) -> tuple[Tensor, Rows]:  # fmt: skip
     qkv = product(x, weight, backend="torch").view(*x.shape[:2], -1, dim)
-    return _rotate_append(qkv, state, name, kv_heads, theta, "torch")
+    return _rotate_append_torch(qkv, state, name, kv_heads, theta, rope_dim)
 
 
-def _rotate_append(
-    qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float, backend: str
-) -> tuple[Tensor, Rows]:
+def _append_triton(
+    x: Input, weight: Weight, state: LayerState, name: str, kv_heads: int, dim: int, theta: float,
+    rope_dim: int | None,
+) -> tuple[Tensor, Rows]:  # fmt: skip
+    pages = state.pages(name, weight.dtype)
+    if pages is not None and isinstance(x, Unnormed) and isinstance(weight, Tensor):
+        q = _in_one_launch(x, weight, pages, state.rotary(dim, theta, rope_dim))
+        if q is not None:
+            return q, state.written(name)
+    qkv = product(x, weight, backend="triton").view(*x.shape[:2], -1, dim)
+    return _rotate_append_triton(qkv, state, name, kv_heads, theta, rope_dim)
+
+
+def _rotate_append_torch(
+    qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float, rope_dim: int | None,
+    backend: str = "torch",
+) -> tuple[Tensor, Rows]:  # fmt: skip
     heads = qkv.shape[2] - 2 * kv_heads
-    rotate_new(qkv[..., : heads + kv_heads, :], state, theta=theta, backend=backend)
+    turned = qkv[..., : heads + kv_heads, :]
+    rotate_new(turned, state, theta=theta, rope_dim=rope_dim, backend=backend)
     seen = state.append(name, qkv[..., heads:, :].unflatten(2, (2, kv_heads)))
     return qkv[..., :heads, :], seen
 
 
-def _append_triton(
-    x: Input, weight: Weight, state: LayerState, name: str, kv_heads: int, dim: int, theta: float
+def _rotate_append_triton(
+    qkv: Tensor, state: LayerState, name: str, kv_heads: int, theta: float, rope_dim: int | None
 ) -> tuple[Tensor, Rows]:
-    pages = state.pages(name, weight.dtype)
-    if pages is not None and isinstance(x, Unnormed) and isinstance(weight, Tensor):
-        q = _in_one_launch(x, weight, pages, state.rotary(dim, theta))
-        if q is not None:
-            return q, state.written(name)
-    qkv = product(x, weight, backend="triton").view(*x.shape[:2], -1, dim)
+    pages = state.pages(name, qkv.dtype)
     if pages is None:
-        return _rotate_append(qkv, state, name, kv_heads, theta, "triton")
+        return _rotate_append_torch(qkv, state, name, kv_heads, theta, rope_dim, "triton")
     from kernels.rope.append import rope_append
 
     heads = qkv.shape[2] - 2 * kv_heads
     k_pool, v_pool = pages.pool.unbind(0)
     rope_append(
-        qkv, state.rotary(dim, theta), k_pool, v_pool, pages.table, pages.past, heads=heads,
-        kv_heads=kv_heads, page_size=pages.page_size, new=pages.new,
+        qkv, state.rotary(qkv.shape[-1], theta, rope_dim), k_pool, v_pool, pages.table, pages.past,
+        heads=heads, kv_heads=kv_heads, page_size=pages.page_size, new=pages.new,
     )  # fmt: skip
     return qkv[..., :heads, :], state.written(name)
 
@@ -142,16 +168,17 @@ def _append_latent_triton(
     return queries, state.written(name)
 
 
-def _rotate_torch(x: Tensor, state: LayerState, theta: float) -> Tensor:
-    return rotate(x, state.rope(x.shape[-1], theta))
+def _rotate_torch(x: Tensor, state: LayerState, theta: float, rope_dim: int | None) -> Tensor:
+    return rotate(x, state.rope(x.shape[-1], theta, rope_dim))
 
 
-def _rotate_triton(x: Tensor, state: LayerState, theta: float) -> Tensor:
+def _rotate_triton(x: Tensor, state: LayerState, theta: float, rope_dim: int | None) -> Tensor:
     from kernels.rope.rotate import rope_rotate
 
-    return rope_rotate(x, state.rotary(x.shape[-1], theta), state.past)
+    return rope_rotate(x, state.rotary(x.shape[-1], theta, rope_dim), state.past)
 
 
 _APPEND = everywhere("rotary positions", _append_torch, _append_triton)
+_ROTATE_APPEND = everywhere("rotary positions", _rotate_append_torch, _rotate_append_triton)
 _APPEND_LATENT = everywhere("rotary positions", _append_latent_torch, _append_latent_triton)
 _ROTATE = everywhere("rotary positions", _rotate_torch, _rotate_triton)

@@ -30,14 +30,9 @@ def attention(
     scale: default d^-0.5.
     Raises ValueError on head counts that do not divide or on a mask beside `causal`.
     """
+    _require_fit(q, k, mask, causal)
     batch, new, heads, dim = q.shape
-    groups, rows, v_dim = k.shape[1], k.shape[2], v.shape[-1]
-    if heads % groups:
-        raise ValueError(f"q has {heads} heads, not divisible by the {groups} heads of k")
-    if causal and (mask is not None or rows != new):
-        raise ValueError(
-            f"causal=True needs as many rows as new tokens ({rows} != {new}) and no mask"
-        )
+    groups, v_dim = k.shape[1], v.shape[-1]
     scale = dim**-0.5 if scale is None else scale
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
@@ -72,6 +67,44 @@ def attention(
     return out if v_dim == width else out[..., :v_dim]
 
 
+def _require_fit(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> None:
+    new, heads = q.shape[1:3]
+    groups, rows = k.shape[1:3]
+    if heads % groups:
+        raise ValueError(f"q has {heads} heads, not divisible by the {groups} heads of k")
+    if causal and (mask is not None or rows != new):
+        raise ValueError(
+            f"causal=True needs as many rows as new tokens ({rows} != {new}) and no mask"
+        )
+
+
+def attention_with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *, mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """`attention` whose softmax has one more logit a head, that no value belongs to: a head may
+    look nowhere (gpt-oss, arXiv 2508.10925).
+
+    sinks: [H]; the rest as there. Weights are exp(s_j - log(Σ exp s_j + exp sink)), in float32;
+    all scores [B, H, K, S] are held at once. Raises ValueError as `attention` does.
+    """
+    _require_fit(q, k, mask, causal)
+    new, groups = q.shape[1], k.shape[1]
+    packed = rearrange(q, "b t (g h) d -> b g (h t) d", g=groups)
+    scores = (packed * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scores = scores.unflatten(2, (-1, new))
+    if causal:
+        mask = torch.ones(new, new, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        allowed = mask[(None,) * (4 - mask.dim())].unsqueeze(2)
+        scores = scores.masked_fill(~allowed, -math.inf)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    sink = sinks.to(wide.dtype).view(groups, -1, 1, 1)
+    total = torch.logaddexp(wide.logsumexp(-1, keepdim=True), sink)
+    weights = (wide - total).exp().to(v.dtype)
+    return rearrange(weights.flatten(2, 3) @ v, "b g (h t) d -> b t (g h) d", t=new)
+
+
 def latent_attention(
     q: Tensor, rows: Tensor, *, v_dim: int, scale: float, mask: Tensor | None = None,
     causal: bool = False,
@@ -102,15 +135,20 @@ def window_mask(tokens: int, window: int, sinks: int, device: torch.device) -> T
     return (j <= i) & ((j > i - window) | (j < sinks))
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor) -> Tensor:
-    """The oracle: float64, one query head at a time. Shapes as `attention`."""
+def attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor, sinks: Tensor | None = None
+) -> Tensor:
+    """The oracle: float64, one query head at a time. Shapes as `attention`; sinks: [H]."""
     per_group = q.shape[2] // k.shape[1]
     heads = []
     for h in range(q.shape[2]):
         g = h // per_group
         scores = scale * q[:, :, h].double() @ k[:, g].double().transpose(-1, -2)
         allowed = mask.expand(q.shape[0], 1, *scores.shape[1:])[:, 0]
-        weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        scores = scores.masked_fill(~allowed, -math.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[h].double().expand(*scores.shape[:2], 1)), -1)
+        weights = scores.softmax(-1)[..., : k.shape[2]]
         heads.append(weights @ v[:, g].double())
     return torch.stack(heads, 2)
 

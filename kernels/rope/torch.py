@@ -7,24 +7,34 @@ exactly. Angles and products are float32.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-_TABLES: dict[tuple[int, float, torch.device], Tensor] = {}
+_TABLES: dict[tuple[int, float, int, torch.device], Tensor] = {}
 
 
-def rope_table(positions_upto: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers e^{i·p·theta^(-2j/dim)}, complex64 [>= positions_upto, 1, dim/2].
+def rope_table(
+    positions_upto: int, dim: int, theta: float, device: torch.device, turned: int | None = None
+) -> Tensor:
+    """Unit complex numbers e^{i·p·theta^(-2j/r)}, complex64 [>= positions_upto, 1, dim/2].
 
-    Kept per (dim, theta, device) and grown by doubling. Raises ValueError when dim is odd.
+    turned: r, the channels that rotate, the first of `dim` (None: all). The angles of the others
+    are 0, so that whatever takes a table rotates a part of a head too, and the rest exactly not.
+    Kept per (dim, theta, turned, device) and grown by doubling. Raises ValueError when dim or
+    turned is odd, and when turned is not among 0..dim.
     """
-    if dim % 2:
-        raise ValueError(f"dim={dim} is odd; rotary pairs need an even one")
-    key = (dim, theta, torch.device(device))
+    turned = dim if turned is None else turned
+    if dim % 2 or turned % 2:
+        raise ValueError(f"dim={dim} or turned={turned} is odd; rotary pairs need even ones")
+    if not 0 <= turned <= dim:
+        raise ValueError(f"turned={turned} must be one of 0..{dim}")
+    key = (dim, theta, turned, torch.device(device))
     table = _TABLES.get(key)
     if table is None or table.shape[0] < positions_upto:
         size = max(256, 1 << (positions_upto - 1).bit_length())
         # A normal tensor even when first asked for under inference mode: training reuses it.
         with torch.inference_mode(False), torch.no_grad():
-            frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            pairs = torch.arange(0, turned, 2, dtype=torch.float64)
+            frequency = F.pad(theta ** (-pairs / turned), (0, (dim - turned) // 2))
             angle = torch.outer(torch.arange(size, dtype=torch.float64), frequency)
             table = (
                 torch.polar(torch.ones_like(angle), angle).to(torch.complex64)[:, None].to(device)
@@ -66,6 +76,11 @@ def _rotate_real(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles.unbind(-1)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x [..., d] into a new tensor; angles as in `rotate`, broadcast to [..., d/2]."""
+    return apply_rope(x, angles) if angles.is_complex() else _rotate_real(x, angles).to(x.dtype)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

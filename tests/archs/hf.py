@@ -36,7 +36,9 @@ def interleaved(weight: Tensor, head_dim: int) -> Tensor:
 
 
 @torch.no_grad()
-def copy_backbone(model: Model, theirs: Any) -> Iterator[tuple[Any, Any]]:
+def copy_backbone(
+    model: Model, theirs: Any, norm_mlp: str = "post_attention_layernorm"
+) -> Iterator[tuple[Any, Any]]:
     """Copy everything but the mixers; yields (our mixer, their attention) by layer."""
     model.embedding.weight.copy_(theirs.model.embed_tokens.weight)
     if model.head is not None:
@@ -45,7 +47,7 @@ def copy_backbone(model: Model, theirs: Any) -> Iterator[tuple[Any, Any]]:
     for ours, other in zip(model.layers, theirs.model.layers, strict=True):
         assert ours.norm_mlp is not None and ours.mlp is not None
         ours.norm_mixer.weight.copy_(other.input_layernorm.weight)
-        ours.norm_mlp.weight.copy_(other.post_attention_layernorm.weight)
+        ours.norm_mlp.weight.copy_(getattr(other, norm_mlp).weight)
         gate_up = torch.cat((other.mlp.gate_proj.weight, other.mlp.up_proj.weight))
         ours.mlp.gate_up.weight.copy_(gate_up)
         ours.mlp.down.weight.copy_(other.mlp.down_proj.weight)

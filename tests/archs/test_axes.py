@@ -162,6 +162,16 @@ def test_layers_that_share_rows_go_together() -> None:
     assert spec.scale.n_layers == len(spec.layers) == 2
 
 
+def test_layers_whose_options_would_have_others_share_stay() -> None:
+    case = Case("cla", "cla", {"cla": {"shared_layers": 1}})
+    model = case.spec.build()
+    assert teams(model) == [[0], [1], [2, 3]]
+    smaller, _ = without_layers(model, case.spec, [0])
+    assert teams(smaller) == [[0], [1, 2]]
+    with pytest.raises(UserError, match=r"without layers \[2, 3\] others would share rows than do"):
+        without_layers(model, case.spec, [3, 2])
+
+
 def test_a_mixer_from_a_file_keeps_its_units_and_its_width() -> None:
     spec = ModelSpec(arch=str(FILES / "decayed_sum.py"), scale=SCALE, hidden=24)
     model = spec.build()

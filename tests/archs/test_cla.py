@@ -44,9 +44,12 @@ def test_group_of_one_equals_gqa() -> None:
         ("cla", {"group": 3}, [None, 0, 0, None, 3]),
         ("cla", {"group": 9}, [None, 0, 0, 0, 0]),
         ("cla:swa=1:1", {}, [None, None, 0, None, None]),
+        ("cla", {"shared_layers": 2}, [None, None, None, 2, 2]),
+        ("cla", {"shared_layers": 9}, [None, 0, 0, 0, 0]),
+        ("cla:swa=1:1", {"shared_layers": 1}, [None, None, None, None, 2]),
     ],
 )
-def test_lowest_layer_of_a_group_owns_the_state(
+def test_one_layer_owns_the_state_of_those_that_share(
     arch: str, options: dict[str, int], owners: list[int | None]
 ) -> None:
     model = build(arch, **options)
@@ -110,8 +113,11 @@ def test_any_split_equals_the_parallel_form(arch: str, batch: int, page_size: in
         torch.testing.assert_close(stepwise, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_reach_the_owner_through_sharing_layers() -> None:
-    model = build("cla", group=5)
+@pytest.mark.parametrize(
+    "options", [{"group": 5}, {"shared_layers": 4}, {"group": 5, "tied_kv": True}]
+)
+def test_gradients_reach_the_owner_through_sharing_layers(options: dict[str, Any]) -> None:
+    model = build("cla", **options)
     owner = model.layers[0].mixer
     assert isinstance(owner, CrossLayerAttention)
     with torch.no_grad():

@@ -183,7 +183,9 @@ def test_bad_policies_are_refused(state: str, message: str) -> None:
         StateFormat.named(state)
 
 
-@pytest.mark.parametrize("arch", ["mla", "cla", "dsa", "nsa", "swa"])
+@pytest.mark.parametrize(
+    "arch", ["mla", "cla", "dsa", "nsa", "swa", "gta", "grouped_latent", "gqa(learned_sinks=true)"]
+)
 def test_rows_that_are_read_otherwise_are_refused(arch: str) -> None:
     for state in ("kv:heavy8", "kv:window8-sinks1"):
         with pytest.raises(EvictionError, match="leave it out for this architecture"):

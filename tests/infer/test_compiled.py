@@ -1,5 +1,7 @@
 """Compiled steps: the logits of the plain engine, past windows and pages; clear refusals."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,14 +16,15 @@ pytestmark = pytest.mark.usefixtures("fast_algorithms")
 PROMPTS = [[5, 9, 200, 31, 7], [1, 2, 3, 4, 5]]
 
 
-def engines_for(arch: str) -> tuple[Engine, Engine]:
-    model = ModelSpec(arch=arch, scale=CHECK_SCALE).build(seed=3)
-    options = {"max_sequences": 2, "max_context": 64, "page_size": 8}
-    return Engine(model, **options), Engine(model, **options, compiled=True)
+def engines_for(arch: str, **options: Any) -> tuple[Engine, Engine]:
+    overrides = {arch: options} if options else {}
+    model = ModelSpec(arch=arch, scale=CHECK_SCALE, overrides=overrides).build(seed=3)
+    sizes = {"max_sequences": 2, "max_context": 64, "page_size": 8}
+    return Engine(model, **sizes), Engine(model, **sizes, compiled=True)
 
 
-def same_tokens(arch: str) -> None:
-    plain, compiled = engines_for(arch)
+def same_tokens(arch: str, **options: Any) -> None:
+    plain, compiled = engines_for(arch, **options)
     expected = plain.generate(PROMPTS, 40).tokens
     assert compiled.generate(PROMPTS, 40).tokens == expected
     assert compiled.generate(PROMPTS, 40).tokens == expected
@@ -30,6 +33,21 @@ def same_tokens(arch: str) -> None:
 
 def test_compiled_decode_of_attention_gives_the_same_tokens() -> None:
     same_tokens("gqa")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("gqa", {"qk_norm": True, "output_gate": True, "learned_sinks": True, "rope_dim": 8}),
+        ("cla", {"qk_norm": True, "tied_kv": True, "shared_layers": 1, "rope_dim": 8}),
+    ],
+)
+def test_compiled_decode_of_attention_with_options_gives_the_same_tokens(
+    arch: str, options: dict[str, Any]
+) -> None:
+    same_tokens(arch, **options)
 
 
 @pytest.mark.slow

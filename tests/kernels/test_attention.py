@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from kernels.attention.torch import attention, attention_ref, latent_attention, window_mask
+from kernels.attention.torch import (
+    attention,
+    attention_ref,
+    attention_with_sinks,
+    latent_attention,
+    window_mask,
+)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)
@@ -48,6 +54,37 @@ def test_causal_is_the_lower_triangle(new: int) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize(("new", "rows"), [(1, 63), (4, 40), (17, 17)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_learned_sinks_take_their_share_of_the_softmax(
+    heads: tuple[int, int], new: int, rows: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    h, g = heads
+    q = torch.randn(2, new, h, 8, dtype=dtype)
+    k, v = torch.randn(2, g, rows, 8, dtype=dtype), torch.randn(2, g, rows, 5, dtype=dtype)
+    sinks = 3 * torch.randn(h, dtype=dtype)
+    mask = torch.rand(2, 1, new, rows) > 0.3
+    mask[..., 0] = True
+    expected = attention_ref(q, k, v, scale=8**-0.5, mask=mask, sinks=sinks)
+    got = attention_with_sinks(q, k, v, sinks, mask=mask)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    if new == rows:
+        causal = torch.ones(new, new, dtype=torch.bool).tril()[None, None]
+        expected = attention_ref(q, k, v, scale=8**-0.5, mask=causal, sinks=sinks)
+        got = attention_with_sinks(q, k, v, sinks, causal=True)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_sink_that_is_never_seen_changes_nothing() -> None:
+    q, k, v = torch.randn(1, 5, 4, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    got = attention_with_sinks(q, k, v, torch.full((4,), -1e4), causal=True)
+    torch.testing.assert_close(got, attention(q, k, v, causal=True))
+
+
 @pytest.mark.parametrize("new", [1, 5, 20])
 def test_latent_attention_reads_values_from_the_keys(new: int) -> None:
     q, rows = torch.randn(2, new, 4, 10), torch.randn(2, 1, 33, 10)
@@ -69,6 +106,10 @@ def test_bad_operands_are_refused() -> None:
     q, k = torch.randn(1, 3, 3, 4), torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match="3 heads, not divisible by the 2"):
         attention(q, k, k)
+    with pytest.raises(ValueError, match="3 heads, not divisible by the 2"):
+        attention_with_sinks(q, k, k, torch.zeros(3))
     k = torch.randn(1, 3, 5, 4)
     with pytest.raises(ValueError, match="causal=True"):
         attention(q, k, k, causal=True)
+    with pytest.raises(ValueError, match="causal=True"):
+        attention_with_sinks(q, k, k, torch.zeros(3), causal=True)

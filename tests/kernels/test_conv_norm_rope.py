@@ -138,10 +138,22 @@ def test_rope_in_place_on_a_slice_and_per_sequence() -> None:
                                rtol=2e-2, atol=3e-2)  # fmt: skip
 
 
+@pytest.mark.parametrize("turned", [0, 2, 6, 10])
+def test_part_of_a_head_rotates_and_the_rest_stays_exactly(turned: int) -> None:
+    x = torch.randn(2, 9, 3, 10)
+    got = apply_rope(x, rope_table(9, 10, 50.0, torch.device("cpu"), turned)[:9])
+    assert torch.equal(got[..., turned:], x[..., turned:])
+    if turned:
+        alone = apply_rope(x[..., :turned], rope_table(9, turned, 50.0, torch.device("cpu"))[:9])
+        torch.testing.assert_close(got[..., :turned], alone)
+    with pytest.raises(ValueError, match=r"turned=12 must be one of 0\.\.10"):
+        rope_table(9, 10, 50.0, torch.device("cpu"), 12)
+
+
 def test_rope_tables_grow_and_serve_training_after_inference() -> None:
     with torch.inference_mode():
         rope_table(10, 6, 77.0, torch.device("cpu"))
     table = rope_table(3000, 6, 77.0, torch.device("cpu"))
     assert table.shape[0] >= 3000 and not table.is_inference()
-    with pytest.raises(ValueError, match="dim=5 is odd"):
+    with pytest.raises(ValueError, match="dim=5 or turned=5 is odd"):
         rope_table(4, 5, 1e4, torch.device("cpu"))

@@ -51,7 +51,7 @@ def mixer_of(shape: tuple[int, ...]) -> SparseBlockAttention:
 def expected(mixer: SparseBlockAttention, x: Tensor) -> Tensor:
     """Their three attentions, weighed by our gates and put through our last projection."""
     c, theirs = mixer.config, naive()
-    q, kv = mixer._split(x, mixer._angles(x))
+    q, kv = mixer._rotated(mixer._heads(x)[0])
     k, v = kv.unbind(2)
     means, picked, window = mixer._gates(x).unbind(2)
     scale, size = c.head_dim**-0.5, c.block
@@ -87,7 +87,7 @@ def test_their_whole_form(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(naive(), "mean_pooling", pooled)
     monkeypatch.setattr(naive(), "flash_attn_func", windowed)
     c = mixer.config
-    q, kv = mixer._split(x, mixer._angles(x))
+    q, kv = mixer._rotated(mixer._heads(x)[0])
     gates = mixer._gates(x).unbind(2)
     theirs = naive().naive_nsa(
         q, *kv.unbind(2), *gates, block_counts=c.picks, block_size=c.block, window_size=c.window

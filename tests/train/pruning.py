@@ -35,6 +35,11 @@ class Case:
         )  # fmt: skip
 
 
+GQA_OPTIONS = {"qk_norm": True, "output_gate": True, "learned_sinks": True, "rope_dim": 4}
+# Of a single KV head torch would round the float32 of rotations otherwise than of several.
+CLA_OPTIONS = {
+    "n_heads": 8, "kv_heads": 4, "tied_kv": True, "qk_norm": True, "output_gate": True,
+}  # fmt: skip
 #: Everything registered, and options that change the layout of weights.
 CASES = (
     *(Case(name, name) for name in (*REGISTRY, *HYBRIDS)),
@@ -44,6 +49,8 @@ CASES = (
     Case("mamba2-groups", "mamba2", {"mamba2": {"groups": 2}}, short_conv=3),
     Case("cla-short-conv", "cla", short_conv=4),
     Case("rwkv7-value-residual", "rwkv7", {"rwkv7": {"value_residual": True}}, tied=False),
+    Case("gqa-options", "gqa", {"gqa": GQA_OPTIONS}),
+    Case("cla-tied", "cla", {"cla": CLA_OPTIONS}),
     Case("linear-gqa", "linear:gqa=1:1", short_conv=2, tied=False),
 )
 

@@ -58,10 +58,10 @@ class Recorded:
         with self.tally.pause():
             return self.inner.positions
 
-    def rope(self, dim: int, theta: float) -> Tensor:
+    def rope(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `LayerState.rope`."""
         with self.tally.pause():
-            return self.inner.rope(dim, theta)
+            return self.inner.rope(dim, theta, turned)
 
     def append(self, name: str, rows: Tensor) -> Rows:
         """As `LayerState.append`."""
@@ -106,9 +106,9 @@ class Recorded:
 
     # Kernels take what lies in the store itself; the kit runs the torch forms.
 
-    def rotary(self, dim: int, theta: float) -> Tensor:
+    def rotary(self, dim: int, theta: float, turned: int | None = None) -> Tensor:
         """As `LayerState.rotary`."""
-        return self.inner.rotary(dim, theta)
+        return self.inner.rotary(dim, theta, turned)
 
     def pages(self, name: str, dtype: torch.dtype) -> Pages | None:
         """As `LayerState.pages`."""
