@@ -23,6 +23,7 @@ from archs.files import read
 from archs.gated_conv import GatedConvConfig, GatedConvolution
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
+from archs.hca import HeavilyCompressedAttention, HeavilyCompressedConfig
 from archs.heads import MultiTokenHead
 from archs.kda import KimiDeltaAttention, KimiDeltaConfig
 from archs.layer import LayerSpec
@@ -54,6 +55,7 @@ REGISTRY: dict[str, Entry] = {
     "mla": Entry(LatentAttention, LatentConfig),
     "dsa": Entry(SparseLatentAttention, SparseLatentConfig),
     "nsa": Entry(SparseBlockAttention, SparseBlockConfig),
+    "hca": Entry(HeavilyCompressedAttention, HeavilyCompressedConfig),
     "cla": Entry(CrossLayerAttention, CrossLayerConfig),
     "linear": Entry(LinearAttention, LinearConfig),
     "gdn": Entry(GatedDeltaNet, GatedDeltaConfig),
