@@ -17,6 +17,7 @@ import torch
 from archs.backbone import Model, cast, initialise
 from archs.checks import at_least, positive
 from archs.cla import CrossLayerAttention, CrossLayerConfig
+from archs.csa import CompressedSparseAttention, CompressedSparseConfig
 from archs.dsa import SparseLatentAttention, SparseLatentConfig
 from archs.errors import UserError, unknown_name
 from archs.files import read
@@ -56,6 +57,7 @@ REGISTRY: dict[str, Entry] = {
     "dsa": Entry(SparseLatentAttention, SparseLatentConfig),
     "nsa": Entry(SparseBlockAttention, SparseBlockConfig),
     "hca": Entry(HeavilyCompressedAttention, HeavilyCompressedConfig),
+    "csa": Entry(CompressedSparseAttention, CompressedSparseConfig),
     "cla": Entry(CrossLayerAttention, CrossLayerConfig),
     "linear": Entry(LinearAttention, LinearConfig),
     "gdn": Entry(GatedDeltaNet, GatedDeltaConfig),

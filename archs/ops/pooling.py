@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import Forms
+from archs.ops.sparse import Picked, rows_at
 from archs.spec import RECURRENT_LIMIT
-from archs.state import LayerState, Rows, mask_of
+from archs.state import LayerState, Rows, Seen, mask_of
 from kernels.attention.torch import latent_attention
 from kernels.norm.torch import rms_norm
 from kernels.pooling.torch import group_parts, step_parts
@@ -57,6 +58,15 @@ def attend_pooled(
     return _ATTEND[backend](q, near, far, sinks, scale)
 
 
+def attend_picked_rows(
+    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, *, scale: float, backend: str
+) -> Tensor:
+    """As `attend_pooled`, of every token over the rows of `far` that it picked, which are all that
+    is read of them.
+    """
+    return _ATTEND_PICKED[backend](q, near, far, picked, sinks, scale)
+
+
 def _append(
     values: Tensor, gates: Tensor, weight: Tensor, state: LayerState, rows: str, part: str,
     how: Pooling,
@@ -93,5 +103,23 @@ def _attend(q: Tensor, near: Rows, far: Rows, sinks: Tensor, scale: float) -> Te
     return latent_attention(asked, rows[:, None], v_dim=dim, scale=scale, mask=mask[:, None])
 
 
+def _attend_picked(
+    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, scale: float
+) -> Tensor:
+    """Each token is a sequence of its own, with the window's rows once more."""
+    batch, new = q.shape[:2]
+    window = near.rows[:, None].expand(-1, new, -1, -1).flatten(0, 1)
+    mask = mask_of(near, new).expand(batch, -1, -1).flatten(0, 1)
+    own, valid = rows_at(far, picked.at).flatten(0, 1), picked.valid.flatten(0, 1)
+    found = _attend(
+        q.flatten(0, 1)[:, None], Seen(window, mask[:, None, None], False),
+        Seen(own, valid[:, None, None], False), sinks, scale,
+    )  # fmt: skip
+    return found.view_as(q)
+
+
 _APPEND = Forms("gated pooling", {"torch": _append, "sdpa": _append})
 _ATTEND = Forms("attention over pooled rows", {"torch": _attend, "sdpa": _attend})
+_ATTEND_PICKED = Forms(
+    "attention over picked pooled rows", {"torch": _attend_picked, "sdpa": _attend_picked}
+)

@@ -20,7 +20,7 @@ KNOWN: dict[str, Family] = {
     "cla": "softmax", "linear": "recurrent", "gdn": "recurrent", "mamba1": "recurrent",
     "mamba2": "recurrent", "gdn:gqa=3:1": "hybrid", "swa:gqa=3:1": "hybrid",
     "mamba2:gqa=3:1": "hybrid", "kda": "recurrent", "dsa": "latent",
-    "nsa": "softmax", "shortconv": "recurrent", "hca": "latent",
+    "nsa": "softmax", "shortconv": "recurrent", "csa": "latent", "hca": "latent",
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ EVERY = [
 
 
 #: Architectures whose rows' channels are bound by two norms and by positions.
-ROWS_STAY = {"hca"}
+ROWS_STAY = {"csa", "hca"}
 
 
 def test_every_architecture_has_axes_and_every_remembered_kind_shrinks() -> None:

@@ -36,7 +36,9 @@ def test_bytes_are_declared_held_and_counted(arch: str) -> None:
     )
     # A step reads all of it, and a row of the embedding more; of pooling's biases it reads a row.
     row = declared_bytes(whole.embedding.weight) // whole.vocab_size
-    biases = [p for name, p in whole.named_parameters() if name.endswith("pool_bias")]
+    biases = [
+        p for name, p in whole.named_parameters() if name.endswith(("pool_bias", "index_bias"))
+    ]
     unread = sum(bias[1:].nbytes for bias in biases)
     assert whole.cost(Step(1, 1, 64)).weight_bytes == held + row - unread
     outline = store(spec.outline(), WeightFormat.named("int4-g32"))

@@ -87,7 +87,7 @@ RUN = InterpretedFunction.run
 #: A convolution between gates: one before it, one after.
 MORE_LAUNCHES = {"mla": 6, "dsa": 16, "nsa": 13, "shortconv": 3}
 #: Architectures that no kernel decodes yet.
-NO_KERNELS = {"hca"}
+NO_KERNELS = {"csa", "hca"}
 
 
 @pytest.mark.parametrize("arch", [a for a in REGISTRY if a not in NO_KERNELS])
