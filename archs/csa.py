@@ -137,7 +137,7 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
             if far.length > c.picks:
                 picked = Picked(*best_rows(scores.detach(), earlier, c.picks), far.length)
                 far = Seen(far.rows, picked.mask(), False)
-        return self._attend(q, near, far, angles)
+        return self._out_of_all(q, near, far, angles)
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:  # type: ignore[override]
         """x: [B, K, D] -> [B, K, D]."""

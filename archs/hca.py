@@ -26,7 +26,13 @@ from archs.formats import Format
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible, takes_unnormed
 from archs.ops.dense import Input, by_head
-from archs.ops.pooling import SINK_CHANNELS, Pooling, append_pooled, attend_pooled
+from archs.ops.pooling import (
+    SINK_CHANNELS,
+    Pooling,
+    append_pooled,
+    attend_all_pooled,
+    attend_pooled,
+)
 from archs.recurrent import memory_format
 from archs.spec import FixedSpec, RowSpec, StateSpec
 from archs.state import LayerState, Rows, Seen, visible
@@ -96,7 +102,8 @@ class HeavilyCompressedConfig(MixerConfig):
 class Down(NamedTuple):
     """What a layer makes of its input, before positions are turned into it.
 
-    q_latent: [B, K, q_rank]. q: [B, K, H, d], of length 1. row: [B, K, d], normed. values, gates:
+    q_latent: [B, K, q_rank]. q: [B, K, H, d], of length 1: their norm's times the usual
+    d^-0.5. row: [B, K, d], normed. values, gates:
     [B, K, S, d], what pooled rows are made of, in the dtype of what is begun of them.
     """
 
@@ -163,7 +170,12 @@ class HeavilyCompressedAttention(Mixer):
         """x: [B, T, D] -> [B, T, D]."""
         at, angles = self._places(x)
         down = self._down(x, at)
-        return self._attend(rotate_last(down.q, angles), *self._all(down, at, angles), angles)
+        near, far = self._all(down, at, angles)
+        return self._out_of_all(rotate_last(down.q, angles), near, far, angles)
+
+    def _out_of_all(self, q: Tensor, near: Seen, far: Seen, angles: Tensor) -> Tensor:
+        """The layer's output of a whole sequence's queries, rows and pooled rows."""
+        return self._out(attend_all_pooled(q, near, far, self.sinks, scale=1.0), angles)
 
     def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A whole sequence's positions [1, T], and their angles."""
@@ -206,7 +218,6 @@ class HeavilyCompressedAttention(Mixer):
 
     def _attend(self, q: Tensor, near: Rows, far: Rows, angles: Tensor) -> Tensor:
         """[B, K, H, d] -> [B, K, D]."""
-        # Of length 1, queries are those of the norm times the usual d^-0.5.
         found = attend_pooled(q, near, far, self.sinks, scale=1.0, backend=self.backend)
         return self._out(found, angles)
 

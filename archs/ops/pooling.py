@@ -58,6 +58,11 @@ def attend_pooled(
     return _ATTEND[backend](q, near, far, sinks, scale)
 
 
+def attend_all_pooled(q: Tensor, near: Seen, far: Seen, sinks: Tensor, *, scale: float) -> Tensor:
+    """The same of whole sequences, differentiable, torch's under every backend."""
+    return _attend(q, near, far, sinks, scale)
+
+
 def attend_picked_rows(
     q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, *, scale: float, backend: str
 ) -> Tensor:
