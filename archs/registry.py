@@ -17,6 +17,7 @@ import torch
 from archs.backbone import Model, cast, initialise
 from archs.checks import at_least, positive
 from archs.cla import CrossLayerAttention, CrossLayerConfig
+from archs.csa import CompressedSparseAttention, CompressedSparseConfig
 from archs.dsa import SparseLatentAttention, SparseLatentConfig
 from archs.errors import UserError, unknown_name
 from archs.files import read
@@ -25,6 +26,7 @@ from archs.gdn import GatedDeltaConfig, GatedDeltaNet
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
 from archs.grouped_latent import GroupedLatentAttention, GroupedLatentConfig
 from archs.gta import TiedAttention, TiedConfig
+from archs.hca import HeavilyCompressedAttention, HeavilyCompressedConfig
 from archs.heads import MultiTokenHead
 from archs.kda import KimiDeltaAttention, KimiDeltaConfig
 from archs.layer import LayerSpec
@@ -60,6 +62,8 @@ REGISTRY: dict[str, Entry] = {
     "grouped_latent": Entry(GroupedLatentAttention, GroupedLatentConfig),
     "dsa": Entry(SparseLatentAttention, SparseLatentConfig),
     "nsa": Entry(SparseBlockAttention, SparseBlockConfig),
+    "hca": Entry(HeavilyCompressedAttention, HeavilyCompressedConfig),
+    "csa": Entry(CompressedSparseAttention, CompressedSparseConfig),
     "cla": Entry(CrossLayerAttention, CrossLayerConfig),
     "linear": Entry(LinearAttention, LinearConfig),
     "gdn": Entry(GatedDeltaNet, GatedDeltaConfig),

@@ -93,7 +93,7 @@ def _append_torch(
 def _pick_torch(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
     rows, mask = keys.rows, mask_of(keys, q.shape[1])
     # A token's choice is its own, so a long step is taken in pieces.
-    size = max(1, PIECE // (len(q) * q.shape[2] * rows.shape[1]))
+    size = max(1, PIECE // max(1, len(q) * q.shape[2] * rows.shape[1]))
     parts_of = zip(q.split(size, 1), weights.split(size, 1), mask.split(size, 1), strict=True)
     pieces = [best_rows(index_scores(a, b, rows), seen, count) for a, b, seen in parts_of]
     at, valid = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
@@ -101,11 +101,11 @@ def _pick_torch(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
 
 
 def _attend_torch(q: Tensor, q_rotary: Tensor, seen: Rows, picked: Picked, scale: float) -> Tensor:
-    rows, whole = _rows_at(seen, picked.at), torch.cat((q, q_rotary), -1)
+    rows, whole = rows_at(seen, picked.at), torch.cat((q, q_rotary), -1)
     return picked_attention(whole, rows, picked.valid, v_dim=q.shape[-1], scale=scale)
 
 
-def _rows_at(seen: Rows, at: Tensor) -> Tensor:
+def rows_at(seen: Rows, at: Tensor) -> Tensor:
     """Rows by their places among all that are seen: [B, K, k] -> [B, K, k, row]."""
     if not isinstance(seen, PagedSeen) or seen.pages.window is not None:
         batch = torch.arange(len(at), device=at.device)[:, None, None]

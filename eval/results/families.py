@@ -21,7 +21,7 @@ KNOWN: dict[str, Family] = {
     "mamba2": "recurrent", "gdn:gqa=3:1": "hybrid", "swa:gqa=3:1": "hybrid",
     "mamba2:gqa=3:1": "hybrid", "kda": "recurrent", "dsa": "latent",
     "nsa": "softmax", "shortconv": "recurrent", "mamba3": "recurrent", "rwkv7": "recurrent",
-    "gta": "softmax", "grouped_latent": "softmax",
+    "gta": "softmax", "grouped_latent": "softmax", "csa": "latent", "hca": "latent",
 }  # fmt: skip
 
 

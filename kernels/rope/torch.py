@@ -93,6 +93,30 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return (apply_rope if x.requires_grad else apply_rope_)(x, angles)
 
 
+def rotate_last(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the last channels of x [B, T, H, d], as many as `angles` are for, as `rotate` does."""
+    dim = 2 * angles.shape[-1 if angles.is_complex() else -2]
+    turned = rotate(x[..., -dim:], angles)
+    return torch.cat((x[..., :-dim], turned), -1) if x.requires_grad else x
+
+
+def turned_back(angles: Tensor) -> Tensor:
+    """The angles of the inverse rotation."""
+    return angles.conj() if angles.is_complex() else angles * angles.new_tensor([1.0, -1.0])
+
+
+def earlier(angles: Tensor, by: int, theta: float) -> Tensor:
+    """The angles of positions that lie `by` before those of `angles` [..., d/2]."""
+    if angles.is_complex():
+        return angles * rope_table(by + 1, 2 * angles.shape[-1], theta, angles.device)[by].conj()
+    # Code that is compiled looks nothing up.
+    pairs = angles.shape[-2]
+    steps = torch.arange(pairs, dtype=torch.float64, device=angles.device) / pairs
+    back = by * theta**-steps
+    (cos, sin), (even, odd) = (back.cos().float(), back.sin().float()), angles.unbind(-1)
+    return torch.stack((even * cos + odd * sin, odd * cos - even * sin), -1)
+
+
 def half_to_interleaved(dim: int) -> Tensor:
     """Channel order p of one head, int64 [dim], with w_interleaved = w_half[p]."""
     half = torch.arange(dim // 2)

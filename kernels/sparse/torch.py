@@ -16,6 +16,8 @@ from kernels.rope.torch import rotate
 COPY_BYTES = 1 << 22
 #: Rows of it at least, so that a large batch does not become many small calls.
 LEAST_ROWS = 1024
+#: A score of what is not seen, from which a softmax of nothing but such can be taken.
+LEAST = torch.finfo(torch.float32).min
 
 
 def turn_first(x: Tensor, angles: Tensor, dim: int) -> Tensor:
@@ -82,27 +84,37 @@ def picked_attention(q: Tensor, rows: Tensor, valid: Tensor, *, v_dim: int, scal
     return out.unflatten(0, q.shape[:2]).squeeze(2)
 
 
-def mean_attention(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
-    """What an indexer learns: causal attention weights, their mean over heads (equation 3's p).
+def mean_attention(q: Tensor, k: Tensor, *, scale: float, seen: Tensor | None = None) -> Tensor:
+    """What an indexer learns: attention weights, their mean over heads (equation 3's p).
 
-    q: [B, T, H, d]; k: [B, H, T, d]. Returns float32 [B, T, T], whose rows sum to 1, without
-    gradients.
+    q: [B, T, H, d]; k: [B, H or 1, S, d]; seen: bool [1, T, S], the rows that a token sees (None:
+    S = T, causal). Returns float32 [B, T, S], whose rows sum to 1, or are zeros where a token sees
+    nothing, without gradients.
     """
     with torch.no_grad():
         logits = (scale * q.transpose(1, 2) @ k.mT).float()
-        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        return logits.masked_fill_(later, -torch.inf).softmax(-1).mean(1)
+        hidden = _hidden(logits, seen)
+        weights = logits.masked_fill_(hidden, LEAST).softmax(-1)
+        return weights.masked_fill_(hidden, 0.0).mean(1)
 
 
-def index_loss(scores: Tensor, attention: Tensor) -> Tensor:
-    """Mean over tokens of KL(attention || softmax(scores)), causal, in nats (equation 3).
+def index_loss(scores: Tensor, attention: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Mean over tokens of KL(attention || softmax(scores)), in nats (equation 3).
 
-    scores, attention: [B, T, T]; gradients go to the scores alone.
+    scores, attention: [B, T, S]; seen: as `mean_attention`'s; gradients go to the scores alone. A
+    token that sees nothing counts as 0.
     """
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    guess = scores.masked_fill(later, -torch.inf).log_softmax(-1).masked_fill(later, 0.0)
+    hidden = _hidden(scores, seen)
+    guess = scores.masked_fill(hidden, LEAST).log_softmax(-1).masked_fill(hidden, 0.0)
     wanted = attention.detach()
     return (torch.xlogy(wanted, wanted) - wanted * guess).sum(-1).mean()
+
+
+def _hidden(scores: Tensor, seen: Tensor | None) -> Tensor:
+    """The rows that a token does not see; they broadcast with scores [..., T, S]."""
+    if seen is not None:
+        return ~seen
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
 
 
 def index_flops(tokens: int, heads: int, dim: int, rows: int) -> int:

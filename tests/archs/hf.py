@@ -1,6 +1,6 @@
 """Comparison with `transformers`: weights copied over, then parallel and stepwise logits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from infer.engine import Engine
 TOLERANCE = 1e-4
 
 
-def random_model(model_class: type, config: Any, seed: int) -> Any:
+def random_model(model_class: Callable[[Any], Any], config: Any, seed: int) -> Any:
     """Their model with every parameter random, those that start as constants included."""
     set_seed(seed)
     config._attn_implementation = "eager"

@@ -35,10 +35,14 @@ EVERY = [
 ]
 
 
+#: Architectures whose rows' channels are bound by two norms and by positions.
+ROWS_STAY = {"csa", "hca"}
+
+
 def test_every_architecture_has_axes_and_every_remembered_kind_shrinks() -> None:
     for case in CASES:
         kinds = {a.kind for block in case.spec.outline().layers for a in axes_of(block).values()}
-        assert kinds == {"state", "width"}, case.name
+        assert kinds == ({"width"} if case.arch in ROWS_STAY else {"state", "width"}), case.name
     assert len(EVERY) > 60
 
 

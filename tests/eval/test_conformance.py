@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from archs.backends import NoFormError
 from archs.cost import Cost, Step
 from archs.gdn import GatedDeltaNet
 from archs.gqa import Attention
@@ -51,6 +52,24 @@ def test_kernels_are_not_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     verdict = judge(Subject("gqa"), KERNELS)
     assert verdict.passed is None and "not measured" in verdict.detail
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_missing_form_is_not_measured_and_a_refused_shape_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    subject = Subject("gqa")
+
+    def lacks(*_: object, **__: object) -> Agreement:
+        raise NoFormError("pooling has no form") from ValueError("rows") if refused else None
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("eval.proof.conformance.laws.resolve_backend", lambda name, device: name)
+    monkeypatch.setattr("eval.proof.conformance.laws.agreement", lacks)
+    monkeypatch.setattr(type(subject.spec), "build", lambda *_, **__: subject.model)
+    verdict = judge(subject, KERNELS)
+    assert verdict.passed is (False if refused else None)
+    assert "pooling has no form" in verdict.detail
 
 
 @pytest.mark.parametrize(("error", "passed"), [(1e-2, True), (0.5, False), (float("nan"), False)])

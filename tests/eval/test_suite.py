@@ -35,7 +35,9 @@ def write(folder: Path, text: str) -> str:
 
 
 #: What the suite of minutes leaves to longer ones: its time is promised.
-NOT_IN_MINUTES = {"dsa", "grouped_latent", "gta", "kda", "mamba3", "nsa", "rwkv7", "shortconv"}
+NOT_IN_MINUTES = {
+    "csa", "dsa", "grouped_latent", "gta", "hca", "kda", "mamba3", "nsa", "rwkv7", "shortconv",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base"])

@@ -28,8 +28,8 @@ from triton.runtime.interpreter import (
 
 import kernels
 
-#: Architectures with an operation that has a torch form alone: there is nothing to interpret.
-TORCH_ALONE = ("rwkv7",)
+#: Architectures with an operation that has a torch form alone: no kernels decode them.
+TORCH_ALONE = ("rwkv7", "hca", "csa")
 
 
 @contextmanager

@@ -8,7 +8,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kernels.conv.torch import causal_conv, causal_conv_ref, conv_tail, conv_tails
 from kernels.norm.torch import gated_rms_norm, l2_norm, rms_norm, swiglu
-from kernels.rope.torch import apply_rope, apply_rope_, half_to_interleaved, rope_table
+from kernels.rope.torch import (
+    apply_rope,
+    apply_rope_,
+    earlier,
+    half_to_interleaved,
+    rope_table,
+    rotate_last,
+    turned_back,
+)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63])
@@ -148,6 +156,25 @@ def test_part_of_a_head_rotates_and_the_rest_stays_exactly(turned: int) -> None:
         torch.testing.assert_close(got[..., :turned], alone)
     with pytest.raises(ValueError, match=r"turned=12 must be one of 0\.\.10"):
         rope_table(9, 10, 50.0, torch.device("cpu"), 12)
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["complex", "real"])
+def test_angles_turn_back_and_lie_earlier_and_turn_last_channels(real: bool) -> None:
+    """Real numbers are what compiled code gets."""
+    table = rope_table(200, 6, 160_000.0, torch.device("cpu"))
+    angles, wanted = table[torch.tensor([[130, 199, 127]])], table[torch.tensor([[3, 72, 0]])]
+    given = torch.view_as_real(angles) if real else angles
+    found = earlier(given, 127, 160_000.0)
+    found = torch.view_as_complex(found) if real else found
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    x = torch.randn(1, 3, 2, 10)
+    turned = rotate_last(x.clone(), given)
+    assert torch.equal(turned[..., :4], x[..., :4])
+    torch.testing.assert_close(turned[..., 4:], apply_rope(x[..., 4:], angles))
+    torch.testing.assert_close(rotate_last(turned, turned_back(given)), x)
+    if not real:
+        asked = x.clone().requires_grad_()
+        torch.testing.assert_close(rotate_last(asked, angles), rotate_last(x.clone(), angles))
 
 
 def test_rope_tables_grow_and_serve_training_after_inference() -> None:

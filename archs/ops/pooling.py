@@ -1,0 +1,130 @@
+"""Rows that pool groups of tokens, and attention over them beside a window and sinks, by backend.
+
+No kernel knows rows of several tokens, or a sink that is a weight: kernels' backends raise.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from archs.backends import Forms
+from archs.ops.sparse import Picked, rows_at
+from archs.spec import RECURRENT_LIMIT
+from archs.state import LayerState, Rows, Seen, mask_of
+from kernels.attention.torch import latent_attention
+from kernels.norm.torch import rms_norm
+from kernels.pooling.torch import group_parts, step_parts
+from kernels.rope.torch import earlier, rotate_last
+
+#: What a sink adds to the width of rows. One channel would do; fused kernels want multiples of 8.
+SINK_CHANNELS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """How groups of `size` tokens become rows: pooled, normed, their last `rope_dim` channels
+    turned to the position of the group's first token.
+    """
+
+    size: int
+    rope_dim: int
+    theta: float
+    eps: float
+
+
+def append_pooled(
+    values: Tensor, gates: Tensor, weight: Tensor, state: LayerState, rows: str, part: str,
+    how: Pooling, *, backend: str,
+) -> Rows:  # fmt: skip
+    """Pool new tokens, store the rows that they complete, and say which rows are seen.
+
+    values, gates: [B, K, S, d] in the dtype of the fixed tensor `part`, [2, S, d], which takes what
+    is begun (`kernels.pooling.torch`); weight: [d], of the norm, in the dtype of `rows`, [d].
+    Raises NoFormError where the backend has no form, as all operations here do.
+    """
+    return _APPEND[backend](values, gates, weight, state, rows, part, how)
+
+
+def attend_pooled(
+    q: Tensor, near: Rows, far: Rows, sinks: Tensor, *, scale: float, backend: str
+) -> Tensor:
+    """Attention over the rows of both, which are keys and values, and a sink for each head.
+
+    q: [B, K, H, d]; rows: [d]; sinks: [H], logits of a row of zeros. Returns [B, K, H, d];
+    2·B·K·H·S·2·(d + SINK_CHANNELS) FLOPs are counted, over S rows of both and the sink.
+    """
+    return _ATTEND[backend](q, near, far, sinks, scale)
+
+
+def attend_all_pooled(q: Tensor, near: Seen, far: Seen, sinks: Tensor, *, scale: float) -> Tensor:
+    """The same of whole sequences, differentiable, torch's under every backend."""
+    return _attend(q, near, far, sinks, scale)
+
+
+def attend_picked_rows(
+    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, *, scale: float, backend: str
+) -> Tensor:
+    """As `attend_pooled`, of every token over the rows of `far` that it picked, which are all that
+    is read of them.
+    """
+    return _ATTEND_PICKED[backend](q, near, far, picked, sinks, scale)
+
+
+def _append(
+    values: Tensor, gates: Tensor, weight: Tensor, state: LayerState, rows: str, part: str,
+    how: Pooling,
+) -> Rows:  # fmt: skip
+    size, (batch, count) = how.size, values.shape[:2]
+    past, held, each = state.past.long(), state.get(part), None
+    # The last token of each row, or any where a row is none of a sequence's own.
+    ends = torch.arange(1, -(-count // size) + 1, device=past.device) * size - 1
+    ends = (ends - past[:, None] % size).clamp(max=count - 1)
+    of = torch.arange(batch, device=past.device)[:, None]
+    if count <= RECURRENT_LIMIT:
+        at = state.positions.expand(batch, -1)
+        each = step_parts(held, values, gates, at, state.valid, size)
+        after, whole = each[:, -1], each[of, ends]
+    else:
+        parts, after = group_parts(held, values, gates, past, state.new, size)
+        whole = parts[:, :-1]
+    state.put(part, after, each if state.each else None)
+    means = rms_norm(whole[:, :, 1, 0].to(weight.dtype), weight, how.eps)
+    angles = state.rope(how.rope_dim, how.theta)
+    angles = earlier(angles.expand(batch, *angles.shape[1:])[of, ends], size - 1, how.theta)
+    return state.append(rows, rotate_last(means[:, :, None], angles)[:, :, 0])
+
+
+def _attend(q: Tensor, near: Rows, far: Rows, sinks: Tensor, scale: float) -> Tensor:
+    """A sink is one row more: zeros, but for a channel in which queries have its logit."""
+    batch, new, heads, dim = q.shape
+    rows = F.pad(torch.cat((near.rows, far.rows), 1), (0, SINK_CHANNELS, 0, 1))
+    rows[:, -1, dim] = 1 / scale
+    logits = sinks.to(q.dtype).expand(batch, new, heads)[..., None]
+    asked = F.pad(torch.cat((q, logits), -1), (0, SINK_CHANNELS - 1))
+    masks = [mask_of(seen, new).expand(batch, -1, -1) for seen in (near, far)]
+    mask = F.pad(torch.cat(masks, -1), (0, 1), value=True)
+    return latent_attention(asked, rows[:, None], v_dim=dim, scale=scale, mask=mask[:, None])
+
+
+def _attend_picked(
+    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, scale: float
+) -> Tensor:
+    """Each token is a sequence of its own, with the window's rows once more."""
+    batch, new = q.shape[:2]
+    window = near.rows[:, None].expand(-1, new, -1, -1).flatten(0, 1)
+    mask = mask_of(near, new).expand(batch, -1, -1).flatten(0, 1)
+    own, valid = rows_at(far, picked.at).flatten(0, 1), picked.valid.flatten(0, 1)
+    found = _attend(
+        q.flatten(0, 1)[:, None], Seen(window, mask[:, None, None], False),
+        Seen(own, valid[:, None, None], False), sinks, scale,
+    )  # fmt: skip
+    return found.view_as(q)
+
+
+_APPEND = Forms("gated pooling", {"torch": _append, "sdpa": _append})
+_ATTEND = Forms("attention over pooled rows", {"torch": _attend, "sdpa": _attend})
+_ATTEND_PICKED = Forms(
+    "attention over picked pooled rows", {"torch": _attend_picked, "sdpa": _attend_picked}
+)
