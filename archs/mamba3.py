@@ -1,14 +1,14 @@
 """Mamba-3 (arXiv 2603.15569): a trapezoidal rule, states that turn, and several columns of B and C.
 
 in_proj -> z, x, B, C, Δ, A, λ, θ, without a convolution; B and C are normed, get a bias for each
-head and are turned by angles that tokens add up to, π tanh(θ) Δ; the state follows
+head and are turned by angles that tokens add up to, π tanh(θ) Δ; the state S follows the rule of
 `kernels.trapezoid.torch`, and y = Sᵀ C + D x is gated by silu(z). With rank R > 1 (MIMO), B and C
-have R columns, x and z are scaled for each, and outputs summed. Equals `forward` of mamba-ssm's
-Mamba3 without its output norm; where that is MIMO it turns states i and i + N/2, which is another
-order of the rows of B and C.
+have R columns, x and z are scaled for each, and outputs are summed. Equals the paper's recurrence;
+parameters are those of mamba-ssm's Mamba3 without its output norm, but for the order of the rows of
+B and C where that is MIMO and turns states i and i + N/2 together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,8 +152,9 @@ class Mamba3(Mixer):
     def state_spec(self) -> StateSpec:
         """One state-by-channel matrix and the angles of each head, and k and x of the last token.
 
-        Angles are no memory that fades: rounded to few bits they would turn all that follows, so
-        their kind is one that no format is given for.
+        The last token is the tail of a convolution over two tokens, which is what the trapezoidal
+        rule is. Angles have a kind that no format is given for: one that was rounded to few bits
+        would turn all that follows.
         """
         s = self.sizes
         wide = memory_format(self.out.weight)
@@ -199,25 +200,27 @@ class Mamba3(Mixer):
     def cost(self, step: Step) -> Cost:
         """FLOPs and bytes of one step."""
         s, spec = self.sizes, self.kept_spec()
+        # Channels and states of all columns and heads.
         values, states = s.rank * s.inner, s.rank * s.heads * s.n
         if step.new_tokens <= RECURRENT_LIMIT:
             matrix = trapezoid_step_matrix_flops(step.batch, step.new_tokens, s)
-            vector = step.tokens * (s.inner * s.n * (1 + 4 * s.rank) + 2 * values)
+            vector = step.tokens * s.inner * s.n * (1 + 4 * s.rank)
         else:
             matrix = trapezoid_chunk_matrix_flops(step.batch, step.new_tokens, s)
-            columns_ = Step(step.batch, step.new_tokens * s.rank, step.context)
-            vector = step.tokens * s.rank * (2 * states + 2 * values + 4 * s.rank * s.heads)
-            vector += 2 * step.tokens * values + chunk_vector_flops(
-                columns_, CHUNK, s.heads, s.n, s.p, per_score=3, per_token=3 * s.p
-            )
-        small = [p for name, p in self.named_parameters(recurse=False)]
-        turned = step.tokens * (2 * states + 12 * s.rank * s.heads * s.angles)
-        turned += step.tokens * (8 * s.rank * s.groups * s.n + 8 * s.heads * s.angles)
+            own = s.rank * (2 * states + 2 * values + 4 * s.rank * s.heads)
+            vector = step.tokens * own + chunk_vector_flops(
+                replace(step, new_tokens=step.new_tokens * s.rank), CHUNK, s.heads, s.n, s.p,
+                per_score=3, per_token=3 * s.p,
+            )  # fmt: skip
+        # Angles and gates of each head, norms of each group, and what is biased and turned.
+        turned = s.heads * (8 * s.angles + 12) + 8 * s.rank * s.groups * s.n
+        turned += 2 * states + 12 * s.rank * s.heads * s.angles
+        small = self.parameters(recurse=False)
         return Cost.of(
             linear_cost("z, x, B, C, Δ, A, λ, θ", self.inputs, step.tokens),
             OpCost(
                 name="norm, bias, rotation",
-                vector_flops=turned + 12 * step.tokens * s.heads,
+                vector_flops=step.tokens * turned,
                 weight_bytes=sum(p.nbytes for p in small),
             ),
             OpCost(
@@ -226,6 +229,6 @@ class Mamba3(Mixer):
                 vector_flops=vector,
                 **state_traffic(spec, step),
             ),
-            OpCost(name="gate", vector_flops=9 * step.tokens * values),
+            OpCost(name="skip, gate", vector_flops=11 * step.tokens * values),
             linear_cost("ssm out", self.out, step.tokens),
         )

@@ -47,11 +47,11 @@ def _torch(
 ) -> Tensor:
     if state is None or inputs.shape[1] > RECURRENT_LIMIT:
         return _chunked(inputs, sizes, weights, state, decay_chunk)
-    tokens, last = _tokens(inputs, sizes, weights, state), state.get(LAST)
-    before = before_of(state.get(MEMORY), last, sizes, weights)
+    tokens = _tokens(inputs, sizes, weights, state)
+    before = before_of(state.get(MEMORY), state.get(LAST), sizes, weights)
     y, each = trapezoid_step(tokens, before, each=state.each)
     state.put(MEMORY, before.state, each)
-    _put_last(state, inputs, tokens, last, sizes)
+    _put_last(state, inputs, tokens, sizes)
     return finished(y, tokens.v, inputs[..., : sizes.inner], sizes, weights)
 
 
@@ -78,11 +78,10 @@ def _chunked(
     if state is None:
         y, _ = trapezoid_chunk(tokens, scan=scan)
     else:
-        last = state.get(LAST)
-        before = before_of(state.get(MEMORY), last, sizes, weights)
+        before = before_of(state.get(MEMORY), state.get(LAST), sizes, weights)
         y, memory = trapezoid_chunk(tokens, before, scan=scan)
         state.put(MEMORY, memory)
-        _put_last(state, inputs, tokens, last, sizes)
+        _put_last(state, inputs, tokens, sizes)
     return finished(y, tokens.v, inputs[..., : sizes.inner], sizes, weights)
 
 
@@ -95,9 +94,7 @@ def _tokens(
     return tokens_of(inputs, sizes, weights, angle, state.valid)
 
 
-def _put_last(
-    state: LayerState, inputs: Tensor, tokens: Tokens, last: Tensor, sizes: TrapezoidSizes
-) -> None:
+def _put_last(state: LayerState, inputs: Tensor, tokens: Tokens, sizes: TrapezoidSizes) -> None:
     """Keep the angles and the k and x of each sequence's last valid token, or of all tokens."""
     if sizes.angles:
         state.put(ANGLE, tokens.angles[:, -1], tokens.angles if state.each else None)
@@ -107,10 +104,10 @@ def _put_last(
     if state.new is None:
         row = rows_of(tokens.k[:, -1:], x[:, -1:], sizes)
     else:
+        # Of a sequence without a valid token the store keeps what it has.
         sequence = torch.arange(len(x), device=x.device)
         at = sequence, (state.new - 1).clamp(min=0)
         row = rows_of(tokens.k[at].unsqueeze(1), x[at].unsqueeze(1), sizes)
-        row = torch.where(state.new[:, None, None] > 0, row, last)
     state.put(LAST, row, each)
 
 

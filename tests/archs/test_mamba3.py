@@ -24,6 +24,7 @@ SHAPES = [
     pytest.param({}, id="siso"),
     pytest.param({"groups": 2, "rope_fraction": 1.0}, id="siso-groups-all-turn"),
     pytest.param({"rope_fraction": 0.0}, id="siso-none-turns"),
+    pytest.param({"a_floor": 0.8}, id="siso-floor"),
     pytest.param({"rank": 2, "groups": 2}, id="rank-2-groups"),
     pytest.param({"rank": 4, "state_dim": 10}, id="rank-4"),
 ]

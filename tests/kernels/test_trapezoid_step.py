@@ -125,6 +125,24 @@ def test_inputs_may_be_columns_and_slots_may_lie_apart() -> None:
         assert pool is not None and torch.equal(pool, other)
 
 
+@pytest.mark.parametrize("each", [False, True], ids=["last", "each"])
+def test_states_go_to_the_slots_that_write_names_and_nowhere_else(each: bool) -> None:
+    c = Case(k=3, sizes=sizes_of())
+    inputs, weights, held = inputs_of(c.sizes, B, 3), weights_of(c.sizes), held_of(c.sizes, 10)
+    before = held.at(list(range(10)))
+    write = torch.tensor([[-1, 7, 8], [-1, -1, -1], [9, -1, SLOTS[2]]], dtype=torch.int32)
+    at = {"read": torch.tensor(SLOTS, dtype=torch.int32), "write": write, "each": each}
+    _, states = op.trapezoid_step_ref(inputs, c.sizes, weights, *before.at(SLOTS))
+    run(c, inputs, weights, held, at)
+    kept = (write >= 0) & torch.tensor([each, each, True])
+    for row, t in kept.nonzero().tolist():
+        close(held.state[write[row, t]], states[row, t], F32)
+    others = [slot for slot in range(10) if slot not in write[kept]]
+    for pool, was in zip(held, before, strict=True):
+        assert pool is not None and was is not None
+        assert torch.equal(pool[others], was[others])
+
+
 Args = dict[str, Any]
 
 

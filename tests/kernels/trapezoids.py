@@ -15,12 +15,12 @@ def sizes_of(
 
 
 def weights_of(s: TrapezoidSizes, dtype: torch.dtype = torch.float32) -> TrapezoidWeights:
-    """Vectors of norms in `dtype`, the others in float32."""
+    """Vectors of norms in `dtype`, the others in float32; a floor that many a rate is under."""
     mimo = [torch.rand(s.rank, s.inner) for _ in range(3 * (s.rank > 1))]
     norms = [(1 + 0.2 * torch.randn(s.n)).to(dtype) for _ in range(2)]
     biases = [torch.randn(s.rank, s.heads, s.n) for _ in range(2)]
     vectors = torch.linspace(-6, 0.5, s.heads), torch.linspace(-1, 1, s.heads)
-    return TrapezoidWeights(*vectors, *norms, *biases, 1e-5, 1e-4, *mimo)
+    return TrapezoidWeights(*vectors, *norms, *biases, 1e-5, 0.5, *mimo)
 
 
 def inputs_of(
