@@ -43,7 +43,7 @@ CASES = (
     Case("gdn-value-heads", "gdn", {"gdn": {"key_heads": 2}}),
     Case("mamba2-groups", "mamba2", {"mamba2": {"groups": 2}}, short_conv=3),
     Case("cla-short-conv", "cla", short_conv=4),
-    Case("rwkv7-value-residual", "rwkv7", {"rwkv7": {"value_residual": True}}, tied=False),
+    Case("rwkv7-value-residual", "rwkv7:cla=1:1", {"rwkv7": {"value_residual": True}}),
     Case("linear-gqa", "linear:gqa=1:1", short_conv=2, tied=False),
 )
 
