@@ -49,7 +49,7 @@ CASES = (
     Case("mamba2-groups", "mamba2", {"mamba2": {"groups": 2}}, short_conv=3),
     Case("mamba3-columns", "mamba3", {"mamba3": {"rank": 2, "groups": 2}}),
     Case("cla-short-conv", "cla", short_conv=4),
-    Case("rwkv7-value-residual", "rwkv7", {"rwkv7": {"value_residual": True}}, tied=False),
+    Case("rwkv7-value-residual", "rwkv7:cla=1:1", {"rwkv7": {"value_residual": True}}),
     Case("gqa-options", "gqa", {"gqa": GQA_OPTIONS}),
     Case("cla-tied", "cla", {"cla": CLA_OPTIONS}),
     Case("linear-gqa", "linear:gqa=1:1", short_conv=2, tied=False),
