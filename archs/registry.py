@@ -1,7 +1,7 @@
 """All architectures by name, and how a name, a pattern or a file becomes a model.
 
-A name is a registry entry, the path of a Python file that defines one `Mixer`, or a layer
-pattern over both: `gdn:gqa=3:1` repeats three `gdn` layers and one `gqa` layer.
+A name is one of `REGISTRY` or `VARIANTS`, the path of a Python file that defines one `Mixer`, or a
+layer pattern over these: `gdn:gqa=3:1` repeats three `gdn` layers and one `gqa` layer.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from archs.dsa import SparseLatentAttention, SparseLatentConfig
 from archs.errors import UserError, unknown_name
 from archs.files import read
 from archs.gated_conv import GatedConvConfig, GatedConvolution
-from archs.gdn import GatedDeltaConfig, GatedDeltaNet
+from archs.gdn import DeltaProductConfig, GatedDeltaConfig, GatedDeltaNet, NegativeEigenvalueConfig
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
 from archs.heads import MultiTokenHead
 from archs.kda import KimiDeltaAttention, KimiDeltaConfig
@@ -62,17 +62,24 @@ REGISTRY: dict[str, Entry] = {
     "shortconv": Entry(GatedConvolution, GatedConvConfig),
 }
 
+#: Published options of registered mixers, by names that suites and commands may ask for, too.
+VARIANTS: dict[str, Entry] = {
+    "gdn-neg": Entry(GatedDeltaNet, NegativeEigenvalueConfig),
+    "deltaproduct": Entry(GatedDeltaNet, DeltaProductConfig),
+}
+
 #: Hybrids that suites and tests treat like architectures of their own.
 HYBRIDS = ("gdn:gqa=3:1", "swa:gqa=3:1", "mamba2:gqa=3:1")
 
 
 def entry_of(name: str) -> Entry:
-    """The entry of a registry name or of a Python file with one mixer. Raises UserError."""
-    if name in REGISTRY:
-        return REGISTRY[name]
+    """The entry of a known name or of a Python file with one mixer. Raises UserError."""
+    known = REGISTRY | VARIANTS
+    if name in known:
+        return known[name]
     if name.endswith(".py"):
         return _loaded(Path(name)).entry
-    raise unknown_name("arch", name, REGISTRY)
+    raise unknown_name("arch", name, known)
 
 
 def source_digest(arch: str) -> str:
@@ -83,7 +90,7 @@ def source_digest(arch: str) -> str:
 
 
 def _digest_of(names: Iterable[str]) -> str:
-    files = dict.fromkeys(name for name in names if name not in REGISTRY)
+    files = dict.fromkeys(name for name in names if name.endswith(".py"))
     digests = [_loaded(Path(name)).digest for name in files]
     return _digest(" ".join(digests))[:12] if digests else ""
 

@@ -19,17 +19,17 @@ Launch = Annotated[
 
 def archs(json_: Json = False, scale: str = "tiny") -> None:
     """List architectures with their state at a scale."""
-    from archs.registry import HYBRIDS, REGISTRY, ModelSpec
+    from archs.registry import HYBRIDS, REGISTRY, VARIANTS, ModelSpec, entry_of
     from archs.sizes import get_scale
 
     shape = get_scale(scale)
     rows = []
-    for name in (*REGISTRY, *HYBRIDS):
+    for name in (*REGISTRY, *VARIANTS, *HYBRIDS):
         model = ModelSpec(arch=name, scale=shape).outline()
         specs = model.state_specs()
         summary = "Hybrid."
-        if name in REGISTRY:
-            entry = REGISTRY[name]
+        if name not in HYBRIDS:
+            entry = entry_of(name)
             shared = entry.config is not entry.mixer.Config
             summary = (entry.config if shared else entry.mixer).__doc__ or ""
         rows.append(
