@@ -24,6 +24,6 @@ def test_strengths_up_to_two_alone_solve_parity(tmp_path: Path) -> None:
     long = load_long(tmp_path / "out" / "results.csv")
     found = long.pivot_table("value", "arch", "measure")
     for arch in SOLVES:
-        assert found.loc[arch, "accuracy"] > 0.99 and found.loc[arch, "accuracy_beyond"] > 0.95
+        assert found.loc[arch, "accuracy"] > 0.98 and found.loc[arch, "accuracy_beyond"] > 0.95
     for arch in FAILS:
-        assert found.loc[arch, "accuracy"] < 0.9 and found.loc[arch, "accuracy_beyond"] < 0.55
+        assert found.loc[arch, "accuracy"] < 0.75 and found.loc[arch, "accuracy_beyond"] < 0.55
