@@ -3,9 +3,14 @@
 Short convolution and SiLU on q, k, v; normalised keys; decay g = -e^{A_log} · softplus(a + dt_bias)
 and strength β = sigmoid(b) per value head; RMSNorm per head, then a SiLU gate. Equals the
 `transformers` implementation in Qwen3-Next.
+
+A token multiplies its state by e^g (I - β k kᵀ), whose eigenvalue along k is e^g (1 - β). With β up
+to 2 it may be negative (arXiv 2411.12537): a state can change its sign, as parity needs. With n
+keys, values and strengths a token takes n such steps, decaying in the first alone, and then reads
+(Gated DeltaProduct, arXiv 2502.10297).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +19,7 @@ from torch import Tensor, nn
 from archs.axes import Axis, columns, made_by, read_by, rows, spans
 from archs.checks import at_least, positive
 from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
+from archs.errors import UserError
 from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import (
@@ -46,7 +52,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatedDeltaConfig(MixerConfig):
-    """key_heads heads of key_dim channels; value_heads (a multiple) of value_dim channels."""
+    """key_heads heads of key_dim channels; value_heads (a multiple) of value_dim channels.
+
+    beta_max: β = beta_max · sigmoid(b), in (0, 2]; beyond 2 states grow without bound.
+    products: keys, values and strengths of each token.
+    """
 
     key_heads: int
     value_heads: int
@@ -54,10 +64,18 @@ class GatedDeltaConfig(MixerConfig):
     value_dim: int
     conv_width: int = 4
     eps: float = 1e-6
+    beta_max: float = 1.0
+    products: int = 1
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "key_heads", "value_heads", "key_dim", "value_dim", "conv_width")
-        positive(self, "eps")
+        at_least(
+            self, 1, "key_heads", "value_heads", "key_dim", "value_dim", "conv_width", "products"
+        )
+        positive(self, "eps", "beta_max")
+        if self.beta_max > 2:
+            raise UserError(
+                f"beta_max={self.beta_max} is above 2, where a state grows without bound; lower it"
+            )
         require_divisible("value_heads", self.value_heads, "key_heads", self.key_heads)
 
     @classmethod
@@ -82,10 +100,10 @@ class GatedDeltaNet(Mixer):
         self.config = config
         keys = config.key_heads * config.key_dim
         values = config.value_heads * config.value_dim
-        heads = config.value_heads
-        sizes = (keys, keys, values, values, heads, heads)
+        heads, n = config.value_heads, config.products
+        sizes = (keys, n * keys, n * values, values, n * heads, heads)
         self.q_k_v_z_b_a = Projection(place.d_model, *sizes, gates=(4, 5))
-        self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, config.conv_width))
+        self.conv_weight = nn.Parameter(torch.empty(sum(sizes[:3]), config.conv_width))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.norm_weight = nn.Parameter(torch.empty(config.value_dim))
@@ -99,22 +117,21 @@ class GatedDeltaNet(Mixer):
             "norm_weight": fill_ones,
         }
 
-    def _split(self, x: Input) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        sizes = self.q_k_v_z_b_a.sizes
-        mixed, z, b, a = self.q_k_v_z_b_a(x).split((sum(sizes[:3]), *sizes[3:]), -1)
-        return mixed, z.unflatten(-1, (-1, self.config.value_dim)), b, a
-
     def _mix(self, x: Input, state: LayerState | None = None) -> Tensor:
-        c = self.config
-        mixed, z, b, a = self._split(x)
+        c, sizes = self.config, self.q_k_v_z_b_a.sizes
+        mixed, z, b, a = self.q_k_v_z_b_a(x).split((sum(sizes[:3]), *sizes[3:]), -1)
         mixed = convolve(mixed, self.conv_weight, state=state, backend=self.backend)
-        keys = c.key_heads * c.key_dim
-        q, k, v = mixed.split((keys, keys, mixed.shape[-1] - 2 * keys), -1)
-        q, k = (t.unflatten(-1, (-1, c.key_dim)) for t in (q, k))
+        q, k, v = mixed.split(sizes[:3], -1)
+        each = (c.products,) if c.products > 1 else ()
+        k, v = (t.unflatten(-1, (*each, -1, n)) for t, n in ((k, c.key_dim), (v, c.value_dim)))
         y = gated_delta(
-            q, k, v.unflatten(-1, (-1, c.value_dim)), a, b, self.A_log, self.dt_bias,
-            OutputNorm(gate=z, weight=self.norm_weight, eps=c.eps, gate_first=False),
-            state=state, backend=self.backend,
+            q.unflatten(-1, (-1, c.key_dim)), k, v, a, b.unflatten(-1, (*each, -1)),
+            self.A_log, self.dt_bias,
+            OutputNorm(
+                gate=z.unflatten(-1, (-1, c.value_dim)), weight=self.norm_weight, eps=c.eps,
+                gate_first=False,
+            ),
+            beta_max=c.beta_max, state=state, backend=self.backend,
         )  # fmt: skip
         return self.out(y)
 
@@ -128,8 +145,12 @@ class GatedDeltaNet(Mixer):
         return self._mix(x, state)
 
     def state_spec(self) -> StateSpec:
-        """One key-by-value matrix per value head, and the convolution's tail."""
+        """One key-by-value matrix per value head, and the convolution's tail.
+
+        Inputs of a token are its keys, values, raw decays and raw strengths.
+        """
         c = self.config
+        each = c.key_heads * c.key_dim + c.value_heads * (c.value_dim + 1)
         tail = FixedSpec(
             name="conv",
             kind="conv",
@@ -144,7 +165,7 @@ class GatedDeltaNet(Mixer):
             shards=c.value_heads,
             inputs=TensorSpec(
                 name="memory inputs",
-                shape=(c.key_heads * c.key_dim + c.value_heads * (c.value_dim + 2),),
+                shape=(c.products * each + c.value_heads,),
                 format=Format.of(self.out.weight.dtype),
                 shards=c.key_heads,
             ),
@@ -157,26 +178,32 @@ class GatedDeltaNet(Mixer):
         """
         c, share = self.config, self.config.value_heads // self.config.key_heads
         keys, values = c.key_heads * c.key_dim, c.value_heads * c.value_dim
-        k, v, z = keys, 2 * keys, 2 * keys + values
-        gates = (z + values, z + values + c.value_heads)
+        # Where each key, value and gate of a token begins.
+        k = [keys * (1 + i) for i in range(c.products)]
+        v = [keys * (1 + c.products) + values * i for i in range(c.products)]
+        z = v[-1] + values
+        gates = [z + values + c.value_heads * i for i in range(c.products + 1)]
         key, value = spans(0, keys, 1), spans(0, values, 1)
+        query_and_keys = (key, *(key + at for at in k))
         key_dim = Axis(
             name="key_dim",
             kind="state",
             groups=c.key_heads,
-            slices=(rows("q_k_v_z_b_a.weight", key, key + k), rows("conv_weight", key, key + k)),
-            signals=(made_by("q_k_v_z_b_a", key), made_by("q_k_v_z_b_a", key + k)),
+            slices=(
+                rows("q_k_v_z_b_a.weight", *query_and_keys), rows("conv_weight", *query_and_keys)
+            ),
+            signals=tuple(made_by("q_k_v_z_b_a", units) for units in query_and_keys),
             fields={"key_dim": 1},
             # Outputs grow with their scale N^-0.5, and then are normed.
             inverse=("eps",),
-        )
+        )  # fmt: skip
         value_dim = Axis(
             name="value_dim",
             kind="state",
             groups=c.value_heads,
             slices=(
-                rows("q_k_v_z_b_a.weight", value + v, value + z), rows("conv_weight", value + v),
-                columns("out.weight", value),
+                rows("q_k_v_z_b_a.weight", *(value + at for at in v), value + z),
+                rows("conv_weight", *(value + at for at in v)), columns("out.weight", value),
             ),
             signals=(read_by("out", value),),
             fields={"value_dim": 1},
@@ -191,14 +218,14 @@ class GatedDeltaNet(Mixer):
             head = spans(0, count, each)
             channels = spans(0, count, each * c.value_dim)
             of_keys = spans(0, count, c.key_dim) if keys_too else spans(0, count, 0)
-            convolved = (of_keys, of_keys + k, channels + v)
+            convolved = (of_keys, *(of_keys + at for at in k), *(channels + at for at in v))
             return Axis(
                 name=name,
                 kind="state",
                 groups=1 if keys_too else c.key_heads,
                 slices=(
                     rows(
-                        "q_k_v_z_b_a.weight", *convolved, channels + z, *(head + g for g in gates)
+                        "q_k_v_z_b_a.weight", *convolved, channels + z, *(head + at for at in gates)
                     ),
                     rows("conv_weight", *convolved), rows("A_log", head), rows("dt_bias", head),
                     columns("out.weight", channels),
@@ -219,14 +246,16 @@ class GatedDeltaNet(Mixer):
         heads, n, p = c.value_heads, c.key_dim, c.value_dim
         values = step.tokens * heads * p
         if step.new_tokens <= RECURRENT_LIMIT:
-            tokens = step.new_tokens + step.replayed
-            matrix = gdn_step_matrix_flops(step.batch, tokens, heads, n, p)
-            vector = 3 * step.batch * tokens * heads * p * n
+            products = c.products * (step.new_tokens + step.replayed)
+            matrix = gdn_step_matrix_flops(step.batch, products, heads, n, p)
+            vector = 3 * step.batch * products * heads * p * n
         else:
-            matrix = gdn_chunk_matrix_flops(step.batch, step.new_tokens, heads, c.key_heads, n, p)
+            products = c.products * step.new_tokens
+            matrix = gdn_chunk_matrix_flops(step.batch, products, heads, c.key_heads, n, p)
             vector = chunk_vector_flops(
-                step, CHUNK, heads, n, p, per_score=5, per_token=4 * n + 3 * p
-            )
+                replace(step, new_tokens=products), CHUNK, heads, n, p, per_score=5,
+                per_token=4 * n + 3 * p,
+            )  # fmt: skip
         small = (self.A_log, self.dt_bias, self.norm_weight)
         return Cost.of(
             linear_cost("q, k, v, gates", self.q_k_v_z_b_a, step.tokens),

@@ -99,7 +99,7 @@ def source_digest(arch: str) -> str:
 
 
 def _digest_of(names: Iterable[str]) -> str:
-    files = dict.fromkeys(name for name in names if name not in REGISTRY)
+    files = dict.fromkeys(name for name in names if name.endswith(".py"))
     digests = [_loaded(Path(name)).digest for name in files]
     return digest(digests)[:12] if digests else ""
 

@@ -30,126 +30,157 @@ def gated_delta(
     dt_bias: Tensor,
     norm: OutputNorm,
     *,
+    beta_max: float = 1.0,
     state: LayerState | None = None,
     name: str = "memory",
     backend: str,
 ) -> Tensor:
     """q, k are normalised and q scaled by N^-0.5; g = -e^{a_log} softplus(a + dt_bias),
-    β = sigmoid(b).
+    β = beta_max · sigmoid(b).
 
     q, k: [B, K, G, N]; v: [B, K, H, P]; a: [B, K, H] with dt_bias [H], or by channel [B, K, H, N]
-    with dt_bias [H, N]; b: [B, K, H]; a_log: [H].
+    with dt_bias [H, N]; b: [B, K, H]; a_log: [H]. With n products a token (arXiv 2502.10297) k, v
+    and b are [B, K, n, ...]: a state decays, takes them one by one, and then is read.
     Returns [B, K, H·P], normed and gated by `norm`, and advances the state [H, N, P] called
     `name`; without one it starts at zero and is not kept (training).
     Raises NoFormError for a backend that has no form of it.
     """
-    forms = _BY_CHANNEL if a.dim() == 4 else _FORMS
-    return forms[backend](q, k, v, a, b, a_log, dt_bias, norm, state, name)
+    forms = _PRODUCTS if k.dim() == 5 else _BY_CHANNEL if a.dim() == 4 else _FORMS
+    return forms[backend](q, k, v, a, b, Gates(a_log, dt_bias, beta_max), norm, state, name)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _prepared(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor
-) -> Inputs:
+class Gates(NamedTuple):
+    """How raw a and b become decays and strengths."""
+
+    a_log: Tensor
+    dt_bias: Tensor
+    beta_max: float
+
+    def log_decay(self, a: Tensor) -> Tensor:
+        """float32, as a: [B, T, H] or [B, T, H, N]."""
+        rate = -self.a_log.float().exp()
+        return F.softplus(a.float() + self.dt_bias) * (rate[:, None] if a.dim() == 4 else rate)
+
+    def strength(self, b: Tensor) -> Tensor:
+        """As b: [B, T, H]."""
+        return b.sigmoid() if self.beta_max == 1 else self.beta_max * b.sigmoid()
+
+
+def _prepared(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates) -> Inputs:
     """Normalised q and k, v, log decay (float32) and strength."""
-    rate = -a_log.float().exp()
-    decay = F.softplus(a.float() + dt_bias) * (rate[:, None] if a.dim() == 4 else rate)
-    return l2_norm(q) * q.shape[-1] ** -0.5, l2_norm(k), v, decay, b.sigmoid()
+    scaled = l2_norm(q) * q.shape[-1] ** -0.5
+    return scaled, l2_norm(k), v, gates.log_decay(a), gates.strength(b)
+
+
+def _steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Inputs:
+    """Each product of a token as a token of its own: the first one decays, the last one asks."""
+    if k.dim() == 4:
+        return q, k, v, decay, beta
+    more = k.shape[2] - 1
+    q = F.pad(q[:, :, None], (0, 0, 0, 0, more, 0))
+    decay = F.pad(decay[:, :, None], (0, 0, 0, more))
+    q, k, v, decay, beta = (t.flatten(1, 2) for t in (q, k, v, decay, beta))
+    return q, k, v, decay, beta
+
+
+def _last(k: Tensor) -> slice:
+    """The last product of each token among those of all."""
+    return slice(None) if k.dim() == 4 else slice(k.shape[2] - 1, None, k.shape[2])
 
 
 def _torch(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    norm: OutputNorm, state: LayerState | None, name: str,
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates, norm: OutputNorm,
+    state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     if state is None:
-        y, _ = gdn_chunk(*_prepared(q, k, v, a, b, a_log, dt_bias))
-        return output_norm(y, norm, backend="torch")
+        y, _ = gdn_chunk(*_steps(*_prepared(q, k, v, a, b, gates)))
+        return output_norm(y[:, _last(k)], norm, backend="torch")
     at = state.replayed(name)
-    rule = _DeltaRule(k.shape[2:], v.shape[2:], a_log, dt_bias)
+    rule = _DeltaRule(k.shape[2:], v.shape[2:], gates)
     if at is not None and not at.whole:
-        inputs = torch.cat((k.flatten(2), v.flatten(2), a.flatten(2), b), -1)
-        return output_norm(replay(at, state, name, inputs, q, rule), norm, backend="torch")
-    memory, each = caught_up(at, state, name, rule), None
-    q, k, v, decay, beta = _prepared(q, k, v, a, b, a_log, dt_bias)
-    decay, beta = masked(decay, state.valid), masked(beta, state.valid)
-    if v.shape[1] <= RECURRENT_LIMIT:
-        y, each = gdn_step(q, k, v, decay, beta, memory, each=state.each and at is None)
+        new = torch.cat([t.flatten(2) for t in (k, v, a, b)], -1)
+        return output_norm(replay(at, state, name, new, q, rule), norm, backend="torch")
+    memory, each, last = caught_up(at, state, name, rule), None, _last(k)
+    few = v.shape[1] <= RECURRENT_LIMIT
+    q, k, v, decay, beta = _prepared(q, k, v, a, b, gates)
+    inputs = _steps(q, k, v, masked(decay, state.valid), masked(beta, state.valid))
+    if few:
+        y, each = gdn_step(*inputs, memory, each=state.each and at is None)
     else:
-        y, memory = gdn_chunk(q, k, v, decay, beta, memory)
-    state.put(name, memory, each)
-    return output_norm(y, norm, backend="torch")
+        y, memory = gdn_chunk(*inputs, memory)
+    state.put(name, memory, None if each is None else each[:, last])
+    return output_norm(y[:, last], norm, backend="torch")
 
 
 class _DeltaRule(NamedTuple):
-    """As `archs.ops.replay.Recurrence`, on rows of k, v, a and b. keys, heads: (G, N), (H, P)."""
+    """As `archs.ops.replay.Recurrence`, on rows of k, v, a and b. keys, values: shapes of a token's
+    k and v.
+    """
 
     keys: torch.Size
-    heads: torch.Size
-    a_log: Tensor
-    dt_bias: Tensor
+    values: torch.Size
+    gates: Gates
 
     def answers(self, q: Tensor, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
-        return gdn_answers(*self._inputs(q, rows, valid), value)
+        k, inputs = self._inputs(q, rows, valid)
+        return gdn_answers(*inputs, value)[:, _last(k)]
 
     def after(self, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
-        inputs = self._inputs(rows.new_zeros(*rows.shape[:2], *self.keys), rows, valid)
-        return gdn_chunk(*inputs, value)[1]
+        q = rows.new_zeros(*rows.shape[:2], *self.keys[-2:])
+        return gdn_chunk(*self._inputs(q, rows, valid)[1], value)[1]
 
-    def _inputs(self, q: Tensor, rows: Tensor, valid: Tensor | None) -> Inputs:
-        gates = self.dt_bias.shape
-        sizes = (self.keys.numel(), self.heads.numel(), gates.numel(), self.heads[0])
-        k, v, a, b = rows.split(sizes, -1)
-        k, v, a = (
-            t.unflatten(-1, shape) for t, shape in ((k, self.keys), (v, self.heads), (a, gates))
-        )
-        q, k, v, decay, beta = _prepared(q, k, v, a, b, self.a_log, self.dt_bias)
-        return q, k, v, masked(decay, valid), masked(beta, valid)
+    def _inputs(self, q: Tensor, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Inputs]:
+        shapes = self.keys, self.values, self.gates.dt_bias.shape, self.values[:-1]
+        parts = rows.split([shape.numel() for shape in shapes], -1)
+        k, v, a, b = (t.unflatten(-1, shape) for t, shape in zip(parts, shapes, strict=True))
+        q, k, v, decay, beta = _prepared(q, k, v, a, b, self.gates)
+        return k, _steps(q, k, v, masked(decay, valid), masked(beta, valid))
 
 
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    norm: OutputNorm, state: LayerState | None, name: str,
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates, norm: OutputNorm,
+    state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     from kernels.gated_delta import channel_chunk, chunk, step
 
     scan = channel_chunk.kda_chunk if a.dim() == 4 else chunk.gdn_chunk
     if state is None:
-        y, _ = scan(*_prepared(q, k, v, a, b, a_log, dt_bias))
+        y, _ = scan(*_prepared(q, k, v, a, b, gates))
         return output_norm(y, norm, backend="triton")
     at, replayed = state.slots(name), state.replayed(name)
     if replayed is not None:
         found = run_ring(
-            replayed, norm, partial(step.gdn_step, a_log=a_log, dt_bias=dt_bias),
-            q=q, k=k, v=v, a=a, b=b,
+            replayed, norm, partial(step.gdn_step, **gates._asdict()), q=q, k=k, v=v, a=a, b=b
         )  # fmt: skip
         if found is not None:
             return found
     if v.shape[1] <= RECURRENT_LIMIT:
         y = step.gdn_step(
-            q, k, v, a, b, a_log, dt_bias, at.pool, at.read, at.write, each=at.each, new=at.new,
-            norm=norm, arrivals=at.arrivals,
+            q, k, v, a, b, **gates._asdict(), state=at.pool, read=at.read, write=at.write,
+            each=at.each, new=at.new, norm=norm, arrivals=at.arrivals,
         )  # fmt: skip
         return y.flatten(2)
-    inputs = _prepared(q, k, v, a, b, a_log, dt_bias)
+    inputs = _prepared(q, k, v, a, b, gates)
     y, memory = scan(*inputs, state.get(name), new=at.new)
     state.put(name, memory)
     return output_norm(y, norm, backend="triton")
 
 
 def _fla(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    norm: OutputNorm, state: LayerState | None, name: str,
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates, norm: OutputNorm,
+    state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     at = libraries.single(v, state, name, "fla")
     if at is None:
-        return _triton(q, k, v, a, b, a_log, dt_bias, norm, state, name)
-    decay = F.softplus(a.float() + dt_bias) * -a_log.float().exp()
+        return _triton(q, k, v, a, b, gates, norm, state, name)
     q, k = (libraries.repeat_heads(t, v.shape[2]) for t in (q, k))
-    y = libraries.gated_delta_update(q, k, v, decay, b.sigmoid(), at)
+    y = libraries.gated_delta_update(q, k, v, gates.log_decay(a), gates.strength(b), at)
     return output_norm(y, norm, backend="fla")
 
 
 _FORMS = Forms("gated delta rule", {"torch": _torch, "triton": _triton, "fla": _fla})
 _BY_CHANNEL = Forms("gated delta rule by channel", {"torch": _torch, "triton": _triton})
+_PRODUCTS = Forms("gated delta rule with several products a token", {"torch": _torch})

@@ -11,6 +11,7 @@ from eval.measure.progress import Watch
 from eval.measure.site import Failure, Site, about, spec_of
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status
+from eval.results.statistics import Estimate
 from eval.tasks import task_named
 from eval.tasks.score import accuracy
 from eval.tasks.task import Split, Task, TaskBatches
@@ -37,13 +38,19 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     """Accuracy after training."""
     taught = teach(point, site, watch)
     task = taught.task
-    found = accuracy(
-        taught.model, task, split="test", sequences=task.test_sequences, seed=point.seed
-    )
+
+    def answered(task: Task) -> Estimate:
+        return accuracy(
+            taught.model, task, split="test", sequences=task.test_sequences, seed=point.seed
+        )
+
+    found = answered(task)
     rows = [
         estimate_row("accuracy", found, context=task.seq_len),
         Row(measure="learning_rate", value=taught.rate),
     ]
+    if (longer := task.beyond()) is not None:
+        rows.append(estimate_row("accuracy_beyond", answered(longer), context=longer.seq_len))
     if found.value >= SOLVED:
         rows.append(Row(measure="steps_to_99", value=taught.steps))
     return Found(about=taught.about, rows=tuple(rows))
@@ -60,7 +67,12 @@ def teach(point: Point, site: Site, watch: Watch) -> Taught:
     spec, data = spec_of(point), TaskBatches(task, point.seed)
 
     def right(model: Model, split: Split, sequences: int) -> float:
-        return accuracy(model, task, split=split, sequences=sequences, seed=point.seed).value
+        """Of longer sequences, too, where they are asked: the lower share of the two."""
+        return min(
+            accuracy(model, asked, split=split, sequences=sequences, seed=point.seed).value
+            for asked in (task, task.beyond())
+            if asked is not None
+        )
 
     best: tuple[float, Model, int, float] | None = None
     trained = about(

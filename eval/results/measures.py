@@ -28,6 +28,9 @@ MEASURES: dict[str, Measure] = {
     "accuracy": Measure(
         "", "higher", "what was answered right of what a task asks, test sequences", share=True
     ),
+    "accuracy_beyond": Measure(
+        "", "higher", "accuracy on longer sequences, past the trained length", share=True
+    ),
     "steps_to_99": Measure("step", "lower", "training steps until 99 % of it are right"),
     # training
     "train_loss": Measure("nat", "lower", "smoothed training loss at the end"),

@@ -7,12 +7,15 @@ here.
 
 from archs.errors import unknown_name
 from eval.tasks.mqar import Mqar
+from eval.tasks.parity import Parity
 from eval.tasks.selective_copy import SelectiveCopy
 from eval.tasks.task import Task
 
 __all__ = ["TASKS", "Task", "task_named"]
 
-TASKS: dict[str, type[Task]] = {"mqar": Mqar, "selective_copy": SelectiveCopy}
+TASKS: dict[str, type[Task]] = {
+    "mqar": Mqar, "parity": Parity, "selective_copy": SelectiveCopy
+}  # fmt: skip
 
 
 def task_named(name: str) -> type[Task]:

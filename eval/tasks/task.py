@@ -66,6 +66,10 @@ class Task(ABC):
     def draw(self, random: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [count, seq_len]; targets IGNORED where nothing is asked."""
 
+    def beyond(self) -> "Task | None":
+        """The same on longer sequences than are trained; None where those are not asked."""
+        return None
+
     def sequences(
         self, count: int, *, seed: int, step: int, split: Split = "train"
     ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The gated delta rule for 1 to 9 new tokens on states in slots (arXiv 2412.06464, eq. 10):
 S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t / √N, with
-g = -e^{A_log} softplus(a + dt_bias), β = sigmoid(b) and normalised q and k computed here. Decays
-are one a head, or with dt_bias one for each key channel (arXiv 2510.26692, eq. 1).
+g = -e^{A_log} softplus(a + dt_bias), β = β_max sigmoid(b) and normalised q and k computed here.
+Decays are one a head, or with dt_bias one for each key channel (arXiv 2510.26692, eq. 1).
 
 B sequences, K new tokens, H heads (of v), G heads of q and k, N key channels, P value channels.
 One program updates a [N, BLOCK_P] tile: loaded once, K tokens in float32, stored once, or with
@@ -69,9 +69,9 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
     q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
     q_row, k_row, v_row, a_row, b_row, slot_stride, gate, weight, arrivals, gate_row,
     ring, ring_past, held, fold, ring_slot,
-    EPS: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr,
-    BY_CHANNEL: tl.constexpr, G: tl.constexpr, H: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    EPS: tl.constexpr, SCALE: tl.constexpr, BETA_MAX: tl.constexpr, K: tl.constexpr,
+    EACH: tl.constexpr, BY_CHANNEL: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM_EPS: tl.constexpr, GATE_FIRST: tl.constexpr, SIGMOID: tl.constexpr, NORM_D: tl.constexpr,
     WEIGHT_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     R: tl.constexpr, ROW: tl.constexpr, OVERLAP: tl.constexpr,
@@ -117,7 +117,8 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
             raw = held_row + G * N + H * P
             at = tl.load(raw + gate_at, mask=in_gate, other=0.0).to(tl.float32)
             bt = tl.load(raw + gates + head).to(tl.float32)
-            s = advanced(s, kt, vt, at, tl.sigmoid(bt), True, rate, bias, EPS, BY_CHANNEL)
+            beta = tl.sigmoid(bt) * BETA_MAX
+            s = advanced(s, kt, vt, at, beta, True, rate, bias, EPS, BY_CHANNEL)
             if i + 1 == folded:
                 store_as(own + source * slot_stride, s, inside)
     for t in range(K):
@@ -136,7 +137,7 @@ def gdn_step_fwd_kernel(  # type: ignore[no-untyped-def]
             raw = to + G * N + H * P
             store_as(raw + gate_at, at, in_gate & valid & first_tile)
             store_as(raw + gates + head, bt, valid & first_tile)
-        beta = tl.sigmoid(bt)
+        beta = tl.sigmoid(bt) * BETA_MAX
         qt *= tl.rsqrt(tl.sum(qt * qt, 0) + EPS) * SCALE
         s = advanced(s, kt, vt, at, beta, valid, rate, bias, EPS, BY_CHANNEL)
         yt = tl.sum(qt[:, None] * s, 0)
@@ -160,20 +161,20 @@ def gdn_ring_row(groups: int, heads: int, n: int, p: int, *, by_channel: bool = 
 
 def gdn_step(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    state: Tensor, read: Tensor, write: Tensor | None, *, each: bool = False,
-    new: Tensor | None = None, norm: OutputNorm | None = None, arrivals: Tensor | None = None,
-    ring: Ring | None = None,
+    state: Tensor, read: Tensor, write: Tensor | None, *, beta_max: float = 1.0,
+    each: bool = False, new: Tensor | None = None, norm: OutputNorm | None = None,
+    arrivals: Tensor | None = None, ring: Ring | None = None,
 ) -> Tensor:  # fmt: skip
     """Advance the states of B sequences by K tokens, from slot to slot.
 
     q, k: [B, K, G, N], as the convolution left them; v: [B, K, H, P]; a, b: [B, K, H], the raw
     gates, or a by channel: [B, K, H, N]; a_log: [H]; dt_bias: [H], by channel [H, N]; state:
     [slots, H, N, P] in float32 or bfloat16; read: int32 [B], write: int32 [B, K], each: the slots
-    of states, as `recurrent.step` says; new: int32 [B] valid tokens of right-padded rows (None: K);
-    norm: of y, head by head (None: y as it is); arrivals: int32 zeros, at least B * H, left at
-    zero, for a norm: pass the same one on each call of a stream to save the launch that clears a
-    fresh one; ring: k, v, a and b of tokens that the states lack, in place of write, as
-    `recurrent.ring` says.
+    of states, as `recurrent.step` says; beta_max: β is so many times the sigmoid of b; new: int32
+    [B] valid tokens of right-padded rows (None: K); norm: of y, head by head (None: y as it is);
+    arrivals: int32 zeros, at least B * H, left at zero, for a norm: pass the same one on each call
+    of a stream to save the launch that clears a fresh one; ring: k, v, a and b of tokens that the
+    states lack, in place of write, as `recurrent.ring` says.
     Returns y [B, K, H, P] in v's dtype, 0 at padded tokens.
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -203,7 +204,7 @@ def gdn_step(
     gdn_step_fwd_kernel[(triton.cdiv(p, block_p), heads, batch)](
         q, k, v, a, b, a_log, dt_bias, state, read, write, new, y,
         *(row_stride(name, inputs[name]) for name in "qkvab"), state.stride(0),
-        EPS=NORM_EPS, SCALE=n**-0.5, K=tokens, EACH=each and tokens > 1,
+        EPS=NORM_EPS, SCALE=n**-0.5, BETA_MAX=beta_max, K=tokens, EACH=each and tokens > 1,
         BY_CHANNEL=by_channel, G=groups, H=heads, N=n, P=p,
         BLOCK_N=triton.next_power_of_2(n), BLOCK_P=block_p, num_warps=warps, **normed,
         **ringed, **overlapped(q.device),
@@ -213,7 +214,7 @@ def gdn_step(
 
 def gdn_step_ref(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor,
-    state: Tensor, *, norm: OutputNorm | None = None,
+    state: Tensor, *, norm: OutputNorm | None = None, beta_max: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle: float64, one token at a time; state [B, H, N, P] already taken from its slots.
 
@@ -224,7 +225,7 @@ def gdn_step_ref(
     q, k = (t * (t.square().sum(-1, keepdim=True) + NORM_EPS).rsqrt() for t in (q, k))
     steps = F.softplus(a.double() + dt_bias.double())
     decay = (-a_log.double().exp()[:, None] * steps.reshape(*a.shape[:3], -1)).exp()
-    beta, v = b.double().sigmoid(), v.double()
+    beta, v = beta_max * b.double().sigmoid(), v.double()
     s, rows, states = state.double(), [], []
     for t in range(v.shape[1]):
         s = decay[:, t, :, :, None] * s
@@ -254,6 +255,7 @@ def variants() -> list[Variant]:
         return step_call(
             gdn_step, inputs, (16, n, p), dtype, tokens, options, norm,
             row=gdn_ring_row(16, 16, n, p, by_channel=bool(gates)),
+            beta_max=2.0 if "beta2" in options else 1.0,
         )  # fmt: skip
 
     calls = (
@@ -265,7 +267,7 @@ def variants() -> list[Variant]:
         call(wide, 128, 128, 1, "norm ring"), call(wide, 128, 128, 5, "ragged norm ring"),
         call(wide, 128, 128, 1, "channels norm"), call(wide, 128, 128, 8, "channels ragged each"),
         call(wide, 64, 100, 3, "channels ragged norm"), call(narrow, 128, 128, 1, "channels norm"),
-        call(wide, 128, 128, 1, "channels norm ring"),
+        call(wide, 128, 128, 1, "channels norm ring"), call(wide, 128, 128, 1, "beta2 norm ring"),
         call(wide, 128, 128, 5, "channels ragged norm ring"),
     )  # fmt: skip
     by_channel = replace(

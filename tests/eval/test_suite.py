@@ -69,7 +69,7 @@ def test_an_unknown_backend_is_named(tmp_path: Path) -> None:
 
 
 def test_every_shipped_suite_is_known() -> None:
-    assert set(available_suites()) == {"tiny", "small", "gpu", "base", "ladder", "serve"}
+    assert set(available_suites()) == {"tiny", "small", "gpu", "base", "ladder", "parity", "serve"}
 
 
 def test_a_suite_survives_being_written(tmp_path: Path) -> None:

@@ -52,14 +52,14 @@ def norm_of(norm: Norm | None, k: int, h: int, p: int, dtype: torch.dtype) -> Ou
 
 def gdn_arguments(
     k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
-    norm: Norm | None = None,
+    norm: Norm | None = None, beta_max: float = 1.0,
 ) -> Made:  # fmt: skip
     q, key, v = columns(k, dtype, g * n, g * n, h * p)
     a, b = columns(k, dtype, h, h)
     return {
         "q": heads(q, g), "k": heads(key, g), "v": heads(v, h), "a": a, "b": b,
         "a_log": torch.linspace(-3, 1, h), "dt_bias": torch.linspace(-6, 0.5, h),
-        "norm": norm_of(norm, k, h, p, dtype),
+        "norm": norm_of(norm, k, h, p, dtype), "beta_max": beta_max,
     }, (h, n, p)  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def gdn_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
     q, k = l2_norm(args["q"]), l2_norm(args["k"])
     rate = -args["a_log"].exp().view(-1, *[1] * (args["a"].dim() - 3))
     decay = F.softplus(args["a"].float() + args["dt_bias"]) * rate
-    scaled, beta = q * q.shape[-1] ** -0.5, args["b"].sigmoid()
+    scaled, beta = q * q.shape[-1] ** -0.5, args["beta_max"] * args["b"].sigmoid()
     y, each = gdn_torch.gdn_step(scaled, k, args["v"], decay, beta, state, each=True)
     assert each is not None
     return normed(y, args["norm"]), each

@@ -180,6 +180,7 @@ STEPS = {
             case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3), norm="heads"),
             case(9, p=256, h=1, new=(9, 5, 1), norm="heads"),
             case(9, p=12, g=2, h=4, inputs=BF16, norm="heads"),
+            case(4, n=24, p=40, new=(4, 0, 3), norm="heads", beta_max=2.0),
         ),
         tokens=("q", "k", "v", "a", "b"), fixed=("a_log", "dt_bias"), leads=("q", "v"),
         norms=("heads",),

@@ -33,6 +33,7 @@ CASES = {
     ]
     for name in RINGED
 }
+CASES["gdn"].append(case(3, p=20, new=(0, 3, 2), beta_max=2.0, **HEADS))
 CASES["ssm"].append(case(2, p=40, new=(2, 0, 1), norm=2, **HEADS))
 CASES["linear"] += [
     case(3, p=40, new=(3, 0, 2), turn=True, norm="heads", **HEADS),
