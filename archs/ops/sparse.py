@@ -141,8 +141,9 @@ def _pick_triton(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
     size = pages.page_size
     rows = min(-(-keys.length // size), pages.table.shape[1]) * size
     if q.data_ptr() % 16 or any(stride % 16 for stride in q.stride()[:3]):
-        # A view beside a few head weights: the kernel reads 16 bytes at a time.
-        q = q.contiguous()
+        # A view beside a few head weights: the kernel reads 16 bytes at a time. One token's queries
+        # are contiguous wherever they start.
+        q = q.clone(memory_format=torch.contiguous_format)
     ranks = index_scan(
         q, weights.contiguous(), pages.pool, pages.table, pages.past, rows=rows, page_size=size
     )
