@@ -224,6 +224,7 @@ def _triton(q: Tensor, seen: Rows, state: LayerState, name: str, blocks: Blocks)
     from kernels.blocks.append import block_append
     from kernels.blocks.pages import block_pages, unit_of
     from kernels.blocks.scan import block_scan
+    from kernels.sparse.topk import rank_topk
 
     size, page = blocks.size, p.page_size
     block_append(
@@ -234,7 +235,8 @@ def _triton(q: Tensor, seen: Rows, state: LayerState, name: str, blocks: Blocks)
     most = max(1, min(-(-state.written(name).length // page), means.table.shape[1])) * page
     k, v = means.pool.unbind(0)
     out, ranks = block_scan(q, k, v, means.table, p.past, means=most, block=size, page_size=page)
-    picks = ranks.topk(min(blocks.count - NEWEST, most), -1).indices
+    # Where a token sees fewer blocks it picks them all, and they come before all others.
+    picks = rank_topk(ranks, min(blocks.count - NEWEST, most))
     rows = p.pool.shape[2]
     table, counts = block_pages(picks, p.table, p.past, block=size, page_size=page, pool_rows=rows)
     # Each token and KV head is a sequence of its own, whose pages are what it reads.

@@ -1,7 +1,7 @@
 """The choice of rows by an indexer, and attention over the chosen ones, by backend.
 
-Kernels write index keys, rank all rows and attend over the picked ones where they lie; the largest
-ranks are found by torch, whose selection is a library's, as matrix products are.
+Kernels write index keys, rank all rows, find the largest ranks and attend over the picked rows
+where they lie.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ PIECE = 1 << 23
 class Picked(NamedTuple):
     """The rows that each new token reads of `rows` rows.
 
-    at: int64 [B, K, k]; valid: bool [B, K, k], False where a token sees fewer; those come last.
+    at: int64 [B, K, k], ascending; valid: bool [B, K, k], False where a token sees fewer.
     """
 
     at: Tensor
@@ -135,17 +135,20 @@ def _pick_triton(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
     if pages is None:
         return _pick_torch(q, weights, keys, count)
     from kernels.sparse.scan import index_scan
+    from kernels.sparse.topk import rank_topk
 
     # As many rows as all pages have that are gathered where a mask is asked for.
     size = pages.page_size
     rows = min(-(-keys.length // size), pages.table.shape[1]) * size
     if q.data_ptr() % 16 or any(stride % 16 for stride in q.stride()[:3]):
-        # A view beside a few head weights: the kernel reads 16 bytes at a time.
-        q = q.contiguous()
+        # A view beside a few head weights: the kernel reads 16 bytes at a time. One token's queries
+        # are contiguous wherever they start.
+        q = q.clone(memory_format=torch.contiguous_format)
     ranks = index_scan(
         q, weights.contiguous(), pages.pool, pages.table, pages.past, rows=rows, page_size=size
     )
-    at = ranks.topk(min(count, rows), -1).indices
+    at = rank_topk(ranks, min(count, rows))
+    # Where a token sees fewer rows it picks them all, and they come before all others.
     new = torch.arange(1, q.shape[1] + 1, device=q.device)
     seen = pages.past[:, None] + new
     return Picked(at, torch.arange(at.shape[-1], device=q.device) < seen[..., None], rows)

@@ -47,6 +47,7 @@ from kernels.selective import chunk as selective_chunk
 from kernels.selective import step as selective_step
 from kernels.sparse import append as index_append
 from kernels.sparse import scan as index_scan
+from kernels.sparse import topk as rank_topk
 from kernels.trapezoid import step as trapezoid_step
 
 #: Every op with a Triton kernel: a module with `variants()`, the default one first.
@@ -58,10 +59,10 @@ OPS: dict[str, ModuleType] = {
     "head_gemv": head_gemv, "index_append": index_append, "index_scan": index_scan,
     "kda_chunk": kda_chunk, "latent_append": latent_append, "linear_step": linear_step,
     "mla_decode": mla_decode, "norm_triton": norm_triton, "packed_rows": packed_rows,
-    "page_write": page_write, "project_append": project_append, "rope_append": rope_append,
-    "rope_rotate": rope_rotate, "sample": sample, "selective_chunk": selective_chunk,
-    "selective_step": selective_step, "split_combine": split_combine, "ssm_step": ssm_step,
-    "trapezoid_step": trapezoid_step,
+    "page_write": page_write, "project_append": project_append, "rank_topk": rank_topk,
+    "rope_append": rope_append, "rope_rotate": rope_rotate, "sample": sample,
+    "selective_chunk": selective_chunk, "selective_step": selective_step,
+    "split_combine": split_combine, "ssm_step": ssm_step, "trapezoid_step": trapezoid_step,
 }  # fmt: skip
 
 

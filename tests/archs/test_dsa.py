@@ -17,12 +17,13 @@ from archs.mixer import asking_losses, losses_left
 from archs.ops import sparse
 from archs.registry import ModelSpec
 from archs.sizes import SCALES
-from archs.state import PagedSeen, Rows
+from archs.state import PagedSeen, Pages, Rows
 from archs.state_formats import StateFormat
 from archs.storage import keep
 from infer.engine import Engine
 from tests.archs.hf import assert_equal, copy_backbone, interleaved, our_steps, random_model
 from tests.archs.test_mla import copy_latent, small_scale
+from tests.kernels.interpreter import interpreted
 from train.loop import train
 from train.recipe import Recipe
 
@@ -329,3 +330,20 @@ def test_training_moves_the_indexer(tmp_path: Path) -> None:
     assert result.status == "ok"
     still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
     assert still == []
+
+
+def test_queries_of_one_token_may_start_anywhere() -> None:
+    """Contiguous in memory that the kernel does not read 16 bytes at a time."""
+    q = torch.randn(2 + 4 * 32)[2:].view(1, 1, 4, 32)
+    assert q.is_contiguous() and q.data_ptr() % 16
+    pages = Pages(
+        pool=torch.randn(48, 32), table=torch.tensor([[2, 0]], dtype=torch.int32),
+        past=torch.tensor([20], dtype=torch.int32), total=torch.tensor([21], dtype=torch.int32),
+        new=None, page_size=16, window=None, sinks=0,
+    )  # fmt: skip
+    weights, found = torch.rand(1, 1, 4), []
+    with interpreted():
+        for backend in ("torch", "triton"):
+            keys = PagedSeen(pages, 1, 21)
+            found.append(sparse.pick_rows(q, weights, keys, 5, backend=backend))
+    assert torch.equal(found[0].at, found[1].at) and found[1].valid.all()

@@ -16,6 +16,7 @@ from eval.proof.gpu.ops import (
     quant,
     recurrent,
     recurrent_rings,
+    sparse,
 )
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, paged
 from kernels.decay import torch as decay_scan
@@ -56,6 +57,7 @@ QUICK = {
     "latent_append": "8 heads 96+16",
     "index_append": "4 heads 32 rotary 16",
     "index_scan": "2 heads 32 new 3",
+    "rank_topk": "3 of 65",
     "block_append": "2 heads d 32 block 8 new 3",
     "block_scan": "4/2 d 32 block 8 new 3",
     "block_pages": "4/2 d 32 block 8",
@@ -169,6 +171,7 @@ CASES: dict[str, Case] = {
     "norm": glue.norm_case(5, 96),
     "swiglu": glue.swiglu_case(5, 96),
     "greedy": glue.greedy_case(3, 1000),
+    "rank_topk": sparse.topk_case(0, 3, 200, 17),
     **{
         f"{name} {str(dtype)[6:]}": recurrent.step_case(
             0, form.step, form.make, sizes, 2, dtype, flops, form.others

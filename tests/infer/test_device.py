@@ -81,9 +81,9 @@ class Launches(TorchDispatchMode):
 
 RUN = InterpretedFunction.run
 #: Latent attention: norm, rotation, its row and its queries put together, their write, attention.
-#: Picked rows: scales of head weights, latents and index keys written, the scan, torch's selection,
+#: Picked rows: scales of head weights, latents and index keys written, the scan, the selection,
 #: which of its rows are seen and where they lie, attention.
-#: Blocks: rows and means written, the scan, torch's selection, the pages of its blocks, two
+#: Blocks: rows and means written, the scan, the selection, the pages of its blocks, two
 #: attentions, gates and the sum of three.
 #: A convolution between gates: one before it, one after.
 #: Tied rows: rotation, rows and key written, queries filled up, attention. Groups of latents: a

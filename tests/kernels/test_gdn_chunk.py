@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.gated_delta import channel_chunk as by_channel
+from kernels.gated_delta import channel_passes
 from kernels.gated_delta import chunk as op
 from kernels.gated_delta import chunk_passes as gdn_chunk_passes
 from kernels.gated_delta.torch import gdn_chunk as torch_chunk
@@ -71,6 +72,7 @@ CASES = [
     Case(t=20, n=48, p=32, g=2, h=4, channels=True),
     Case(t=18, h=2, batch=3, new=(17, 18, 0), given=False, channels=True),
     Case(t=34, dtype=BF16, batch=2, new=(34, 9), channels=True),
+    Case(t=130, n=32, p=16, dtype=FP16, batch=2, new=(61, 130), channels=True),
 ]
 
 
@@ -312,7 +314,7 @@ def test_what_does_not_fit_is_refused_before_any_launch(
     spoil_one, message = WRONG[change]
     spoil_one(args)
     monkeypatch.setattr(gdn_chunk_passes, "solve", None)
-    monkeypatch.setattr(by_channel, "_forward", None)
+    monkeypatch.setattr(channel_passes, "pairs", None)
     with pytest.raises(ValueError, match=message):
         case.op(**args)
 

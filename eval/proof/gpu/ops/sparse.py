@@ -11,6 +11,7 @@ from eval.proof.gpu.ops.operands import PAGE, angles, binary, dense, on_cpu, pag
 from kernels.latent.decode import mla_decode, mla_decode_ref
 from kernels.sparse.append import index_append, index_append_ref
 from kernels.sparse.scan import index_scan, index_scan_ref, scores_of
+from kernels.sparse.topk import rank_topk, rank_topk_ref
 
 BF16_LIMIT = 8e-3
 #: Scores are sums in float32 of products of bfloat16.
@@ -116,6 +117,38 @@ def _ranks(q: Tensor, weights: Tensor, keys: Tensor) -> Run:
     return run
 
 
+def random_ranks(lists: int, rows: int, device: torch.device) -> Tensor:
+    """Of few scores, so that many are equal, as the scan writes them."""
+    scores = torch.randint(-9, 9, (lists, rows), device=device)
+    return (scores << 32) | torch.arange(rows - 1, -1, -1, device=device)
+
+
+def check_topk(count: int, rows: int) -> Callable[[torch.device], Pairs]:
+    """Places, which are exact."""
+
+    def run(device: torch.device) -> Pairs:
+        ranks = random_ranks(5, rows, device)
+        return [(rank_topk(ranks, count), rank_topk_ref(ranks.cpu(), count))]
+
+    return run
+
+
+def topk_case(order: int, batch: int, context: int, count: int) -> Case:
+    """One new token's choice of `count` rows; torch's takes another launch to order places."""
+
+    def build(device: torch.device) -> Mapping[str, Run]:
+        ranks = random_ranks(batch, context, device)
+        return {
+            "triton": lambda: rank_topk(ranks, count),
+            "torch": lambda: ranks.topk(count, -1, sorted=False).indices.sort(-1).values,
+        }
+
+    return Case(
+        name=f"{binary(count)} picks batch {batch} context {binary(context)}", order=order,
+        moved_bytes=8 * batch * (context + count), flops=0, build=build,
+    )  # fmt: skip
+
+
 PICKED = [
     Check(name=f"{h} heads {rank}+{rope} picked rows", limit=BF16_LIMIT,
           run=check_picked(h, rank, rope))
@@ -133,4 +166,9 @@ OPS = (
                for heads, dim, new in ((2, 32, 3), (16, 64, 1), (64, 128, 1), (64, 128, 20))],
        cases=[scan_case(1, 64, 16384, 64, 128), scan_case(1, 1, 32768, 64, 128),
               scan_case(2, 1, 131072, 16, 64)]),
+    Op(name="rank_topk",
+       checks=[Check(name=f"{count} of {rows}", limit=0.0, run=check_topk(count, rows))
+               for count, rows in ((3, 65), (65, 65), (2048, 40000))],
+       cases=[topk_case(1, 64, 16384, 2048), topk_case(1, 1, 32768, 2048),
+              topk_case(2, 1, 131072, 2048)]),
 )  # fmt: skip
