@@ -140,12 +140,15 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
         ("nsa", {"block": 16, "picks": 3, "window": 20}, [84, 1, 3, 7, 1]),
         ("nsa", {"block": 32, "picks": 3, "window": 70}, [180, 1, 3, 7, 1]),
         ("mla", {"positions": False}, [11, 1, 3, 4]),
+        ("gdn", {"beta_max": 2.0}, [11, 1, 3, 4]),
     ],
 )
 def test_options_equal_the_torch_form(
     arch: str, options: dict[str, Any], pieces: list[int]
 ) -> None:
-    """Parts of pages, pages and several for a picked block; latents that are not turned."""
+    """Parts of pages, pages and several for a picked block; latents that are not turned; strengths
+    up to 2.
+    """
     subject = subject_of(arch, layers=1)
     subject.spec = replace(subject.spec, overrides={arch: options})
     subject.model = subject.spec.build()
