@@ -24,7 +24,7 @@ from archs.gated_conv import GatedConvConfig, GatedConvolution
 from archs.gdn import DeltaProductConfig, GatedDeltaConfig, GatedDeltaNet, NegativeEigenvalueConfig
 from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
 from archs.heads import MultiTokenHead
-from archs.kda import KimiDeltaAttention, KimiDeltaConfig
+from archs.kda import ChannelGatesConfig, KimiDeltaAttention, KimiDeltaConfig
 from archs.layer import LayerSpec
 from archs.layers import NORM_EPS
 from archs.linear import LinearAttention, LinearConfig
@@ -66,6 +66,7 @@ REGISTRY: dict[str, Entry] = {
 VARIANTS: dict[str, Entry] = {
     "gdn-neg": Entry(GatedDeltaNet, NegativeEigenvalueConfig),
     "deltaproduct": Entry(GatedDeltaNet, DeltaProductConfig),
+    "gdn2": Entry(KimiDeltaAttention, ChannelGatesConfig),
 }
 
 #: Hybrids that suites and tests treat like architectures of their own.

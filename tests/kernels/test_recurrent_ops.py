@@ -69,6 +69,11 @@ def channel_inputs(tokens: int) -> list[Tensor]:
     return [q, k, v, -(10 ** torch.empty(B, tokens, H, N).uniform_(-3, 3.5)), beta]
 
 
+def erasing_inputs(tokens: int) -> list[Tensor]:
+    """Strengths by channel, too."""
+    return [*channel_inputs(tokens)[:4], torch.rand(B, tokens, H, N)]
+
+
 def s6_inputs(tokens: int) -> list[Tensor]:
     x, dt = torch.randn(2, B, tokens, H)
     b, c = torch.randn(2, B, tokens, N)
@@ -88,6 +93,11 @@ SCANS = {
     ),
     "kda": Scan(
         gdn_chunk, gdn_step, gdn_ref, channel_inputs, (), (B, H, N, P),
+        lambda t: gdn_chunk_matrix_flops(B, t, H, G, N, P, by_channel=True),
+        lambda t: gdn_step_matrix_flops(B, t, H, N, P),
+    ),
+    "gdn2": Scan(
+        gdn_chunk, gdn_step, gdn_ref, erasing_inputs, (), (B, H, N, P),
         lambda t: gdn_chunk_matrix_flops(B, t, H, G, N, P, by_channel=True),
         lambda t: gdn_step_matrix_flops(B, t, H, N, P),
     ),
@@ -157,6 +167,9 @@ def test_padding_leaves_the_state_alone(scan: Scan) -> None:
     inputs = scan.inputs(40)
     padded = [t.clone() for t in inputs]
     silent = {4: (1, 3), 5: (3, 4)}[len(inputs)] if scan.ref is not s6.selective_scan_ref else (1,)
+    if scan.inputs is erasing_inputs:
+        # No strength weighs what is written.
+        silent += (2,)
     for index in silent:
         padded[index][:, 30:] = 0
     state = torch.randn(scan.state)
@@ -256,7 +269,9 @@ def test_a_chunk_by_channel_that_cannot_be_halved_is_refused() -> None:
         gdn_chunk(*channel_inputs(100), chunk=48)
 
 
-@pytest.mark.parametrize("inputs", [delta_inputs, channel_inputs], ids=["gdn", "kda"])
+@pytest.mark.parametrize(
+    "inputs", [delta_inputs, channel_inputs, erasing_inputs], ids=["gdn", "kda", "gdn2"]
+)
 @pytest.mark.parametrize(("asked", "tokens"), [(1, 1), (1, 14), (3, 16), (9, 23)])
 def test_answers_are_the_last_rows_of_all(
     inputs: Callable[[int], list[Tensor]], asked: int, tokens: int

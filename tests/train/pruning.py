@@ -42,6 +42,7 @@ CASES = (
     Case("dsa-query-latent", "dsa", {"dsa": {"q_rank": 16}}),
     Case("gdn-value-heads", "gdn", {"gdn": {"key_heads": 2}}),
     Case("gdn-products", "gdn", {"gdn": {"key_heads": 2, "products": 3}}),
+    Case("kda-channel-gates", "kda", {"kda": {"channel_gates": True}}),
     Case("mamba2-groups", "mamba2", {"mamba2": {"groups": 2}}, short_conv=3),
     Case("cla-short-conv", "cla", short_conv=4),
     Case("linear-gqa", "linear:gqa=1:1", short_conv=2, tied=False),
