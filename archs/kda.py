@@ -5,6 +5,11 @@ Short convolution and SiLU on q, k, v; normalised q and k; log decays -e^{A_log}
 dt_bias) with a low-rank projection a, A_log by head and dt_bias by channel; strength β = sigmoid(b)
 by head; RMSNorm per head, then a sigmoid gate, low-rank too. No biases beside dt_bias, no
 positions. Equals the `transformers` implementation in Kimi Linear.
+
+With gates by channel it is Gated DeltaNet-2's rule (arXiv 2605.22791): what is erased is gated by
+key channel and what is written by value channel, S_t = (I - k (b ∘ k)ᵀ) e^g S_{t-1} + k (w ∘ v)ᵀ,
+where one strength does both otherwise. With every gate β it is the same. Their layer's bias of the
+output gate is left out.
 """
 
 from dataclasses import dataclass
@@ -43,7 +48,8 @@ class KimiDeltaConfig(MixerConfig):
     """n_heads heads of key_dim channels of q and k and value_dim channels of v.
 
     decay_rank, gate_rank: widths from which decays and output gates are projected up; eps: of the
-    norm per head. The published model has 128 of each width, and eps 1e-5.
+    norm per head. The published model has 128 of each width, and eps 1e-5. channel_gates: erase
+    and write gates for each channel in place of one strength per head.
     """
 
     n_heads: int
@@ -53,6 +59,7 @@ class KimiDeltaConfig(MixerConfig):
     gate_rank: int
     conv_width: int = 4
     eps: float = 1e-5
+    channel_gates: bool = False
 
     def __post_init__(self) -> None:
         at_least(
@@ -84,8 +91,9 @@ class KimiDeltaAttention(Mixer):
         super().__init__()
         self.config = c = config
         keys, values = c.n_heads * c.key_dim, c.n_heads * c.value_dim
-        sizes = (keys, keys, values, c.decay_rank, c.gate_rank, c.n_heads)
-        self.q_k_v_f_z_b = Projection(place.d_model, *sizes, gates=(3, 5))
+        strengths = (keys, values) if c.channel_gates else (c.n_heads,)
+        sizes = (keys, keys, values, c.decay_rank, c.gate_rank, *strengths)
+        self.q_k_v_f_z_b = Projection(place.d_model, *sizes, gates=(3, *range(5, len(sizes))))
         self.decay_up = Projection(c.decay_rank, keys, gates=(0,))
         self.gate_up = Projection(c.gate_rank, values)
         self.conv_weight = nn.Parameter(torch.empty(2 * keys + values, c.conv_width))
@@ -104,10 +112,12 @@ class KimiDeltaAttention(Mixer):
 
     def _mix(self, x: Input, state: LayerState | None = None) -> Tensor:
         c, sizes = self.config, self.q_k_v_f_z_b.sizes
-        mixed, f, z, b = self.q_k_v_f_z_b(x).split((sum(sizes[:3]), *sizes[3:]), -1)
+        mixed, f, z, b, *w = self.q_k_v_f_z_b(x).split((sum(sizes[:3]), *sizes[3:]), -1)
         mixed = convolve(mixed, self.conv_weight, state=state, backend=self.backend)
         q, k, v = mixed.split(sizes[:3], -1)
         q, k, a = (t.unflatten(-1, (-1, c.key_dim)) for t in (q, k, self.decay_up(f)))
+        if c.channel_gates:
+            b, v = b.unflatten(-1, (-1, c.key_dim)), v * w[0].sigmoid()
         v, gate = (t.unflatten(-1, (-1, c.value_dim)) for t in (v, self.gate_up(z)))
         y = gated_delta(
             q, k, v, a, b, self.A_log, self.dt_bias.view(-1, c.key_dim),
@@ -130,9 +140,11 @@ class KimiDeltaAttention(Mixer):
     def state_spec(self) -> StateSpec:
         """One key-by-value matrix per head, and the convolution's tail.
 
-        Inputs of a token are its key, values, raw decays by channel and raw strengths.
+        Inputs of a token are its key, values (gated, where they are by channel), raw decays by
+        channel and raw strengths.
         """
         c = self.config
+        strengths = c.key_dim if c.channel_gates else 1
         tail = FixedSpec(
             name="conv",
             kind="conv",
@@ -147,7 +159,7 @@ class KimiDeltaAttention(Mixer):
             shards=c.n_heads,
             inputs=TensorSpec(
                 name="memory inputs",
-                shape=(c.n_heads * (2 * c.key_dim + c.value_dim + 1),),
+                shape=(c.n_heads * (2 * c.key_dim + c.value_dim + strengths),),
                 format=Format.of(self.out.weight.dtype),
                 shards=c.n_heads,
             ),
@@ -163,12 +175,18 @@ class KimiDeltaAttention(Mixer):
         key, value = spans(0, keys, 1), spans(0, values, 1)
         head = spans(0, c.n_heads, 1)
         head_keys, head_values = spans(0, c.n_heads, c.key_dim), spans(0, c.n_heads, c.value_dim)
+        # Rows of the strengths that belong to a key channel, a value channel and a head.
+        of_key, of_value, of_head = [], [], [head + b]
+        if c.channel_gates:
+            of_key, of_value = [key + b], [value + b + keys]
+            of_head = [head_keys + b, head_values + b + keys]
         key_dim = Axis(
             name="key_dim",
             kind="state",
             groups=c.n_heads,
             slices=(
-                rows("q_k_v_f_z_b.weight", key, key + k), rows("conv_weight", key, key + k),
+                rows("q_k_v_f_z_b.weight", key, key + k, *of_key),
+                rows("conv_weight", key, key + k),
                 rows("decay_up.weight", key), rows("dt_bias", key),
             ),
             signals=(made_by("q_k_v_f_z_b", key), made_by("q_k_v_f_z_b", key + k)),
@@ -181,7 +199,7 @@ class KimiDeltaAttention(Mixer):
             kind="state",
             groups=c.n_heads,
             slices=(
-                rows("q_k_v_f_z_b.weight", value + v), rows("conv_weight", value + v),
+                rows("q_k_v_f_z_b.weight", value + v, *of_value), rows("conv_weight", value + v),
                 rows("gate_up.weight", value), columns("out.weight", value),
             ),
             signals=(read_by("out", value),),
@@ -196,7 +214,7 @@ class KimiDeltaAttention(Mixer):
             name="heads",
             kind="state",
             slices=(
-                rows("q_k_v_f_z_b.weight", *convolved, head + b), rows("conv_weight", *convolved),
+                rows("q_k_v_f_z_b.weight", *convolved, *of_head), rows("conv_weight", *convolved),
                 rows("decay_up.weight", head_keys), rows("dt_bias", head_keys),
                 rows("A_log", head), rows("gate_up.weight", head_values),
                 columns("out.weight", head_values),
@@ -255,7 +273,7 @@ class KimiDeltaAttention(Mixer):
             ),
             OpCost(
                 name="norm, gate",
-                vector_flops=step.tokens * heads * (9 * p + 6 * n),
+                vector_flops=step.tokens * heads * (9 * p + 6 * n + 5 * (n + p) * c.channel_gates),
                 weight_bytes=sum(t.nbytes for t in small),
             ),
             linear_cost("delta out", self.out, step.tokens),

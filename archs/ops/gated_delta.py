@@ -40,12 +40,17 @@ def gated_delta(
 
     q, k: [B, K, G, N]; v: [B, K, H, P]; a: [B, K, H] with dt_bias [H], or by channel [B, K, H, N]
     with dt_bias [H, N]; b: [B, K, H]; a_log: [H]. With n products a token (arXiv 2502.10297) k, v
-    and b are [B, K, n, ...]: a state decays, takes them one by one, and then is read.
+    and b are [B, K, n, ...]: a state decays, takes them one by one, and then is read. With b by
+    channel, [B, K, H, N] as a is, S_t = (I - k (β ∘ k)ᵀ) e^g S_{t-1} + k vᵀ (arXiv 2605.22791).
     Returns [B, K, H·P], normed and gated by `norm`, and advances the state [H, N, P] called
     `name`; without one it starts at zero and is not kept (training).
     Raises NoFormError for a backend that has no form of it.
     """
-    forms = _PRODUCTS if k.dim() == 5 else _BY_CHANNEL if a.dim() == 4 else _FORMS
+    forms = _BY_CHANNEL if a.dim() == 4 else _FORMS
+    if k.dim() == 5:
+        forms = _PRODUCTS
+    elif b.dim() == 4:
+        forms = _ERASING
     return forms[backend](q, k, v, a, b, Gates(a_log, dt_bias, beta_max), norm, state, name)
 
 
@@ -65,7 +70,7 @@ class Gates(NamedTuple):
         return F.softplus(a.float() + self.dt_bias) * (rate[:, None] if a.dim() == 4 else rate)
 
     def strength(self, b: Tensor) -> Tensor:
-        """As b: [B, T, H]."""
+        """As b."""
         return b.sigmoid() if self.beta_max == 1 else self.beta_max * b.sigmoid()
 
 
@@ -99,14 +104,15 @@ def _torch(
         y, _ = gdn_chunk(*_steps(*_prepared(q, k, v, a, b, gates)))
         return output_norm(y[:, _last(k)], norm, backend="torch")
     at = state.replayed(name)
-    rule = _DeltaRule(k.shape[2:], v.shape[2:], gates)
+    rule = _DeltaRule(k.shape[2:], v.shape[2:], b.shape[2:], gates)
     if at is not None and not at.whole:
         new = torch.cat([t.flatten(2) for t in (k, v, a, b)], -1)
         return output_norm(replay(at, state, name, new, q, rule), norm, backend="torch")
     memory, each, last = caught_up(at, state, name, rule), None, _last(k)
     few = v.shape[1] <= RECURRENT_LIMIT
     q, k, v, decay, beta = _prepared(q, k, v, a, b, gates)
-    inputs = _steps(q, k, v, masked(decay, state.valid), masked(beta, state.valid))
+    v, decay, beta = (masked(t, state.valid) for t in (v, decay, beta))
+    inputs = _steps(q, k, v, decay, beta)
     if few:
         y, each = gdn_step(*inputs, memory, each=state.each and at is None)
     else:
@@ -116,12 +122,13 @@ def _torch(
 
 
 class _DeltaRule(NamedTuple):
-    """As `archs.ops.replay.Recurrence`, on rows of k, v, a and b. keys, values: shapes of a token's
-    k and v.
+    """As `archs.ops.replay.Recurrence`, on rows of k, v, a and b. keys, values, strengths: shapes
+    of a token's k, v and b.
     """
 
     keys: torch.Size
     values: torch.Size
+    strengths: torch.Size
     gates: Gates
 
     def answers(self, q: Tensor, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
@@ -133,11 +140,12 @@ class _DeltaRule(NamedTuple):
         return gdn_chunk(*self._inputs(q, rows, valid)[1], value)[1]
 
     def _inputs(self, q: Tensor, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Inputs]:
-        shapes = self.keys, self.values, self.gates.dt_bias.shape, self.values[:-1]
+        shapes = self.keys, self.values, self.gates.dt_bias.shape, self.strengths
         parts = rows.split([shape.numel() for shape in shapes], -1)
         k, v, a, b = (t.unflatten(-1, shape) for t, shape in zip(parts, shapes, strict=True))
         q, k, v, decay, beta = _prepared(q, k, v, a, b, self.gates)
-        return k, _steps(q, k, v, masked(decay, valid), masked(beta, valid))
+        v, decay, beta = (masked(t, valid) for t in (v, decay, beta))
+        return k, _steps(q, k, v, decay, beta)
 
 
 def _triton(
@@ -183,4 +191,5 @@ def _fla(
 
 _FORMS = Forms("gated delta rule", {"torch": _torch, "triton": _triton, "fla": _fla})
 _BY_CHANNEL = Forms("gated delta rule by channel", {"torch": _torch, "triton": _triton})
+_ERASING = Forms("gated delta rule that erases by channel", {"torch": _torch})
 _PRODUCTS = Forms("gated delta rule with several products a token", {"torch": _torch})

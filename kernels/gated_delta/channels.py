@@ -25,11 +25,12 @@ class Decayed(NamedTuple):
     until: Tensor
 
 
-def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> Decayed:
+def decayed_scores(q: Tensor, k: Tensor, g: Tensor, erasing: Tensor | None = None) -> Decayed:
     """Exact however strong decays are: sums are of terms of one sign, and nothing positive is ever
     exponentiated; differentiable.
 
-    q, k, g: [..., C, N], g <= 0, of one dtype; C a power of two.
+    q, k, g: [..., C, N], g <= 0, of one dtype; C a power of two. erasing: keys that ask for the
+    overlap with earlier ones, where they are others than k.
     Raises ValueError where C is none.
     """
     chunk = k.shape[-2]
@@ -39,7 +40,7 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor) -> Decayed:
     since, until = g.unsqueeze(-2), torch.zeros_like(g).unsqueeze(-2)
     scores = (q * k).sum(-1)[..., None, None]
     overlap = torch.zeros_like(scores)
-    asked = torch.stack((q, k), -2)
+    asked = torch.stack((q, k if erasing is None else erasing), -2)
     for size in (1 << i for i in range(chunk.bit_length() - 1)):
         first, later = since.unflatten(-3, (-1, 2)).unbind(-3)
         before, rest = until.unflatten(-3, (-1, 2)).unbind(-3)

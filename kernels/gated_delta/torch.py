@@ -1,7 +1,9 @@
 """The gated delta rule: S_t = (I - β_t k_t k_tᵀ) e^{g_t} S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t.
 
 With one decay g_t a head it is Gated DeltaNet's (arXiv 2412.06464), with one for each key channel,
-a diagonal matrix, Kimi Delta Attention's (arXiv 2510.26692, eq. 1). Chunked by the WY form (arXiv
+a diagonal matrix, Kimi Delta Attention's (arXiv 2510.26692, eq. 1). With β_t by key channel, too,
+S_t = (I - k_t (β_t ∘ k_t)ᵀ) e^{g_t} S_{t-1} + k_t v_tᵀ: Gated DeltaNet-2's, whose values come
+gated. Chunked by the WY form (arXiv
 2406.06484): one triangular solve per chunk turns the token-by-token corrections into products.
 Decays, solves and states are float32. H heads of v share the heads of q and k; q and k come
 normalised, q scaled.
@@ -33,16 +35,22 @@ class _Decays(NamedTuple):
     left: Tensor
 
 
-def _decays(q: Tensor, k: Tensor, g: Tensor, share: int) -> _Decays:
-    """q, k: [..., G, C, N]; g: [..., H, C] or [..., H, C, N]."""
+def _decays(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, share: int) -> _Decays:
+    """q, k: [..., G, C, N]; g, beta: [..., H, C] or [..., H, C, N]."""
     if g.dim() == q.dim():
-        scores, overlap, since, until = decayed_scores(_spread(q, share), _spread(k, share), g)
+        q, k = _spread(q, share), _spread(k, share)
+        scores, overlap, since, until = decayed_scores(q, k, g, _erasing(k, beta))
         grown = since.exp()
         return _Decays(scores, overlap, grown, grown[..., -1, :, None], until.exp())
     between, past, rest = chunk_decays(g)
     scores, overlap = (_spread(t @ k.mT, share) * between for t in (q, k))
     grown = past[..., None]
     return _Decays(scores, overlap, grown, grown[..., -1:, :], rest[..., None])
+
+
+def _erasing(k: Tensor, beta: Tensor) -> Tensor:
+    """The keys by which tokens erase: gated by channel, or k, where heads have one strength."""
+    return k * beta if beta.dim() == k.dim() else k
 
 
 def _spread(t: Tensor, share: int) -> Tensor:
@@ -52,12 +60,11 @@ def _spread(t: Tensor, share: int) -> Tensor:
 
 def _corrected(k: Tensor, v: Tensor, beta: Tensor, decays: _Decays) -> tuple[Tensor, Tensor]:
     """u, w of (I + strictly lower overlap) [u, w] = β [v, e^c k]: a chunk writes u - w S."""
-    strength = beta[..., None]
-    right = torch.cat((v, k * decays.grown), -1) * strength
+    right, overlap = torch.cat((v, _erasing(k, beta) * decays.grown), -1), decays.overlap
+    if beta.dim() < k.dim():
+        right, overlap = right * beta[..., None], overlap * beta[..., None]
     # The solver reads below the diagonal only.
-    solved = torch.linalg.solve_triangular(
-        decays.overlap * strength, right, upper=False, unitriangular=True
-    )
+    solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
     u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
     return u, w
 
@@ -69,15 +76,18 @@ def gdn_chunk(
     """The chunked form; differentiable.
 
     q, k: [B, T, G, N]; v: [B, T, H, P]; log_decay (<= 0): [B, T, H], or [B, T, H, N] by channel;
-    beta: [B, T, H]; state: [B, H, N, P] before the first token (None: zeros); chunk: tokens, a
-    power of two where decays are by channel.
+    beta: [B, T, H], or by channel as decays are; state: [B, H, N, P] before the first token (None:
+    zeros); chunk: tokens, a power of two where decays are by channel.
     Returns y [B, T, H, P] in v's dtype and the state after the last token.
-    Raises ValueError where heads do not divide or a chunk cannot be halved.
+    Raises ValueError where heads do not divide, a chunk cannot be halved, or beta alone is by
+    channel.
     """
     batch, tokens, groups, n = q.shape
     heads, p = v.shape[2:]
     if heads % groups:
         raise ValueError(f"v has {heads} heads, not divisible by the {groups} heads of k")
+    if beta.dim() > log_decay.dim():
+        raise ValueError("beta is by channel and log_decay by head; give decays by channel, too")
     share = heads // groups
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     size = _chunk_size(tokens, chunk, log_decay.dim() == 4)
@@ -91,7 +101,7 @@ def gdn_chunk(
         rearrange(t.to(wide), "b (i c) h ... -> b i h c ...", i=count)
         for t in (q, k, v, log_decay, beta)
     )
-    decays = _decays(qc, kc, gc, share)
+    decays = _decays(qc, kc, gc, bc, share)
     qh, kh = _spread(qc, share), _spread(kc, share)
     u, w = _corrected(kh, vc, bc, decays)
     reach = qh * decays.grown
@@ -127,7 +137,7 @@ def gdn_answers(
         F.pad(t, (0, 0) * (t.dim() - 2) + (early + tokens - t.shape[1], 0)).to(wide).transpose(1, 2)
         for t in (q, k, v, log_decay, beta)
     )
-    decays = _decays(q, k, log_decay, share)
+    decays = _decays(q, k, log_decay, beta, share)
     current = state.to(wide)
     u, w = _corrected(_spread(k, share), v, beta, decays)
     value = u - w @ current
@@ -165,12 +175,15 @@ def gdn_step(
         q, k = (t.repeat_interleave(heads // groups, 2) for t in (q, k))
     dtype = state.dtype
     decay = _of_states(log_decay.to(dtype)).exp()
-    strength = beta.to(dtype)[..., None, None]
+    beta, by_head = beta.to(dtype), beta.dim() == 3
     q, k, wide_v = q.to(dtype).unsqueeze(-2), k.to(dtype), v.to(dtype).unsqueeze(-2)
+    erasing = _erasing(k, beta)
     outputs, states = [], []
     for t in range(tokens):
         state.mul_(decay[:, t])
-        delta = (wide_v[:, t] - k[:, t].unsqueeze(-2) @ state).mul_(strength[:, t])
+        delta = wide_v[:, t] - erasing[:, t].unsqueeze(-2) @ state
+        if by_head:
+            delta.mul_(beta[:, t, :, None, None])
         state.addcmul_(k[:, t, :, :, None], delta)
         outputs.append(q[:, t] @ state)
         if each:
@@ -197,9 +210,11 @@ def gdn_ref(
     q, k = (t.double().repeat_interleave(share, 2) for t in (q, k))
     v, g, beta = v.double(), log_decay.double(), beta.double()
     g, s, rows = _of_states(g), state.double(), []
+    beta = beta if (by_channel := beta.dim() == 4) else beta[..., None]
     for t in range(v.shape[1]):
         s = g[:, t].exp() * s
-        error = v[:, t] - (k[:, t, :, :, None] * s).sum(-2)
-        s = s + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None]
+        erased = ((beta[:, t] * k[:, t])[..., None] * s).sum(-2)
+        written = v[:, t] if by_channel else beta[:, t] * v[:, t]
+        s = s + k[:, t, :, :, None] * (written - erased)[:, :, None]
         rows.append((q[:, t, :, :, None] * s).sum(-2))
     return torch.stack(rows, 1), s

@@ -163,6 +163,7 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
         ("mqa", {"output_gate": True, "rope_dim": 0}, [13, 1, 3]),
         ("swa", {"qk_norm": True, "rope_dim": 32, "window": 9}, [21, 1, 3, 5]),
         ("cla", {"qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1, 3]),
+        ("gdn", {"beta_max": 2.0}, [11, 1, 3, 4]),
     ],
 )
 def test_options_equal_the_torch_form(
@@ -173,6 +174,10 @@ def test_options_equal_the_torch_form(
     that are normed, gated, partly rotated or not at all.
     """
     subject = subject_of(arch, layers=2 if arch == "cla" else 1)
+    """Parts of pages, pages and several for a picked block; latents that are not turned; strengths
+    up to 2.
+    """
+    subject = subject_of(arch, layers=1)
     subject.spec = replace(subject.spec, overrides={arch: options})
     subject.model = subject.spec.build()
     tokens = subject.tokens(2, sum(pieces))

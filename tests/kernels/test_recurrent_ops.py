@@ -84,6 +84,11 @@ def dplr_inputs(tokens: int) -> list[Tensor]:
     return [q, k, v, g, a, -a * torch.rand(B, tokens, H, N)]
 
 
+def erasing_inputs(tokens: int) -> list[Tensor]:
+    """Strengths by channel, too."""
+    return [*channel_inputs(tokens)[:4], torch.rand(B, tokens, H, N)]
+
+
 def s6_inputs(tokens: int) -> list[Tensor]:
     x, dt = torch.randn(2, B, tokens, H)
     b, c = torch.randn(2, B, tokens, N)
@@ -110,6 +115,11 @@ SCANS = {
         dplr_chunk, dplr_step, dplr_ref, dplr_inputs, (), (B, H, N, P),
         lambda t: dplr_chunk_matrix_flops(B, t, H, N, P),
         lambda t: dplr_step_matrix_flops(B, t, H, N, P),
+    ),
+    "gdn2": Scan(
+        gdn_chunk, gdn_step, gdn_ref, erasing_inputs, (), (B, H, N, P),
+        lambda t: gdn_chunk_matrix_flops(B, t, H, G, N, P, by_channel=True),
+        lambda t: gdn_step_matrix_flops(B, t, H, N, P),
     ),
     "selective": Scan(
         s6.selective_scan, s6.selective_step, s6.selective_scan_ref, s6_inputs,
@@ -181,6 +191,9 @@ def test_padding_leaves_the_state_alone(scan: Scan) -> None:
         if scan.ref is not s6.selective_scan_ref
         else (1,)
     )
+    if scan.inputs is erasing_inputs:
+        # No strength weighs what is written.
+        silent += (2,)
     for index in silent:
         padded[index][:, 30:] = 0
     state = torch.randn(scan.state)
@@ -308,7 +321,9 @@ def test_a_chunk_that_cannot_be_halved_is_refused() -> None:
         dplr_chunk(*dplr_inputs(100), chunk=48)
 
 
-@pytest.mark.parametrize("inputs", [delta_inputs, channel_inputs], ids=["gdn", "kda"])
+@pytest.mark.parametrize(
+    "inputs", [delta_inputs, channel_inputs, erasing_inputs], ids=["gdn", "kda", "gdn2"]
+)
 @pytest.mark.parametrize(("asked", "tokens"), [(1, 1), (1, 14), (3, 16), (9, 23)])
 def test_answers_are_the_last_rows_of_all(
     inputs: Callable[[int], list[Tensor]], asked: int, tokens: int

@@ -47,6 +47,7 @@ CASES = (
     Case("dsa-query-latent", "dsa", {"dsa": {"q_rank": 16}}),
     Case("gdn-value-heads", "gdn", {"gdn": {"key_heads": 2}}),
     Case("gdn-products", "gdn", {"gdn": {"key_heads": 2, "products": 3}}),
+    Case("kda-channel-gates", "kda", {"kda": {"channel_gates": True}}),
     Case("mamba2-groups", "mamba2", {"mamba2": {"groups": 2}}, short_conv=3),
     Case("mamba3-columns", "mamba3", {"mamba3": {"rank": 2, "groups": 2}}),
     Case("cla-short-conv", "cla", short_conv=4),
