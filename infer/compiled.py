@@ -91,6 +91,8 @@ class Shape(NamedTuple):
     """What steps of one compiled code have in common: all but sizes.
 
     single: whether the batch is one sequence. masked: whether each table's form has a mask.
+    stores: whether each table gains rows, of which there may be one for several tokens; torch
+    compiles anew for none and for one, and not for the same code without end.
     deterministic: whether torch's deterministic algorithms are asked for.
     """
 
@@ -101,6 +103,7 @@ class Shape(NamedTuple):
     full: bool
     rows: tuple[type, ...]
     masked: tuple[bool, ...]
+    stores: tuple[bool, ...]
     values: type
     deterministic: bool
 
@@ -198,7 +201,9 @@ class CompiledStep:
         shape = Shape(
             step.new_tokens, every_token, step.batch == 1, step.uniform, step.full,
             tuple(type(form) for form in tables.values()),
-            tuple(form.mask is not None for form in tables.values()), type(values),
+            tuple(form.mask is not None for form in tables.values()),
+            tuple(not isinstance(form, Plain) or form.new > 0 for form in tables.values()),
+            type(values),
             torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         if shape not in self._code:
