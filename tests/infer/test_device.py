@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import InterpretedFunction
 
 from archs.backbone import initialise
-from archs.backends import NoFormError
 from archs.errors import UserError
 from archs.formats import Format
 from archs.heads import HeadModel
@@ -126,17 +125,6 @@ def quick(*names: str) -> list[object]:
     return [a if a in names else pytest.param(a, marks=slow) for a in KERNELED]
 
 
-@pytest.mark.parametrize("arch", TORCH_ALONE)
-def test_an_architecture_without_kernels_is_refused(arch: str) -> None:
-    """In prefill and decode: no step runs in part or in another form."""
-    subject, said = subject_of(arch), "has no form for backend 'triton'"
-    engine = subject.engine(2, 32)
-    for tokens in (1, 20):
-        with pytest.raises(NoFormError, match=said):
-            engine.extend([engine.store.add()], subject.tokens(1, tokens))
-    assert engine.store.lengths == [0] * len(engine.store.lengths)
-
-
 @pytest.mark.parametrize("arch", quick("mqa", "swa", "mla", "cla", "linear", "gdn", "mamba2"))
 def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
     subject = subject_of(arch)
@@ -147,78 +135,6 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
     got = subject.run(engine, slots, tokens, [15, 1, 3, 13, 1])
     assert error_of(got, expected) <= TOLERANCE
     assert engine.kernel_backend == "triton"
-
-
-@pytest.mark.parametrize(
-    ("arch", "options", "pieces"),
-    [
-        ("nsa", {"block": 16, "picks": 3, "window": 20}, [84, 1, 3, 7, 1]),
-        ("nsa", {"block": 32, "picks": 3, "window": 70}, [180, 1, 3, 7, 1]),
-        ("mla", {"positions": False}, [11, 1, 3, 4]),
-        ("mamba3", {"rank": 4, "groups": 2}, [21, 1, 3, 4]),
-        ("mamba3", {"rank": 2, "rope_fraction": 0.0}, [11, 1, 3, 4]),
-        ("gta", {"kv_heads": 2}, [11, 1, 3, 4, 9]),
-        ("grouped_latent", {"rank": 128, "q_rank": 48}, [11, 1, 3, 4]),
-        ("gqa", {"qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1, 3, 5]),
-        ("mqa", {"output_gate": True, "rope_dim": 0}, [13, 1, 3]),
-        ("swa", {"qk_norm": True, "rope_dim": 32, "window": 9}, [21, 1, 3, 5]),
-        ("cla", {"qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1, 3]),
-        ("gdn", {"beta_max": 2.0}, [11, 1, 3, 4]),
-    ],
-)
-def test_options_equal_the_torch_form(
-    arch: str, options: dict[str, Any], pieces: list[int]
-) -> None:
-    """Parts of pages, pages and several for a picked block; latents that are not turned; several
-    columns of B and C, and states that do not turn; KV heads and latents that share a key; heads
-    that are normed, gated, partly rotated or not at all.
-    """
-    subject = subject_of(arch, layers=2 if arch == "cla" else 1)
-    """Parts of pages, pages and several for a picked block; latents that are not turned; strengths
-    up to 2.
-    """
-    subject = subject_of(arch, layers=1)
-    subject.spec = replace(subject.spec, overrides={arch: options})
-    subject.model = subject.spec.build()
-    tokens = subject.tokens(2, sum(pieces))
-    expected, engine = subject.expected(tokens), subject.engine(2, sum(pieces))
-    slots = [engine.store.add(), engine.store.add()]
-    assert error_of(subject.run(engine, slots, tokens, pieces), expected) <= TOLERANCE
-
-
-@pytest.mark.parametrize("arch", ["mha", "mqa"])
-def test_one_token_is_rotated_in_part_by_the_product_that_makes_it(arch: str) -> None:
-    subject = subject_of(arch, layers=1)
-    subject.spec = replace(subject.spec, overrides={arch: {"rope_dim": 16}})
-    subject.model = subject.spec.build()
-    tokens = subject.tokens(1, 14)
-    expected, engine = subject.expected(tokens), subject.engine(1, 14)
-    got = subject.run(engine, [engine.store.add()], tokens, [11, 1, 1, 1])
-    assert error_of(got, expected) <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("arch", "options", "operation"),
-    [
-        ("gqa", {"learned_sinks": True}, "attention with learned sinks"),
-        ("cla", {"tied_kv": True}, "attention over rows that are keys and values"),
-    ],
-)
-def test_options_without_kernels_are_refused(
-    arch: str, options: dict[str, Any], operation: str
-) -> None:
-    subject = subject_of(arch)
-    subject.spec = replace(subject.spec, overrides={arch: options})
-    subject.model = subject.spec.build()
-    engine = subject.engine(1, 8)
-    slot = engine.store.add()
-    with pytest.raises(NoFormError, match=f"{operation} has no kernel over rows in pages; use --b"):
-        engine.extend([slot], subject.tokens(1, 3))
-    assert engine.store.lengths[slot] == 0
-    ids = subject.tokens(2, 9)
-    # Training is torch's attention under every backend.
-    logits = subject.model.use("triton")(ids).detach()
-    assert error_of(logits, subject.expected(ids)) <= TOLERANCE
 
 
 @pytest.mark.slow
