@@ -9,7 +9,7 @@ are normed head by head; the way out is through a narrow matrix for each group o
 
 Equals the attention of `transformers`' DeepSeek-V4 (there `heavily_compressed_attention`) without
 YaRN. The group that is not whole is one part, two float32 numbers a channel, where that keeps its
-tokens' values and gates: a rollback restores it by its copies.
+tokens' values and gates; it forks and rolls back as other fixed tensors do.
 """
 
 from dataclasses import dataclass
