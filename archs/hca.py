@@ -9,7 +9,7 @@ are normed head by head; the way out is through a narrow matrix for each group o
 
 Equals the attention of `transformers`' DeepSeek-V4 (there `heavily_compressed_attention`) without
 YaRN. The group that is not whole is one part, two float32 numbers a channel, where that keeps its
-tokens' values and gates: a rollback restores it by its copies.
+tokens' values and gates; it forks and rolls back as other fixed tensors do.
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from archs.formats import Format
 from archs.layers import Projection, RMSNorm
 from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible, takes_unnormed
 from archs.ops.dense import Input, by_head
+from archs.ops.matrix import Matrix
 from archs.ops.pooling import (
     SINK_CHANNELS,
     Pooling,
@@ -224,7 +225,10 @@ class HeavilyCompressedAttention(Mixer):
     def _out(self, found: Tensor, angles: Tensor) -> Tensor:
         """What attention found, [B, K, H, d], turned back and projected: [B, K, D]."""
         c, found = self.config, rotate_last(found, turned_back(angles)).flatten(2)
-        ways = self.out_down.weight.unflatten(0, (c.out_groups, -1)).mT
+        # Who watches products holds even plain weights as a `Matrix`.
+        stored = self.out_down.stored
+        weight = stored.dense(found.dtype) if isinstance(stored, Matrix) else stored
+        ways = weight.unflatten(0, (c.out_groups, -1)).mT
         grouped = by_head(found.unflatten(-1, (c.out_groups, -1)), ways, backend=self.backend)
         return self.out(grouped.flatten(2))
 

@@ -91,8 +91,8 @@ class Shape(NamedTuple):
     """What steps of one compiled code have in common: all but sizes.
 
     single: whether the batch is one sequence. masked: whether each table's form has a mask.
-    stores: whether each table gains rows, of which there may be one for several tokens; torch
-    compiles anew for none and for one, and not for the same code without end.
+    stores: whether each table gains rows, for one row may come with several tokens: torch compiles
+    anew where there are none, and one code only up to a limit.
     deterministic: whether torch's deterministic algorithms are asked for.
     """
 
