@@ -115,6 +115,7 @@ def test_compiled_verification_is_right_under_deterministic_algorithms() -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"])
 def test_compiled_verification_of_all_architectures_gives_the_same_logits(arch: str) -> None:
     # Past the window of `CHECK_SCALE`, whose ring then wraps.
