@@ -1,5 +1,6 @@
 """Compiled steps: the logits of the plain engine, past windows and pages; clear refusals."""
 
+from datetime import date
 from typing import Any
 
 import pytest
@@ -114,10 +115,14 @@ def test_compiled_verification_is_right_under_deterministic_algorithms() -> None
     verified_alike("mla", (0, 0, 0), more=0)
 
 
+#: Every other architecture, others each day: a compilation takes half a minute.
+TODAY = [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"][date.today().day % 2 :: 2]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"])
-def test_compiled_verification_of_all_architectures_gives_the_same_logits(arch: str) -> None:
+@pytest.mark.parametrize("arch", TODAY)
+def test_compiled_verification_of_many_architectures_gives_the_same_logits(arch: str) -> None:
     # Past the window of `CHECK_SCALE`, whose ring then wraps.
     verified_alike(arch, (2, 0, 3), more=10)
 
