@@ -12,7 +12,8 @@ another layer only rows that a store keeps, and it keeps them in pages: one of 6
 as all recurrent states at scale `tiny`, and a model with such rows is told as one of windows. So
 `value_residual` is an option that is off by default.
 
-It has torch forms alone: every other backend raises NoFormError.
+It decodes by torch forms alone: `extend` raises NoFormError under every other backend, and training
+is torch's under all.
 """
 
 import math

@@ -285,12 +285,12 @@ class StateSpec:
 
     def visible_rows(self, rows: RowSpec, context: int, new_tokens: int) -> int:
         """Rows of a mixer's row tensor that `new_tokens` tokens see, as they are kept here."""
-        for tensor in (*self.rows, *self.fixed):
-            if tensor.name == rows.name and isinstance(tensor, FixedSpec):
-                return tensor.keeps.rows if tensor.keeps else 0
-            if tensor.name == rows.name and isinstance(tensor, RowSpec) and tensor.every == 1:
-                return tensor.visible_rows(context, new_tokens)
-        return rows.visible_rows(context, new_tokens)
+        for value in self.fixed:
+            if value.name == rows.name and value.keeps is not None:
+                return value.keeps.rows
+        # Rows that are stored in blocks are seen one by one.
+        kept = [t for t in self.rows if t.name == rows.name and t.block is None]
+        return (kept[0] if kept else rows).visible_rows(context, new_tokens)
 
     def split(self, gpus: int) -> "StateSpec":
         """What one of `gpus` GPUs holds, flat."""

@@ -69,10 +69,11 @@ def previous(
 ) -> Tensor:
     """Each token's predecessor: x [B, K, C] one token later, after what `state` holds as `name`.
 
-    Returns [B, K, C] and advances the state [1, C]; without one the first token follows zeros
-    (training). Raises NoFormError for a backend that has no form of it.
+    Returns [B, K, C] and advances the state [1, C]; without one the first token follows zeros:
+    training, which is torch's under every backend. Raises NoFormError for a backend that has no
+    form of it.
     """
-    return _PREVIOUS[backend](x, state, name)
+    return _PREVIOUS["torch" if state is None else backend](x, state, name)
 
 
 def _previous_torch(x: Tensor, state: LayerState | None, name: str) -> Tensor:

@@ -25,9 +25,10 @@ def diagonal_plus_low_rank(
 
     q, k, a, b, log_decay (g <= 0): [B, K, H, N]; v: [B, K, H, P].
     Returns y [B, K, H, P] and advances the state [H, N, P] called `name`; without one it starts at
-    zero and is not kept (training). Raises NoFormError for a backend that has no form of it.
+    zero and is not kept: training, which is torch's under every backend. Raises NoFormError for a
+    backend that has no form of it.
     """
-    return _FORMS[backend](q, k, v, log_decay, a, b, state, name)
+    return _FORMS["torch" if state is None else backend](q, k, v, log_decay, a, b, state, name)
 
 
 def _torch(

@@ -193,11 +193,17 @@ def test_its_state_is_as_large_as_gdn_s_and_a_row() -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "fla"])
-def test_a_backend_without_a_form_is_refused(backend: str) -> None:
-    mixer = made(24, 2, 6, 6)
+def test_a_backend_without_a_form_trains_and_refuses_to_decode(backend: str) -> None:
+    mixer, x = made(24, 2, 6, 6), torch.randn(1, 3, 24)
+    expected = mixer(x)
     mixer.backend = backend
-    with pytest.raises(NoFormError, match=f"has no form for backend '{backend}'; it has torch"):
-        mixer(torch.randn(1, 3, 24))
+    assert torch.equal(mixer(x), expected)
+    store = StateStore([mixer.state_spec()], max_sequences=1, max_context=4)
+    with (
+        pytest.raises(NoFormError, match=f"has no form for backend '{backend}'; it has torch"),
+        store.step([store.add()], 3) as step,
+    ):
+        mixer.extend(x, step.layers[0])
 
 
 def test_impossible_sizes_are_named() -> None:
