@@ -15,6 +15,9 @@ from infer.sampling import Sampling
 pytestmark = pytest.mark.usefixtures("fast_algorithms")
 
 PROMPTS = [[5, 9, 200, 31, 7], [1, 2, 3, 4, 5]]
+#: A compilation takes a minute: each day half of the architectures decode, the others verify.
+COMPILED = [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"]
+TODAY = date.today().toordinal() % 2
 
 
 def engines_for(arch: str, **options: Any) -> tuple[Engine, Engine]:
@@ -53,7 +56,7 @@ def test_compiled_decode_of_attention_with_options_gives_the_same_tokens(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"])
+@pytest.mark.parametrize("arch", COMPILED[TODAY::2])
 def test_compiled_decode_gives_the_same_tokens(arch: str) -> None:
     same_tokens(arch)
 
@@ -115,13 +118,9 @@ def test_compiled_verification_is_right_under_deterministic_algorithms() -> None
     verified_alike("mla", (0, 0, 0), more=0)
 
 
-#: Every other architecture, others each day: a compilation takes half a minute.
-TODAY = [*sorted({*REGISTRY} - {"gqa", "mha", "mqa"}), "gdn:swa=1:1"][date.today().day % 2 :: 2]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arch", TODAY)
+@pytest.mark.parametrize("arch", COMPILED[1 - TODAY :: 2])
 def test_compiled_verification_of_many_architectures_gives_the_same_logits(arch: str) -> None:
     # Past the window of `CHECK_SCALE`, whose ring then wraps.
     verified_alike(arch, (2, 0, 3), more=10)
