@@ -15,6 +15,7 @@ from typing import NoReturn
 
 #: The shell's exit code for a process that Ctrl-C ended.
 INTERRUPTED = 130
+_TOLD = "interrupted; finished points are kept, run the same command again to go on"
 
 
 def main() -> NoReturn:
@@ -26,14 +27,23 @@ def main() -> NoReturn:
 
 
 class _Interrupts:
-    """Whether Ctrl-C came: libraries that it meets in their import may raise something else."""
+    """What Ctrl-C does, and whether it came.
+
+    While the commands are imported it ends the process at once: C++ libraries whose import meets
+    an exception of Python's may call abort(). Later it raises KeyboardInterrupt, of which a library
+    may make something else.
+    """
 
     def __init__(self) -> None:
         self.came = False
+        self.importing = True
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.importing:
+            os.write(2, f"decodebench: {_TOLD}\n".encode())
+            os._exit(INTERRUPTED)
         self.came = True
         raise KeyboardInterrupt
 
@@ -51,6 +61,7 @@ def _outcome(interrupts: _Interrupts) -> tuple[int, str]:
         wait_briefly_beside_others(os.environ)
         from eval.cli.app import run_app
 
+        interrupts.importing = False
         code = run_app()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
@@ -62,8 +73,7 @@ def _outcome(interrupts: _Interrupts) -> tuple[int, str]:
 
 def _interrupted() -> tuple[int, str]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    told = "interrupted; finished points are kept, run the same command again to go on"
-    return INTERRUPTED, told
+    return INTERRUPTED, _TOLD
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
