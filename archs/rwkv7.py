@@ -12,17 +12,14 @@ another layer only rows that a store keeps, and it keeps them in pages: one of 6
 as all recurrent states at scale `tiny`, and a model with such rows is told as one of windows. So
 `value_residual` is an option that is off by default.
 
-It decodes by torch forms alone: `extend` raises NoFormError under every other backend, and training
-is torch's under all.
+Training and long steps are torch's under every backend.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from archs.axes import Axis, columns, made_by, read_by, rows, spans
 from archs.checks import at_least, positive
@@ -30,18 +27,16 @@ from archs.cost import Cost, OpCost, Step, linear_cost, state_traffic
 from archs.formats import Format
 from archs.layers import Projection
 from archs.mixer import Initialiser, Mixer, MixerConfig, Place, Shared
-from archs.ops.conv import previous
-from archs.ops.dplr import diagonal_plus_low_rank
+from archs.ops.shift import token_shift
+from archs.ops.wkv import WkvWeights, wkv
 from archs.recurrent import chunk_vector_flops, memory_format
-from archs.spec import RECURRENT_LIMIT, FixedSpec, RowSpec, StateSpec
+from archs.spec import RECURRENT_LIMIT, FixedSpec, RowSpec, StateSpec, TensorSpec
 from archs.state import LayerState, Rows, mask_of
 from kernels.dplr.torch import CHUNK, dplr_chunk_matrix_flops, dplr_step_matrix_flops
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
 
-#: The strongest log decay of a token.
-LEAST_DECAY = -math.exp(-0.5)
 #: Blends of a token and the one before it, in their order, and the powers by which they start.
 BLENDS = {"receptance": 0.2, "decay": 0.9, "key": 0.7, "value": 0.7, "rate": 0.9, "gate": 0.2}
 VALUE = list(BLENDS).index("value")
@@ -197,8 +192,7 @@ class Rwkv7(Mixer):
 
     def _blends(self, x: Tensor, state: LayerState | None = None) -> Tensor:
         """What each projection reads, in the order of `BLENDS`, [6, B, K, D]."""
-        change = previous(x, state=state, backend=self.backend) - x
-        return torch.addcmul(x, change, self.blend.to(x.dtype)[:, None, None])
+        return token_shift(x, self.blend, state=state, backend=self.backend)
 
     def _blended(self, v: Tensor, first: Tensor, x: Tensor) -> Tensor:
         """Values [B, K, H·P] on their way to those of the first layer."""
@@ -209,24 +203,24 @@ class Rwkv7(Mixer):
         c = self.config
         of_receptance, of_decay, of_key, _, of_rate, of_gate = blends.unbind(0)
         r, k = self.receptance(of_receptance), self.key(of_key)
-        decay = self.decay_up(self.decay_down(of_decay).tanh()) + self.decay_bias
-        rate = (self.rate_up(self.rate_down(of_rate)) + self.rate_bias).sigmoid()
-        removed = k * self.removal_scale
-        k = torch.addcmul(k, k * (rate - 1), self.rate_scale)
-        bonus = r * k * self.bonus
-        r, k, log_decay, removed, rate, bonus = (
-            t.unflatten(-1, (-1, c.key_dim))
-            for t in (r, k, decay.sigmoid() * LEAST_DECAY, removed, rate, bonus)
-        )
-        v, removed = v.unflatten(-1, (-1, c.value_dim)), F.normalize(removed, dim=-1)
-        y = diagonal_plus_low_rank(
-            r, k, v, log_decay, -removed, removed * rate, state=state, backend=self.backend
-        )
-        normed = F.group_norm(
-            y.flatten(0, 1).flatten(1), c.n_heads, self.norm_weight, self.norm_bias, c.eps
-        ).view_as(v)
-        y = torch.addcmul(normed, bonus.sum(-1, keepdim=True), v).flatten(2)
+        decay = self.decay_up(self.decay_down(of_decay).tanh())
+        rate = self.rate_up(self.rate_down(of_rate))
+        r, k, decay, rate = (t.unflatten(-1, (-1, c.key_dim)) for t in (r, k, decay, rate))
+        y = wkv(
+            r, k, v.unflatten(-1, (-1, c.value_dim)), decay, rate, self._weights(), eps=c.eps,
+            state=state, backend=self.backend,
+        )  # fmt: skip
         return self.out(y * self.gate_up(self.gate_down(of_gate).sigmoid()))
+
+    def _weights(self) -> WkvWeights:
+        c = self.config
+        of_keys = (
+            self.decay_bias, self.rate_bias, self.removal_scale, self.rate_scale, self.bonus
+        )  # fmt: skip
+        of_values = self.norm_weight, self.norm_bias
+        return WkvWeights(
+            *(t.view(-1, c.key_dim) for t in of_keys), *(t.view(-1, c.value_dim) for t in of_values)
+        )
 
     def state_spec(self) -> StateSpec:
         """One key-by-value matrix per head and the last input; with a value residual the first
@@ -240,6 +234,12 @@ class Rwkv7(Mixer):
             shape=(c.n_heads, c.key_dim, c.value_dim),
             format=memory_format(self.out.weight),
             shards=c.n_heads,
+            inputs=TensorSpec(
+                name="memory inputs",
+                shape=(c.n_heads * (3 * c.key_dim + c.value_dim),),
+                format=plain,
+                shards=c.n_heads,
+            ),
         )
         values = RowSpec(
             name="values", kind="", shape=(c.n_heads * c.value_dim,), format=plain, window=1,
@@ -300,8 +300,9 @@ class Rwkv7(Mixer):
         c = self.config
         heads, n, p, tokens = c.n_heads, c.key_dim, c.value_dim, step.tokens
         if step.new_tokens <= RECURRENT_LIMIT:
-            matrix = dplr_step_matrix_flops(step.batch, step.new_tokens, heads, n, p)
-            vector = 5 * tokens * heads * n * p
+            taken = step.new_tokens + step.replayed
+            matrix = dplr_step_matrix_flops(step.batch, taken, heads, n, p)
+            vector = 5 * step.batch * taken * heads * n * p
         else:
             matrix = dplr_chunk_matrix_flops(step.batch, step.new_tokens, heads, n, p)
             # Sums, decays and their products by channel, once for each halving of a chunk.

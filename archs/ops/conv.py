@@ -1,11 +1,8 @@
-"""The short causal convolution of a mixer with its tail in the state, and each token's
-predecessor, by backend.
-"""
+"""The short causal convolution of a mixer with its tail in the state, by backend."""
 
-import torch
 from torch import Tensor
 
-from archs.backends import Forms, everywhere
+from archs.backends import everywhere
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
 from kernels.conv.torch import causal_conv, conv_tail, conv_tails
@@ -62,28 +59,3 @@ def _triton(
 
 
 _CONVOLVE = everywhere("short convolution", _torch, _triton)
-
-
-def previous(
-    x: Tensor, *, state: LayerState | None = None, name: str = "shift", backend: str
-) -> Tensor:
-    """Each token's predecessor: x [B, K, C] one token later, after what `state` holds as `name`.
-
-    Returns [B, K, C] and advances the state [1, C]; without one the first token follows zeros:
-    training, which is torch's under every backend. Raises NoFormError for a backend that has no
-    form of it.
-    """
-    return _PREVIOUS["torch" if state is None else backend](x, state, name)
-
-
-def _previous_torch(x: Tensor, state: LayerState | None, name: str) -> Tensor:
-    if state is None:
-        return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), 1)
-    tail = state.get(name)
-    shifted = torch.cat((tail.to(x.dtype), x[:, :-1]), 1)
-    each = conv_tails(x, tail, 2) if state.each else None
-    state.put(name, conv_tail(x, tail, 2, new=state.new), each)
-    return shifted
-
-
-_PREVIOUS = Forms("token shift", {"torch": _previous_torch})

@@ -49,21 +49,21 @@ def caught_up(at: Replayed | None, state: LayerState, name: str, recurrence: Rec
 
 
 def run_ring(
-    at: Replayed, norm: OutputNorm, step: Callable[..., Tensor], **tokens: Tensor
+    at: Replayed, norm: OutputNorm | None, step: Callable[..., Tensor], **tokens: Tensor
 ) -> Tensor | None:
     """The normed answers [B, K, H·P] of a step kernel that reads the ring itself.
 
-    step: the kernel, all but its tokens [B, K, ...] and its state known. None where the step is as
+    norm: None for a kernel that norms by itself. step: the kernel, all but its tokens [B, K, ...]
+    and its state known. None where the step is as
     any other but for its begin: then it runs on the value that this leaves.
     """
     from kernels.recurrent.ring import Ring
 
     ring = Ring(at.inputs, at.past, at.held, at.fold)
-    run = partial(
-        step, state=at.values, read=at.slot, write=None, ring=ring, arrivals=at.arrivals
-    )  # fmt: skip
+    run = partial(step, state=at.values, read=at.slot, write=None, ring=ring)
     if not at.whole:
-        return run(**tokens, new=at.new, norm=norm).flatten(2)
+        normed = {} if norm is None else {"norm": norm, "arrivals": at.arrivals}
+        return run(**tokens, new=at.new, **normed).flatten(2)
     if at.most:
         # One token that nobody counts: the value takes in what is held, and nothing else happens.
         run(**{name: t[:, :1] for name, t in tokens.items()}, new=torch.zeros_like(at.held))

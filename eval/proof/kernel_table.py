@@ -28,9 +28,11 @@ from kernels.blocks import append as block_append
 from kernels.blocks import pages as block_pages
 from kernels.blocks import scan as block_scan
 from kernels.conv import chunk as conv_chunk
+from kernels.conv import shift as token_shift
 from kernels.conv import step as conv_step
 from kernels.decay import chunk as decay_chunk
 from kernels.decay import linear_step, ssm_step
+from kernels.dplr import step as wkv_step
 from kernels.gated_delta import channel_chunk as kda_chunk
 from kernels.gated_delta import chunk as gdn_chunk
 from kernels.gated_delta import step as gdn_step
@@ -62,7 +64,8 @@ OPS: dict[str, ModuleType] = {
     "page_write": page_write, "project_append": project_append, "rank_topk": rank_topk,
     "rope_append": rope_append, "rope_rotate": rope_rotate, "sample": sample,
     "selective_chunk": selective_chunk, "selective_step": selective_step,
-    "split_combine": split_combine, "ssm_step": ssm_step, "trapezoid_step": trapezoid_step,
+    "split_combine": split_combine, "ssm_step": ssm_step, "token_shift": token_shift,
+    "trapezoid_step": trapezoid_step, "wkv_step": wkv_step,
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ all, as in the WY form (arXiv 2406.06484). Decays g are by key channel, at most 
 and states are float32.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 32
+#: The strongest log decay of a token of RWKV-7.
+LEAST_DECAY = -math.exp(-0.5)
 
 
 class _Scores(NamedTuple):
@@ -96,26 +99,73 @@ def dplr_chunk(
         )
         for t in (q, k, v, log_decay, a, b)
     )  # fmt: skip
+    within = _within(q, k, v_wide, g, a, b)
+    current = v_wide.new_zeros(batch, heads, n, v.shape[-1]) if state is None else state.to(wide)
+    outputs = []
+    for i in range(count):
+        read = within.known[:, i] + within.of_state[:, i] @ current
+        reached = within.reach[:, i] @ current
+        outputs.append(within.own[:, i] + reached + within.from_reads[:, i] @ read)
+        taken = within.written[:, i] + within.back[:, i] @ read
+        current = torch.addcmul(taken, within.kept[:, i], current)
+    y = rearrange(outputs, "i b h c p -> b (i c) h p")
+    return y[:, :tokens].to(v.dtype), current
+
+
+class _Within(NamedTuple):
+    """Of chunks of C tokens [..., C, ·]: answers from their own keys alone, what the queries reach
+    of the state before and of what the tokens read; what those read of values alone and of the
+    state; and what the state after is made of.
+    """
+
+    own: Tensor
+    reach: Tensor
+    from_reads: Tensor
+    known: Tensor
+    of_state: Tensor
+    written: Tensor
+    back: Tensor
+    kept: Tensor
+
+
+def _within(q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor) -> _Within:
+    """q, k, g, a, b: [..., C, N]; v: [..., C, P]; C a power of two."""
     # Token t's `a` reads the state after token t - 1: as a query of that token.
     scores, since, until = _scores(torch.stack((q, _next(a)), -2), torch.stack((k, b), -2), g)
     from_keys, from_reads = scores[..., 0, 0, :, :], scores[..., 0, 1, :, :]
     read_keys, read_reads = _last(scores[..., 1, 0, :, :]), _last(scores[..., 1, 1, :, :])
-    right = torch.cat((read_keys @ v_wide, a * _last(since).exp()), -1)
+    right = torch.cat((read_keys @ v, a * _last(since).exp()), -1)
     # The solver reads below the diagonal only.
     solved = torch.linalg.solve_triangular(-read_reads, right, upper=False, unitriangular=True)
-    known, of_state = solved.split((v.shape[-1], n), -1)
-    reach, kept = q * since.exp(), since[..., -1, :, None].exp()
+    known, of_state = solved.split((v.shape[-1], k.shape[-1]), -1)
     left = until.exp()
-    written, back = (k * left).mT @ v_wide, (b * left).mT
-    answers = from_keys @ v_wide
-    current = v_wide.new_zeros(batch, heads, n, v.shape[-1]) if state is None else state.to(wide)
-    outputs = []
-    for i in range(count):
-        read = known[:, i] + of_state[:, i] @ current
-        outputs.append(answers[:, i] + reach[:, i] @ current + from_reads[:, i] @ read)
-        current = torch.addcmul(written[:, i] + back[:, i] @ read, kept[:, i], current)
-    y = rearrange(outputs, "i b h c p -> b (i c) h p")
-    return y[:, :tokens].to(v.dtype), current
+    return _Within(
+        own=from_keys @ v, reach=q * since.exp(), from_reads=from_reads, known=known,
+        of_state=of_state, written=(k * left).mT @ v, back=(b * left).mT,
+        kept=since[..., -1, :, None].exp(),
+    )  # fmt: skip
+
+
+def dplr_answers(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> Tensor:  # fmt: skip
+    """What the last K of T tokens read of them all, one chunk of `dplr_chunk`; the state after them
+    is not computed.
+
+    q: [B, K, H, N]; others as `dplr_chunk`'s. Returns y [B, K, H, P] in v's dtype.
+    """
+    asked, tokens, dtype = q.shape[1], v.shape[1], v.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    size = _chunk_size(tokens, 2 * tokens)
+    # Tokens of zeros before the first one change nothing.
+    within = _within(*(
+        F.pad(t, (0, 0, 0, 0, size - t.shape[1], 0)).to(wide).transpose(1, 2)
+        for t in (q, k, v, log_decay, a, b)
+    ))  # fmt: skip
+    current = state.to(wide)
+    read, last = within.known + within.of_state @ current, slice(size - asked, None)
+    y = within.own[:, :, last] + within.reach[:, :, last] @ current
+    return (y + within.from_reads[:, :, last] @ read).transpose(1, 2).to(dtype)
 
 
 def _chunk_size(tokens: int, chunk: int) -> int:

@@ -192,15 +192,14 @@ def test_its_state_is_as_large_as_gdn_s_and_a_row() -> None:
         assert spec.fixed[1].shape == next(t.shape for t in other.fixed if t.name == "memory")
 
 
-@pytest.mark.parametrize("backend", ["triton", "fla"])
-def test_a_backend_without_a_form_trains_and_refuses_to_decode(backend: str) -> None:
+def test_a_backend_without_a_form_trains_and_refuses_to_decode() -> None:
     mixer, x = made(24, 2, 6, 6), torch.randn(1, 3, 24)
     expected = mixer(x)
-    mixer.backend = backend
+    mixer.backend = "fla"
     assert torch.equal(mixer(x), expected)
     store = StateStore([mixer.state_spec()], max_sequences=1, max_context=4)
     with (
-        pytest.raises(NoFormError, match=f"has no form for backend '{backend}'; it has torch"),
+        pytest.raises(NoFormError, match="has no form for backend 'fla'; it has torch, triton"),
         store.step([store.add()], 3) as step,
     ):
         mixer.extend(x, step.layers[0])

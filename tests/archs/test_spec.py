@@ -182,7 +182,7 @@ def test_a_ring_changes_nothing_where_no_value_declares_inputs() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["gdn", "mamba2", "linear"])
+@pytest.mark.parametrize("arch", ["gdn", "kda", "rwkv7", "mamba2", "linear"])
 def test_four_tokens_back_by_replay_take_little_more_than_the_state_at_1b(arch: str) -> None:
     specs = ModelSpec(arch=arch, scale=get_scale("1b")).outline(torch.bfloat16).state_specs()
     store = StateStore(

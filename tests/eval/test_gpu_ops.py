@@ -17,6 +17,7 @@ from eval.proof.gpu.ops import (
     recurrent,
     recurrent_rings,
     sparse,
+    wkv,
 )
 from eval.proof.gpu.ops.operands import PAGE, binary, dense, paged
 from kernels.decay import torch as decay_scan
@@ -41,6 +42,8 @@ QUICK = {
     "linear_step": "4x128x128 new 1 bfloat16 turned normed",
     "selective_step": "512x16 new 4 bfloat16",
     "trapezoid_step": "4x64x32 rank 4 new 1 float32",
+    "wkv_step": "4x64x64 new 1 bfloat16",
+    "token_shift": "520 new 4",
     "conv_step": "512 new 4",
     "decay_chunk": "2x2x16x32 tokens 65",
     "gdn_chunk": "2x2x16x32 tokens 1",
@@ -110,6 +113,7 @@ STEPS = {
     "linear": (recurrent.LINEAR, (2, 32, 16), 5),
     "linear turned normed": (recurrent.TURNED.normed(), (2, 32, 16), 5),
     "selective": (recurrent.SELECTIVE, (96, 16), 7),
+    "wkv": (wkv.WKV, (2, 32, 16), 7),
 }
 
 #: Form, FLOPs of an element of the state, of (2, 32, 16) each.
@@ -118,6 +122,7 @@ RINGS = {
     "gdn normed": (recurrent.GDN.normed(), 7),
     "kda normed": (recurrent.KDA.normed(opened="sigmoid"), 7),
     "linear turned normed": (recurrent.TURNED.normed(), 5),
+    "wkv": (wkv.WKV, 7),
 }
 
 
@@ -168,6 +173,7 @@ CASES: dict[str, Case] = {
     "mla of two tokens": attention.mla_case(0, 1, 130, 4, 2, latent=(64, 16)),
     "prefill": attention.prefill_case(1, 2, 70, (4, 2), 64),
     "conv": recurrent.conv_case(3, 96),
+    "token_shift": wkv.shift_case(3, 96),
     "norm": glue.norm_case(5, 96),
     "swiglu": glue.swiglu_case(5, 96),
     "greedy": glue.greedy_case(3, 1000),

@@ -36,6 +36,7 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "shortconv": ({"conv_step": 1},) * 2,
     "mamba2": ({"conv_step": 1, "ssm_step": 1},) * 2,
     "mamba3": ({"trapezoid_step": 1},) * 2,
+    "rwkv7": ({"token_shift": 1, "wkv_step": 1},) * 2,
     "mla": (
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1, "head_gemv": 2},
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1},

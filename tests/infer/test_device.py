@@ -87,7 +87,10 @@ RUN = InterpretedFunction.run
 #: A convolution between gates: one before it, one after.
 #: Tied rows: rotation, rows and key written, queries filled up, attention. Groups of latents: a
 #: norm for each and what puts them together, and two of the latter around attention.
-MORE_LAUNCHES = {"mla": 6, "dsa": 17, "nsa": 13, "shortconv": 3, "gta": 5, "grouped_latent": 9}
+#: Low-rank projections, opened between their halves, and the gate of the outputs.
+MORE_LAUNCHES = {
+    "mla": 6, "dsa": 17, "nsa": 13, "shortconv": 3, "gta": 5, "grouped_latent": 9, "rwkv7": 5,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [arch for arch in KERNELED if arch in REGISTRY])
@@ -236,7 +239,8 @@ def test_speculation_on_kernels_and_replayed_steps(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", ["gdn", *(pytest.param(a, marks=pytest.mark.slow) for a in ("mamba2", "linear"))]
+    "arch",
+    ["gdn", *(pytest.param(a, marks=pytest.mark.slow) for a in ("mamba2", "linear", "rwkv7"))],
 )
 def test_speculation_by_replay_on_kernels_and_replayed_steps(arch: str) -> None:
     """As above; the prompt leaves room in the ring, so steps with inputs held are captured, too."""

@@ -21,6 +21,7 @@ from tests.kernels.interpreter import interpreted
 SCALE = replace(CHECK_SCALE, head_dim=64, n_layers=2)
 #: A number that falls to the other side of a half gets another code.
 ROWS, VALUES = 2e-3, 5e-3
+MEMORIES = ("gdn", "linear", "mamba1", "mamba2", "kda", "rwkv7")
 PIECES = (15, 1, 3, 13, 1, 1)
 TOKENS = sum(PIECES)
 
@@ -57,7 +58,7 @@ def read(engine: Engine, tokens: Tensor) -> tuple[Tensor, list[dict[str, Tensor]
     ("arch", "state"),
     [
         *((arch, f"kv:{number}") for arch in ("mqa", "swa", "cla") for number in ("int8", "fp8")),
-        *((arch, "memory:bfloat16") for arch in ("gdn", "linear", "mamba1", "mamba2", "kda")),
+        *((arch, "memory:bfloat16") for arch in MEMORIES),
         ("gdn:gqa=1:1", "kv:int8,memory:bfloat16"),
     ],
 )

@@ -53,6 +53,7 @@ KINDS: dict[str, tuple[str, dict[str, int]]] = {
     "picked blocks": ("nsa", {"block": 2, "picks": 3, "window": 3}),
     "retention": ("linear", {}),
     "delta rule": ("gdn", {}),
+    "low rank": ("rwkv7", {}),
     "scan": ("mamba1", {}),
     "state and window": ("gdn:swa=1:1", {"window": 4, "sinks": 2}),
     "state and rows": ("mamba2:gqa=1:1", {}),

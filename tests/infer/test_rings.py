@@ -13,7 +13,7 @@ from infer.speculate import generate
 from tests.infer.speculating import DRAFTERS, double, engine_of, random_prompts
 from tests.infer.test_machine import CONTEXT, KINDS, VOCAB, Failed, model_of
 
-REPLAYED = ["retention", "delta rule", "state and rows", "state and window"]
+REPLAYED = ["retention", "delta rule", "low rank", "state and rows", "state and window"]
 
 
 def engine_with(kind: str, **options: int) -> Engine:

@@ -29,7 +29,7 @@ from triton.runtime.interpreter import (
 import kernels
 
 #: Architectures with an operation that has a torch form alone: no kernels decode them.
-TORCH_ALONE = ("rwkv7", "hca", "csa")
+TORCH_ALONE = ("hca", "csa")
 
 
 @contextmanager

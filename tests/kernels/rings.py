@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.decay import linear_step, ssm_step
+from kernels.dplr import step as dplr_step
 from kernels.gated_delta import step as gdn_step
 from kernels.norm.torch import OutputNorm
 from kernels.recurrent.ring import Ring
@@ -22,6 +23,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[int, int, int, int], int]]] = {
     "kda": ("kvab", partial(gdn_step.gdn_ring_row, by_channel=True)),
     "ssm": ("x b dt", ssm_step.ssm_ring_row),
     "linear": ("kv", linear_step.linear_ring_row),
+    "wkv": ("k v decay rate", lambda _, h, n, p: dplr_step.wkv_ring_row(h, n, p)),
 }
 
 
@@ -74,11 +76,12 @@ def ring_ref(
         one = {name: torch.cat((history[name][b : b + 1, :held], t[b : b + 1]), 1)
                for name, t in rows.items()}  # fmt: skip
         more = {"past": int32(past - held)} if "past" in args else {}
-        y, found = step.oracle(args | one | more | {"norm": None}, states[b : b + 1])
+        norm = {"norm": None} if step.norms else {}
+        y, found = step.oracle(args | one | more | norm, states[b : b + 1])
         outputs.append(y[:, held:])
         after.append(torch.cat((states[b : b + 1].double(), found[0])))
-    norm: OutputNorm | None = args["norm"]
-    return output_norm_ref(torch.cat(outputs), norm), after
+    after_all: OutputNorm | None = args.get("norm")
+    return output_norm_ref(torch.cat(outputs), after_all), after
 
 
 RINGED = {name: STEPS[name] for name in LAYOUTS}

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from archs.ops.shift import blended
+from archs.ops.wkv import WkvWeights, finished, rule
+from kernels.conv.shift import token_shift_ref
 from kernels.conv.torch import causal_conv, conv_tail
 from kernels.decay.torch import decay_step
+from kernels.dplr.torch import dplr_step
 from kernels.gated_delta import torch as gdn_torch
 from kernels.norm.torch import OutputNorm, l2_norm
 from kernels.rope.torch import apply_rope
@@ -154,6 +158,48 @@ def selective_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
     y, each = selective_torch.selective_step(*inputs, state, each=True)
     assert each is not None
     return y * F.silu(args["z"]) if "z" in args else y, each
+
+
+#: Names of the weights of `kernels.dplr.step.wkv_step`.
+WKV_WEIGHTS = WkvWeights._fields
+
+
+def wkv_arguments(k: int, dtype: torch.dtype, n: int = 16, p: int = 16, h: int = 2) -> Made:
+    r, key, decay, rate, v = columns(k, dtype, *[h * n] * 4, h * p)
+    weights = [torch.randn(h, n) for _ in range(5)] + [torch.randn(h, p) for _ in range(2)]
+    return {
+        "r": heads(r, h), "k": heads(key, h), "v": heads(v, h), "decay": heads(decay, h),
+        "rate": heads(rate, h), **dict(zip(WKV_WEIGHTS, weights, strict=True)), "eps": 64e-5,
+        # A head's products with it add up to about 1, as y does once it is normed.
+        "bonus": torch.randn(h, n) * n**-0.5,
+    }, (h, n, p)  # fmt: skip
+
+
+def wkv_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernels.dplr.torch.dplr_step` with the glue of `archs.ops.wkv` around it."""
+    weights = WkvWeights(*(args[name].to(args["r"].dtype) for name in WKV_WEIGHTS))
+    tokens = rule(*(args[name] for name in ("k", "v", "decay", "rate")), weights)
+    y, each = dplr_step(args["r"], *tokens, state, each=True)
+    assert each is not None
+    return finished(y, args["r"], tokens, weights, args["eps"]).view_as(y), each
+
+
+def shift_arguments(k: int, dtype: torch.dtype, d: int = 300, w: int = 6) -> Made:
+    (x,) = columns(k, dtype, d)
+    return {"x": x, "blend": torch.rand(w, d)}, (1, d)
+
+
+def shift_ref(tail: Tensor, **args: Tensor) -> tuple[Tensor, Tensor]:
+    """The blends of each token side by side, [B, K, W, D]."""
+    y, each = token_shift_ref(**args, tail=tail)
+    return y.movedim(0, 2), each
+
+
+def shift_form(args: Args, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """The blends as `archs.ops.shift` makes them."""
+    x = args["x"]
+    before = torch.cat((tail.to(x.dtype), x[:, :-1]), 1)
+    return blended(x, before, args["blend"]).movedim(0, 2), x.unsqueeze(2).float()
 
 
 def conv_arguments(

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.conv import shift as conv_shift
 from kernels.conv import step as conv_step
 from kernels.decay import linear_step, ssm_step
+from kernels.dplr import step as dplr_step
 from kernels.gated_delta import step as gdn_step
 from kernels.selective import step as selective_step
 from tests.kernels.slots import in_place
@@ -23,6 +25,7 @@ from tests.kernels.step_inputs import (
     F32,
     POOL,
     SLOTS,
+    WKV_WEIGHTS,
     Args,
     B,
     Made,
@@ -36,8 +39,13 @@ from tests.kernels.step_inputs import (
     linear_form,
     selective_arguments,
     selective_form,
+    shift_arguments,
+    shift_form,
+    shift_ref,
     ssm_arguments,
     ssm_form,
+    wkv_arguments,
+    wkv_form,
 )
 
 #: Name -> what to replace in arguments that fit, and the error's message.
@@ -159,6 +167,11 @@ def wrong_heads(value: str, *keys: str) -> Wrong:
     }  # fmt: skip
 
 
+def shift_rows(**args: Any) -> Tensor:
+    """The blends [B, K, W, D] of each token side by side."""
+    return conv_shift.token_shift(**args).movedim(0, 2)
+
+
 #: Cases of every step on a matrix for each head.
 MATRIX_CASES = (
     case(1, p=32),
@@ -234,6 +247,31 @@ STEPS = {
         norms=("heads",),
         wrong=wrong_heads("v", "q", "k"),
     ),
+    "wkv": Step(
+        op=dplr_step.wkv_step, ref=dplr_step.wkv_step_ref, torch_form=wkv_form,
+        arguments=wkv_arguments,
+        cases=(
+            case(1, p=32),
+            case(1, p=100, h=1),
+            case(1, n=128, p=8, inputs=BF16),
+            case(2, p=20, h=4, state=BF16),
+            case(4, n=64, p=12, new=(4, 0, 3)),
+            case(3, n=24, p=17, inputs=BF16, state=BF16, new=(0, 1, 3)),
+            case(9, p=12, h=1, new=(9, 5, 1)),
+        ),
+        tokens=("r", "k", "v", "decay", "rate"), fixed=WKV_WEIGHTS, leads=("r", "v"),
+        wrong={
+            "bonus strides": (
+                put("bonus", lambda t: t[:1].expand(t.shape)), "^bonus=.*must be contiguous"
+            ),
+            "tile": (
+                lambda a: {
+                    name: F.pad(a[name], (0, 1100)) for name in ("v", "state", *WKV_WEIGHTS[-2:])
+                },
+                "^N=16, P=1116 take a tile of 16x2048; at most 16384",
+            ),
+        },
+    ),
     "selective": Step(
         op=selective_step.selective_step, ref=selective_step.selective_step_ref,
         torch_form=selective_form, torch_factor=1,
@@ -250,6 +288,23 @@ STEPS = {
         wrong={
             "a_log strides": (
                 put("a_log", lambda t: t[:1].expand(t.shape)), "^a_log has .*must be contiguous"
+            ),
+        },
+    ),
+    "shift": Step(
+        op=shift_rows, ref=shift_ref, torch_form=shift_form,
+        arguments=shift_arguments, tolerance=2e-6,
+        cases=(
+            case(1),
+            case(1, d=100, w=1, inputs=BF16, state=BF16),
+            case(3, w=3, new=(0, 3, 1)),
+            case(9, d=64, inputs=BF16, state=BF16, new=(9, 1, 5)),
+        ),
+        tokens=("x",), fixed=("blend",), leads=("x", "blend"), state="tail",
+        wrong={
+            "blend width": (put("blend", lambda t: t[:, 1:]), "^blend has shape"),
+            "blend strides": (
+                put("blend", lambda t: t[:1].expand(t.shape)), "^blend=.*must be contiguous"
             ),
         },
     ),

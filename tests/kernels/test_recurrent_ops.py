@@ -19,6 +19,7 @@ from kernels.decay.torch import (
     decay_step_matrix_flops,
 )
 from kernels.dplr.torch import (
+    dplr_answers,
     dplr_chunk,
     dplr_chunk_matrix_flops,
     dplr_ref,
@@ -321,17 +322,22 @@ def test_a_chunk_that_cannot_be_halved_is_refused() -> None:
         dplr_chunk(*dplr_inputs(100), chunk=48)
 
 
-@pytest.mark.parametrize(
-    "inputs", [delta_inputs, channel_inputs, erasing_inputs], ids=["gdn", "kda", "gdn2"]
-)
+ANSWERS = {
+    "gdn": (gdn_answers, gdn_ref, delta_inputs),
+    "kda": (gdn_answers, gdn_ref, channel_inputs),
+    "gdn2": (gdn_answers, gdn_ref, erasing_inputs),
+    "dplr": (dplr_answers, dplr_ref, dplr_inputs),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
 @pytest.mark.parametrize(("asked", "tokens"), [(1, 1), (1, 14), (3, 16), (9, 23)])
-def test_answers_are_the_last_rows_of_all(
-    inputs: Callable[[int], list[Tensor]], asked: int, tokens: int
-) -> None:
+def test_answers_are_the_last_rows_of_all(name: str, asked: int, tokens: int) -> None:
+    answers, reference, inputs = ANSWERS[name]
     q, *rest = inputs(tokens)
     state = torch.randn(B, H, N, P)
-    expected, _ = gdn_ref(q, *rest, state)
-    close(gdn_answers(q[:, -asked:], *rest, state), expected[:, -asked:])
+    expected, _ = reference(q, *rest, state)
+    close(answers(q[:, -asked:], *rest, state), expected[:, -asked:])
 
 
 def test_sequences_in_groups_of_two_and_one_are_those_of_one_group(

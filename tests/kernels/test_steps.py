@@ -177,7 +177,7 @@ def wrong_slots(state: str) -> Wrong:
         f"{state} dims": (put(state, lambda t: t[0]), f"^{state} has shape"),
         f"{state} dtype": (put(state, Tensor.half), f"^{state} has dtype torch.float16"),
         f"{state} strides": (
-            put(state, lambda t: t.mT.contiguous().mT),
+            put(state, spread),
             f"^{state} has strides .*each slot must be contiguous",
         ),
         f"{state} overlap": (

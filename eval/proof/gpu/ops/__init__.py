@@ -10,9 +10,10 @@ from eval.proof.gpu.ops import (
     recurrent,
     sparse,
     trapezoid,
+    wkv,
 )
 
 OPS = (
-    *attention.OPS, *sparse.OPS, *blocks.OPS, *recurrent.OPS, *trapezoid.OPS, *chunk.OPS,
-    *product.OPS, *quant.OPS, *glue.OPS,
+    *attention.OPS, *sparse.OPS, *blocks.OPS, *recurrent.OPS, *trapezoid.OPS, *wkv.OPS,
+    *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
 )  # fmt: skip

@@ -214,11 +214,13 @@ class Form:
         )  # fmt: skip
 
 
-def _op(
+def step_op(
     name: str, forms: Sequence[Form], checked: tuple[int, ...], timed: Sequence[tuple[int, ...]],
     flops: int,
 ) -> Op:  # fmt: skip
-    """forms: the engine's first."""
+    """Checks and cases of a step kernel. forms: the engine's first; checked, timed: sizes of its
+    states; flops: of each of their elements.
+    """
     kinds = (torch.float32, torch.bfloat16)
     checks = [
         Check(
@@ -305,11 +307,12 @@ SELECTIVE = Form(step=selective_step.selective_step, reference=selective_step.se
                  make=selective_inputs, others=baselines.selective)  # fmt: skip
 
 OPS = (
-    _op("ssm_step", [SSM.normed(flat=True), SSM], (8, 128, 64), [(64, 128, 64), (64, 128, 128)], 5),
-    _op("gdn_step", [GDN.normed(), GDN], (4, 128, 128), [(32, 128, 128)], 7),
-    _op("kda_step", [KDA.normed(opened="sigmoid"), KDA], (4, 128, 128), [(32, 128, 128)], 7),
-    _op("linear_step", [TURNED.normed(), LINEAR], (4, 128, 128), [(32, 128, 128)], 5),
-    _op("selective_step", [SELECTIVE], (512, 16), [(4096, 16)], 7),
+    step_op("ssm_step", [SSM.normed(flat=True), SSM], (8, 128, 64),
+            [(64, 128, 64), (64, 128, 128)], 5),
+    step_op("gdn_step", [GDN.normed(), GDN], (4, 128, 128), [(32, 128, 128)], 7),
+    step_op("kda_step", [KDA.normed(opened="sigmoid"), KDA], (4, 128, 128), [(32, 128, 128)], 7),
+    step_op("linear_step", [TURNED.normed(), LINEAR], (4, 128, 128), [(32, 128, 128)], 5),
+    step_op("selective_step", [SELECTIVE], (512, 16), [(4096, 16)], 7),
     Op(name="conv_step", checks=[Check(name="512 new 4", run=check_conv, limit=BF16_LIMIT)],
        cases=[conv_case(64, 6144), conv_case(1, 6144)]),
 )  # fmt: skip

@@ -49,7 +49,7 @@ def ssm(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
             state, x, dt, rate, b, c, D=d, dt_bias=bias, dt_softplus=True
         )[:, None]
 
-    return {"torch": by_torch, **_where_installed("mamba-ssm", by_library)}
+    return {"torch": by_torch, **where_installed("mamba-ssm", by_library)}
 
 
 def selective(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
@@ -69,7 +69,7 @@ def selective(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
             pool, x, dt, rate, b, c, D=i["d"], z=z, dt_bias=i["dt_bias"], dt_softplus=True
         )[:, None]
 
-    return {"torch": by_torch, **_where_installed("mamba-ssm", by_library)}
+    return {"torch": by_torch, **where_installed("mamba-ssm", by_library)}
 
 
 def _gates(i: Inputs) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def gdn(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
             output_final_state=True, use_qk_l2norm_in_kernel=True,
         )[0]  # fmt: skip
 
-    return {"torch": partial(_delta_by_torch, i, pool), **_where_installed("fla", by_library)}
+    return {"torch": partial(_delta_by_torch, i, pool), **where_installed("fla", by_library)}
 
 
 def kda(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
@@ -112,7 +112,7 @@ def kda(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
             output_final_state=True, use_qk_l2norm_in_kernel=True,
         )[0]  # fmt: skip
 
-    return {"torch": partial(_delta_by_torch, i, pool), **_where_installed("fla", by_library)}
+    return {"torch": partial(_delta_by_torch, i, pool), **where_installed("fla", by_library)}
 
 
 def linear(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
@@ -130,7 +130,7 @@ def linear(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
             output_final_state=True,
         )[0]  # fmt: skip
 
-    return {"torch": by_torch, **_where_installed("fla", by_library)}
+    return {"torch": by_torch, **where_installed("fla", by_library)}
 
 
 def output_norm(i: Inputs, opened: str) -> OutputNorm:
@@ -180,5 +180,6 @@ def turned(others: Baselines) -> Baselines:
     return make
 
 
-def _where_installed(name: str, make: Callable[[], Run]) -> dict[str, Run]:
+def where_installed(name: str, make: Callable[[], Run]) -> dict[str, Run]:
+    """A library's run, built when it is asked for, where there is the library."""
     return {name: lazily(make)} if installed(name) else {}

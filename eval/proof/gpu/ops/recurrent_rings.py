@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archs.ops.wkv import WkvWeights
 from eval.proof.gpu.case import Case, Run, installed
 from eval.proof.gpu.ops.operands import bytes_of, random, slots
 from eval.proof.gpu.ops.recurrent_baselines import Baselines
@@ -18,7 +19,10 @@ from kernels.recurrent.ring import Ring
 
 ROWS, HELD = 16, 8
 #: Inputs without a row for each token.
-WHOLE = {"a_log", "d", "dt_bias", "log_decay", "cos_sin", "past", "weight", "arrivals"}
+WHOLE = {
+    "a_log", "d", "dt_bias", "log_decay", "cos_sin", "past", "weight", "arrivals",
+    *WkvWeights._fields,
+}  # fmt: skip
 
 
 def _int32(values: Sequence[int], device: torch.device) -> Tensor:
