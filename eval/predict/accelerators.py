@@ -32,7 +32,8 @@ THIS_MACHINE = "this-machine"
 class Hardware:
     """The rates of one part, by dtype.
 
-    launches_from: where the launch cost was measured. link: None if unknown.
+    launches_from: where the launch cost was measured. link: None if unknown. as_written: whether
+    each operation of torch's is a launch, as on a CPU, where those of steps are counted.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Hardware:
     memory_bytes: int
     launches_from: str
     link: Link | None = None
+    as_written: bool = False
 
 
 def hardware_of(
@@ -76,7 +78,10 @@ def _hardware_of(
         measured = measure_roofline(device, DTYPES[dtype] if told else torch.float32, batches)
         if stored is not None:
             measured = with_products(measured, device, batches, stored.storages)
-        return Hardware(key, measured, free_bytes(device) or 0, "this machine, measured now")
+        return Hardware(
+            key, measured, free_bytes(device) or 0, "this machine, measured now",
+            as_written=device.type == "cpu",
+        )  # fmt: skip
     if key not in ACCELERATORS:
         raise unknown_name("hardware", key, [*ACCELERATORS, THIS_MACHINE])
     part = ACCELERATORS[key]

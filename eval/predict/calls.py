@@ -1,14 +1,30 @@
-"""Count the torch operations that a call dispatches, and time one that has no work."""
+"""Count the torch operations that a call dispatches, and time one that has no work.
 
+On a CPU each is a launch of its own, and how many a mixer makes is not declared: attention over
+picked rows makes several times as many as attention over all. They are counted on a model of the
+same depth and pattern that is too narrow to take long.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from archs.layers import RMSNorm, SwiGLU
+from archs.registry import ModelSpec
+from archs.state_formats import StateFormat
+from archs.storage import keep, store
+from archs.weights import WeightFormat
+from infer.engine import Engine
 
 #: Width at which a norm and an MLP cost nothing but their calls.
 NO_WORK = 16
+#: Width of a head of a narrow model; groups of numbers that are stored together span 64 at most.
+NARROW, CODED = 16, 64
+#: A step at a longer context makes the calls of one at this.
+LONGEST = 4096
 
 
 class CountCalls(TorchDispatchMode):
@@ -41,3 +57,49 @@ class IdleLayer:
     def __call__(self) -> None:
         """Run it once, as a decode step written in torch does."""
         self._mlp.after(self._norm.before(self._x, self._x))
+
+
+@dataclass(frozen=True)
+class StepCalls:
+    """Torch operations of one sequence's decode steps, counted once for each power of two.
+
+    weights, state: formats in which they are stored and kept, None and "": plain.
+    """
+
+    spec: ModelSpec
+    weights: WeightFormat | None = None
+    state: str = ""
+    replay: int = 0
+    _known: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    @cached_property
+    def _model(self) -> Any:
+        scale, plain = self.spec.scale, self.weights is None and not self.state
+        dim = NARROW if plain else CODED
+        shape = {"d_model": scale.n_heads * dim, "head_dim": dim, "vocab_size": NO_WORK}
+        narrow = replace(self.spec, scale=scale.with_options(shape), hidden=CODED)
+        model = keep(narrow.build().eval(), StateFormat.named(self.state))
+        return model if self.weights is None else store(model, self.weights)
+
+    def at(self, context: int, new_tokens: int = 1) -> int:
+        """Of a step of so many tokens of a sequence that holds `context`."""
+        held = 1 << min(context, LONGEST).bit_length() - 1 if context else 0
+        if (held, new_tokens) not in self._known:
+            self._known[held, new_tokens] = self._counted(held, new_tokens)
+        return self._known[held, new_tokens]
+
+    @torch.inference_mode()
+    def _counted(self, held: int, new_tokens: int) -> int:
+        engine = Engine(
+            self._model, max_sequences=1, max_context=held + 2 * new_tokens,
+            lookback=new_tokens - 1, replay=self.replay,
+        )  # fmt: skip
+        sequence = [engine.store.add()]
+        if held:
+            engine.store.fill(sequence, held)
+        tokens = torch.zeros(1, new_tokens, dtype=torch.int64)
+        # The first step makes tables that later ones find.
+        engine.extend_last(sequence, tokens)
+        with CountCalls() as counted:
+            engine.extend_last(sequence, tokens)
+        return counted.calls

@@ -20,8 +20,10 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.state_formats import StateFormat
 from eval.predict.accelerators import Hardware, hardware_of
+from eval.predict.calls import StepCalls
 from eval.predict.roofline import (
     SCALE,
+    calls_on,
     outline_on,
     require_grid,
     resident_bytes,
@@ -89,7 +91,11 @@ def crossovers(
     for part in (hardware_of(key, dtype, batches, launch_us) for key in hardware):
         for batch in batches:
             specs = [ModelSpec(arch=arch, scale=get_scale(scale)) for arch in (first, second)]
-            times = [_Times(outline_on(part, s, stored, state), s.arch, part, batch) for s in specs]
+            times = [
+                _Times(outline_on(part, s, stored, state), s.arch, part, batch,
+                       calls_on(part, s, stored, state))
+                for s in specs
+            ]  # fmt: skip
 
             def ahead(context: int, times: list[_Times] = times) -> bool:
                 return times[0].at(context) < times[1].at(context)
@@ -113,8 +119,10 @@ def crossovers(
 class _Times:
     """Predicted time per token of one architecture by context."""
 
-    def __init__(self, model: Model, arch: str, part: Hardware, batch: int) -> None:
-        self._model = model
+    def __init__(
+        self, model: Model, arch: str, part: Hardware, batch: int, calls: StepCalls | None
+    ) -> None:
+        self._model, self._calls = model, calls
         self._arch, self._part, self._batch = arch, part, batch
         self._known: dict[int, float] = {}
 
@@ -130,7 +138,8 @@ class _Times:
         """Milliseconds."""
         if context not in self._known:
             cost = self._model.cost(Step(self._batch, 1, context))
-            self._known[context] = step_ms(cost, self._part.roofline)
+            calls = None if self._calls is None else self._calls.at(context)
+            self._known[context] = step_ms(cost, self._part.roofline, calls=calls)
         return self._known[context]
 
 

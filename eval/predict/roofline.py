@@ -2,7 +2,9 @@
 
 Each operation takes the longer of its bytes at the bandwidth and its FLOPs at the rate, and a
 launch; their sum is the step. No weights are made, so any scale, batch and context is answered at
-once. Rates of the table's parts rest on datasheets, and what does not fit in memory takes no time.
+once; on a CPU, where every operation of torch's is a launch, those of a step are counted on a
+narrow model. Rates of the table's parts rest on datasheets, and what does not fit in memory takes
+no time.
 """
 
 from collections import Counter
@@ -19,6 +21,7 @@ from archs.state_formats import StateFormat
 from archs.storage import keep, store
 from archs.weights import WeightFormat
 from eval.predict.accelerators import Hardware, hardware_of
+from eval.predict.calls import StepCalls
 from eval.predict.machine import Roofline
 
 Prediction = dict[str, object]
@@ -47,6 +50,7 @@ def predict(
     every step. The cost is the mean over many steps.
     launch_us: fixed overhead of every operation; None: the measured one
     (`launches_from`). price_per_hour: by hardware key.
+    `step_calls`: launches where they were counted; None: one for each operation of the cost.
     `fits` says whether weights and states of the batch fit in the part's memory,
     `max_sequences` how many would; a batch that does not fit has no times and no price, and `note`
     says so. Raises UserError on unknown names, and on a ring that holds less than two steps.
@@ -59,7 +63,7 @@ def predict(
         archs, scale, hardware, batches, contexts, new_tokens, dtype, launch_us, weights, state,
         replay,
     )  # fmt: skip
-    for arch, model, part, step in grid:
+    for arch, model, part, step, calls in grid:
         cost = model.cost(step, all_logits=True)
         state_bytes = model.state_bytes(step.context, lookback=step.lookback, replay=replay)
         sequences = room(part, resident_bytes(model), state_bytes)
@@ -74,9 +78,9 @@ def predict(
             "ridge_flop_per_byte": part.roofline.ridge_flop_per_byte,
             "product_launch_us": part.roofline.launch_us(step.tokens),
             "call_us": part.roofline.call_us, "launches_from": part.launches_from,
-            "bound_by": bound_by(cost, part.roofline),
+            "step_calls": calls, "bound_by": bound_by(cost, part.roofline, calls=calls),
         }  # fmt: skip
-        time_ms = step_ms(cost, part.roofline)
+        time_ms = step_ms(cost, part.roofline, calls=calls)
         row |= served(step.batch, time_ms, sequences, prices.get(part.key))
         if step.new_tokens > 1:
             row |= {name: None for name in PER_TOKEN if name in row}
@@ -113,7 +117,8 @@ def predict_ops(
 ) -> list[Prediction]:  # fmt: skip
     """One row per operation of a step; equal ones of different layers are added up.
 
-    weights, state, replay, new_tokens: as `predict`'s.
+    weights, state, replay, new_tokens: as `predict`'s. Launches that were counted beside one for
+    each operation are an operation of their own, `other calls`.
     `compute_bound_batch` is the batch from which the operation is bound by compute: the ridge for
     a bare product with weights, none where every sequence brings bytes of its own.
     """
@@ -122,8 +127,11 @@ def predict_ops(
         archs, scale, hardware, batches, contexts, new_tokens, dtype, launch_us, weights, state,
         replay,
     )  # fmt: skip
-    for arch, model, part, step in grid:
-        ops = Counter(model.cost(step, all_logits=True).ops)
+    for arch, model, part, step, calls in grid:
+        cost = model.cost(step, all_logits=True)
+        ops = Counter(cost.ops)
+        if more := other_calls(cost, calls):
+            ops[OpCost(name="other calls")] = more
         for op, count in ops.items():
             time_ms = count * op_ms(op, part.roofline)
             rows.append(
@@ -146,7 +154,7 @@ def _grid(
     archs: Iterable[str], scale: str, hardware: Iterable[str], batches: Iterable[int],
     contexts: Iterable[int], new_tokens: Iterable[int], dtype: str, launch_us: float | None,
     weights: str, state: str, replay: int,
-) -> Iterator[tuple[str, Model, Hardware, Step]]:  # fmt: skip
+) -> Iterator[tuple[str, Model, Hardware, Step, int | None]]:  # fmt: skip
     archs, hardware = list(archs), list(hardware)
     batches, contexts, new_tokens = list(batches), list(contexts), list(new_tokens)
     require_grid(archs=archs, hardware=hardware, batches=batches, contexts=contexts)
@@ -159,9 +167,12 @@ def _grid(
     shape = get_scale(scale)
     for arch in archs:
         for part in parts:
-            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored, state)
+            spec = ModelSpec(arch=arch, scale=shape)
+            model = outline_on(part, spec, stored, state)
+            counted = calls_on(part, spec, stored, state, replay)
             for step in steps:
-                yield arch, model, part, step
+                calls = counted.at(step.context, step.new_tokens) if counted else None
+                yield arch, model, part, step, calls
 
 
 def stored_as(weights: str, dtype: str) -> tuple[WeightFormat | None, str]:
@@ -181,6 +192,13 @@ def outline_on(
     """
     model = keep(spec.outline(part.roofline.dtype), StateFormat.named(state))
     return model if stored is None else store(model, stored)
+
+
+def calls_on(
+    part: Hardware, spec: ModelSpec, stored: WeightFormat | None, state: str = "", replay: int = 0
+) -> StepCalls | None:
+    """Launches of its steps, to be counted; None on a part where each operation is one."""
+    return StepCalls(spec, stored, state, replay) if part.as_written else None
 
 
 def require_grid(
@@ -211,13 +229,19 @@ def step_ms(cost: Cost, roofline: Roofline, *, calls: int | None = None) -> floa
 
     calls: launches where they were counted; None: each operation of the cost is one.
     """
-    more = 0 if calls is None else max(0, calls - len(cost.ops))
+    more = other_calls(cost, calls)
     return sum(op_ms(op, roofline) for op in cost.ops) + more * roofline.call_us / 1e3
 
 
-def bound_by(cost: Cost, roofline: Roofline) -> str:
-    """What most of the time goes to: weights, state, compute or launches."""
-    spent = {"weights": 0.0, "state": 0.0, "compute": 0.0, "launches": 0.0}
+def other_calls(cost: Cost, calls: int | None) -> int:
+    """Of the launches that were counted (None: they were not) those beside one an operation."""
+    return 0 if calls is None else max(0, calls - len(cost.ops))
+
+
+def bound_by(cost: Cost, roofline: Roofline, *, calls: int | None = None) -> str:
+    """What most of the time goes to: weights, state, compute or launches; calls: as `step_ms`'s."""
+    spent = {"weights": 0.0, "state": 0.0, "compute": 0.0}
+    spent["launches"] = other_calls(cost, calls) * roofline.call_us / 1e3
     for op in cost.ops:
         launch_ms = roofline.launch_us(op.rows, op.storage) / 1e3
         work_ms = op_ms(op, roofline) - launch_ms
