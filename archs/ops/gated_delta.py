@@ -74,6 +74,14 @@ class Gates(NamedTuple):
         return b.sigmoid() if self.beta_max == 1 else self.beta_max * b.sigmoid()
 
 
+def _exact(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates) -> Inputs:
+    """As `_prepared`, but nothing is rounded to 16 bits: near 2 a strength's error is a state's,
+    which no later token takes away.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return _prepared(q.to(wide), k.to(wide), v, a, b.to(wide), gates)
+
+
 def _prepared(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates) -> Inputs:
     """Normalised q and k, v, log decay (float32) and strength."""
     scaled = l2_norm(q) * q.shape[-1] ** -0.5
@@ -101,7 +109,7 @@ def _torch(
     state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     if state is None:
-        y, _ = gdn_chunk(*_steps(*_prepared(q, k, v, a, b, gates)))
+        y, _ = gdn_chunk(*_steps(*_exact(q, k, v, a, b, gates)))
         return output_norm(y[:, _last(k)], norm, backend="torch")
     at = state.replayed(name)
     rule = _DeltaRule(k.shape[2:], v.shape[2:], b.shape[2:], gates)
@@ -110,7 +118,7 @@ def _torch(
         return output_norm(replay(at, state, name, new, q, rule), norm, backend="torch")
     memory, each, last = caught_up(at, state, name, rule), None, _last(k)
     few = v.shape[1] <= RECURRENT_LIMIT
-    q, k, v, decay, beta = _prepared(q, k, v, a, b, gates)
+    q, k, v, decay, beta = _exact(q, k, v, a, b, gates)
     v, decay, beta = (masked(t, state.valid) for t in (v, decay, beta))
     inputs = _steps(q, k, v, decay, beta)
     if few:
@@ -143,7 +151,7 @@ class _DeltaRule(NamedTuple):
         shapes = self.keys, self.values, self.gates.dt_bias.shape, self.strengths
         parts = rows.split([shape.numel() for shape in shapes], -1)
         k, v, a, b = (t.unflatten(-1, shape) for t, shape in zip(parts, shapes, strict=True))
-        q, k, v, decay, beta = _prepared(q, k, v, a, b, self.gates)
+        q, k, v, decay, beta = _exact(q, k, v, a, b, self.gates)
         v, decay, beta = (masked(t, valid) for t in (v, decay, beta))
         return k, _steps(q, k, v, decay, beta)
 
