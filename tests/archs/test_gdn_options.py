@@ -117,12 +117,12 @@ def test_variants_have_as_many_parameters_as_others(arch: str, scale: str) -> No
     assert ratio == pytest.approx(1, abs=0.01)
 
 
-def test_kernels_refuse_several_products() -> None:
+def test_a_library_has_no_form_of_several_products() -> None:
     k, v, b = torch.zeros(1, 1, 2, 1, 4), torch.zeros(1, 1, 2, 1, 3), torch.zeros(1, 1, 2, 1)
     norm = OutputNorm(gate=v[:, :, 0], weight=torch.ones(3), eps=1e-6, gate_first=False)
     with pytest.raises(NoFormError, match="several products a token has no form for"):
         gated_delta(
-            k[:, :, 0], k, v, b[:, :, 0], b, torch.zeros(1), torch.zeros(1), norm, backend="triton"
+            k[:, :, 0], k, v, b[:, :, 0], b, torch.zeros(1), torch.zeros(1), norm, backend="fla"
         )
 
 
