@@ -290,7 +290,7 @@ def _narrow(subject: Subject, dtype: torch.dtype) -> Check:
     return Check(name, max(errors) <= limit, detail)
 
 
-#: Models with weights that are off, of whose errors the limit in 16 bits is the mean.
+#: Models with weights that are off; the limit in 16 bits is the root mean square of their errors.
 DRAWS = 4
 
 
