@@ -1,5 +1,7 @@
 """The gated delta rule from raw gates to normed outputs, by backend: decays by head (arXiv
 2412.06464, eq. 10) or by key channel (arXiv 2510.26692, eq. 1).
+
+With several products a token a step's kernel takes them all, and the scans take each as a token.
 """
 
 from functools import partial
@@ -16,7 +18,14 @@ from archs.ops.replay import caught_up, replay, run_ring
 from archs.recurrent import masked
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState
-from kernels.gated_delta.torch import gdn_answers, gdn_chunk, gdn_step
+from kernels.gated_delta.torch import (
+    Inputs,
+    gdn_answers,
+    gdn_chunk,
+    gdn_step,
+    last_product,
+    product_steps,
+)
 from kernels.norm.torch import OutputNorm, l2_norm
 
 
@@ -46,15 +55,8 @@ def gated_delta(
     `name`; without one it starts at zero and is not kept (training).
     Raises NoFormError for a backend that has no form of it.
     """
-    forms = _BY_CHANNEL if a.dim() == 4 else _FORMS
-    if k.dim() == 5:
-        forms = _PRODUCTS
-    elif b.dim() == 4:
-        forms = _ERASING
+    forms = _PRODUCTS if k.dim() == 5 else _BY_CHANNEL if a.dim() == 4 else _FORMS
     return forms[backend](q, k, v, a, b, Gates(a_log, dt_bias, beta_max), norm, state, name)
-
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Gates(NamedTuple):
@@ -74,26 +76,18 @@ class Gates(NamedTuple):
         return b.sigmoid() if self.beta_max == 1 else self.beta_max * b.sigmoid()
 
 
+def _exact(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates) -> Inputs:
+    """As `_prepared`, but nothing is rounded to 16 bits: near 2 a strength's error is a state's,
+    which no later token takes away.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    return _prepared(q.to(wide), k.to(wide), v, a, b.to(wide), gates)
+
+
 def _prepared(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, gates: Gates) -> Inputs:
     """Normalised q and k, v, log decay (float32) and strength."""
     scaled = l2_norm(q) * q.shape[-1] ** -0.5
     return scaled, l2_norm(k), v, gates.log_decay(a), gates.strength(b)
-
-
-def _steps(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Inputs:
-    """Each product of a token as a token of its own: the first one decays, the last one asks."""
-    if k.dim() == 4:
-        return q, k, v, decay, beta
-    more = k.shape[2] - 1
-    q = F.pad(q[:, :, None], (0, 0, 0, 0, more, 0))
-    decay = F.pad(decay[:, :, None], (0, 0, 0, more))
-    q, k, v, decay, beta = (t.flatten(1, 2) for t in (q, k, v, decay, beta))
-    return q, k, v, decay, beta
-
-
-def _last(k: Tensor) -> slice:
-    """The last product of each token among those of all."""
-    return slice(None) if k.dim() == 4 else slice(k.shape[2] - 1, None, k.shape[2])
 
 
 def _torch(
@@ -101,18 +95,18 @@ def _torch(
     state: LayerState | None, name: str,
 ) -> Tensor:  # fmt: skip
     if state is None:
-        y, _ = gdn_chunk(*_steps(*_prepared(q, k, v, a, b, gates)))
-        return output_norm(y[:, _last(k)], norm, backend="torch")
+        y, _ = gdn_chunk(*product_steps(*_exact(q, k, v, a, b, gates)))
+        return output_norm(y[:, last_product(k)], norm, backend="torch")
     at = state.replayed(name)
     rule = _DeltaRule(k.shape[2:], v.shape[2:], b.shape[2:], gates)
     if at is not None and not at.whole:
         new = torch.cat([t.flatten(2) for t in (k, v, a, b)], -1)
         return output_norm(replay(at, state, name, new, q, rule), norm, backend="torch")
-    memory, each, last = caught_up(at, state, name, rule), None, _last(k)
+    memory, each, last = caught_up(at, state, name, rule), None, last_product(k)
     few = v.shape[1] <= RECURRENT_LIMIT
-    q, k, v, decay, beta = _prepared(q, k, v, a, b, gates)
+    q, k, v, decay, beta = _exact(q, k, v, a, b, gates)
     v, decay, beta = (masked(t, state.valid) for t in (v, decay, beta))
-    inputs = _steps(q, k, v, decay, beta)
+    inputs = product_steps(q, k, v, decay, beta)
     if few:
         y, each = gdn_step(*inputs, memory, each=state.each and at is None)
     else:
@@ -133,7 +127,7 @@ class _DeltaRule(NamedTuple):
 
     def answers(self, q: Tensor, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
         k, inputs = self._inputs(q, rows, valid)
-        return gdn_answers(*inputs, value)[:, _last(k)]
+        return gdn_answers(*inputs, value)[:, last_product(k)]
 
     def after(self, rows: Tensor, valid: Tensor | None, value: Tensor) -> Tensor:
         q = rows.new_zeros(*rows.shape[:2], *self.keys[-2:])
@@ -143,9 +137,9 @@ class _DeltaRule(NamedTuple):
         shapes = self.keys, self.values, self.gates.dt_bias.shape, self.strengths
         parts = rows.split([shape.numel() for shape in shapes], -1)
         k, v, a, b = (t.unflatten(-1, shape) for t, shape in zip(parts, shapes, strict=True))
-        q, k, v, decay, beta = _prepared(q, k, v, a, b, self.gates)
+        q, k, v, decay, beta = _exact(q, k, v, a, b, self.gates)
         v, decay, beta = (masked(t, valid) for t in (v, decay, beta))
-        return k, _steps(q, k, v, decay, beta)
+        return k, product_steps(q, k, v, decay, beta)
 
 
 def _triton(
@@ -154,10 +148,10 @@ def _triton(
 ) -> Tensor:  # fmt: skip
     from kernels.gated_delta import channel_chunk, chunk, step
 
-    scan = channel_chunk.kda_chunk if a.dim() == 4 else chunk.gdn_chunk
+    scan, last = channel_chunk.kda_chunk if a.dim() == 4 else chunk.gdn_chunk, last_product(k)
     if state is None:
-        y, _ = scan(*_prepared(q, k, v, a, b, gates))
-        return output_norm(y, norm, backend="triton")
+        y, _ = scan(*product_steps(*_prepared(q, k, v, a, b, gates)))
+        return output_norm(y[:, last], norm, backend="triton")
     at, replayed = state.slots(name), state.replayed(name)
     if replayed is not None:
         found = run_ring(
@@ -171,10 +165,11 @@ def _triton(
             each=at.each, new=at.new, norm=norm, arrivals=at.arrivals,
         )  # fmt: skip
         return y.flatten(2)
-    inputs = _prepared(q, k, v, a, b, gates)
-    y, memory = scan(*inputs, state.get(name), new=at.new)
+    inputs = product_steps(*_prepared(q, k, v, a, b, gates))
+    new = at.new if at.new is None or k.dim() == 4 else at.new * k.shape[2]
+    y, memory = scan(*inputs, state.get(name), new=new)
     state.put(name, memory)
-    return output_norm(y, norm, backend="triton")
+    return output_norm(y[:, last], norm, backend="triton")
 
 
 def _fla(
@@ -191,5 +186,6 @@ def _fla(
 
 _FORMS = Forms("gated delta rule", {"torch": _torch, "triton": _triton, "fla": _fla})
 _BY_CHANNEL = Forms("gated delta rule by channel", {"torch": _torch, "triton": _triton})
-_ERASING = Forms("gated delta rule that erases by channel", {"torch": _torch})
-_PRODUCTS = Forms("gated delta rule with several products a token", {"torch": _torch})
+_PRODUCTS = Forms(
+    "gated delta rule with several products a token", {"torch": _torch, "triton": _triton}
+)

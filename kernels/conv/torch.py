@@ -1,7 +1,8 @@
 """Depthwise causal short convolution with its tail: y_t = Σ_i w_i · x_{t-W+1+i} (+ bias), SiLU.
 
 The last W - 1 inputs of a sequence are its state. Shifted multiply-adds over a padded copy beat
-a depthwise `Conv1d` on CPUs at these widths.
+a depthwise `Conv1d` on CPUs at these widths. Sums are float32, as our kernels' are: 16-bit outputs
+are rounded once, not at every tap.
 """
 
 from typing import Any
@@ -25,6 +26,9 @@ def causal_conv(
             f"weight {tuple(weight.shape)} needs x of {weight.shape[0]} channels and a tail of "
             f"{width - 1} rows, not {tuple(x.shape)} and {None if tail is None else tail.shape}"
         )
+    if x.dtype.itemsize == 2:
+        bias, tail = (t if t is None else t.float() for t in (bias, tail))
+        return causal_conv(x.float(), weight.float(), bias, tail, silu=silu).to(x.dtype)
     past = x.new_zeros(x.shape[0], width - 1, x.shape[2]) if tail is None else tail.to(x.dtype)
     padded = torch.cat((past, x), 1)
     if torch.is_grad_enabled() and (padded.requires_grad or weight.requires_grad):

@@ -1,5 +1,6 @@
 """Triton form of `torch.gdn_chunk` with decays by key channel: S_t = (I - β_t k_t k_tᵀ) e^{g_t}
-S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t, e^{g_t} a diagonal matrix.
+S_{t-1} + β_t k_t v_tᵀ, y_t = S_tᵀ q_t, e^{g_t} a diagonal matrix. Strengths may be by channel, too:
+S_t = (I - k_t (β_t ∘ k_t)ᵀ) e^{g_t} S_{t-1} + k_t v_tᵀ (arXiv 2605.22791).
 
 Kimi Delta Attention (arXiv 2510.26692, section 3), chunked by the WY form (arXiv 2406.06484) for
 prefill and training, in two passes (`channel_passes`); backward keeps the inputs alone, computes
@@ -38,10 +39,10 @@ def kda_chunk(
 
     q, k: [B, T, G, N], normalised and q scaled; v: [B, T, H, P], all of one dtype (float32,
     bfloat16, float16), N a multiple of 16 up to 128, P up to 256; log_decay: float32
-    [B, T, H, N], <= 0; beta: [B, T, H] of any of these dtypes; tokens evenly spaced and each
-    token's channels contiguous; state: float32 [B, H, N, P] before the first token (None: zeros);
-    new: int32 [B] valid tokens of right-padded rows (None: T): padded tokens leave the state as it
-    is, and what they hold is not read.
+    [B, T, H, N], <= 0; beta: [B, T, H], or by channel [B, T, H, N], of any of these dtypes; tokens
+    evenly spaced and each token's channels contiguous; state: float32 [B, H, N, P] before the first
+    token (None: zeros); new: int32 [B] valid tokens of right-padded rows (None: T): padded tokens
+    leave the state as it is, and what they hold is not read.
     Returns y [B, T, H, P] in v's dtype, 0 at padded tokens, and the state after the last valid
     token, float32 [B, H, N, P].
     Raises ValueError naming the argument, its value and the rule it breaks.
@@ -81,7 +82,7 @@ def _check(
     by_channel = [*v.shape[:3], q.shape[3]]
     gates = (
         ("log_decay", log_decay, by_channel, [torch.float32]),
-        ("beta", beta, by_channel[:3], list(CONFIGS)),
+        ("beta", beta, by_channel[: max(beta.dim(), 3)], list(CONFIGS)),
     )
     for name, gate, shape, dtypes in gates:
         require(list(gate.shape) == shape, name, form(gate), "must be {}", shape)
@@ -95,7 +96,10 @@ def variants() -> list[Variant]:
 
     def call(dtype: torch.dtype, n: int, p: int, options: str = "ragged given") -> NamedCall:
         rows = partial(meta, 1, TOKENS, dtype=dtype)
-        inputs = [rows(16, n), rows(16, n), rows(16, p), floats(1, TOKENS, 16, n), rows(16)]
+        strengths = (16, n) if "erasing" in options.split() else (16,)
+        inputs = [
+            rows(16, n), rows(16, n), rows(16, p), floats(1, TOKENS, 16, n), rows(*strengths)
+        ]  # fmt: skip
         return scan_call(kda_chunk, inputs, (16, n, p), options)
 
     # Loads in loops are narrow where they are of one token: gates, and rows that are walked over.
@@ -119,5 +123,7 @@ def variants() -> list[Variant]:
         call(narrow, 128, 128, ""), call(narrow, 96, 192), call(narrow, 16, 16),
         call(half, 128, 128, ""),
         call(wide, 128, 128, ""), call(wide, 96, 192), call(wide, 16, 16),
+        call(narrow, 128, 128, "erasing"), call(narrow, 96, 192, "erasing ragged given"),
+        call(half, 128, 128, "erasing"), call(wide, 128, 128, "erasing"),
     )  # fmt: skip
     return variants_of(calls, expected | {passes.kda_chunk_fwd_pairs_kernel: pairs})

@@ -9,6 +9,8 @@ keys     dq_t = Σ_s ∂W_ts e^{c_t-c_s} k_s + e^{c_t} (dy Sᵀ)_t
          dk_t = Σ_s ∂A°_ts e^{c_t-c_s} k_s - e^{c_t} (dv Sᵀ)_t
               + Σ_u e^{c_u-c_t} (∂W_ut q_u + ∂A°_ut k_u) + e^{Λ-c_t} (V Dᵀ)_t
          and dg from the gradient of c, which is q dq + k (first line of dk - second line)
+With strengths by channel and e = β ∘ k, dv = X, ∂A° is ∂A, and k_u beside it becomes e_u; the first
+line of dk is de, from which dβ = k ∘ de, and dk has β ∘ de in its place.
 Differences c_t - c_s are never formed: as in the forward pass decays only multiply. Channels of N
 do not meet in `keys`, and so neither do lanes: each of its two walks through a chunk multiplies one
 tile of decays, from a token to all later ones or to it from all earlier ones.
@@ -19,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gated_delta.channel_passes import pairs, sizes_of, states
+from kernels.gated_delta.channel_passes import by_head, pairs, sizes_of, states
 from kernels.recurrent.step import row_stride
 
 #: Value channels and warps of the sequential pass.
@@ -40,7 +42,8 @@ def kda_chunk_bwd_states_kernel(  # type: ignore[no-untyped-def]
     """Grid (tiles of P, H, B): D, carried back through the chunks in float32, X and dv.
 
     asked, ..., inverse: as `kda_chunk_fwd_pairs_kernel` left them; dlast: float32 [B, H, N, P]
-    (None: zeros); later: [B, H, chunks, N, P], D after every chunk.
+    (None: zeros); later: [B, H, chunks, N, P], D after every chunk. beta: None where it is in
+    `read`, and then x, too, which is dv.
     """
     head, heads = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -65,7 +68,8 @@ def kda_chunk_bwd_states_kernel(  # type: ignore[no-untyped-def]
         transposed = place * CHUNK * CHUNK + c[None, :] * CHUNK + c[:, None]
         at = (row * heads + head)[:, None] * P + p[None, :]
         dyt = tl.load(dy + at, mask=(t < count)[:, None] & in_p[None, :], other=0.0)
-        strength = tl.load(beta + row * b_row + head, mask=t < count, other=0.0).to(tl.float32)
+        if beta is not None:
+            strength = tl.load(beta + row * b_row + head, mask=t < count, other=0.0).to(tl.float32)
         held = current.to(dyt.dtype)
         tl.store(later + place * N * P + tile, held, mask=inside)
         kt = tl.load(left + channels, mask=in_n[None, :], other=0.0)
@@ -73,9 +77,12 @@ def kda_chunk_bwd_states_kernel(  # type: ignore[no-untyped-def]
         seen = tl.load(weights + transposed)
         dvalue = tl.dot(seen, dyt, dvalue, input_precision=PRECISION).to(dyt.dtype)
         xt = tl.dot(tl.load(inverse + transposed), dvalue, input_precision=PRECISION)
-        dvt = xt * strength[:, None]
+        dvt = xt
+        if beta is not None:
+            dvt = xt * strength[:, None]
         stored = (t < tokens)[:, None] & in_p[None, :]
-        tl.store(x + at, xt.to(dyt.dtype), mask=stored)
+        if beta is not None:
+            tl.store(x + at, xt.to(dyt.dtype), mask=stored)
         tl.store(dv + at, dvt.to(dyt.dtype), mask=stored)
         current *= tl.load(kept + place * N + n, mask=in_n, other=0.0)[:, None]
         qt = tl.load(asked + channels, mask=in_n[None, :], other=0.0)
@@ -91,7 +98,8 @@ def kda_chunk_bwd_scores_kernel(  # type: ignore[no-untyped-def]
     b_row, tokens, chunks,
     P: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, H, B): ∂W, ∂A° and dβ.
+    """Grid (chunks, H, B): ∂W, ∂A° and dβ, by head; where it is by channel error, overlap, beta and
+    dbeta are None.
 
     fresh, error: V and R; dweights, doverlap: float32 [B, H, chunks, CHUNK, CHUNK], of which what
     is not below the diagonal, or not on that of ∂W, means nothing.
@@ -122,24 +130,31 @@ def kda_chunk_bwd_scores_kernel(  # type: ignore[no-untyped-def]
         answers = tl.dot(dyt, vt, answers, input_precision=PRECISION)
         xt = tl.load(x + at, mask=inside, other=0.0)
         solved = tl.dot(xt, vt, solved, input_precision=PRECISION)
-        missed = tl.load(error + at, mask=inside, other=0.0)
-        strength += tl.sum(xt.to(tl.float32) * missed.to(tl.float32), 1)
+        if beta is not None:
+            missed = tl.load(error + at, mask=inside, other=0.0)
+            strength += tl.sum(xt.to(tl.float32) * missed.to(tl.float32), 1)
     square = place * CHUNK * CHUNK + c[:, None] * CHUNK + c[None, :]
-    strength -= tl.sum(solved * tl.load(overlap + square), 1)
-    tl.store(dbeta + lane, strength.to(dbeta.dtype.element_ty), mask=t < tokens)
-    bt = tl.load(beta + row * b_row + head, mask=valid, other=0.0).to(tl.float32)
+    if beta is not None:
+        strength -= tl.sum(solved * tl.load(overlap + square), 1)
+        tl.store(dbeta + lane, strength.to(dbeta.dtype.element_ty), mask=t < tokens)
+        bt = tl.load(beta + row * b_row + head, mask=valid, other=0.0).to(tl.float32)
     tl.store(dweights + square, answers)
-    tl.store(doverlap + square, -solved * bt[:, None])
+    doverlaps = -solved
+    if beta is not None:
+        doverlaps *= bt[:, None]
+    tl.store(doverlap + square, doverlaps)
 
 
 @triton.jit
 def kda_chunk_bwd_keys_kernel(  # type: ignore[no-untyped-def]
-    q, k, log_decay, dy, fresh, dv, before, later, kept, dweights, doverlap, new, dq, dk, dg,
-    q_row, k_row, g_row, tokens, chunks,
+    q, k, log_decay, beta, dy, fresh, dv, before, later, kept, dweights, doverlap, new,
+    dq, dk, dg, dbeta, q_row, k_row, g_row, b_row, tokens, chunks,
     SHARE: tl.constexpr, N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks × tiles of N, H, B): dq, dk [B, T, H, N] and dg, float32."""
+    """Grid (chunks × tiles of N, H, B): dq, dk [B, T, H, N] and dg, float32; dβ where it is by
+    channel: beta and dbeta are None where it is not.
+    """
     tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     chunk = tl.program_id(0) // tiles
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -192,12 +207,21 @@ def kda_chunk_bwd_keys_kernel(  # type: ignore[no-untyped-def]
     qt, kt = qt.to(tl.float32), kt.to(tl.float32)
     asked += since * past
     read -= since * taken
-    change = qt * asked + kt * read
+    erasing = kt
+    if beta is not None:
+        bt = tl.load(
+            beta + row[:, None] * b_row + (head * N + n)[None, :], mask=keys_in, other=0.0
+        ).to(tl.float32)  # fmt: skip
+        erasing = kt * bt
+    change = qt * asked + erasing * read
     # A token's own key has not decayed: that score is apart, for it says nothing of decays.
     own = tl.load(dweights + square + c * (CHUNK + 1))[:, None]
     out = lane[:, None] * N + n[None, :]
     stored = (t < tokens)[:, None] & in_n[None, :]
     tl.store(dq + out, (asked + own * kt).to(dq.dtype.element_ty), mask=stored)
+    if beta is not None:
+        tl.store(dbeta + out, (kt * read).to(dbeta.dtype.element_ty), mask=stored)
+        read *= bt
     read += own * qt
 
     # What each token does to those after it; `until`: decays from every earlier token to u.
@@ -208,6 +232,9 @@ def kda_chunk_bwd_keys_kernel(  # type: ignore[no-untyped-def]
         inside = in_n & (chunk * CHUNK + u < count)
         qu = tl.load(q + at * q_row + channel, mask=inside, other=0.0).to(tl.float32)
         ku = tl.load(k + at * k_row + channel, mask=inside, other=0.0).to(tl.float32)
+        if beta is not None:
+            strength = tl.load(beta + at * b_row + head * N + n, mask=inside, other=0.0)
+            ku *= strength.to(tl.float32)
         decay = tl.exp(tl.load(log_decay + at * g_row + head * N + n, mask=inside, other=0.0))
         until *= decay[None, :]
         told = tl.load(dweights + square + u * CHUNK + c)[:, None] * qu[None, :]
@@ -255,25 +282,26 @@ def gradients(
     s = sizes_of(q, v)
     dy = torch.zeros(v.shape, dtype=v.dtype, device=v.device) if dy is None else dy.contiguous()
     dlast = None if dlast is None else dlast.contiguous()
-    found = pairs(s, q, k, log_decay, beta, new, overlap=True)
+    strength, strength_row = by_head(beta)
+    found = pairs(s, q, k, log_decay, beta, new, overlap=strength is not None)
     before, fresh, error = states(s, found, v, beta, state, new)
-    later, x, dv = torch.empty_like(before), torch.empty_like(fresh), torch.empty_like(fresh)
+    later, dv = torch.empty_like(before), torch.empty_like(fresh)
+    x = None if strength is None else torch.empty_like(fresh)
     dfirst = torch.empty(s.batch, s.heads, s.n, s.p, device=q.device)
-    strength = row_stride("beta", beta)
     sizes = {"P": s.p, "CHUNK": s.chunk, "PRECISION": "ieee"}
     carried, warps = CARRIED[q.dtype]
     kda_chunk_bwd_states_kernel[(triton.cdiv(s.p, carried), s.heads, s.batch)](
-        *found[:6], dy, beta, dlast, new, later, x, dv, dfirst,
-        strength, s.tokens, s.chunks, N=s.n, **sizes, BLOCK_N=s.block_n, BLOCK_P=carried,
+        *found[:6], dy, strength, dlast, new, later, x, dv, dfirst,
+        strength_row, s.tokens, s.chunks, N=s.n, **sizes, BLOCK_N=s.block_n, BLOCK_P=carried,
         num_warps=warps, num_stages=1,
     )  # fmt: skip
-    assert found.overlap is not None
-    dweights, doverlap = torch.empty_like(found.overlap), torch.empty_like(found.overlap)
+    dweights, doverlap = (torch.empty(found.weights.shape, device=q.device) for _ in range(2))
     dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=q.device)
     block_p, warps = SCORES[q.dtype]
     kda_chunk_bwd_scores_kernel[(s.chunks, s.heads, s.batch)](
-        dy, x, fresh, error, found.overlap, beta, new, dweights, doverlap, dbeta,
-        strength, s.tokens, s.chunks, **sizes, BLOCK_P=block_p, num_warps=warps, num_stages=1,
+        dy, dv if x is None else x, fresh, error, found.overlap, strength, new, dweights, doverlap,
+        None if strength is None else dbeta, strength_row, s.tokens, s.chunks, **sizes,
+        BLOCK_P=block_p, num_warps=warps, num_stages=1,
     )  # fmt: skip
     # Heads of one group are summed in float32.
     wide = q.dtype if s.share == 1 else torch.float32
@@ -282,10 +310,11 @@ def gradients(
     )
     dg = torch.empty(dq.shape, device=q.device)
     block_n, block_p, warps = KEYS[q.dtype]
-    rows = (("q", q), ("k", k), ("log_decay", log_decay))
+    rows = [row_stride(name, t) for name, t in (("q", q), ("k", k), ("log_decay", log_decay))]
+    by_channel = (beta, dbeta, row_stride("beta", beta)) if strength is None else (None,) * 3
     kda_chunk_bwd_keys_kernel[(s.chunks * triton.cdiv(s.n, block_n), s.heads, s.batch)](
-        q, k, log_decay, dy, fresh, dv, before, later, found.kept, dweights, doverlap, new,
-        dq, dk, dg, *(row_stride(name, t) for name, t in rows), s.tokens, s.chunks,
+        q, k, log_decay, by_channel[0], dy, fresh, dv, before, later, found.kept, dweights,
+        doverlap, new, dq, dk, dg, by_channel[1], *rows, by_channel[2], s.tokens, s.chunks,
         SHARE=s.share, N=s.n, **sizes, BLOCK_N=block_n, BLOCK_P=block_p,
         num_warps=warps, num_stages=1,
     )  # fmt: skip

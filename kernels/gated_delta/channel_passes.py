@@ -4,6 +4,8 @@ With c the running sum of g in a chunk, Λ its last value and S the state before
 pairs    A_ts = β_t Σ_n k_t e^{c_t - c_s} k_s, s < t;   W_ts = Σ_n q_t e^{c_t - c_s} k_s, s <= t;
          T = (I + A)^-1;   k e^{c}, q e^{c} and k e^{Λ-c}
 states   V = T β (v - (k e^{c}) S);   y = W V + (q e^{c}) S;   S' = e^{Λ} S + (k e^{Λ-c})ᵀ V
+Where strengths are by channel (arXiv 2605.22791) the erasing keys e = β ∘ k take β's place: A_ts =
+Σ_n e_t e^{c_t - c_s} k_s, V = T (v - (e e^{c}) S).
 `pairs` walks through a chunk and keeps each key as it has decayed since: decays only ever multiply,
 so nothing is exponentiated but g <= 0 and no sum of them loses a small one beside a large one.
 
@@ -63,12 +65,14 @@ def kda_chunk_fwd_pairs_kernel(  # type: ignore[no-untyped-def]
     q, k, log_decay, beta, new, asked, read, left, kept, weights, inverse, overlap,
     q_row, k_row, g_row, b_row, tokens, chunks,
     SHARE: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    ERASES: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, H, B): all that a chunk's tokens do to each other.
 
     asked, read, left: [B, H, chunks, CHUNK, N], q e^{c}, k e^{c} and k e^{Λ-c}, weights, inverse:
     [B, H, chunks, CHUNK, CHUNK], W and T, in the inputs' dtype; kept: float32 [B, H, chunks, N];
-    overlap (None: unwanted): float32 as `weights`, A without β.
+    overlap (None: unwanted): float32 as `weights`, A without β. ERASES: β is by channel; read is
+    e e^{c} then.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     heads, batch = tl.num_programs(1), tl.program_id(2).to(tl.int64)
@@ -91,15 +95,19 @@ def kda_chunk_fwd_pairs_kernel(  # type: ignore[no-untyped-def]
         qt = tl.load(q + row * q_row + channel, mask=inside, other=0.0).to(tl.float32)
         kt = tl.load(k + row * k_row + channel, mask=inside, other=0.0).to(tl.float32)
         decay = tl.exp(tl.load(log_decay + row * g_row + head * N + n, mask=inside, other=0.0))
+        erasing = kt
+        if ERASES:
+            strength = tl.load(beta + row * b_row + head * N + n, mask=inside, other=0.0)
+            erasing = kt * strength.to(tl.float32)
         keys *= decay[None, :]
         since *= decay
         here = c[:, None] == i
-        before = tl.where(here, tl.sum(keys * kt[None, :], 1)[None, :], before)
+        before = tl.where(here, tl.sum(keys * erasing[None, :], 1)[None, :], before)
         keys = tl.where(here, kt[None, :], keys)
         scores = tl.where(here, tl.sum(keys * qt[None, :], 1)[None, :], scores)
         to = (place * CHUNK + i) * N + n
         tl.store(asked + to, (qt * since).to(kind), mask=in_n)
-        tl.store(read + to, (kt * since).to(kind), mask=in_n)
+        tl.store(read + to, (erasing * since).to(kind), mask=in_n)
     to = (place * CHUNK + c)[:, None] * N + n[None, :]
     tl.store(left + to, keys.to(kind), mask=in_n[None, :])
     tl.store(kept + place * N + n, since, mask=in_n)
@@ -107,9 +115,11 @@ def kda_chunk_fwd_pairs_kernel(  # type: ignore[no-untyped-def]
     tl.store(weights + square, scores.to(kind))
     if overlap is not None:
         tl.store(overlap + square, before)
-    t = chunk * CHUNK + c
-    strength = tl.load(beta + (batch * tokens + t) * b_row + head, mask=t < count, other=0.0)
-    solved = unit_inverse(before * strength.to(tl.float32)[:, None], CHUNK)
+    if not ERASES:
+        t = chunk * CHUNK + c
+        strength = tl.load(beta + (batch * tokens + t) * b_row + head, mask=t < count, other=0.0)
+        before *= strength.to(tl.float32)[:, None]
+    solved = unit_inverse(before, CHUNK)
     tl.store(inverse + square, solved.to(kind))
 
 
@@ -125,7 +135,7 @@ def kda_chunk_fwd_states_kernel(  # type: ignore[no-untyped-def]
     fresh, V, and error, v - (k e^{c}) S, both [B, T, H, P]; the others are None.
 
     first (None: zeros), last: float32; asked, ..., inverse: as `kda_chunk_fwd_pairs_kernel` left
-    them, asked and weights None where y is.
+    them, asked and weights None where y is; beta: None where it is in `read`.
     """
     head, heads = tl.program_id(1), tl.num_programs(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -154,12 +164,15 @@ def kda_chunk_fwd_states_kernel(  # type: ignore[no-untyped-def]
         vt = tl.load(
             v + row[:, None] * v_row + (head * P + p)[None, :], mask=values_in, other=0.0
         )  # fmt: skip
-        strength = tl.load(beta + row * b_row + head, mask=t < count, other=0.0).to(tl.float32)
+        if beta is not None:
+            strength = tl.load(beta + row * b_row + head, mask=t < count, other=0.0).to(tl.float32)
         held = current.to(kt.dtype)
         missed = vt.to(tl.float32) - tl.dot(kt, held, input_precision=PRECISION)
         if error is not None:
             tl.store(error + out, missed.to(kt.dtype), mask=stored)
-        missed = (missed * strength[:, None]).to(kt.dtype)
+        if beta is not None:
+            missed *= strength[:, None]
+        missed = missed.to(kt.dtype)
         value = tl.dot(tl.load(inverse + square), missed, input_precision=PRECISION).to(kt.dtype)
         if y is not None:
             qt = tl.load(asked + channels, mask=in_n[None, :], other=0.0)
@@ -203,10 +216,15 @@ def pairs(
     kda_chunk_fwd_pairs_kernel[(s.chunks, s.heads, s.batch)](
         q, k, log_decay, beta, new, *found,
         *(row_stride(name, t) for name, t in rows), s.tokens, s.chunks,
-        SHARE=s.share, N=s.n, CHUNK=s.chunk, BLOCK_N=s.block_n,
+        SHARE=s.share, N=s.n, CHUNK=s.chunk, BLOCK_N=s.block_n, ERASES=beta.dim() == 4,
         num_warps=WARPS, num_stages=1,
     )  # fmt: skip
     return found
+
+
+def by_head(beta: Tensor) -> tuple[Tensor | None, int | None]:
+    """Strengths as the passes over states take them, and their row stride: None by channel."""
+    return (None, None) if beta.dim() == 4 else (beta, row_stride("beta", beta))
 
 
 def outputs(
@@ -221,10 +239,13 @@ def outputs(
 
 def states(
     s: Sizes, found: Pairs, v: Tensor, beta: Tensor, first: Tensor | None, new: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The second pass again: S before every chunk, V and v - (k e^{c}) S, in v's dtype."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The second pass again: S before every chunk, V and v - (k e^{c}) S, in v's dtype; the last
+    one serves the gradient of strengths by head, and is None where they are by channel.
+    """
     before = v.new_empty(s.batch, s.heads, s.chunks, s.n, s.p)
-    fresh, error = (v.new_empty(s.batch, s.tokens, s.heads, s.p) for _ in range(2))
+    fresh = v.new_empty(s.batch, s.tokens, s.heads, s.p)
+    error = torch.empty_like(fresh) if beta.dim() == 3 else None
     _carry(s, found, v, beta, first, new, None, None, before, fresh, error)
     return before, fresh, error
 
@@ -234,10 +255,11 @@ def _carry(
     y: Tensor | None, *wanted: Tensor | None,
 ) -> None:  # fmt: skip
     asked, weights = (None, None) if y is None else (found.asked, found.weights)
+    strength, strength_row = by_head(beta)
     kda_chunk_fwd_states_kernel[(triton.cdiv(s.p, s.config.carried), s.heads, s.batch)](
-        asked, found.read, found.left, found.kept, weights, found.inverse, v, beta, first, new,
+        asked, found.read, found.left, found.kept, weights, found.inverse, v, strength, first, new,
         y, *wanted,
-        row_stride("v", v), row_stride("beta", beta), s.tokens, s.chunks,
+        row_stride("v", v), strength_row, s.tokens, s.chunks,
         N=s.n, P=s.p, CHUNK=s.chunk, BLOCK_N=s.block_n, BLOCK_P=s.config.carried,
         PRECISION="ieee", num_warps=WARPS, num_stages=1,
     )  # fmt: skip

@@ -121,6 +121,30 @@ def _chunk_size(tokens: int, chunk: int, by_channel: bool) -> int:
     return min(chunk, 1 << (tokens - 1).bit_length() if by_channel else tokens)
 
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def product_steps(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Inputs:
+    """Each product of a token as a token of its own: the first one decays, the last one asks.
+
+    q: [B, T, G, N]; log_decay: [B, T, H]; k, v, beta: [B, T, n, ...] with n products a token
+    (arXiv 2502.10297). Returns arguments of B sequences of n T tokens, of which every n-th answers;
+    without products, k [B, T, G, N], they are as they come.
+    """
+    if k.dim() == 4:
+        return q, k, v, log_decay, beta
+    more = k.shape[2] - 1
+    q = F.pad(q[:, :, None], (0, 0, 0, 0, more, 0))
+    log_decay = F.pad(log_decay[:, :, None], (0, 0, 0, more))
+    q, k, v, log_decay, beta = (t.flatten(1, 2) for t in (q, k, v, log_decay, beta))
+    return q, k, v, log_decay, beta
+
+
+def last_product(k: Tensor) -> slice:
+    """The last product of each token among those of all; k: as `product_steps` takes it."""
+    return slice(None) if k.dim() == 4 else slice(k.shape[2] - 1, None, k.shape[2])
+
+
 def gdn_answers(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> Tensor:  # fmt: skip

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backends import NoFormError
 from archs.kda import KimiDeltaAttention, KimiDeltaConfig
 from archs.mixer import Place
-from archs.ops.gated_delta import gated_delta
 from eval.proof.conformance import LAWS, Subject, judge
 from kernels.gated_delta.torch import gdn_chunk
-from kernels.norm.torch import OutputNorm
 from tests.archs.recurrent import assert_close, mixer_steps, randomise
 
 #: Model width, heads, N, P, ranks.
@@ -100,12 +97,7 @@ def test_it_obeys_every_law(law: str) -> None:
     assert verdict.passed, verdict.detail
 
 
-def test_kernels_refuse_it_and_decays_must_be_by_channel_too() -> None:
+def test_decays_must_be_by_channel_where_strengths_are() -> None:
     k, v = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 3)
-    norm = OutputNorm(gate=v, weight=torch.ones(3), eps=1e-6, gate_first=False)
-    with pytest.raises(NoFormError, match="erases by channel has no form for"):
-        gated_delta(
-            k, k, v, k, k, torch.zeros(1), torch.zeros(1, 4), norm, backend="triton"
-        )  # fmt: skip
     with pytest.raises(ValueError, match="beta is by channel and log_decay by head"):
         gdn_chunk(k, k, v, k[..., 0], k)

@@ -165,6 +165,10 @@ BROKEN = {
         VALUE, "value = self.value(mixed - mixed.mean(0, keepdim=True))", "batch independence",
         ["a batch of 3: token 0", "forward mixes sequences"],
     ),
+    "rounded-away": (
+        VALUE, "value = self.value((mixed + 32) - 32)", "bfloat16",
+        ["that of float32 with weights one unit in the last place off"],
+    ),
     "fp16-overflow": (
         VALUE, "value = self.value(mixed * 2**17) / 2**17", "float16",
         ["layer 0 (TailedSum): forward is not finite from token 0", "65504"],

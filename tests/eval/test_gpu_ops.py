@@ -39,6 +39,8 @@ QUICK = {
     "ssm_step": "8x128x64 new 1 bfloat16 normed",
     "gdn_step": "4x128x128 new 1 bfloat16 normed",
     "kda_step": "4x128x128 new 1 bfloat16 normed",
+    "gdn2_step": "4x128x128 new 1 bfloat16 normed",
+    "product_step": "4x128x128 new 1 bfloat16 normed",
     "linear_step": "4x128x128 new 1 bfloat16 turned normed",
     "selective_step": "512x16 new 4 bfloat16",
     "trapezoid_step": "4x64x32 rank 4 new 1 float32",
@@ -48,6 +50,7 @@ QUICK = {
     "decay_chunk": "2x2x16x32 tokens 65",
     "gdn_chunk": "2x2x16x32 tokens 1",
     "kda_chunk": "2x2x16x32 tokens 1",
+    "gdn2_chunk": "2x2x16x32 tokens 1",
     "selective_chunk": "80x16 tokens 1",
     "gemv": "129x200 bfloat16",
     "head_gemv": "3 heads 40 to 200",
@@ -110,6 +113,8 @@ STEPS = {
     "gdn normed": (recurrent.GDN.normed(), (2, 32, 16), 7),
     "kda": (recurrent.KDA, (2, 32, 16), 7),
     "kda normed": (recurrent.KDA.normed(opened="sigmoid"), (2, 32, 16), 7),
+    "gdn2 normed": (recurrent.GDN2.normed(opened="sigmoid"), (2, 32, 16), 7),
+    "product normed": (recurrent.PRODUCT.normed(), (2, 32, 16), 11),
     "linear": (recurrent.LINEAR, (2, 32, 16), 5),
     "linear turned normed": (recurrent.TURNED.normed(), (2, 32, 16), 5),
     "selective": (recurrent.SELECTIVE, (96, 16), 7),
@@ -121,6 +126,8 @@ RINGS = {
     "ssm normed": (recurrent.SSM.normed(flat=True), 5),
     "gdn normed": (recurrent.GDN.normed(), 7),
     "kda normed": (recurrent.KDA.normed(opened="sigmoid"), 7),
+    "gdn2 normed": (recurrent.GDN2.normed(opened="sigmoid"), 7),
+    "product normed": (recurrent.PRODUCT.normed(), 11),
     "linear turned normed": (recurrent.TURNED.normed(), 5),
     "wkv": (wkv.WKV, 7),
 }
@@ -146,6 +153,7 @@ SCANS = {
               decay_scan.decay_chunk, 2),
     "gdn": (chunk.gdn_chunk, chunk.gdn_inputs, (2, 2, 16, 32), chunk.gdn_work, gdn.gdn_chunk, 2),
     "kda": (chunk.kda_chunk, chunk.kda_inputs, (2, 2, 16, 32), chunk.kda_work, gdn.gdn_chunk, 2),
+    "gdn2": (chunk.kda_chunk, chunk.gdn2_inputs, (2, 2, 16, 32), chunk.kda_work, gdn.gdn_chunk, 2),
     "selective": (chunk.selective_chunk, chunk.selective_inputs, (64, 4), chunk.selective_work,
                   selective_scan.selective_scan, 0),
 }  # fmt: skip
@@ -264,7 +272,7 @@ def test_bytes_of_steps_are_their_state_twice_inputs_and_outputs(
 ) -> None:
     form, sizes, flops = STEPS[name]
     inputs, state = form.make(2, 1, sizes, CPU), torch.empty(2, *sizes, dtype=dtype)
-    y = inputs["x" if "x" in inputs else "v"]
+    y = inputs["gate"] if "gate" in inputs else inputs["x" if "x" in inputs else "v"]
     case = CASES[f"{name} {str(dtype)[6:]}"]
     assert case.moved_bytes == nbytes(state, state, y, *inputs.values())
     assert case.flops == flops * state.numel()
@@ -283,7 +291,7 @@ def test_bytes_of_a_ring_are_its_held_rows_and_a_new_one(name: str) -> None:
     """Of nine sequences, two store their states."""
     form, row = ring_of(name)
     inputs, state = form.make(9, 1, (2, 32, 16), CPU), torch.empty(9 + 2, 2, 32, 16)
-    y, rows = inputs["x" if "x" in inputs else "v"], torch.empty(9, 8 + 1, row, dtype=BF16)
+    y, rows = inputs["gate"], torch.empty(9, 8 + 1, row, dtype=BF16)
     case = CASES[f"{name} ring"]
     assert case.moved_bytes == nbytes(state, y, rows, *inputs.values())
     assert case.flops == (RINGS[name][1] + 8 * (RINGS[name][1] - 2)) * 9 * 2 * 32 * 16

@@ -31,7 +31,10 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         ({"project_append": 1, **ATTENTION}, {"rope_append": 1, **ATTENTION}),
     ),
     "linear": ({"linear_step": 1},) * 2,
-    "gdn": ({"conv_step": 1, "gdn_step": 1},) * 2,
+    **dict.fromkeys(
+        ("gdn", "gdn(beta_max=2,products=2)", "kda(channel_gates=true)"),
+        ({"conv_step": 1, "gdn_step": 1},) * 2,
+    ),
     "mamba1": ({"conv_step": 1, "selective_step": 1},) * 2,
     "shortconv": ({"conv_step": 1},) * 2,
     "mamba2": ({"conv_step": 1, "ssm_step": 1},) * 2,
@@ -83,12 +86,13 @@ def require_launches(cells: list[dict[str, Any]]) -> None:
 
 
 def test_prepared_kernels_are_all_that_the_proof_launches(tmp_path: Path) -> None:
-    more = ("--archs", "gqa,gdn", "--points", "70m:1:256,70m:2:256")
+    archs = {"gqa", "gdn", "gdn(beta_max=2,products=2)", "kda(channel_gates=true)"}
+    more = ("--archs", ",".join(sorted(archs)), "--points", "70m:1:256,70m:2:256")
     ops = ["page_write", "gemv"]
     folder = tmp_path / "prepared"
     first = prepare(folder, ops, more=more)
     assert first["misses"] == len(first["kernels"]) > 10
-    require_sound(first, {"gqa", "gdn"})
+    require_sound(first, archs)
     require_launches(first["cells"])
     assert use(folder, tmp_path / "scratch" / "cache") == len(first["kernels"])
     again = stand_in(tmp_path / "scratch", ops, more)

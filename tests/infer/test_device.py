@@ -86,14 +86,17 @@ RUN = InterpretedFunction.run
 #: attentions, gates and the sum of three.
 #: A convolution between gates: one before it, one after.
 #: Tied rows: rotation, rows and key written, queries filled up, attention. Groups of latents: a
-#: norm for each and what puts them together, and two of the latter around attention.
-#: Low-rank projections, opened between their halves, and the gate of the outputs.
+#: norm for each and what puts them together, and two of the latter around attention. Low-rank
+#: projections, opened between their halves, and the gate of the outputs. Gates of values by
+#: channel: a sigmoid and a product.
 MORE_LAUNCHES = {
     "mla": 6, "dsa": 17, "nsa": 13, "shortconv": 3, "gta": 5, "grouped_latent": 9, "rwkv7": 5,
+    "kda(channel_gates=true)": 4,
 }  # fmt: skip
+DELTA_OPTIONS = ("gdn(beta_max=2,products=2)", "kda(channel_gates=true)")
 
 
-@pytest.mark.parametrize("arch", [arch for arch in KERNELED if arch in REGISTRY])
+@pytest.mark.parametrize("arch", [*(arch for arch in KERNELED if arch in REGISTRY), *DELTA_OPTIONS])
 def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +158,7 @@ def test_prefill_and_decode_equal_the_torch_form(arch: str) -> None:
         "mamba1",
         "mamba2",
         "mamba3",
+        *DELTA_OPTIONS,
     ],
 )
 def test_the_conformance_kit_holds(arch: str, check: Callable[[Subject], object]) -> None:
@@ -181,7 +185,7 @@ def test_rejected_tokens_leave_no_trace_in_slots() -> None:
     assert error_of(got, subject.expected(tokens)[:, 4:]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("arch", quick("mqa", "linear"))
+@pytest.mark.parametrize("arch", [*quick("mqa", "linear"), *DELTA_OPTIONS])
 def test_training_form_and_its_gradients(arch: str) -> None:
     subject = subject_of(arch)
     tokens = subject.tokens(1, 19)

@@ -44,6 +44,8 @@ def test_an_architecture_without_kernels_is_refused(arch: str) -> None:
         ("swa", {"qk_norm": True, "rope_dim": 32, "window": 9}, [21, 1, 3, 5]),
         ("cla", {"qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1, 3]),
         ("gdn", {"beta_max": 2.0}, [11, 1, 3, 4]),
+        ("gdn", {"beta_max": 2.0, "products": 2}, [11, 1, 3, 4]),
+        ("kda", {"channel_gates": True}, [11, 1, 3, 4]),
     ],
 )
 def test_options_equal_the_torch_form(
@@ -51,7 +53,8 @@ def test_options_equal_the_torch_form(
 ) -> None:
     """Parts of pages, pages and several for a picked block; latents that are not turned; several
     columns of B and C, and states that do not turn; KV heads and latents that share a key; heads
-    that are normed, gated, partly rotated or not at all; strengths up to 2.
+    that are normed, gated, partly rotated or not at all; strengths up to 2, two products a
+    token, and gates by channel.
     """
     subject = subject_of(arch, layers=2 if arch == "cla" else 1)
     subject.spec = replace(subject.spec, overrides={arch: options})

@@ -21,6 +21,8 @@ from tests.kernels.steps import STEPS, Step
 LAYOUTS: dict[str, tuple[str, Callable[[int, int, int, int], int]]] = {
     "gdn": ("kvab", gdn_step.gdn_ring_row),
     "kda": ("kvab", partial(gdn_step.gdn_ring_row, by_channel=True)),
+    "gdn2": ("kvab", partial(gdn_step.gdn_ring_row, by_channel=True, erases=True)),
+    "products": ("kvab", partial(gdn_step.gdn_ring_row, products=2)),
     "ssm": ("x b dt", ssm_step.ssm_ring_row),
     "linear": ("kv", linear_step.linear_ring_row),
     "wkv": ("k v decay rate", lambda _, h, n, p: dplr_step.wkv_ring_row(h, n, p)),
@@ -42,7 +44,7 @@ class Books:
 
 def row_width(name: str, args: Args, state: Tensor) -> int:
     heads, n, p = state.shape[1:]
-    groups = args["b" if name == "ssm" else "k"].shape[2]
+    groups = args["b" if name == "ssm" else "k"].shape[-2]
     return LAYOUTS[name][1](groups, heads, n, p)
 
 

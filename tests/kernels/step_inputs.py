@@ -74,15 +74,38 @@ def kda_arguments(k: int, dtype: torch.dtype, n: int = 16, h: int = 2, **sizes: 
     return args | {"a": heads(a, h), "dt_bias": torch.linspace(-6, 2, h * n).view(h, n)}, state
 
 
+def erasing_arguments(k: int, dtype: torch.dtype, n: int = 16, h: int = 2, **sizes: Any) -> Made:
+    """As `kda_arguments`, strengths by channel, too."""
+    args, state = kda_arguments(k, dtype, n=n, h=h, **sizes)
+    (b,) = columns(k, dtype, h * n)
+    return args | {"b": heads(b, h)}, state
+
+
+def product_arguments(
+    k: int, dtype: torch.dtype, n: int = 16, p: int = 16, g: int = 1, h: int = 2,
+    products: int = 2, **more: Any,
+) -> Made:  # fmt: skip
+    """As `gdn_arguments`, several products a token."""
+    args, state = gdn_arguments(k, dtype, n=n, p=p, g=g, h=h, **more)
+    key, v = columns(k, dtype, products * g * n, products * h * p)
+    (b,) = columns(k, dtype, products * h)
+    return args | {
+        "k": key.unflatten(-1, (products, g, n)), "v": v.unflatten(-1, (products, h, p)),
+        "b": b.unflatten(-1, (products, h)),
+    }, state  # fmt: skip
+
+
 def gdn_form(args: Args, state: Tensor) -> tuple[Tensor, Tensor]:
     """`kernels.gated_delta.torch.gdn_step` with the glue of `archs.ops.gated_delta` around it."""
     q, k = l2_norm(args["q"]), l2_norm(args["k"])
     rate = -args["a_log"].exp().view(-1, *[1] * (args["a"].dim() - 3))
     decay = F.softplus(args["a"].float() + args["dt_bias"]) * rate
     scaled, beta = q * q.shape[-1] ** -0.5, args["beta_max"] * args["b"].sigmoid()
-    y, each = gdn_torch.gdn_step(scaled, k, args["v"], decay, beta, state, each=True)
+    inputs = gdn_torch.product_steps(scaled, k, args["v"], decay, beta)
+    y, each = gdn_torch.gdn_step(*inputs, state, each=True)
+    last = gdn_torch.last_product(k)
     assert each is not None
-    return normed(y, args["norm"]), each
+    return normed(y[:, last], args["norm"]), each[:, last]
 
 
 def ssm_arguments(

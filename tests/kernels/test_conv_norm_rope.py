@@ -35,6 +35,19 @@ def test_conv_equals_the_oracle_and_continues(tokens: int, bias: bool) -> None:
     torch.testing.assert_close(later.double(), joined[:, tokens:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 63])
+def test_conv_rounds_to_16_bits_once(tokens: int, dtype: torch.dtype) -> None:
+    x, weight, tail, offset = (
+        torch.randn(s).to(dtype) for s in ((2, tokens, 5), (5, 4), (2, 3, 5), (5,))
+    )
+    y = causal_conv(x, weight, offset, tail, silu=False)
+    expected = causal_conv_ref(x, weight, offset, tail)
+    assert y.dtype == dtype
+    half = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(y.double(), expected, rtol=half, atol=1e-6)
+
+
 def test_conv_tails_of_ragged_batches() -> None:
     x, tail = torch.randn(3, 6, 5), torch.randn(3, 3, 5)
     every = conv_tails(x, tail, 4)

@@ -28,8 +28,8 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """T tokens, G and H heads, N by P states; valid tokens; whether a first state is given, and
-    decays are by channel.
+    """T tokens, G and H heads, N by P states; valid tokens; whether a first state is given, decays
+    are by channel, and strengths, too.
     """
 
     t: int
@@ -42,6 +42,7 @@ class Case:
     given: bool = True
     batch: int = 1
     channels: bool = False
+    erases: bool = False
 
     @property
     def op(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -50,7 +51,7 @@ class Case:
     def __str__(self) -> str:
         kind = str(self.dtype)[6:].replace("bfloat", "bf")
         first = "" if self.given else "-zeros"
-        kind += "-channels" * self.channels
+        kind += "-channels" * self.channels + "-erases" * self.erases
         return f"t{self.t}-{self.n}x{self.p}-g{self.g}h{self.h}-{kind}{first}-new{self.new}"
 
 
@@ -73,6 +74,11 @@ CASES = [
     Case(t=18, h=2, batch=3, new=(17, 18, 0), given=False, channels=True),
     Case(t=34, dtype=BF16, batch=2, new=(34, 9), channels=True),
     Case(t=130, n=32, p=16, dtype=FP16, batch=2, new=(61, 130), channels=True),
+    Case(t=1, channels=True, erases=True),
+    Case(t=33, n=48, p=80, dtype=BF16, given=False, channels=True, erases=True),
+    Case(t=20, n=48, p=32, g=2, h=4, channels=True, erases=True),
+    Case(t=18, h=2, batch=3, new=(17, 18, 0), given=False, channels=True, erases=True),
+    Case(t=70, h=2, dtype=FP16, batch=2, new=(34, 69), channels=True, erases=True),
 ]
 
 
@@ -100,12 +106,17 @@ def arguments(case: Case) -> dict[str, Any]:
         "k": k.unflatten(-1, (c.g, c.n)),
         "v": v.unflatten(-1, (c.h, c.p)),
         "log_decay": -(torch.rand(c.batch, c.t, c.h, *[c.n] * c.channels) ** 3),
-        "beta": torch.rand(c.batch, c.t, 2 * c.h).to(c.dtype if c.given else torch.float32)[
-            ..., : c.h
-        ],
+        "beta": strengths(c).to(c.dtype if c.given else torch.float32),
         "state": torch.randn(c.batch, c.h, c.n, c.p) if c.given else None,
         "new": None if c.new is None else torch.tensor(c.new, dtype=torch.int32),
     }
+
+
+def strengths(c: Case) -> Tensor:
+    """Columns of a wider tensor."""
+    columns = c.h * (c.n if c.erases else 1)
+    beta = torch.rand(c.batch, c.t, 2 * columns)[..., :columns]
+    return beta.unflatten(-1, (c.h, c.n)) if c.erases else beta
 
 
 def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -186,13 +197,19 @@ def test_gradients_equal_those_of_the_oracle(case: Case, interpreter: None) -> N
         close(grad, expected[name], TOLERANCE[case.dtype])
 
 
-EACH = pytest.mark.parametrize("channels", [False, True], ids=["heads", "channels"])
+#: Which gates are by channel.
+GATES: dict[str, dict[str, bool]] = {
+    "heads": {}, "channels": {"channels": True}, "erases": {"channels": True, "erases": True},
+}  # fmt: skip
+EACH = pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
 
 
 @EACH
 @pytest.mark.parametrize("which", [0, 1], ids=["y", "last"])
-def test_gradients_of_one_output_alone(which: int, channels: bool, interpreter: None) -> None:
-    case = Case(t=20, h=2, channels=channels)
+def test_gradients_of_one_output_alone(
+    which: int, gates: dict[str, bool], interpreter: None
+) -> None:
+    case = Case(t=20, h=2, **gates)
     args = arguments(case)
     inputs = [args[n].detach().requires_grad_() for n in NAMES]
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -218,8 +235,8 @@ def test_the_solve_holds_where_all_keys_are_equal(dtype: torch.dtype, interprete
 
 @EACH
 @pytest.mark.parametrize("decay", [-1e-6, -30.0, -1e4])
-def test_decays_of_any_size(decay: float, channels: bool, interpreter: None) -> None:
-    case = Case(t=35, channels=channels)
+def test_decays_of_any_size(decay: float, gates: dict[str, bool], interpreter: None) -> None:
+    case = Case(t=35, **gates)
     args = arguments(case)
     args["log_decay"] = torch.full_like(args["log_decay"], decay)
     inputs = [args[n].detach().requires_grad_() for n in NAMES]
@@ -233,8 +250,8 @@ def test_decays_of_any_size(decay: float, channels: bool, interpreter: None) -> 
 
 @EACH
 @pytest.mark.parametrize("at", [1, 16, 30, 39])
-def test_any_split_equals_one_call(at: int, channels: bool, interpreter: None) -> None:
-    case = Case(t=40, h=2, channels=channels)
+def test_any_split_equals_one_call(at: int, gates: dict[str, bool], interpreter: None) -> None:
+    case = Case(t=40, h=2, **gates)
     args = arguments(case)
     y, last = case.op(*(args[n] for n in NAMES))
     first, state = case.op(*(args[n][:, :at] for n in NAMES[:5]), args["state"])
@@ -300,16 +317,16 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-def acceptable(channels: bool = False) -> Case:
-    return Case(t=3, n=32, p=32, g=2, h=4, batch=2, channels=channels)
+def acceptable(**gates: bool) -> Case:
+    return Case(t=3, n=32, p=32, g=2, h=4, batch=2, **gates)
 
 
 @EACH
 @pytest.mark.parametrize("change", WRONG)
 def test_what_does_not_fit_is_refused_before_any_launch(
-    change: str, channels: bool, interpreter: None, monkeypatch: pytest.MonkeyPatch
+    change: str, gates: dict[str, bool], interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = acceptable(channels)
+    case = acceptable(**gates)
     args = arguments(case)
     spoil_one, message = WRONG[change]
     spoil_one(args)
@@ -320,7 +337,7 @@ def test_what_does_not_fit_is_refused_before_any_launch(
 
 
 @EACH
-def test_cpu_tensors_are_refused_outside_the_interpreter(channels: bool) -> None:
-    case = acceptable(channels)
+def test_cpu_tensors_are_refused_outside_the_interpreter(gates: dict[str, bool]) -> None:
+    case = acceptable(**gates)
     with pytest.raises(ValueError, match=r"q=.*is on cpu, needs cuda"):
         case.op(**arguments(case))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Largest allowed difference relative to the largest reference value, by dtype. Never softened.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+#: Largest allowed difference in float32, relative to the largest reference value. Never softened.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class StateFault(Exception):
 class Comparison:
     """Differences of one law: the largest of all, and the first place beyond the limit."""
 
-    def __init__(self, limit: float = TOLERANCE[torch.float32]) -> None:
+    def __init__(self, limit: float = TOLERANCE) -> None:
         self.limit = limit
         self.worst = 0.0
         self.wrong: Wrong | None = None

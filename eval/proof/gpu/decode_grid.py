@@ -22,6 +22,7 @@ POINTS: tuple[tuple[str, int, int], ...] = (
     ("1b", 1, 32768), ("1b", 8, 4096), ("1b", 256, 1024), ("8b", 16, 16384), ("8b", 64, 4096),
     ("1b", 16, 32768), ("8b", 1, 131072),
 )  # fmt: skip
+ARCHS: tuple[str, ...] = (*REGISTRY, *HYBRIDS)
 COLUMNS = (
     "arch", "scale", "batch", "context", "kernel_backend", "status", "tpot_ms", "tpot_p50_ms",
     "tpot_p99_ms", "output_tok_per_s", "mbu", "mfu", "tpot_pred_ms", "step_bytes", "step_flops",
@@ -68,7 +69,7 @@ def places(
     A model is built once for all these backends.
     """
     for scale, batch, context in POINTS[:first]:
-        for arch in (*REGISTRY, *HYBRIDS):
+        for arch in ARCHS:
             for backend in backends:
                 yield Place(arch, scale, batch, context, backend)
 

@@ -54,6 +54,12 @@ def kda_inputs(b: int, t: int, sizes: tuple[int, ...], device: torch.device) -> 
     return [q, k, v, -torch.rand(b, t, *sizes[1:3], device=device) / 8, beta]
 
 
+def gdn2_inputs(b: int, t: int, sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """As `kda_inputs`, strengths by channel, too."""
+    *inputs, _ = kda_inputs(b, t, sizes, device)
+    return [*inputs, torch.rand(b, t, *sizes[1:3], device=device).bfloat16()]
+
+
 def selective_inputs(b: int, t: int, sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
     """x, step, A, B, C, D: sizes are E, N."""
     width, n = sizes
@@ -263,6 +269,20 @@ OPS = (
         cases=_cases(
             kda_chunk, kda_inputs, [((96, 96, 128, 128), 1, 8192), ((16, 16, 128, 128), 8, 4096)],
             kda_work, {"fla": _fla_kda, "torch": _of(gdn.gdn_chunk)},
+        ),
+    ),
+    Op(
+        name="gdn2_chunk",
+        checks=[
+            Check(name=f"{'x'.join(map(str, sizes))} tokens {tokens}", limit=LIMITS["backward"],
+                  run=check_scan(kda_chunk, gdn.gdn_ref, gdn2_inputs, sizes,
+                                 (sizes[1], *sizes[2:]), tokens))
+            for sizes in ((4, 4, 128, 128), (2, 4, 64, 128), (2, 2, 16, 32))
+            for tokens in (1, 65, 150)
+        ],
+        cases=_cases(
+            kda_chunk, gdn2_inputs, [((16, 16, 128, 128), 8, 4096)], kda_work,
+            {"torch": _of(gdn.gdn_chunk)},
         ),
     ),
     Op(

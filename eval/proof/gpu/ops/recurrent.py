@@ -6,6 +6,7 @@ Each alone, and as the engine launches it: with the norm of its output, retentio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from eval.proof.gpu.case import Case, Check, Op, Run, installed
 from eval.proof.gpu.ops import recurrent_baselines as baselines
 from eval.proof.gpu.ops.operands import bytes_of, on_cpu, random, slots
 from eval.proof.gpu.ops.recurrent_baselines import Baselines
-from eval.proof.gpu.ops.recurrent_rings import check_ring, ring_case
+from eval.proof.gpu.ops.recurrent_rings import answers, check_ring, ring_case
 from kernels.conv import step as conv_step
 from kernels.decay import linear_step, ssm_step
 from kernels.gated_delta import step as gdn_step
 from kernels.selective import step as selective_step
 
 BF16_LIMIT = 8e-3
+#: Products of a token where it has several.
+PRODUCTS = 2
 Pairs = Sequence[tuple[Tensor, Tensor]]
 Make = Callable[..., dict[str, Tensor]]
 
@@ -54,6 +57,21 @@ def kda_inputs(b: int, k: int, sizes: tuple[int, ...], device: torch.device) -> 
         "a": random(b, k, heads, n, device=device),
         "dt_bias": random(heads, n, device=device, dtype=torch.float32),
     }
+
+
+def gdn2_inputs(b: int, k: int, sizes: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
+    """As `kda_inputs`, strengths by channel, too."""
+    heads, n, _ = sizes
+    return kda_inputs(b, k, sizes, device) | {"b": random(b, k, heads, n, device=device)}
+
+
+def product_inputs(
+    b: int, k: int, sizes: tuple[int, ...], device: torch.device
+) -> dict[str, Tensor]:
+    """As `gdn_inputs`, `PRODUCTS` a token."""
+    heads, n, p = sizes
+    each = partial(random, b, k, PRODUCTS, heads, device=device)
+    return gdn_inputs(b, k, sizes, device) | {"k": each(n), "v": each(p), "b": each()}
 
 
 def linear_inputs(
@@ -179,13 +197,11 @@ def step_case(
         return {"triton": lambda: step(**inputs, state=pool, **place), **others(inputs, pool)}
 
     shapes = make(batch, 1, sizes, torch.device("meta"))
-    values = shapes.get("x", shapes.get("v"))
-    assert values is not None
     size = batch * math.prod(sizes)
     kind = str(dtype).removeprefix("torch.")
     return Case(
         name=f"{'x'.join(map(str, sizes))} {kind} state batch {batch}{more}", order=order,
-        moved_bytes=2 * size * dtype.itemsize + bytes_of(values, *shapes.values()),
+        moved_bytes=2 * size * dtype.itemsize + bytes_of(answers(shapes), *shapes.values()),
         flops=flops * size, build=build,
         late=tuple(name for name in ("mamba-ssm", "fla") if installed(name)),
     )  # fmt: skip
@@ -298,6 +314,14 @@ GDN = Form(step=gdn_step.gdn_step, reference=gdn_step.gdn_step_ref, make=gdn_inp
 KDA = Form(step=gdn_step.gdn_step, reference=gdn_step.gdn_step_ref, make=kda_inputs,
            others=baselines.kda,
            row=lambda h, n, p: gdn_step.gdn_ring_row(h, h, n, p, by_channel=True))  # fmt: skip
+GDN2 = replace(
+    KDA, make=gdn2_inputs, others=baselines.delta_by_torch,
+    row=lambda h, n, p: gdn_step.gdn_ring_row(h, h, n, p, by_channel=True, erases=True),
+)  # fmt: skip
+PRODUCT = replace(
+    GDN, make=product_inputs, others=baselines.delta_by_torch,
+    row=lambda h, n, p: gdn_step.gdn_ring_row(h, h, n, p, products=PRODUCTS),
+)  # fmt: skip
 LINEAR = Form(step=linear_step.linear_step, reference=linear_step.linear_step_ref,
               make=linear_inputs, others=baselines.linear,
               row=lambda h, n, p: linear_step.linear_ring_row(h, h, n, p))  # fmt: skip
@@ -311,6 +335,9 @@ OPS = (
             [(64, 128, 64), (64, 128, 128)], 5),
     step_op("gdn_step", [GDN.normed(), GDN], (4, 128, 128), [(32, 128, 128)], 7),
     step_op("kda_step", [KDA.normed(opened="sigmoid"), KDA], (4, 128, 128), [(32, 128, 128)], 7),
+    step_op("gdn2_step", [GDN2.normed(opened="sigmoid")], (4, 128, 128), [(32, 128, 128)], 7),
+    step_op("product_step", [PRODUCT.normed()], (4, 128, 128), [(32, 128, 128)],
+            3 + 4 * PRODUCTS),
     step_op("linear_step", [TURNED.normed(), LINEAR], (4, 128, 128), [(32, 128, 128)], 5),
     step_op("selective_step", [SELECTIVE], (512, 16), [(4096, 16)], 7),
     Op(name="conv_step", checks=[Check(name="512 new 4", run=check_conv, limit=BF16_LIMIT)],

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from eval.proof.gpu.case import Run, installed, lazily
 from kernels.decay.torch import decay_step
-from kernels.gated_delta.torch import gdn_step
+from kernels.gated_delta.torch import gdn_step, last_product, product_steps
 from kernels.norm import rows as norm_triton
 from kernels.norm import torch as norm
 from kernels.norm.torch import OutputNorm, l2_norm
@@ -79,7 +79,8 @@ def _gates(i: Inputs) -> tuple[Tensor, Tensor]:
 
 def _delta_by_torch(i: Inputs, pool: Tensor) -> Tensor:
     q, k = l2_norm(i["q"]) * pool.shape[2] ** -0.5, l2_norm(i["k"])
-    return gdn_step(q, k, i["v"], *_gates(i), pool)[0]
+    y, _ = gdn_step(*product_steps(q, k, i["v"], *_gates(i)), pool)
+    return y[:, last_product(k)]
 
 
 def gdn(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
@@ -97,6 +98,11 @@ def gdn(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
         )[0]  # fmt: skip
 
     return {"torch": partial(_delta_by_torch, i, pool), **where_installed("fla", by_library)}
+
+
+def delta_by_torch(i: Inputs, pool: Tensor) -> Mapping[str, Run]:
+    """The gated delta rule's with options that no library has: torch's alone."""
+    return {"torch": partial(_delta_by_torch, i, pool)}
 
 
 def kda(i: Inputs, pool: Tensor) -> Mapping[str, Run]:

@@ -38,6 +38,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
     from triton import knobs
 
+    from archs.names import names_in
     from eval.measure.progress import Progress
     from eval.proof.gpu import decode_grid, proof
     from eval.proof.gpu.ops import OPS
@@ -57,13 +58,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
             (scale, int(batch), int(context))
             for scale, batch, context in (p.split(":") for p in given.points.split(","))
         )
-    archs = given.archs.split(",") if given.archs else None
-    real = decode_grid.places
-
-    def places(*args: Any, **options: Any) -> Any:
-        return (p for p in real(*args, **options) if archs is None or p.arch in archs)
-
-    vars(proof)["places"] = places
+    if given.archs:
+        decode_grid.ARCHS = tuple(names_in(given.archs))
     with device.Mode(record):
         made_proof = proof.Proof(
             list(proof.chosen(OPS, names)), given.out, device.GPU, budget_s=None,
