@@ -123,11 +123,7 @@ class CrossLayerAttention(Attention):
         seen = state.append("kv", kv) if self.owner is None else state.seen("kv")
         if not c.tied_kv:
             return self._attend(q, seen, gate)
-        held = seen.rows.shape[-2]
-        angles = state.rotary(c.head_dim, c.rope_theta, c.rope_dim)[:held]
-        if len(angles) < held:
-            # A last page reaches beyond the longest context, where nobody looks.
-            angles = F.pad(angles, (0, 0, 0, 0, 0, held - len(angles)))
+        angles = state.rotary(c.head_dim, c.rope_theta, c.rope_dim)
         return self._attend_tied(q, seen, angles, gate)
 
     def _attend_tied(self, q: Tensor, seen: Rows, angles: Tensor, gate: Tensor | None) -> Tensor:

@@ -6,14 +6,13 @@ Training is torch's fused attention under every backend: it picks FlashAttention
 published forward and backward rates on Hopper are above those of Triton kernels.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from archs.backends import Forms, NoFormError
+from archs.backends import Forms
 from archs.ops import libraries
 from archs.state import Kept, Pages, Rows, mask_of, pages_of
 from kernels.attention.torch import attention, attention_with_sinks, latent_attention
@@ -42,8 +41,9 @@ def attend_turned(
 ) -> Tensor:  # fmt: skip
     """`attend` over rows [G, ·, d] that are values as they lie, and keys once rotated.
 
-    weight: [d], what a key's channels are multiplied by first (None: 1). angles: of the rows, as
-    `kernels.rope.torch.rotate` takes them, [S, d/2]. Raises UserError as `attend` does.
+    weight: [d], what a key's channels are multiplied by first (None: 1). angles: of positions from
+    0 on, as `kernels.rope.torch.rotate` takes them, [>= S, d/2]; real ones for rows in pages.
+    Raises UserError as `attend` does.
     """
     return _ATTEND_TURNED[backend](q, seen, weight, angles, sinks)
 
@@ -75,33 +75,50 @@ def attend_expanded(q: Tensor, k: Tensor, v: Tensor, seen: Rows, *, backend: str
     return _ATTEND_EXPANDED[backend](q, k, v, seen)
 
 
-def _torch(q: Tensor, seen: Rows) -> Tensor:
+def _torch(q: Tensor, seen: Rows, sinks: Tensor | None = None) -> Tensor:
     k, v = seen.rows.unbind(1)
-    return attention(q, k, v, mask=seen.mask, causal=seen.causal)
+    return _expanded_torch(q, k, v, seen, sinks)
 
 
-def _sinks_torch(q: Tensor, seen: Rows, sinks: Tensor) -> Tensor:
-    k, v = seen.rows.unbind(1)
-    return attention_with_sinks(q, k, v, sinks, mask=seen.mask, causal=seen.causal)
+def _keys_of(rows: Tensor, weight: Tensor | None, angles: Tensor) -> Tensor:
+    """Rows [B, G, S, d], weighed and rotated: a copy."""
+    held, known = rows.shape[-2], angles[: rows.shape[-2]]
+    if len(known) < held:
+        # A last page reaches beyond the longest context, where nobody looks.
+        known = F.pad(known, (0, 0, 0, 0, 0, held - len(known)))
+    return rotated(rows if weight is None else rows * weight, known)
 
 
 def _turned_torch(
     q: Tensor, seen: Rows, weight: Tensor | None, angles: Tensor, sinks: Tensor | None
 ) -> Tensor:
-    rows = seen.rows
-    keys = rotated(rows if weight is None else rows * weight, angles)
-    at: dict[str, Any] = {"mask": seen.mask, "causal": seen.causal}
-    if sinks is None:
-        return attention(q, keys, rows, **at)
-    return attention_with_sinks(q, keys, rows, sinks, **at)
+    return _expanded_torch(q, _keys_of(seen.rows, weight, angles), seen.rows, seen, sinks)
 
 
-def _triton(q: Tensor, seen: Rows) -> Tensor:
+def _turned_triton(
+    q: Tensor, seen: Rows, weight: Tensor | None, angles: Tensor, sinks: Tensor | None
+) -> Tensor:
     p = pages_of(seen)
     if p is None:
-        return _torch(q, seen)
+        return _turned_torch(q, seen, weight, angles, sinks)
+    if q.shape[1] > DECODE_LIMIT:
+        # A long step computes so much for each row that a copy of it is little.
+        return _expanded_triton(q, _keys_of(seen.rows, weight, angles), seen.rows, seen, sinks)
+    from kernels.attention.decode import attention_decode
+
+    return attention_decode(
+        q, p.pool, None, p.table, p.total, page_size=p.page_size, k_scale=p.scales,
+        sink_logits=sinks, cos_sin=angles, key_weight=weight,
+    )  # fmt: skip
+
+
+def _triton(q: Tensor, seen: Rows, sinks: Tensor | None = None) -> Tensor:
+    p = pages_of(seen)
+    if p is None:
+        return _torch(q, seen, sinks)
     k, v = p.pool.unbind(0)
     at: dict[str, Any] = {"page_size": p.page_size, "window": p.window, "sinks": p.sinks}
+    at["sink_logits"] = sinks
     if q.shape[1] <= DECODE_LIMIT:
         from kernels.attention.decode import attention_decode
 
@@ -111,7 +128,8 @@ def _triton(q: Tensor, seen: Rows) -> Tensor:
     if p.scales is not None:
         # A long step computes so much for each row that a copy of the rows as numbers is little.
         k, v = seen.rows.unbind(1)
-        return _torch(q, seen) if p.window else _expanded_triton(q, k, v, seen)
+        expanded = _expanded_torch if p.window else _expanded_triton
+        return expanded(q, k, v, seen, sinks)
     from kernels.attention.prefill import attention_prefill
 
     return attention_prefill(q, k, v, p.table, p.total, new=p.new, **at)
@@ -171,14 +189,20 @@ def _tied_triton(q: Tensor, q_rotary: Tensor, seen: Rows, key: Rows, scale: floa
     return _latent_pages(q, q_rotary, p, keys.pool, scale)
 
 
-def _expanded_torch(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
-    return attention(q, k, v, mask=seen.mask, causal=seen.causal)
+def _expanded_torch(
+    q: Tensor, k: Tensor, v: Tensor, seen: Rows, sinks: Tensor | None = None
+) -> Tensor:
+    if sinks is None:
+        return attention(q, k, v, mask=seen.mask, causal=seen.causal)
+    return attention_with_sinks(q, k, v, sinks, mask=seen.mask, causal=seen.causal)
 
 
-def _expanded_triton(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
+def _expanded_triton(
+    q: Tensor, k: Tensor, v: Tensor, seen: Rows, sinks: Tensor | None = None
+) -> Tensor:
     p = pages_of(seen)
     if p is None:
-        return _expanded_torch(q, k, v, seen)
+        return _expanded_torch(q, k, v, seen, sinks)
     from kernels.attention.prefill import attention_prefill
 
     batch, heads, rows = k.shape[:3]
@@ -188,7 +212,7 @@ def _expanded_triton(q: Tensor, k: Tensor, v: Tensor, seen: Rows) -> Tensor:
     firsts = torch.arange(batch, dtype=torch.int32, device=k.device) * (heads * pages)
     return attention_prefill(
         q, _as_pool(k), _as_pool(v), firsts[:, None] + table, p.total, page_size=p.page_size,
-        new=p.new,
+        new=p.new, sink_logits=sinks,
     )  # fmt: skip
 
 
@@ -200,27 +224,15 @@ def _as_pool(t: Tensor) -> Tensor:
     return t.as_strided(size, (rows * dim, dim, 1))
 
 
-def _in_training(operation: str, form: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The torch form of an operation without kernels: it trains, and refuses rows in pages."""
-
-    def attended(q: Tensor, seen: Rows, *given: Any) -> Tensor:
-        if pages_of(seen) is not None:
-            raise NoFormError(f"{operation} has no kernel over rows in pages; use --backend torch")
-        return form(q, seen, *given)
-
-    return attended
-
-
-def _without_kernels(operation: str, form: Callable[..., Tensor]) -> Forms[Callable[..., Tensor]]:
-    return Forms(operation, {"torch": form, "triton": _in_training(operation, form)})
-
-
 _ATTEND = Forms(
     "attention",
     {"torch": _torch, "triton": _triton, "sdpa": _torch, "flash-attn": _flash_attn},
 )
-_ATTEND_SINKS = _without_kernels("attention with learned sinks", _sinks_torch)
-_ATTEND_TURNED = _without_kernels("attention over rows that are keys and values", _turned_torch)
+_ATTEND_SINKS = Forms("attention with learned sinks", {"torch": _torch, "triton": _triton})
+_ATTEND_TURNED = Forms(
+    "attention over rows that are keys and values",
+    {"torch": _turned_torch, "triton": _turned_triton},
+)
 _ATTEND_LATENT = Forms(
     "latent attention", {"torch": _latent_torch, "triton": _latent_triton, "sdpa": _latent_torch}
 )

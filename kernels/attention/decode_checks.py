@@ -11,12 +11,15 @@ from kernels.device import gpu, interpreted, require_gpu
 MAX_TOKENS = 9
 HEAD_DIMS = (32, 64, 128, 256)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+#: Most rows of a tile (`decode_configs`).
+MAX_TILE = 128
 
 
 def check(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor,
-    page_size: int, window: int | None, sinks: int,
-    k_scale: Tensor | None, v_scale: Tensor | None, out: Tensor | None, *, kernel: object,
+    q: Tensor, k_pool: Tensor, v_pool: Tensor | None, page_table: Tensor, lengths: Tensor,
+    page_size: int, window: int | None, sinks: int, k_scale: Tensor | None, v_scale: Tensor | None,
+    sink_logits: Tensor | None, cos_sin: Tensor | None, key_weight: Tensor | None,
+    out: Tensor | None, *, kernel: object,
 ) -> tuple[int, int, int, int, int]:  # fmt: skip
     """Every rule of `attention_decode`; returns B, K, H, d, G.
 
@@ -36,6 +39,8 @@ def check(
 
     require(page_size == 1 or (page_size >= 16 and page_size % 16 == 0), "page_size", page_size,
             "must be 1 or a positive multiple of 16")  # fmt: skip
+    tied = v_pool is None
+    v_pool = k_pool if v_pool is None else v_pool
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
         shape = form(pool)
         fits = pool.dim() == 3 and pool.shape[2] == dim and pool.shape[1] % page_size == 0
@@ -68,20 +73,37 @@ def check(
     fits = lengths.shape == (batch,) and lengths.dtype == i32 and lengths.is_contiguous()
     require(fits, "lengths", form(lengths), "must be contiguous {} [{}]", i32, batch)
     for name, given in (("k_scale", k_scale), ("v_scale", v_scale)):
-        require((given is not None) == eight_bit, name, given if given is None else form(given),
+        wanted = eight_bit and not (tied and name == "v_scale")
+        require((given is not None) == wanted, name, given if given is None else form(given),
                  "must be given exactly when K and V hold 8 bits")  # fmt: skip
         if given is None:
             continue
         fits = given.shape == k_pool.shape[:2] and given.dtype == f32 and given.stride(1) == 1
         require(fits, name, form(given), "must be {} {}, the rows of a head together",
                 f32, list(k_pool.shape[:2]))  # fmt: skip
+    require((cos_sin is None) != tied, "cos_sin", None if cos_sin is None else form(cos_sin),
+            "must be given exactly when v_pool is None")  # fmt: skip
+    if cos_sin is not None:
+        fits = cos_sin.dim() == 3 and cos_sin.shape[1:] == (dim // 2, 2) and cos_sin.dtype == f32
+        fits = fits and len(cos_sin) >= MAX_TILE and cos_sin.is_contiguous()
+        require(fits and cos_sin.data_ptr() % 16 == 0, "cos_sin", form(cos_sin),
+                "must be contiguous {} [>= {}, {}, 2], from 16 bytes on",
+                f32, MAX_TILE, dim // 2)  # fmt: skip
+        require(window is None and page_size > 1, "cos_sin", form(cos_sin),
+                "must be None with a window, and with pages of 1 row")  # fmt: skip
+    require(key_weight is None or tied, "key_weight", "given", "must be None without cos_sin")
+    for name, given, size in (("sink_logits", sink_logits, heads), ("key_weight", key_weight, dim)):
+        if given is not None:
+            fits = given.shape == (size,) and given.dtype == q.dtype and given.is_contiguous()
+            require(fits, name, form(given), "must be contiguous {} [{}]", q.dtype, size)
     if out is not None:
         fits = out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
         require(fits and out.data_ptr() % 16 == 0, "out", form(out),
                  "must be contiguous {} {}, from 16 bytes on", q.dtype, list(q.shape))  # fmt: skip
     others: list[tuple[str, Any]] = [("k_pool", k_pool), ("v_pool", v_pool), ("out", out)]
     others += [("page_table", page_table), ("lengths", lengths)]
-    others += [("k_scale", k_scale), ("v_scale", v_scale)]
+    others += [("k_scale", k_scale), ("v_scale", v_scale), ("sink_logits", sink_logits)]
+    others += [("cos_sin", cos_sin), ("key_weight", key_weight)]
     for name, tensor in others:
         here = tensor is None or tensor.device == q.device
         require(here, name, tensor.device if tensor is not None else None,

@@ -25,8 +25,12 @@ from kernels.aot.ahead import Variant
 from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
 from kernels.attention.prefill_checks import DIMS, check
 from kernels.attention.prefill_configs import BLOCKS_M, config_of, family_of
+from kernels.attention.tiles import LOG2E
 
 INT_MAX = 2**31 - 1
+#: Most bytes spilled with logits of sinks: 64 and 80 by 128 rows of 128 channels on sm_80 and 8 by
+#: one cell of 32 channels on sm_100. What they cost is not measured.
+SINK_SPILLS = 80
 
 
 @triton.jit
@@ -121,13 +125,14 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["max_pages", "group", "tokens", "window", "sinks"])
 def attention_prefill_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, k, v, page_table, lengths, new, out,
+    q, k, v, page_table, lengths, new, sink_logits, out,
     scale_log2, q_stride_b, q_stride_t, q_stride_h, k_stride_g, v_stride_g,
     max_pages, group, tokens, window, sinks,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
     WINDOWED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
+    """Grid (blocks of M, G, B). sink_logits may be None."""
     g, b = tl.program_id(1), tl.program_id(2)
     # The last tokens see the most rows: their blocks start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -184,6 +189,10 @@ def attention_prefill_fwd_kernel(  # type: ignore[no-untyped-def]
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if sink_logits is not None:
+        # One logit more in the softmax, of no value.
+        top = tl.load(sink_logits + head, mask=token < tokens, other=0.0).to(tl.float32) * LOG2E
+        total += 1.0
     if skipped > 0:
         top, total, sums = _attend(
             top, total, sums, query, position, k, v, page_table, scale_log2, window, sinks,
@@ -205,7 +214,7 @@ def attention_prefill_fwd_kernel(  # type: ignore[no-untyped-def]
 def attention_prefill(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *,
     page_size: int, scale: float | None = None, window: int | None = None, sinks: int = 0,
-    new: Tensor | None = None, out: Tensor | None = None,
+    new: Tensor | None = None, sink_logits: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale · q kᵀ) v over the rows that each new token may see.
 
@@ -224,13 +233,14 @@ def attention_prefill(
       first `sinks`. Tiles of rows outside both are not visited.
     new: int32 [B]; how many of the K tokens are real (default: all). The others, at the end,
       return zeros, and neither their queries nor their rows are read.
+    sink_logits: [H], q's dtype; one logit more in each head's softmax, of no value.
     out: contiguous [B, K, H, dv], written and returned.
     Raises ValueError for anything else, before any launch. The contents of `page_table`, `lengths`
     and `new` are not checked: they are read on the device only.
     """
     batch, tokens, heads, dim, v_dim, kv_heads = check(
-        q, k_pool, v_pool, page_table, lengths, page_size, scale, window, sinks, new, out,
-        kernel=attention_prefill_fwd_kernel,
+        q, k_pool, v_pool, page_table, lengths, page_size, scale, window, sinks, new,
+        sink_logits, out, kernel=attention_prefill_fwd_kernel,
     )  # fmt: skip
     if out is None:
         out = torch.empty((batch, tokens, heads, v_dim), dtype=q.dtype, device=q.device)
@@ -243,7 +253,8 @@ def attention_prefill(
     stride_b, stride_t, stride_h = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     stride_k, stride_v = (t.stride(0) if kv_heads > 1 else 0 for t in (k_pool, v_pool))
     attention_prefill_fwd_kernel[(triton.cdiv(group * tokens, block_m), kv_heads, batch)](
-        q, k_pool, v_pool, page_table, lengths, lengths if new is None else new, out,
+        q, k_pool, v_pool, page_table, lengths, lengths if new is None else new, sink_logits,
+        out,
         (dim**-0.5 if scale is None else scale) * math.log2(math.e),
         stride_b, stride_t, stride_h, stride_k, stride_v,
         page_table.shape[1], group, tokens, min(window or 0, INT_MAX), min(sinks, INT_MAX),
@@ -258,10 +269,11 @@ def attention_prefill(
 def attention_prefill_ref(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor, *,
     page_size: int, scale: float | None = None, window: int | None = None, sinks: int = 0,
-    new: Tensor | None = None,
+    new: Tensor | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The oracle: float64, one token of one head at a time. Arguments as `attention_prefill`."""
     batch, tokens, heads, dim = q.shape
+    sink = torch.full((heads,), -math.inf) if sink_logits is None else sink_logits
     out = torch.zeros(batch, tokens, heads, v_pool.shape[2], dtype=torch.float64)
     for b in range(batch):
         for i in range(tokens if new is None else int(new[b])):
@@ -276,25 +288,28 @@ def attention_prefill_ref(
                 g = h // (heads // k_pool.shape[0])
                 logits = k_pool[g, at].double() @ q[b, i, h].double()
                 logits = logits * (dim**-0.5 if scale is None else scale)
-                out[b, i, h] = logits.softmax(0) @ v_pool[g, at].double()
+                logits = torch.cat((logits, sink[h, None].double()))
+                out[b, i, h] = logits.softmax(0)[:-1] @ v_pool[g, at].double()
     return out
 
 
 def variants() -> list[Variant]:
     """Every configuration that the wrapper can pick; first long prompts on Hopper, heads of 128.
     Pages: one size for each way of reading tiles, as whole pages or as parts of several; those
-    below a tile, windows and ragged batches of fp16 are left out: code of bf16 but for the type."""
+    below a tile, windows and ragged batches of fp16 are left out: code of bf16 but for the type.
+    Logits of sinks: of bf16 and pages of whole tiles."""
     bf16, ints = torch.bfloat16, partial(meta, dtype=torch.int32)
 
     def call(
         dtype: torch.dtype, dims: tuple[int, int], rows: int, page: int, windowed: bool,
-        ragged: bool,
+        ragged: bool, sinks: bool = False,
     ) -> NamedCall:  # fmt: skip
         k, v = (meta(1, page, dim, dtype=dtype) for dim in dims)
         name = f"attention_prefill {str(dtype)[6:]} d {dims[0]} {dims[1]} m {rows} page {page}"
-        return name + " window" * windowed + " ragged" * ragged, partial(
+        return name + " window" * windowed + " ragged" * ragged + " sinks" * sinks, partial(
             attention_prefill, meta(1, 1, rows, dims[0], dtype=dtype), k, v, ints(1, 1), ints(1),
             page_size=page, window=1 if windowed else None, new=ints(1) if ragged else None,
+            sink_logits=meta(rows, dtype=dtype) if sinks else None,
         )  # fmt: skip
 
     def way(v: Variant) -> str:
@@ -311,10 +326,18 @@ def variants() -> list[Variant]:
         for windowed, ragged in itertools.product((False, True), repeat=2)
         if dtype == bf16 or (page, windowed, ragged) == (64, False, False)
     )
+    sinks = (
+        call(bf16, (d, dv), rows, 64, windowed, False, True)
+        for d, dv in DIMS if d == dv
+        for rows in BLOCKS_M for windowed in (False, True)
+    )  # fmt: skip
     # Keys and values, in each of the two loops; what is narrow are page numbers.
-    expected = Expected(wide_loads=4, narrow_in_loops=frozenset({4}), matrix=True)
+    expected = Expected(
+        wide_loads=4, narrow_in_loops=frozenset({4}), matrix=True,
+        spills=lambda v: SINK_SPILLS if "sink_logits" in v.signature else 0,
+    )  # fmt: skip
     default = call(bf16, (128, 128), BLOCKS_M[-1], 64, False, False)
     ways: dict[str, Variant] = {}
-    for v in variants_of((default, *calls), {attention_prefill_fwd_kernel: expected}):
+    for v in variants_of((default, *calls, *sinks), {attention_prefill_fwd_kernel: expected}):
         ways.setdefault(way(v), v)
     return list(ways.values())

@@ -16,7 +16,7 @@ DIMS = ((32, 32), (48, 32), (64, 64), (96, 64), (128, 128), (192, 128), (256, 25
 def check(
     q: Tensor, k_pool: Tensor, v_pool: Tensor, page_table: Tensor, lengths: Tensor,
     page_size: int, scale: float | None, window: int | None, sinks: int,
-    new: Tensor | None, out: Tensor | None, *, kernel: object,
+    new: Tensor | None, sink_logits: Tensor | None, out: Tensor | None, *, kernel: object,
 ) -> tuple[int, int, int, int, int, int]:  # fmt: skip
     """Every rule of `attention_prefill`; returns B, K, H, d, dv, G.
 
@@ -66,13 +66,18 @@ def check(
             fits = vector.shape == (batch,) and vector.dtype == torch.int32
             require(fits and vector.is_contiguous(), name, form(vector),
                     "must be contiguous int32 [{}]", batch)  # fmt: skip
+    if sink_logits is not None:
+        fits = sink_logits.shape == (heads,) and sink_logits.dtype == q.dtype
+        require(fits and sink_logits.is_contiguous(), "sink_logits", form(sink_logits),
+                "must be contiguous {} [{}]", q.dtype, heads)  # fmt: skip
     if out is not None:
         sizes = (batch, tokens, heads, v_pool.shape[2])
         fits = out.shape == sizes and out.dtype == q.dtype and out.is_contiguous()
         require(fits and out.data_ptr() % 16 == 0, "out", form(out),
                 "must be contiguous {} {}, from 16 bytes on", q.dtype, list(sizes))  # fmt: skip
     others = {"k_pool": k_pool, "v_pool": v_pool, "page_table": page_table, "lengths": lengths}
-    for name, tensor in (*others.items(), ("new", new), ("out", out)):
+    given = ("new", new), ("sink_logits", sink_logits), ("out", out)
+    for name, tensor in (*others.items(), *given):
         if tensor is not None:
             require(tensor.device == q.device, name, tensor.device,
                     "must be on the device of q, {}", q.device)  # fmt: skip

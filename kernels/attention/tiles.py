@@ -7,6 +7,9 @@ oldest visible row on. Rows that nobody may see repeat one that somebody may, so
 import triton
 import triton.language as tl
 
+#: What a natural logit is multiplied by where exponents are base 2.
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def rows_of(i, sink_tiles, sunk, oldest, last, TILE, WINDOWED):  # type: ignore[no-untyped-def]

@@ -100,7 +100,12 @@ DELTA_OPTIONS = ("gdn(beta_max=2,products=2)", "kda(channel_gates=true)")
 def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = subject_of(arch)
+    launches = launches_in_decode(subject_of(arch), monkeypatch)
+    assert 1 <= len(launches) <= MORE_LAUNCHES.get(arch, 2), launches
+
+
+def launches_in_decode(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those of the last layer's mixer beside its products, for one token of two sequences."""
     engine, tokens = subject.engine(2, 32), subject.tokens(2, 3)
     slots = [engine.store.add(), engine.store.add()]
     engine.extend(slots, tokens[:, :2])
@@ -116,7 +121,7 @@ def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
 
     monkeypatch.setattr(mixer, "extend", watched)
     engine.extend(slots, tokens[:, 2:])
-    assert 1 <= len(launches.seen) <= MORE_LAUNCHES.get(arch, 2), launches.seen
+    return launches.seen
 
 
 def subject_of(arch: str, backend: str = "triton", layers: int = 2) -> Subject:

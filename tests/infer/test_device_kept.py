@@ -60,6 +60,10 @@ def read(engine: Engine, tokens: Tensor) -> tuple[Tensor, list[dict[str, Tensor]
         *((arch, f"kv:{number}") for arch in ("mqa", "swa", "cla") for number in ("int8", "fp8")),
         *((arch, "memory:bfloat16") for arch in MEMORIES),
         ("gdn:gqa=1:1", "kv:int8,memory:bfloat16"),
+        ("gqa(learned_sinks=true)", "kv:int8"),
+        ("swa(window=9,sinks=2,learned_sinks=true)", "kv:fp8"),
+        ("cla(tied_kv=true,qk_norm=true)", "kv:int8"),
+        ("cla(tied_kv=true,learned_sinks=true)", "kv:fp8"),
     ],
 )
 def test_kernels_read_what_torch_reads(arch: str, state: str) -> None:

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from archs.backends import NoFormError
 from eval.proof.conformance import error_of
-from tests.infer.test_device import TOLERANCE, subject_of
+from tests.infer.test_device import TOLERANCE, launches_in_decode, subject_of
 from tests.kernels.interpreter import TORCH_ALONE, interpreted
 
 
@@ -46,6 +47,11 @@ def test_an_architecture_without_kernels_is_refused(arch: str) -> None:
         ("gdn", {"beta_max": 2.0}, [11, 1, 3, 4]),
         ("gdn", {"beta_max": 2.0, "products": 2}, [11, 1, 3, 4]),
         ("kda", {"channel_gates": True}, [11, 1, 3, 4]),
+        ("gqa", {"learned_sinks": True}, [13, 1, 3, 9]),
+        ("swa", {"learned_sinks": True, "qk_norm": True, "window": 9, "sinks": 2}, [21, 1, 3, 5]),
+        ("cla", {"tied_kv": True}, [13, 1, 3, 9]),
+        ("cla", {"tied_kv": True, "qk_norm": True, "learned_sinks": True}, [140, 1, 3, 5]),
+        ("cla", {"tied_kv": True, "qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1]),
     ],
 )
 def test_options_equal_the_torch_form(
@@ -54,11 +60,15 @@ def test_options_equal_the_torch_form(
     """Parts of pages, pages and several for a picked block; latents that are not turned; several
     columns of B and C, and states that do not turn; KV heads and latents that share a key; heads
     that are normed, gated, partly rotated or not at all; strengths up to 2, two products a
-    token, and gates by channel.
+    token, and gates by channel; learned sinks; rows that are keys and values.
     """
     subject = subject_of(arch, layers=2 if arch == "cla" else 1)
     subject.spec = replace(subject.spec, overrides={arch: options})
     subject.model = subject.spec.build()
+    with torch.no_grad():
+        for name, parameter in subject.model.named_parameters():
+            if name.endswith(("k_norm.weight", "sink_logits")):
+                parameter.normal_(1.0, 0.3)
     tokens = subject.tokens(2, sum(pieces))
     expected, engine = subject.expected(tokens), subject.engine(2, sum(pieces))
     slots = [engine.store.add(), engine.store.add()]
@@ -76,25 +86,24 @@ def test_one_token_is_rotated_in_part_by_the_product_that_makes_it(arch: str) ->
     assert error_of(got, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("arch", ["gqa", "swa"])
+def test_learned_sinks_take_no_launch(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launches(**options: Any) -> list[str]:
+        subject = subject_of(arch)
+        subject.spec = replace(subject.spec, overrides={arch: options})
+        subject.model = subject.spec.build()
+        return launches_in_decode(subject, monkeypatch)
+
+    assert launches(learned_sinks=True) == launches()
+
+
 @pytest.mark.parametrize(
-    ("arch", "options", "operation"),
-    [
-        ("gqa", {"learned_sinks": True}, "attention with learned sinks"),
-        ("cla", {"tied_kv": True}, "attention over rows that are keys and values"),
-    ],
+    ("arch", "options"), [("gqa", {"learned_sinks": True}), ("cla", {"tied_kv": True})]
 )
-def test_options_without_kernels_are_refused(
-    arch: str, options: dict[str, Any], operation: str
-) -> None:
+def test_options_train_by_torch(arch: str, options: dict[str, Any]) -> None:
     subject = subject_of(arch)
     subject.spec = replace(subject.spec, overrides={arch: options})
     subject.model = subject.spec.build()
-    engine = subject.engine(1, 8)
-    slot = engine.store.add()
-    with pytest.raises(NoFormError, match=f"{operation} has no kernel over rows in pages; use --b"):
-        engine.extend([slot], subject.tokens(1, 3))
-    assert engine.store.lengths[slot] == 0
     ids = subject.tokens(2, 9)
-    # Training is torch's attention under every backend.
     logits = subject.model.use("triton")(ids).detach()
     assert error_of(logits, subject.expected(ids)) <= TOLERANCE

@@ -1,17 +1,18 @@
 """Split decode attention against its float64 oracle in the interpreter, and compiled ahead."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import kernels.attention.decode as module
 from archs.sizes import SCALES
-from kernels.attention.decode import CONFIGS, attention_decode_ref
+from kernels.attention.decode import CONFIGS, TIED_CONFIGS, attention_decode_ref
 from kernels.attention.decode_checks import HEAD_DIMS
+from kernels.rope.torch import rope_table
 from tests.kernels.interpreter import interpreted
 
 TOLERANCES = {
@@ -30,9 +31,14 @@ def operands(
     page_size: int = 64,
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
+    sunk: bool = False,
+    tied: bool = False,
     **options: Any,
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """A pool of shuffled pages with spare ones; rows that nobody may read are NaN."""
+) -> tuple[list[Any], dict[str, Any]]:
+    """A pool of shuffled pages with spare ones; rows that nobody may read are NaN.
+
+    sunk: with logits of sinks; tied: rows are keys and values.
+    """
     h, g = heads
     batch, most = len(lengths), max(1, -(-max(lengths) // page_size))
     pages = batch * most + 3
@@ -61,7 +67,14 @@ def operands(
         options["k_scale"], options["v_scale"] = scales
     k, v = pool.to(kv_dtype or dtype)
     q = torch.randn(batch, new, h, dim).to(dtype)
-    return [q, k, v, table, torch.tensor(lengths, dtype=torch.int32)], options
+    if sunk:
+        options["sink_logits"] = 2 * torch.randn(h).to(dtype)
+    if tied:
+        angles = rope_table(max(lengths), dim, 1e4, torch.device("cpu"))
+        options |= {"cos_sin": torch.view_as_real(angles).squeeze(1), "v_scale": None}
+        options.setdefault("key_weight", torch.randn(dim).to(dtype))
+    rows = [q, k, None if tied else v]
+    return [*rows, table, torch.tensor(lengths, dtype=torch.int32)], options
 
 
 def assert_equals_the_oracle(lengths: list[int], **how: Any) -> None:
@@ -107,6 +120,57 @@ def test_eight_bit_cache(
     lengths: list[int], new: int, dtype: torch.dtype, kv_dtype: torch.dtype
 ) -> None:
     assert_equals_the_oracle(lengths, new=new, dtype=dtype, kv_dtype=kv_dtype, dim=64)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"new": 3},
+        {"window": 70, "new": 2},
+        {"window": 40, "sinks": 5, "page_size": 16},
+        {"page_size": 1},
+        {"kv_dtype": torch.int8, "new": 2},
+        {"kv_dtype": torch.float8_e4m3fn, "window": 100, "sinks": 3},
+    ],
+    ids=str,
+)
+def test_logits_of_sinks(how: dict[str, Any], dtype: torch.dtype) -> None:
+    # Of one split and of several, and of nothing that is seen beside the sink.
+    assert_equals_the_oracle([1000, 90, 3, 0], dtype=dtype, sunk=True, **how)
+
+
+@pytest.mark.parametrize("logit", [-math.inf, -200.0, 200.0])
+def test_a_sink_may_take_nothing_or_all(logit: float) -> None:
+    tensors, options = operands([600, 40])
+    plain = attention_decode_ref(*tensors, **options)
+    options["sink_logits"] = torch.full((8,), logit)
+    with interpreted():
+        got = module.attention_decode(*tensors, **options).double()
+    expected = plain if logit < 0 else torch.zeros_like(plain)
+    torch.testing.assert_close(got, expected, **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"new": 3}, {"page_size": 16, "sunk": True, "dim": 64}, {"key_weight": None, "heads": (4, 4)}],
+    ids=str,
+)
+def test_rows_that_are_keys_and_values(
+    how: dict[str, Any], kv_dtype: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    assert_equals_the_oracle([1000, 90, 3, 0], dtype=dtype, kv_dtype=kv_dtype, tied=True, **how)
+
+
+@pytest.mark.parametrize("hip", [None, "6"], ids=["nvidia", "amd"])
+@pytest.mark.parametrize(("dim", "m"), TIED_CONFIGS)
+def test_every_tile_of_rows_that_are_both(
+    dim: int, m: int, hip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert_equals_the_oracle([290], dim=dim, heads=(m - 1, 1), tied=True)
 
 
 @pytest.mark.parametrize("hip", [None, "6"], ids=["nvidia", "amd"])
@@ -159,6 +223,7 @@ def test_an_empty_batch_launches_nothing() -> None:
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 FACTORS = {"k_scale": torch.ones(2, 320), "v_scale": torch.ones(2, 320)}
+ANGLES = torch.zeros(200, 16, 2)
 REFUSALS: dict[str, tuple[str, Change]] = {
     "q rank": (r"q=.*\[B, K, H, d\]", lambda a: {"q": a["q"][0]}),
     "q dtype": ("q=.*bfloat16 or float16", lambda a: {"q": a["q"].double()}),
@@ -207,6 +272,28 @@ REFUSALS: dict[str, tuple[str, Change]] = {
             **FACTORS,
             "v_scale": torch.ones(2),
         },
+    ),
+    "logits of sinks": (
+        r"sink_logits=.*float32 \[8\]",
+        lambda a: {"sink_logits": torch.zeros(8).half()},
+    ),
+    "angles unwanted": ("cos_sin=.*exactly when v_pool is None", lambda a: {"cos_sin": ANGLES}),
+    "angles missing": ("cos_sin=None must be given", lambda a: {"v_pool": None}),
+    "angles too few": (
+        r"cos_sin=.*\[>= 128, 16, 2\]",
+        lambda a: {"v_pool": None, "cos_sin": ANGLES[:100]},
+    ),
+    "angles and a window": (
+        "cos_sin=.*must be None with a window",
+        lambda a: {"v_pool": None, "cos_sin": ANGLES, "window": 9},
+    ),
+    "weight of no keys": (
+        "key_weight=.*must be None without",
+        lambda a: {"key_weight": torch.ones(32)},
+    ),
+    "weight shape": (
+        r"key_weight=.*\[32\]",
+        lambda a: {"v_pool": None, "cos_sin": ANGLES, "key_weight": torch.ones(16)},
     ),
     "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 8, 64)[..., :32]}),
     "device": ("lengths=meta must be on", lambda a: {"lengths": a["lengths"].to("meta")}),

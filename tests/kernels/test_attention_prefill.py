@@ -31,6 +31,7 @@ def operands(
     dims: tuple[int, int] = (32, 32),
     page_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    sunk: bool = False,
     **options: Any,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """A pool of shuffled pages with spare ones; rows and queries that nobody may read are NaN."""
@@ -55,6 +56,8 @@ def operands(
     k[:, ~readable] = torch.nan
     v[:, ~readable] = torch.nan
     options = {"page_size": page_size, **options}
+    if sunk:
+        options["sink_logits"] = 2 * torch.randn(h).to(dtype)
     if new is not None:
         options["new"] = torch.tensor(new, dtype=torch.int32)
     cache = [q.to(dtype), k.to(dtype), v.to(dtype), table]
@@ -89,6 +92,14 @@ def test_ragged_batches(options: dict[str, Any], page_size: int) -> None:
     # Full, padded, without a new token, without a past, and partly or wholly before position 0.
     lengths, new = [150, 170, 90, 80, 60, 0], [80, 7, 0, 1, 79, 80]
     assert_equals_the_oracle(lengths, 80, new=new, page_size=page_size, **options)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 33, "sinks": 5}, {"window": 200}], ids=str)
+def test_logits_of_sinks(options: dict[str, Any], dtype: torch.dtype) -> None:
+    lengths, new = [150, 170, 90, 80, 60, 0], [80, 7, 0, 1, 79, 80]
+    assert_equals_the_oracle(lengths, 80, new=new, sunk=True, dtype=dtype, **options)
+    assert_equals_the_oracle([300, 140], 140, sunk=True, dtype=dtype, **options)
 
 
 def test_tokens_before_the_first_position_return_zeros() -> None:

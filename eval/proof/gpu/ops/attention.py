@@ -17,6 +17,7 @@ from kernels.attention.decode import attention_decode, attention_decode_ref
 from kernels.attention.decode_checks import EIGHT_BIT
 from kernels.attention.prefill import attention_prefill, attention_prefill_ref
 from kernels.latent.decode import mla_decode, mla_decode_ref
+from kernels.rope.torch import rope_table
 
 BF16_LIMIT = 8e-3
 NAMES = {torch.bfloat16: "bf16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -40,21 +41,36 @@ def keys_of(
 
 def check_decode(
     lengths: Sequence[int], heads: tuple[int, int], dim: int, new: int = 1,
-    kv: torch.dtype = torch.bfloat16, **options: Any,
+    kv: torch.dtype = torch.bfloat16, sunk: bool = False, tied: bool = False, **options: Any,
 ) -> Callable[[torch.device], Pairs]:  # fmt: skip
-    """Three times, since splits that do not wait for each other may differ from run to run."""
+    """Three times, since splits that do not wait for each other may differ from run to run.
+
+    sunk: with logits of sinks; tied: of rows that are keys and values.
+    """
 
     def run(device: torch.device) -> Pairs:
         table, held, pages = paged(lengths, device)
         h, g = heads
         q = random(len(lengths), new, h, dim, device=device)
         (k, k_scale), (v, v_scale) = (keys_of(g, pages * PAGE, dim, kv, device) for _ in range(2))
-        scales = {"k_scale": k_scale, "v_scale": v_scale}
-        on_host = {name: s if s is None else s.cpu() for name, s in scales.items()}
-        told: dict[str, Any] = {**options, **on_host, "page_size": PAGE}
-        expected = attention_decode_ref(*on_cpu(q, k, v, table, held), **told)
-        told |= scales
-        return [(attention_decode(q, k, v, table, held, **told), expected) for _ in range(3)]
+        given: dict[str, Any] = {"k_scale": k_scale, "v_scale": None if tied else v_scale}
+        if sunk:
+            given["sink_logits"] = random(h, device=device)
+        if tied:
+            turns = rope_table(max(lengths), dim, 1e4, device)
+            given["cos_sin"] = torch.view_as_real(turns).squeeze(1)
+            given["key_weight"] = random(dim, device=device)
+        told: dict[str, Any] = {**options, "page_size": PAGE}
+        on_host = {name: t.cpu() for name, t in given.items() if t is not None}
+        values = None if tied else v
+        host_values = None if tied else v.cpu()
+        expected = attention_decode_ref(
+            q.cpu(), k.cpu(), host_values, table.cpu(), held.cpu(), **told, **on_host
+        )
+        return [
+            (attention_decode(q, k, values, table, held, **told, **given), expected)
+            for _ in range(3)
+        ]
 
     return run
 
@@ -166,6 +182,10 @@ DECODE = Op(
             (4, 2, 256, 1, {}), (16, 4, 128, 1, {"window": 300, "sinks": 4}),
             (8, 2, 64, 3, {"window": 100}), (64, 8, 128, 1, {"kv": torch.int8}),
             (64, 8, 128, 1, {"kv": torch.float8_e4m3fn}), (8, 2, 64, 4, {"kv": torch.int8}),
+            (64, 8, 64, 1, {"sunk": True}), (64, 8, 64, 2, {"sunk": True, "window": 128}),
+            (16, 2, 128, 1, {"sunk": True, "kv": torch.int8}), (16, 2, 128, 1, {"tied": True}),
+            (8, 4, 256, 4, {"tied": True}), (8, 2, 64, 9, {"tied": True, "sunk": True}),
+            (16, 2, 128, 1, {"tied": True, "kv": torch.int8}),
         )
     ],
     cases=[
@@ -304,24 +324,26 @@ MLA = Op(
 
 def check_prefill(
     past: Sequence[int], new: int, heads: tuple[int, int], dims: tuple[int, int],
-    counts: Sequence[int] | None = None, **options: Any,
+    counts: Sequence[int] | None = None, sunk: bool = False, **options: Any,
 ) -> Callable[[torch.device], Pairs]:  # fmt: skip
-    """A chunk after a past, ragged where `counts` says how many tokens are real."""
+    """A chunk after a past, ragged where `counts` says how many tokens are real; sunk: with logits
+    of sinks.
+    """
 
     def run(device: torch.device) -> Pairs:
         table, held, pages = paged([n + new for n in past], device)
         (h, g), (d, dv) = heads, dims
         q = random(len(past), new, h, d, device=device)
         k, v = (random(g, pages * PAGE, dim, device=device) for dim in (d, dv))
-        given = None
+        given: dict[str, Any] = {}
         if counts is not None:
-            given = torch.tensor(counts, dtype=torch.int32, device=device)
-        expected = attention_prefill_ref(
-            *on_cpu(q, k, v, table, held), page_size=PAGE,
-            new=None if given is None else given.cpu(), **options,
-        )  # fmt: skip
-        got = attention_prefill(q, k, v, table, held, page_size=PAGE, new=given, **options)
-        return [(got, expected)]
+            given["new"] = torch.tensor(counts, dtype=torch.int32, device=device)
+        if sunk:
+            given["sink_logits"] = random(h, device=device)
+        told: dict[str, Any] = {**options, "page_size": PAGE}
+        on_host: dict[str, Any] = {**told, **{name: t.cpu() for name, t in given.items()}}
+        expected = attention_prefill_ref(*on_cpu(q, k, v, table, held), **on_host)
+        return [(attention_prefill(q, k, v, table, held, **told, **given), expected)]
 
     return run
 
@@ -360,6 +382,8 @@ PREFILL = Op(
               run=check_prefill([70, 0, 3], 65, (4, 4), (64, 64), [65, 12, 0])),
         Check(name="window 50, sinks 3", limit=BF16_LIMIT,
               run=check_prefill([200, 0], 100, (4, 1), (64, 64), window=50, sinks=3)),
+        Check(name="window 128, logits of sinks", limit=BF16_LIMIT,
+              run=check_prefill([200, 0], 150, (8, 1), (64, 64), sunk=True, window=128)),
         Check(name="d 192, dv 128", limit=BF16_LIMIT,
               run=check_prefill([30], 70, (4, 4), (192, 128))),
         Check(name="d 96, dv 64", limit=BF16_LIMIT,

@@ -126,9 +126,9 @@ def _stub(record: Any, baselines: bool) -> None:
     def tokens(logits: Tensor, *_: object, **__: object) -> Tensor:
         return torch.zeros(len(logits), dtype=torch.int64)
 
-    def attended(q: Tensor, k: Tensor, v: Tensor, *_: Tensor, **__: object) -> Tensor:
-        # Latent queries are as wide as values; their pool stands third.
-        width = q.shape[-1] if k.dim() == 4 else v.shape[-1]
+    def attended(q: Tensor, k: Tensor, v: Tensor | None, *_: Tensor, **__: object) -> Tensor:
+        # Latent queries are as wide as values; their pool stands third. Keys may be the values.
+        width = q.shape[-1] if v is None or k.dim() == 4 else v.shape[-1]
         return torch.zeros(*q.shape[:3], width, dtype=torch.float64)
 
     replaced: list[tuple[Any, str, object]] = [
