@@ -1,11 +1,18 @@
 """What all tests share: uninitialised memory is NaN, one thread, seeds are fixed."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collection passes by what lives until the end: modules and the tests themselves."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
