@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 
+from archs.backbone import Model
 from archs.cost import Step
 from archs.errors import UserError
 from archs.formats import Format
@@ -27,9 +29,13 @@ from tests.eval.conftest import Command
 EVERY = (*REGISTRY, *HYBRIDS)
 
 
+@cache
+def outline(arch: str, scale: str) -> Model:
+    return ModelSpec(arch=arch, scale=get_scale(scale)).outline(torch.bfloat16)
+
+
 def split(arch: str, gpus: int, scale: str = "8b") -> Split:
-    model = ModelSpec(arch=arch, scale=get_scale(scale)).outline(torch.bfloat16)
-    return Split(model, hardware_of("h100"), gpus)
+    return Split(outline(arch, scale), hardware_of("h100"), gpus)
 
 
 # -- the search --
