@@ -219,7 +219,7 @@ def test_prices_rank_where_all_parts_have_one() -> None:
     assert first["usd_per_million_tok"] == pytest.approx(first["gpus"] * 1.0 / per_hour * 1e6)
     some = api.fit(["gqa", "gdn"], **at, price_per_hour={"h100": 1.0})
     assert some["output_tok_per_s_per_gpu"].is_monotonic_decreasing
-    assert set(api.fit(tpot_ms=50.0, contexts=[1024])["arch"]) == set(EVERY)
+    assert set(api.fit(tpot_ms=50.0, contexts=[1024], gpus=1)["arch"]) == set(EVERY)
 
 
 @pytest.mark.usefixtures("stub_roofline")
