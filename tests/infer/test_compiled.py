@@ -116,6 +116,7 @@ def test_compiled_verification_gives_the_same_logits() -> None:
     verified_alike("gqa", (0, 3, 1), more=1)
 
 
+@pytest.mark.slow
 def test_compiled_verification_is_right_under_deterministic_algorithms() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     verified_alike("mla", (0, 0, 0), more=0)
