@@ -243,6 +243,11 @@ class Model(nn.Module):
 
     def cost(self, step: Step, *, all_logits: bool = False) -> Cost:
         """FLOPs and bytes of one step; the head runs on each sequence's last token by default."""
+        before, after = self.cost_around(step, all_logits=all_logits)
+        return Cost.total([before, *(b.cost(step) for b in self.layers), after])
+
+    def cost_around(self, step: Step, *, all_logits: bool = False) -> tuple[Cost, Cost]:
+        """Of `cost`, what stands before the layers' operations and after them."""
         vocabulary, d_model = self.embedding.weight.shape
         rows = step.tokens if all_logits else step.batch
         table, of_head = declared_bytes(self.embedding.weight), self.head_weight
@@ -256,9 +261,7 @@ class Model(nn.Module):
             name="head", matrix_flops=2 * rows * of_head.numel(),
             weight_bytes=declared_bytes(of_head), rows=rows, storage=storage_of(of_head),
         )  # fmt: skip
-        return Cost.total(
-            [Cost.of(embed), *(b.cost(step) for b in self.layers), Cost.of(norm, head)]
-        )
+        return Cost.of(embed), Cost.of(norm, head)
 
     def non_embedding_parameters(self) -> int:
         """Parameters apart from the embedding and the head."""

@@ -8,7 +8,7 @@ of weights and state; activations stay in cache and are not counted.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, Self, TypedDict, runtime_checkable
+from typing import Self, TypedDict
 
 from torch import nn
 
@@ -136,35 +136,23 @@ class Cost:
         return self.flops / self.bytes
 
 
-@runtime_checkable
-class Stored(Protocol):
-    """A linear layer that says how its weights are stored: their bytes, and a format's name."""
-
-    @property
-    def weight_bytes(self) -> int: ...
-
-    @property
-    def storage(self) -> str: ...
-
-
 def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
     """A projection of `tokens` rows: weights read once, 2 FLOPs per weight and row.
 
-    Weights are read in the layer's format where it names one (`archs.layers.Projection`), else as
-    their dtype.
+    Weights are read in the layer's format where it names one (`archs.layers.Projection`:
+    `weight_bytes` and `storage`), else as their dtype.
     """
     weights, bias = layer.in_features * layer.out_features, layer.bias
-    if isinstance(layer, Stored):
-        stored, storage = layer.weight_bytes, layer.storage
-    else:
-        stored, storage = Format.of(layer.weight.dtype).nbytes(weights), ""
+    stored: int | None = getattr(layer, "weight_bytes", None)
+    if stored is None:
+        stored = Format.of(layer.weight.dtype).nbytes(weights)
     return OpCost(
         name=name,
         matrix_flops=2 * tokens * weights,
         vector_flops=0 if bias is None else tokens * bias.numel(),
         weight_bytes=stored + (0 if bias is None else bias.nbytes),
         rows=tokens,
-        storage=storage,
+        storage=getattr(layer, "storage", ""),
     )
 
 

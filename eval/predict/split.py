@@ -47,10 +47,10 @@ class Split:
 
     def cost(self, step: Step) -> Cost:
         """What each GPU moves and computes in a step."""
-        whole, layers = self.model.cost(step).ops, list(self._layer_ops(step))
-        # One operation of the model's own stands before those of its layers, the others after.
-        ends = [self._share(op, 1.0) for op in (whole[0], *whole[1 + len(layers) :])]
-        return Cost.of(ends[0], *layers, *ends[1:])
+        before, after = (
+            [self._share(op, 1.0) for op in end.ops] for end in self.model.cost_around(step)
+        )
+        return Cost.of(*before, *self._layer_ops(step), *after)
 
     def _layer_ops(self, step: Step) -> Iterator[OpCost]:
         for block in self.model.layers:

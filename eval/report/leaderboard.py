@@ -104,6 +104,7 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
     summary = dict(list(over_seeds(figures, ["arch", "column"]).groupby("column")))
     order = {name: place for place, name in enumerate(MEASURES)}
     columns = sorted(dict.fromkeys(figures["column"]), key=lambda c: order[c.partition("@")[0]])
+    failed = rows[rows["measure"] == CELL_FAILED]
     stages = {column: set(group) for column, group in figures.groupby("column")["stage"]}
     of_column = dict(list(figures.groupby("column", sort=False)))
     parts: dict[str, pd.Series[Any]] = {}
@@ -118,7 +119,7 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
         if (found["n"] > 1).any():
             parts[f"{column}:n"] = found["n"].astype("Int64")
         status = found["status"].to_dict()
-        status = _failures(rows, column, stages[column]) | status
+        status = _failures(failed, column, stages[column]) | status
         if set(status.values()) != {"ok"}:
             parts[f"{column}:status"] = pd.Series(status)
     for name in BY_SCALE:
@@ -154,9 +155,9 @@ def compare(rows: pd.DataFrame, long: pd.DataFrame) -> dict[str, tuple[str, ...]
 
 def _documents_of(rows: pd.DataFrame, long: pd.DataFrame) -> pd.DataFrame:
     """The scores by document behind rows of bits per byte; none behind those of other measures."""
-    documents = long[long["measure"] == DOCUMENTS]
     if set(rows["measure"]) != {"bits_per_byte"}:
-        return documents.iloc[:0]
+        return long.iloc[:0]
+    documents = long[long["measure"] == DOCUMENTS]
     return documents[keys_of(documents, IDENTITY).isin(set(keys_of(rows, IDENTITY)))]
 
 
@@ -167,10 +168,10 @@ def _unpredicted(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[~(predicted & same.isin(set(same[~predicted])))]
 
 
-def _failures(rows: pd.DataFrame, name: str, stages: set[str]) -> dict[str, str]:
+def _failures(failed: pd.DataFrame, name: str, stages: set[str]) -> dict[str, str]:
     """By architecture, the status of failed cells that should have held this column's figure."""
     column = Column.parse(name)
-    failed = rows[(rows["measure"] == CELL_FAILED) & rows["stage"].isin(stages)]
+    failed = failed[failed["stage"].isin(stages)]
     return {
         str(arch): str(status)
         for arch, status, scale, batch in zip(

@@ -8,6 +8,7 @@ where the measuring was done.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,16 +129,22 @@ def _page(
     foot = (
         "<footer>Every figure is a row of results.csv; the wide table is leaderboard.csv.</footer>"
     )
-    # The end of a script element inside of the library's own strings would end ours.
-    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     content = {
         "title": f"decodebench: {escape(name)}",
         "body": "\n".join([head, *parts, foot]),
         "night": json.dumps(NIGHT),
-        "bundle": library.replace("</script", "<\\/script"),
+        "bundle": _library(),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda mark: content[mark[1]], template)
+
+
+@cache
+def _library() -> str:
+    """The chart library as one script; bundling it takes seconds."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
+    # The end of a script element inside of the library's own strings would end ours.
+    return bundle.replace("</script", "<\\/script")
 
 
 def _leaderboard(table: pd.DataFrame) -> str:

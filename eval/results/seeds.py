@@ -32,9 +32,11 @@ def over_seeds(long: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 def keys_of(table: pd.DataFrame, names: Sequence[str]) -> "pd.Series[Any]":
     """The values of some columns as one tuple a row, None where a value is missing."""
-    rows = table[list(names)].itertuples(index=False, name=None)
-    keys = [tuple(None if pd.isna(value) else value for value in row) for row in rows]
-    return pd.Series(keys, index=table.index, dtype="object")
+    columns = [
+        [None if missing else value for value, missing in zip(column, column.isna(), strict=True)]
+        for column in (table[name] for name in names)
+    ]
+    return pd.Series(list(zip(*columns, strict=True)), index=table.index, dtype="object")
 
 
 def _one_figure(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

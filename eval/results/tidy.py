@@ -84,4 +84,4 @@ def _contradict(group: pd.DataFrame) -> bool:
     figure = ["arch", "seed", "batch", "context", "measure", "position", "note"]
     good = group[(group["status"] == "ok") & group["value"].notna()]
     last = good.drop_duplicates([*figure, *ORIGIN], keep="last")
-    return bool((last.groupby(figure, dropna=False)["value"].nunique() > 1).any())
+    return bool(last.drop_duplicates([*figure, "value"]).duplicated(figure).any())

@@ -77,6 +77,12 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of tables alone."""
+    monkeypatch.setattr("eval.report.page.pictures", lambda _: [])
+
+
+@pytest.fixture
 def suite(tmp_path: Path) -> Suite:
     """The micro suite, in tmp_path."""
     return load_suite(str(write_suite(tmp_path)))

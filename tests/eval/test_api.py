@@ -23,8 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     return api.load_results(write_run(tmp_path_factory.mktemp("api") / "a"))
 
 
-def test_results_become_a_ranked_leaderboard_and_claims(tmp_path: Path) -> None:
-    results = api.load_results(write_run(tmp_path / "a"))
+def test_results_become_a_ranked_leaderboard_and_claims(results: pd.DataFrame) -> None:
     board = api.leaderboard(results)
     assert set(board["arch"]) == set(ARCHS) and board.columns[0] == "rank"
     by_recall = api.leaderboard(results, by="accuracy@mqar/c32")
@@ -54,8 +53,7 @@ def test_losses_by_position_come_as_measured_or_less_their_mean(results: pd.Data
         assert all(("difference" in row) == from_mean for row in shown)
 
 
-def test_a_picture_without_its_figures_says_what_it_needs(tmp_path: Path) -> None:
-    results = api.load_results(write_run(tmp_path / "a"))
+def test_a_picture_without_its_figures_says_what_it_needs(results: pd.DataFrame) -> None:
     with pytest.raises(UserError, match="needs accuracy"):
         plot.task(results[results["stage"] != "task"])
 
@@ -80,6 +78,7 @@ def test_compare_runs_a_suite_over_the_named_architectures(tmp_path: Path) -> No
     assert (results["status"] == "ok").all()
 
 
+@pytest.mark.usefixtures("stub_roofline")
 def test_bench_gives_one_row_per_cell() -> None:
     found = api.bench(["gqa"], scale="tiny", batches=[1, 2], contexts=[16], steps=2)
     assert list(found["batch"]) == [1, 2]
@@ -137,6 +136,7 @@ def test_values_that_cannot_be_are_refused(call: Callable[[], object], message: 
         call()
 
 
+@pytest.mark.usefixtures("stub_roofline")
 def test_the_device_may_be_chosen_for_me() -> None:
     timed = api.bench(["linear"], scale="tiny", contexts=(8,), steps=2, device="auto")
     assert set(timed["status"]) == {"ok"}

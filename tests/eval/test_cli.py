@@ -135,6 +135,7 @@ def test_training_beyond_memory_is_refused_before_anything_is_made(
     outcome.refuses(f"gqa at scale 8b needs {16 * count / 2**30:.2f} GiB but 20.00 GiB", "lower")
 
 
+@pytest.mark.usefixtures("stub_roofline")
 def test_bench_times_the_contexts_that_fit(decodebench: Command) -> None:
     argv = ("--arch", "gqa", "--scale", "tiny", "--context", "16,100000m", "--steps", "2")
     rows = rows_of(decodebench("bench", *argv, "--json").out)
@@ -147,6 +148,7 @@ def test_an_unwritable_leaderboard_names_the_reason(decodebench: Command, tmp_pa
     outcome.refuses("'nowhere/board.csv'", "No such file or directory")
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
@@ -190,6 +192,7 @@ def test_a_file_in_place_of_the_cache_is_refused(
     assert not (tmp_path / "out" / "results.csv").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_page_is_written_through_a_link(decodebench: Command, tmp_path: Path) -> None:
     write_run(tmp_path / "run", seeds=1, archs=("gqa",))
     (tmp_path / "real.html").write_text("before")

@@ -11,6 +11,8 @@ from archs.sizes import get_scale
 from eval.predict.roofline import resident_bytes
 from tests.eval.conftest import Command
 
+pytestmark = pytest.mark.usefixtures("stub_roofline")
+
 TINY = ("serve", "--arch", "gqa,gdn", "--scale", "tiny", "--max-sequences", "3")
 WORKLOAD = """
 requests = 8

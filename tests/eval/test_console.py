@@ -22,24 +22,34 @@ COMMAND = [sys.executable, "-m", "eval.cli"]
 HEEDING = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 
 
-def process(*arguments: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[bytes]:
-    """The command in a process of its own, whose terminal has an encoding."""
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    return subprocess.run(
-        [*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, check=False
-    )
+#: Commands one after the other, each with its exit code behind it: importing takes longer than
+#: they do.
+SEVERAL = """
+import sys
+from eval.cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["decodebench", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print(f"ended with {end.code}", flush=True)
+"""
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_output_without_a_character_shows_a_question_mark(encoding: str, tmp_path: Path) -> None:
-    write_run(tmp_path / "run", seeds=1, archs=("gqa",))
-    shown = process("leaderboard", str(tmp_path / "run"), encoding=encoding)
-    assert (shown.returncode, shown.stderr) == (0, b"")
-    assert b"gqa" in shown.stdout and b"?" in shown.stdout
-    by_op = process("predict", "--arch", "gqa", "--by-op", encoding=encoding)
-    assert (by_op.returncode, by_op.stderr) == (0, b"")
-    refused = process("check", "gqä", encoding=encoding)
-    assert refused.returncode == 2 and b"Unknown arch 'gq" in refused.stderr
+    """In a process of its own, whose terminal has an encoding."""
+    run = write_run(tmp_path / "run", seeds=1, archs=("gqa",))
+    lines = (f"leaderboard {run}", "predict --arch gqa --by-op", "check gqä")
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, *lines], cwd=ROOT, capture_output=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    shown, by_op, refused = done.stdout.split(b"ended with ")[:3]
+    assert b"gqa" in shown and b"?" in shown
+    assert by_op.startswith(b"0\n") and b"mlp" in by_op
+    assert refused == b"0\n" and done.stdout.endswith(b"ended with 2\n")
+    assert b"Unknown arch 'gq" in done.stderr and done.stderr.count(b"\n") == 1
 
 
 def test_names_are_text_and_not_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,6 +249,7 @@ def test_bench_counts_the_step_that_it_timed(fake_ncu: FakeNcu, tmp_path: Path) 
     assert codes.read_text().splitlines() == ["0 "] * 4
 
 
+@pytest.mark.usefixtures("stub_roofline")
 def test_bench_without_a_gpu_times_and_says_why_once(decodebench: Command) -> None:
     argv = ("--arch", "gqa", "--scale", "tiny", "--context", "16,32", "--steps", "2", "--counters")
     outcome = decodebench("bench", *argv, "--device", "cpu", "--json")

@@ -87,6 +87,7 @@ def _shifted(self: RowStep) -> Tensor:
 RING_POSITIONS = RowStep._ring_positions
 
 
+@pytest.mark.usefixtures("stub_roofline")
 @pytest.mark.parametrize("arch", ["swa", "swa:gqa=3:1"])
 def test_a_ring_that_is_wrong_is_seen_before_it_is_timed(
     arch: str, monkeypatch: pytest.MonkeyPatch
@@ -174,6 +175,7 @@ def test_nan_does_not_agree(model: Model) -> None:
     assert not agreement(model).holds
 
 
+@pytest.mark.usefixtures("stub_roofline")
 def test_a_wrong_mixer_gets_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     forget(monkeypatch, LinearAttention, single=True)
     rows = bench_archs(
@@ -183,6 +185,7 @@ def test_a_wrong_mixer_gets_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tpot_ms" not in rows[0]
 
 
+@pytest.mark.usefixtures("stub_roofline")
 def test_the_printed_table_keeps_columns_apart(
     decodebench: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

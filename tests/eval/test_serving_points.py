@@ -21,6 +21,8 @@ from infer.sequence import Answer
 from kernels.sampling.nucleus import NO_TOKEN
 from tests.eval.synthetic import HERE
 
+pytestmark = pytest.mark.usefixtures("stub_roofline")
+
 
 def test_plans_that_differ_have_other_words(tmp_path: Path) -> None:
     assert PLAN.words() == "workload=uneven-short requests=6"

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 from rich.console import Console
@@ -35,6 +36,11 @@ MADE = {
 }
 
 
+@cache
+def sheet_of(name: str) -> Sheet:
+    return sheet(MADE[name]())
+
+
 def drawn(table: Sheet, width: int) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=width, markup=False, highlight=False).print(table)
@@ -44,7 +50,7 @@ def drawn(table: Sheet, width: int) -> list[str]:
 @pytest.mark.parametrize("width", [40, 80, 160])
 @pytest.mark.parametrize("name", MADE)
 def test_no_figure_is_cut_at_any_width(name: str, width: int) -> None:
-    made = sheet(MADE[name]())
+    made = sheet_of(name)
     shown = drawn(made, width)
     assert max(map(len, shown)) <= width
     assert "…" not in "".join(shown)
@@ -56,7 +62,7 @@ def test_no_figure_is_cut_at_any_width(name: str, width: int) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 160])
 def test_no_two_titles_are_alike(width: int) -> None:
-    made = sheet(MADE["isoquality"]())
+    made = sheet_of("isoquality")
     titles = [" ".join(str(field.heading(field.least_width)).split()) for field in made.fields]
     assert len(set(titles)) == len(titles)
     assert [t for t in titles if t.startswith("size ratio")] == [

@@ -85,6 +85,7 @@ def require_launches(cells: list[dict[str, Any]]) -> None:
         assert found["few_rows"] >= 2 * two and "swiglu" not in found
 
 
+@pytest.mark.slow
 def test_prepared_kernels_are_all_that_the_proof_launches(tmp_path: Path) -> None:
     archs = {"gqa", "gdn", "gdn(beta_max=2,products=2)", "kda(channel_gates=true)"}
     more = ("--archs", ",".join(sorted(archs)), "--points", "70m:1:256,70m:2:256")

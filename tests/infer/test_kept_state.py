@@ -38,10 +38,14 @@ def kept(arch: str, name: str) -> Model:
     return model
 
 
+REMEMBERED = {
+    name: state_kinds(ModelSpec(arch=name, scale=get_scale("tiny")).outline()) for name in NAMES
+}
+
+
 def having(*kinds: str) -> list[str]:
     """Architectures that remember something of these kinds."""
-    outlines = {n: ModelSpec(arch=n, scale=get_scale("tiny")).outline() for n in NAMES}
-    return [name for name, model in outlines.items() if state_kinds(model).intersection(kinds)]
+    return [name for name in NAMES if REMEMBERED[name].intersection(kinds)]
 
 
 #: Recurrences amplify what sums in another order change, up to where a number gets another code.

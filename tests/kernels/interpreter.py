@@ -7,10 +7,13 @@ Keep elementwise arithmetic in fp32: the interpreter adds and multiplies bf16 as
 `tl.dot`, casts and 8-bit floats are mended here. Programs run one after another: no race can show.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib import import_module
+from math import prod
 from pkgutil import walk_packages
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,13 +21,9 @@ import numpy as np
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
-from triton.runtime import JITFunction
-from triton.runtime.interpreter import (
-    InterpretedFunction,
-    InterpreterBuilder,
-    TensorHandle,
-    _patch_lang,
-)
+from triton.language.semantic import TritonSemantic
+from triton.runtime import JITFunction, interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 import kernels
 
@@ -38,28 +37,77 @@ def interpreted() -> Iterator[None]:
 
     Look kernels up as attributes of their module: a name imported from it beforehand stays as is.
     """
-    found = walk_packages(kernels.__path__, "kernels.")
-    modules = [import_module(module.name) for module in found]
     with ExitStack() as stack:
         for form in (JITFunction, InterpretedFunction):
             stack.enter_context(patch.object(form, "__call__", _call_helper))
         stack.enter_context(patch.object(InterpreterBuilder, "create_dot", _dot))
         stack.enter_context(patch.object(InterpreterBuilder, "cast_impl", _cast))
         stack.enter_context(patch.object(InterpreterBuilder, "create_fp_to_fp", _convert))
-        for module in modules:
-            for name, value in list(vars(module).items()):
-                if isinstance(value, JITFunction):
-                    stack.enter_context(patch.object(module, name, InterpretedFunction(value.fn)))
+        # What follows changes no result: it spares work that takes longer than small kernels do.
+        # The interpreter patches the language at every launch and every call of a helper.
+        language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+        stack.callback(interpreter._patch_lang(language).restore)
+        nothing = interpreter._LangPatchScope()
+        stack.enter_context(patch.object(interpreter, "_patch_lang", lambda _: nothing))
+        stack.enter_context(patch.object(interpreter, "_get_np_dtype", _np_dtype))
+        stack.enter_context(patch.object(tl.tensor, "__init__", _make_tensor))
+        stack.enter_context(
+            patch.object(TritonSemantic, "binary_op_sanitize_overflow_impl", _refuse_overflow)
+        )
+        for module, name, form in _forms():
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, form)
         yield
 
 
+@cache
+def _forms() -> list[tuple[ModuleType, str, InterpretedFunction]]:
+    """Every name of a JITFunction in `kernels`, and what replaces it."""
+    found = [import_module(m.name) for m in walk_packages(kernels.__path__, "kernels.")]
+    return [
+        (module, name, InterpretedFunction(value.fn))
+        for module in found
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    ]
+
+
 def _call_helper(helper: Any, *args: Any, **kwargs: Any) -> Any:
-    # InterpretedFunction.__call__ does this too, but leaves triton.language patched.
-    scope = _patch_lang(helper.fn)
-    try:
-        return InterpretedFunction(helper.fn).rewrite()(*args, **kwargs)
-    finally:
-        scope.restore()
+    # InterpretedFunction.__call__ hides an error's type and place.
+    return _rewritten(helper.fn)(*args, **kwargs)
+
+
+@cache
+def _rewritten(function: Callable[..., Any]) -> Callable[..., Any]:
+    rewritten: Callable[..., Any] = InterpretedFunction(function).rewrite()
+    return rewritten
+
+
+_scalar_dtype = cache(interpreter._get_np_dtype)
+
+
+def _np_dtype(kind: Any) -> np.dtype[Any]:
+    return np.dtype(np.uint64) if kind.scalar.is_ptr() else _scalar_dtype(kind.scalar)
+
+
+def _make_tensor(self: Any, handle: Any, type: Any) -> None:  # noqa: A002
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shape(*type.shape) if type.is_block() else _shape()
+
+
+@cache
+def _shape(*sizes: int) -> tuple[Any, Any]:
+    return tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(prod(sizes))
+
+
+def _refuse_overflow(self: Any, a: Any, b: Any, operation: Any) -> None:
+    """The interpreter's check of sums, differences and products of narrow integers, by numpy."""
+    kind, name = a.type.scalar, operation.__name__
+    if kind.int_bitwidth < 64:
+        wide = (operand.handle.data.astype(np.int64) for operand in (a, b))
+        exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name](*wide)
+        fits = (kind.get_int_min_value() <= exact) & (exact <= kind.get_int_max_value())
+        assert fits.all(), f"int{kind.int_bitwidth} overflow detected for operation {name}"
 
 
 _library_dot = InterpreterBuilder.create_dot

@@ -59,7 +59,7 @@ def check_state(subject: Subject) -> Check:
     for each in (subject, narrow):
         uses: list[dict[str, list[Use]]] = [{} for _ in each.mixers]
         for batch, context, new in ((2, 0, 9), *STEPS):
-            for layer, _, recorded in _layers(each, batch, context, new):
+            for layer, (_, recorded) in enumerate(_layers(each, batch, context, new)):
                 for tensor, use in recorded.uses.items():
                     uses[layer].setdefault(tensor, []).append(use)
         for layer, (mixer, used) in enumerate(zip(each.mixers, uses, strict=True)):
@@ -135,7 +135,7 @@ def check_cost(subject: Subject) -> Check:
     for batch, context, new in STEPS:
         at = Step(batch, new, context)
         where = f"batch {batch}, {new} new tokens after {context}"
-        for layer, tally, _ in _layers(subject, batch, context, new):
+        for layer, (tally, _) in enumerate(_layers(subject, batch, context, new)):
             found = _lies(subject.mixers[layer].cost(at), tally, new)
             if found:
                 return Check(name, False, f"{subject.label(layer)}, {where}: {found}")
@@ -258,17 +258,28 @@ def _holder(mixer: Mixer) -> str | None:
 
 def _layers(
     subject: Subject, batch: int, context: int, new: int
-) -> Iterator[tuple[int, Tally, Recorded]]:
-    """Run each layer's mixer alone for one step: its tally and its state."""
+) -> list[tuple[Tally, Recorded]]:  # fmt: skip
+    """Each layer's mixer alone for one step: its tally and its state. Counted once for a subject:
+    two laws look at the same steps.
+    """
+    at = (batch, context, new)
+    if at not in subject.counted:
+        subject.counted[at] = list(_counted(subject, *at))
+    return subject.counted[at]
+
+
+def _counted(
+    subject: Subject, batch: int, context: int, new: int
+) -> Iterator[tuple[Tally, Recorded]]:  # fmt: skip
     dtype = subject.model.embedding.weight.dtype
     x = subject.inputs(batch, new, dtype)
     with subject.step(batch, context, new) as step:
-        for layer, (mixer, state) in enumerate(zip(subject.mixers, step.layers, strict=True)):
+        for mixer, state in zip(subject.mixers, step.layers, strict=True):
             with Tally([*mixer.parameters(), *mixer.buffers()]) as tally:
                 recorded = Recorded(state, mixer.state_spec(), tally, context=context, tokens=new)
                 y = mixer.extend(x.clone(), recorded)
             require_alike(mixer, "extend", y, x)
-            yield layer, tally, recorded
+            yield tally, recorded
 
 
 def _whole(subject: Subject, at: Step) -> Tally:

@@ -13,6 +13,8 @@ from archs.backbone import replays
 from archs.mixer import Mixer
 from archs.registry import ModelSpec
 from archs.sizes import Scale, get_scale
+from eval.proof.conformance.recorded import Recorded
+from eval.proof.conformance.tally import Tally
 from infer.engine import PAGE_MULTIPLE, Engine
 from infer.plan import StepPlan
 
@@ -40,6 +42,8 @@ class Subject:
         self.seed = seed
         self.backend = backend
         self.device = device
+        #: Steps of each layer that laws have counted, by batch, context and new tokens.
+        self.counted: dict[tuple[int, int, int], list[tuple[Tally, Recorded]]] = {}
 
     @property
     def mixers(self) -> list[Mixer]:

@@ -36,6 +36,8 @@ PER_OUTPUT = {"silu": 5, "silu_": 5, "addcmul": 2, "addcmul_": 2, "softplus": 3,
 PER_INPUT = {"sum": 1, "mean": 1, "cumsum": 1, "amax": 1, "amin": 1, "prod": 1, "logsumexp": 3,
              "linalg_vector_norm": 2, "var": 3, "std": 3}  # fmt: skip
 COMPLEX_PRODUCT_FLOPS = 6
+#: By operation, FLOPs of matrix products and fused attention from their arguments.
+MATRIX_FLOPS = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS).flop_registry
 FUSED_ATTENTION = "_scaled_dot_product"
 GEMMS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
 
@@ -75,9 +77,9 @@ class Watched:
 class Tally(TorchDispatchMode):
     """Counts what runs inside it.
 
-    matrix_flops: what torch's FLOP counter sees. vector_flops: other arithmetic, to first order.
-    weight_flops: of matrix_flops, products with a watched weight; weight_flop_rows: their FLOPs
-    times the rows that each weight is multiplied with.
+    matrix_flops: by the formulas of torch's FLOP counter. vector_flops: other arithmetic, to first
+    order. weight_flops: of matrix_flops, products with a watched weight; weight_flop_rows: their
+    FLOPs times the rows that each weight is multiplied with.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -88,18 +90,8 @@ class Tally(TorchDispatchMode):
         self.weight_flops = 0
         self.weight_flop_rows = 0
         self.state_write_bytes = 0
+        self.matrix_flops = 0
         self._paused = False
-        self._counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
-
-    def __enter__(self) -> "Tally":
-        super().__enter__()
-        # Entered last, so that it takes composite operations apart before they are seen here.
-        self._counter.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._counter.__exit__(*error)
-        super().__exit__(*error)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -109,11 +101,6 @@ class Tally(TorchDispatchMode):
             yield
         finally:
             self._paused = False
-
-    @property
-    def matrix_flops(self) -> int:
-        """FLOPs of matrix products and fused attention."""
-        return self._counter.get_total_flops()
 
     @property
     def weight_bytes(self) -> int:
@@ -130,10 +117,20 @@ class Tally(TorchDispatchMode):
         return self.state.setdefault(_place(tensor), Watched(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        formula = MATRIX_FLOPS.get(func.overloadpacket)
+        if formula is None:
+            # Composite operations are taken apart, and their parts are seen here.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.matrix_flops += formula(*args, **kwargs, out_val=out)
         name = func.overloadpacket.__name__
         if not self._paused and not func.is_view and name not in READ_NOTHING:
-            self._reads(name, args, kwargs or {}, out)
+            self._reads(name, args, kwargs, out)
             self.vector_flops += _vector_flops(func, name, args, out)
         return out
 

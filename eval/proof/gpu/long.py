@@ -4,6 +4,7 @@ The proof's own files have a row per cell and grow while it runs; this is made f
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,20 @@ def _points(folder: Path) -> Iterator[tuple[Point, Found, dict[str, str]]]:
     ours = sorted((r for r in steps if r["kernel_backend"] == "triton"), key=_place)
     for (scale, batch, arch), group in groupby(ours, key=_place):
         held = sorted(group, key=lambda r: int(r["context"]))
-        spec = ModelSpec(arch=arch, scale=get_scale(scale))
         about = About(
-            pattern=":".join(dict.fromkeys(layer_names(arch, spec.scale.n_layers))),
-            params=sum(p.numel() for p in spec.outline().parameters()),
+            pattern=":".join(dict.fromkeys(layer_names(arch, get_scale(scale).n_layers))),
+            params=_parameters(arch, scale),
             dtype="bfloat16", kernel_backend="triton",
         )  # fmt: skip
         point = Point(stage="decode", arch=arch, scale=scale, batch=batch, device="cuda")
         rows = tuple(row for r in held for row in _rows(r))
         yield point, Found(about=about, rows=rows), _origin(held[0])
+
+
+@cache
+def _parameters(arch: str, scale: str) -> int:
+    outline = ModelSpec(arch=arch, scale=get_scale(scale)).outline()
+    return sum(p.numel() for p in outline.parameters())
 
 
 def _rate(name: str, value: float) -> Row:
