@@ -24,8 +24,8 @@ from kernels.recurrent.step import (
     row_stride,
 )
 
-#: Channels of a program. Each thread has two of its own, which nobody else reads or writes.
-BLOCK, WARPS = 128, 2
+#: Channels of a program: each thread has 16 bytes of its own, which nobody else reads or writes.
+BLOCK, WARPS = 256, 1
 
 
 @triton.jit
@@ -118,7 +118,8 @@ def variants() -> list[Variant]:
         call(2048, 1), call(2048, 8, "ragged each"), call(512, 1), call(2048, 1, "wide"),
         call(1000, 3, "ragged"),
     )  # fmt: skip
-    # A thread's two channels are neighbours.
-    return variants_of(
-        calls, {token_shift_fwd_kernel: Expected(wide_loads=0, narrow_in_loops=TOKEN_LOADS)}
-    )
+    expected = Expected(
+        # Of the tail and the first token, where rows begin at 16 bytes.
+        wide_loads=lambda v: 2 * (v.constexprs["D"] % 16 == 0), narrow_in_loops=TOKEN_LOADS
+    )  # fmt: skip
+    return variants_of(calls, {token_shift_fwd_kernel: expected})

@@ -291,7 +291,8 @@ def test_bytes_of_a_ring_are_its_held_rows_and_a_new_one(name: str) -> None:
     """Of nine sequences, two store their states."""
     form, row = ring_of(name)
     inputs, state = form.make(9, 1, (2, 32, 16), CPU), torch.empty(9 + 2, 2, 32, 16)
-    y, rows = inputs["x" if "x" in inputs else "v"], torch.empty(9, 8 + 1, row, dtype=BF16)
+    y = inputs["gate"] if "gate" in inputs else inputs["v"]
+    rows = torch.empty(9, 8 + 1, row, dtype=BF16)
     case = CASES[f"{name} ring"]
     assert case.moved_bytes == nbytes(state, y, rows, *inputs.values())
     assert case.flops == (RINGS[name][1] + 8 * (RINGS[name][1] - 2)) * 9 * 2 * 32 * 16

@@ -27,7 +27,14 @@ ATTENTION = {"attention_decode": 1, "split_combine": 1}
 #: two, as designed, and three where a context is split.
 MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     **dict.fromkeys(
-        ("mha", "gqa", "mqa", "swa"),
+        (
+            "mha",
+            "gqa",
+            "mqa",
+            "swa",
+            "gqa(learned_sinks=true)",
+            "swa(window=64,learned_sinks=true)",
+        ),
         ({"project_append": 1, **ATTENTION}, {"rope_append": 1, **ATTENTION}),
     ),
     "linear": ({"linear_step": 1},) * 2,
@@ -87,7 +94,9 @@ def require_launches(cells: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_prepared_kernels_are_all_that_the_proof_launches(tmp_path: Path) -> None:
-    archs = {"gqa", "gdn", "gdn(beta_max=2,products=2)", "kda(channel_gates=true)"}
+    archs = {
+        "gqa(learned_sinks=true)", "rwkv7", "gdn(beta_max=2,products=2)", "kda(channel_gates=true)",
+    }  # fmt: skip
     more = ("--archs", ",".join(sorted(archs)), "--points", "70m:1:256,70m:2:256")
     ops = ["page_write", "gemv"]
     folder = tmp_path / "prepared"
