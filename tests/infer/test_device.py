@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from triton.runtime.interpreter import InterpretedFunction
 
 from archs.backbone import initialise
 from archs.errors import UserError
@@ -22,7 +19,6 @@ from archs.ops import libraries
 from archs.ops.attention import attend
 from archs.registry import HYBRIDS, REGISTRY
 from archs.spec import RowSpec, StateSpec
-from archs.state import LayerState
 from eval.proof.conformance import CHECK_SCALE, Subject, error_of
 from eval.proof.conformance.laws import check_fork, check_padding, check_rollback
 from infer import speculate
@@ -36,6 +32,7 @@ from tests.infer.recorded import Again
 from tests.kernels.interpreter import TORCH_ALONE, interpreted
 
 TOLERANCE = 1e-4
+DELTA_OPTIONS = ("gdn(beta_max=2,products=2)", "kda(channel_gates=true)")
 KERNELED = tuple(arch for arch in (*REGISTRY, *HYBRIDS) if arch not in TORCH_ALONE)
 #: Two wide heads instead of four: the interpreter takes its time by programs.
 SCALE = replace(CHECK_SCALE, head_dim=64)
@@ -54,74 +51,6 @@ def test_training_under_autocast_keeps_a_wide_stream(arch: str) -> None:
         hidden = model.hidden_states(torch.arange(9)[None])
     hidden.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-class Launches(TorchDispatchMode):
-    """Kernels launched, by us or by torch, but for matrix products; views and memory take none."""
-
-    NONE = frozenset({"empty", "new_empty", "linear", "matmul", "mm", "bmm", "addmm"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in self.NONE:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-    def launch(self, kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        """In the place of `InterpretedFunction.run`, whose copies for the host are not a GPU's."""
-        self.seen.append(kernel.fn.__name__)
-        with _disable_current_modes():
-            return RUN(kernel, *args, **kwargs)
-
-
-RUN = InterpretedFunction.run
-#: Latent attention: norm, rotation, its row and its queries put together, their write, attention.
-#: Picked rows: scales of head weights, latents and index keys written, queries copied to where 16
-#: bytes begin, the scan, the selection, which of its rows are seen and where they lie, attention.
-#: Blocks: rows and means written, the scan, the selection, the pages of its blocks, two
-#: attentions, gates and the sum of three.
-#: A convolution between gates: one before it, one after.
-#: Tied rows: rotation, rows and key written, queries filled up, attention. Groups of latents: a
-#: norm for each and what puts them together, and two of the latter around attention. Low-rank
-#: projections, opened between their halves, and the gate of the outputs. Gates of values by
-#: channel: a sigmoid and a product.
-MORE_LAUNCHES = {
-    "mla": 6, "dsa": 17, "nsa": 13, "shortconv": 3, "gta": 5, "grouped_latent": 9, "rwkv7": 5,
-    "kda(channel_gates=true)": 4,
-}  # fmt: skip
-DELTA_OPTIONS = ("gdn(beta_max=2,products=2)", "kda(channel_gates=true)")
-
-
-@pytest.mark.parametrize("arch", [*(arch for arch in KERNELED if arch in REGISTRY), *DELTA_OPTIONS])
-def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
-    arch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launches = launches_in_decode(subject_of(arch), monkeypatch)
-    assert 1 <= len(launches) <= MORE_LAUNCHES.get(arch, 2), launches
-
-
-def launches_in_decode(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Those of the last layer's mixer beside its products, for one token of two sequences."""
-    engine, tokens = subject.engine(2, 32), subject.tokens(2, 3)
-    slots = [engine.store.add(), engine.store.add()]
-    engine.extend(slots, tokens[:, :2])
-    launches, mixer = Launches(), subject.model.layers[-1].mixer
-    extend = mixer.extend
-
-    def watched(x: Tensor, state: LayerState) -> Tensor:
-        with launches, monkeypatch.context() as patched:
-            patched.setattr(
-                InterpretedFunction, "run", lambda kernel, *a, **k: launches.launch(kernel, *a, **k)
-            )
-            return extend(x, state)
-
-    monkeypatch.setattr(mixer, "extend", watched)
-    engine.extend(slots, tokens[:, 2:])
-    return launches.seen
 
 
 def subject_of(arch: str, backend: str = "triton", layers: int = 2) -> Subject:

@@ -9,7 +9,7 @@ import torch
 
 from archs.backends import NoFormError
 from eval.proof.conformance import error_of
-from tests.infer.test_device import TOLERANCE, launches_in_decode, subject_of
+from tests.infer.test_device import TOLERANCE, subject_of
 from tests.kernels.interpreter import TORCH_ALONE, interpreted
 
 
@@ -84,17 +84,6 @@ def test_one_token_is_rotated_in_part_by_the_product_that_makes_it(arch: str) ->
     expected, engine = subject.expected(tokens), subject.engine(1, 14)
     got = subject.run(engine, [engine.store.add()], tokens, [11, 1, 1, 1])
     assert error_of(got, expected) <= TOLERANCE
-
-
-@pytest.mark.parametrize("arch", ["gqa", "swa"])
-def test_learned_sinks_take_no_launch(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def launches(**options: Any) -> list[str]:
-        subject = subject_of(arch)
-        subject.spec = replace(subject.spec, overrides={arch: options})
-        subject.model = subject.spec.build()
-        return launches_in_decode(subject, monkeypatch)
-
-    assert launches(learned_sinks=True) == launches()
 
 
 @pytest.mark.parametrize(
