@@ -12,7 +12,7 @@ run: .venv/installed
 	$(BIN)/decodebench run --suite tiny --out runs/tiny
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not peers"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not peers"
 
 peers: .venv/installed-peers
 	$(BIN)/python -m pytest -n 2 -m peers tests/peers
