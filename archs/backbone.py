@@ -65,10 +65,8 @@ class Block(nn.Module):
         """As `forward`, for K new tokens [B, K, D]."""
         before = self.norm_mixer.before(x, residual)
         extend: Callable[[Any, LayerState], Tensor] = self.mixer.extend
-        if getattr(extend, "takes_unnormed", False):
-            mixed = extend(before, state)
-        else:
-            mixed = extend(before.normed(backend=self.mixer.backend), state)
+        norms = getattr(extend, "takes_unnormed", False)
+        mixed = extend(before if norms else before.normed(backend=self.mixer.backend), state)
         return self._mlp(mixed, before.read())
 
     def _mlp(self, x: Tensor, residual: Tensor) -> Stream:
@@ -82,10 +80,9 @@ class Block(nn.Module):
         norms = [n for n in (self.norm_mixer, self.norm_mlp) if n is not None]
         size = sum(n.weight.numel() for n in norms)
         norm = OpCost(
-            name="norms and residuals",
-            vector_flops=5 * step.tokens * size,
+            name="norms and residuals", vector_flops=5 * step.tokens * size,
             weight_bytes=sum(n.weight.nbytes for n in norms),
-        )
+        )  # fmt: skip
         cost = Cost.of(norm) + self.mixer.cost(step)
         return cost if self.mlp is None else cost + self.mlp.cost(step)
 
@@ -250,13 +247,12 @@ class Model(nn.Module):
         """Of `cost`, what stands before the layers' operations and after them."""
         vocabulary, d_model = self.embedding.weight.shape
         rows = step.tokens if all_logits else step.batch
-        table, of_head = declared_bytes(self.embedding.weight), self.head_weight
-        embed = OpCost(name="embedding rows", weight_bytes=step.tokens * table // vocabulary)
+        table = step.tokens * declared_bytes(self.embedding.weight) // vocabulary
+        embed, of_head = OpCost(name="embedding rows", weight_bytes=table), self.head_weight
         norm = OpCost(
-            name="final norm",
-            vector_flops=4 * step.tokens * d_model,
+            name="final norm", vector_flops=4 * step.tokens * d_model,
             weight_bytes=self.norm.weight.nbytes,
-        )
+        )  # fmt: skip
         head = OpCost(
             name="head", matrix_flops=2 * rows * of_head.numel(),
             weight_bytes=declared_bytes(of_head), rows=rows, storage=storage_of(of_head),

@@ -118,8 +118,7 @@ def wide(long: pd.DataFrame) -> pd.DataFrame:
                 parts[f"{column}:ahead_of"] = pd.Series({a: "; ".join(w) for a, w in ahead.items()})
         if (found["n"] > 1).any():
             parts[f"{column}:n"] = found["n"].astype("Int64")
-        status = found["status"].to_dict()
-        status = _failures(failed, column, stages[column]) | status
+        status = _failures(failed, column, stages[column]) | found["status"].to_dict()
         if set(status.values()) != {"ok"}:
             parts[f"{column}:status"] = pd.Series(status)
     for name in BY_SCALE:
