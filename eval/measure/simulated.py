@@ -12,7 +12,7 @@ from eval.measure.serve_plan import GIB, Served, ServePlan, loads, serve
 from eval.measure.workload import Workload, silent_voice
 from eval.predict.accelerators import hardware_of
 from eval.predict.fit import RESERVE
-from eval.predict.roofline import Prediction, outline_on, resident_bytes, stored_as
+from eval.predict.roofline import Prediction, calls_on, outline_on, resident_bytes, stored_as
 from eval.predict.serving import ClockExecutor, StepTimes
 from infer.capacity import Capacity
 from infer.memory import DoesNotFitError
@@ -68,9 +68,11 @@ def simulate(
             except DoesNotFitError as why:
                 rows.append({**about, "launches_from": part.launches_from, "note": str(why)})
                 continue
+            calls = calls_on(part, spec, stored, state)
             times = StepTimes(
-                model, part.roofline, max_context=capacity.max_context, host_ms=host_ms
-            )
+                model, part.roofline, max_context=capacity.max_context, host_ms=host_ms,
+                calls=calls.at(capacity.max_context // 2) if calls else None,
+            )  # fmt: skip
             for plan, name in product(plans, batching):
                 policy = plan.policy(name)
                 clocked = partial(_clocked, times, capacity, policy)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from archs.backbone import Model
 from archs.layers import RMSNorm, SwiGLU
 from archs.registry import ModelSpec
 from archs.state_formats import StateFormat
@@ -73,7 +74,7 @@ class StepCalls:
     _known: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @cached_property
-    def _model(self) -> Any:
+    def _model(self) -> Model:
         scale, plain = self.spec.scale, self.weights is None and not self.state
         dim = NARROW if plain else CODED
         shape = {"d_model": scale.n_heads * dim, "head_dim": dim, "vocab_size": NO_WORK}

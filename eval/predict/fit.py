@@ -20,6 +20,7 @@ from eval.predict.roofline import (
     CONTEXTS,
     SCALE,
     Prediction,
+    calls_on,
     outline_on,
     require_grid,
     require_prices,
@@ -80,11 +81,13 @@ def fit(
         held = min(part.memory_bytes, memory_bytes or part.memory_bytes)
         part = replace(part, memory_bytes=int(held * (1 - reserve)))
         for arch in archs:
-            model = outline_on(part, ModelSpec(arch=arch, scale=shape), stored, state)
+            spec = ModelSpec(arch=arch, scale=shape)
+            model = outline_on(part, spec, stored, state)
+            calls = calls_on(part, spec, stored, state, replay)
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             for context in contexts:
                 options = [
-                    Option.of(Split(model, part, count, replay), context, tpot_ms)
+                    Option.of(Split(model, part, count, replay, calls), context, tpot_ms)
                     for count in _counts(part, shape, gpus)
                 ]
                 row = {**about, "context": context, "tpot_limit_ms": tpot_ms}

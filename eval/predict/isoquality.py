@@ -15,6 +15,7 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from eval.predict.accelerators import hardware_of
 from eval.predict.roofline import (
+    calls_on,
     require_grid,
     require_prices,
     resident_bytes,
@@ -52,7 +53,8 @@ def iso_quality_cost(
     for part in (hardware_of(key, dtype, batches) for key in hardware):
         for found in ratios.to_dict("records"):
             arch, ratio = str(found["arch"]), float(found["ratio"])
-            model = ModelSpec(arch=arch, scale=shape).outline(part.roofline.dtype)
+            spec = ModelSpec(arch=arch, scale=shape)
+            model, calls = spec.outline(part.roofline.dtype), calls_on(part, spec, None)
             size = sum(p.numel() for p in model.parameters())
             deep = sum(p.nbytes for block in model.layers for p in block.parameters())
             weight_bytes = resident_bytes(model) + (ratio - 1) * deep
@@ -60,7 +62,9 @@ def iso_quality_cost(
             for step in (Step(b, 1, c) for b in batches for c in contexts):
                 layers = Cost.total([block.cost(step) for block in model.layers])
                 ends_ms = step_ms(model.cost(step), part.roofline) - step_ms(layers, part.roofline)
-                tpot_ms = ends_ms + ratio * step_ms(layers, part.roofline)
+                # Launches beside those of operations are nearly all the layers'.
+                made = calls.at(step.context) if calls else None
+                tpot_ms = ends_ms + ratio * step_ms(layers, part.roofline, calls=made)
                 state_bytes = ratio * model.state_bytes(step.context)
                 sequences = room(part, weight_bytes, state_bytes)
                 row: dict[str, object] = {

@@ -18,8 +18,10 @@ from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.spec import require_replay
 from eval.predict.accelerators import hardware_of
+from eval.predict.calls import StepCalls
 from eval.predict.roofline import (
     Prediction,
+    calls_on,
     outline_on,
     require_grid,
     resident_bytes,
@@ -48,6 +50,8 @@ def speculate(
     `max_drafts` is the largest K that is at least as fast as plain decode. Weights and states of
     both must fit, states with what K tokens of rollback take. Raises UserError on unknown names and
     values that cannot be.
+
+    A head's own launches are not counted on a CPU, where those of all else are.
     """
     if not 0 <= acceptance <= 1:
         raise UserError(f"acceptance={acceptance} must lie between 0 and 1")
@@ -64,12 +68,16 @@ def speculate(
         spec = ModelSpec(arch=target, scale=get_scale(scale))
         model = outline_on(part, spec, stored, state)
         require_lossless(model)
+        plainly, verified = (calls_on(part, spec, stored, state, n) for n in (0, replay))
         helper: Model | None = None
+        drafted: StepCalls | None = None
         if draft == HEAD:
             helper = HeadModel(model, spec.head(rates.dtype))
         elif draft is not None:
             helper_scale = get_scale(draft_scale or scale)
-            helper = ModelSpec(arch=draft, scale=helper_scale).outline(rates.dtype)
+            helper_spec = ModelSpec(arch=draft, scale=helper_scale)
+            helper = helper_spec.outline(rates.dtype)
+            drafted = calls_on(part, helper_spec, None, replay=replay)
             if helper.vocab_size != model.vocab_size:
                 raise UserError(
                     f"the draft's vocabulary of {helper.vocab_size} tokens at scale "
@@ -77,16 +85,19 @@ def speculate(
                     "take scales of one vocabulary"
                 )
         for batch, context in product(batches, contexts):
-            plain_ms = step_ms(model.cost(Step(batch, 1, context)), rates)
+            plain_ms = step_ms(
+                model.cost(Step(batch, 1, context)), rates, calls=_made(plainly, context, 1)
+            )
             speedups: dict[int, float] = {}
             for k in sorted(drafts):
                 cost = model.cost(Step(batch, k + 1, context, k, replay), all_logits=True)
-                spent = step_ms(cost, rates)
+                spent = step_ms(cost, rates, calls=_made(verified, context, k + 1))
                 if helper is not None:
                     first, further = (
                         step_ms(
                             helper.cost(Step(batch, tokens, context, k, replay), all_logits=True),
                             rates,
+                            calls=_made(drafted, context, tokens),
                         )
                         for tokens in (first_tokens(helper, k + 1), 1)
                     )
@@ -119,6 +130,11 @@ def speculate(
                 }
             )  # fmt: skip
     return rows
+
+
+def _made(calls: StepCalls | None, context: int, new_tokens: int) -> int | None:
+    """Launches of a step, where they are counted."""
+    return calls.at(context, new_tokens) if calls else None
 
 
 def first_tokens(draft: Model, settled: int) -> int:

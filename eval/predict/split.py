@@ -16,6 +16,7 @@ from archs.cost import Cost, OpCost, Step, state_traffic
 from archs.ops.matrix import weights_of
 from archs.spec import StateSpec
 from eval.predict.accelerators import Hardware
+from eval.predict.calls import StepCalls
 from eval.predict.roofline import step_ms
 from eval.results.accelerators import Link
 
@@ -24,13 +25,15 @@ from eval.results.accelerators import Link
 class Split:
     """A model on `gpus` GPUs of one kind, a power of two up to its heads.
 
-    replay: inputs in a ring from which recurrent states are computed anew; 0: none.
+    replay: inputs in a ring from which recurrent states are computed anew; 0: none. calls: its
+    launches, where they are counted (None: one for each operation).
     """
 
     model: Model
     part: Hardware
     gpus: int
     replay: int = 0
+    calls: StepCalls | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -79,7 +82,8 @@ class Split:
     def tpot_ms(self, batch: int, context: int) -> float:
         """Predicted time per token, collectives included."""
         cost = self.cost(Step(batch, 1, context, replay=self.replay))
-        return step_ms(cost, self.part.roofline) + self.link_ms(batch)
+        calls = self.calls.at(context) if self.calls else None
+        return step_ms(cost, self.part.roofline, calls=calls) + self.link_ms(batch)
 
     def link_ms(self, batch: int) -> float:
         """Time of a step's collectives."""

@@ -167,7 +167,7 @@ BROKEN = {
     ),
     "rounded-away": (
         VALUE, "value = self.value((mixed + 32) - 32)", "bfloat16",
-        ["that of float32 with weights one unit in the last place off"],
+        ["that of float32 with weights and activations rounded once"],
     ),
     "fp16-overflow": (
         VALUE, "value = self.value(mixed * 2**17) / 2**17", "float16",

@@ -8,9 +8,16 @@ import torch
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
 from archs.weights import WeightFormat
+from eval.predict.accelerators import hardware_of
 from eval.predict.calls import CountCalls, StepCalls
-from eval.predict.roofline import predict, predict_ops
+from eval.predict.crossover import crossovers
+from eval.predict.roofline import calls_on, outline_on, predict, predict_ops
+from eval.predict.speculation import speculate
+from eval.predict.split import Split
 from infer.engine import Engine
+
+#: The stubbed machine's launches take no time.
+LAUNCH_US = 3.0
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,9 @@ def test_launches_of_formats_rings_and_several_tokens_are_counted() -> None:
 @pytest.mark.usefixtures("stub_roofline")
 def test_a_cpu_s_launches_are_counted_and_named() -> None:
     """A part of the table takes one for each operation; what picks rows makes many more."""
-    grid: dict[str, Any] = {"scale": "tiny", "batches": [1], "contexts": [600]}
+    grid: dict[str, Any] = {
+        "scale": "tiny", "batches": [1], "contexts": [600], "launch_us": LAUNCH_US,
+    }  # fmt: skip
     dense, sparse = predict(["gqa", "nsa"], hardware=["this-machine"], **grid)
     assert sparse["step_calls"] > 2 * dense["step_calls"] > 100  # type: ignore[operator]
     [there] = predict(["nsa"], hardware=["h100"], **grid)
@@ -52,3 +61,25 @@ def test_a_cpu_s_launches_are_counted_and_named() -> None:
     assert "other calls" not in {
         row["op"] for row in predict_ops(["nsa"], hardware=["h100"], **grid)
     }
+
+
+@pytest.mark.usefixtures("stub_roofline")
+def test_every_prediction_for_a_cpu_counts_them() -> None:
+    """One step, whoever asks: a table of times, a split model, a crossing, speculation."""
+    spec = ModelSpec(arch="nsa", scale=get_scale("tiny"))
+    [row] = predict(["nsa"], "tiny", ["this-machine"], [1], [600], launch_us=LAUNCH_US)
+    part = hardware_of("this-machine", launch_us=LAUNCH_US)
+    model = outline_on(part, spec, None)
+    split = Split(model, part, 1, calls=calls_on(part, spec, None))
+    assert split.tpot_ms(1, 600) == pytest.approx(row["tpot_ms"])
+    assert Split(model, part, 1).tpot_ms(1, 600) < 0.9 * float(str(row["tpot_ms"]))
+    [drafted] = speculate(
+        "nsa", None, scale="tiny", acceptance=0.7, hardware=["this-machine"], contexts=[600],
+        launch_us=LAUNCH_US,
+    )  # fmt: skip
+    assert drafted["plain_tpot_ms"] == pytest.approx(row["tpot_ms"])
+    [crossing] = crossovers(
+        "nsa", "gqa", "tiny", ["this-machine"], [1], longest=600, launch_us=LAUNCH_US
+    )
+    assert (crossing["verdict"], crossing["looked_to"]) == ("never", 600)
+    assert crossing["first_tpot_ms"] == pytest.approx(row["tpot_ms"])
