@@ -8,13 +8,15 @@ of weights and state; activations stay in cache and are not counted.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Self, TypedDict
 
+import torch
 from torch import nn
 
 from archs.errors import UserError
 from archs.formats import Format
-from archs.spec import Replay, RowSpec, StateSpec, require_replay
+from archs.spec import FixedSpec, Replay, RowSpec, StateSpec, TensorSpec, require_replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,29 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Coded:
+    """Numbers of state that are kept otherwise than they are computed with, for the whole batch.
+
+    format, run: how they are kept, and how many of them together. given: the dtype that the mixer
+    computes with. decoded, encoded: how many a step reads and writes, none of which is a copy where
+    a kernel reads and writes them as they are kept.
+    """
+
+    format: Format
+    run: int
+    given: torch.dtype
+    decoded: int
+    encoded: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OpCost:
     """FLOPs and bytes of one named operation, for the whole batch.
 
     rows: of a product with weights, the rows they are multiplied with; 0 where it is none.
     storage: the format of the weights where it is none of plain numbers. held_bytes: weights that
-    larger batches read, where this step does not read them all; 0: it does.
+    larger batches read, where this step does not read them all; 0: it does. coded: what of its
+    state is kept otherwise than it is computed with.
     """
 
     name: str
@@ -69,6 +88,7 @@ class OpCost:
     rows: int = 0
     storage: str = ""
     held_bytes: int = 0
+    coded: tuple[Coded, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -157,10 +177,11 @@ def linear_cost(name: str, layer: nn.Linear, tokens: int) -> OpCost:
 
 
 class Traffic(TypedDict):
-    """Bytes of state that an operation moves, for the whole batch."""
+    """What an operation moves of the state, for the whole batch: `OpCost`'s fields."""
 
     state_read_bytes: int
     state_write_bytes: int
+    coded: tuple[Coded, ...]
 
 
 def state_traffic(spec: StateSpec, step: Step) -> Traffic:
@@ -170,7 +191,27 @@ def state_traffic(spec: StateSpec, step: Step) -> Traffic:
     written = spec.write_bytes(step.new_tokens, context=step.context, **rollback)
     return {
         "state_read_bytes": step.batch * read, "state_write_bytes": step.batch * written,
+        "coded": tuple(_coded(t, step) for t in (*spec.owned, *spec.fixed) if t.is_coded),
     }  # fmt: skip
+
+
+def _coded(tensor: TensorSpec, step: Step) -> Coded:
+    """Rows are decoded whole, picked ones among all that are seen, by the layer that owns them."""
+    if isinstance(tensor, RowSpec):
+        decoded = tensor.visible_rows(step.context, step.new_tokens)
+        encoded: float = tensor.new_rows(step.context, step.new_tokens)
+    else:
+        assert isinstance(tensor, FixedSpec)
+        decoded = 1
+        if step.replay and tensor.inputs is not None:
+            encoded = float(Replay(step.replay, step.lookback).mean(step.new_tokens)[1])
+        else:
+            encoded = tensor.written_bytes(step.new_tokens, step.lookback) / tensor.nbytes
+    numbers = step.batch * prod(tensor.shape)
+    return Coded(
+        format=tensor.format, run=tensor.shape[-1], given=tensor.given_dtype,
+        decoded=decoded * numbers, encoded=round(encoded * numbers),
+    )  # fmt: skip
 
 
 def attention_cost(

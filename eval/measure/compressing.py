@@ -19,7 +19,7 @@ from torch import Tensor
 from archs.backbone import Model, cast
 from archs.backends import resolve_backend
 from archs.checks import parse
-from archs.ops.matrix import storages_of, weights_of
+from archs.ops.matrix import weights_of
 from archs.registry import ModelSpec
 from archs.weights import WeightFormat
 from eval.measure.agreement import COMPANY, agreement
@@ -185,8 +185,6 @@ def timed_alone(
         (timing,) = measure_decode(
             model, batch=1, contexts=(context,), steps=plan.steps, backend=backend
         )
-        rates = site.roofline(
-            (1,), again=True, dtype=model.norm.weight.dtype, storages=storages_of(model)
-        )
+        rates = site.rates_of([model], (1,), ran_by=backend, again=True)
     rows += load_rows(others.share, batch=1)
     return [*rows, *timing_rows(timing, decode_cost(model, 1, timing.context), rates)]

@@ -9,7 +9,6 @@ import torch
 from archs.backbone import Model, replays
 from archs.backends import resolve_backend
 from archs.checks import parse
-from archs.ops.matrix import storages_of
 from eval.measure.cell_rows import counted_rows, load_rows, median_row, timing_rows
 from eval.measure.counted import Work
 from eval.measure.decode import decode_cost, measure_ttft_ms, measure_what_fits
@@ -44,9 +43,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
             model, batch=batch, contexts=plan.contexts, steps=plan.steps, backend=backend,
             compiled=plan.compiled, replay=plan.replay,
         )  # fmt: skip
-        rates = site.roofline(
-            (batch,), again=True, dtype=model.norm.weight.dtype, storages=storages_of(model)
-        )
+        rates = site.rates_of([model], (batch,), ran_by=label, again=True)
     rows += load_rows(others.share, batch=batch)
     rows += [
         Row(measure="tpot_ms", status=Status.OOM, batch=batch, context=context, note=note)

@@ -16,7 +16,6 @@ import torch
 
 from archs.backends import resolve_backend
 from archs.checks import parse
-from archs.ops.matrix import storages_of
 from eval.measure.cell_rows import load_rows
 from eval.measure.gate import agreed_rows
 from eval.measure.progress import Watch
@@ -87,10 +86,7 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
     voice = random_voice(model.vocab_size)
     warm_up(engine)
     with Neighbours() as others:
-        rated = partial(
-            site.roofline, batch_sizes(capacity.max_sequences), dtype=model.norm.weight.dtype,
-            storages=storages_of(model),
-        )  # fmt: skip
+        rated = partial(site.rates_of, [model], batch_sizes(capacity.max_sequences), ran_by=backend)
         rates = rated()
         runs = _Runs(engine, capacity, plan, voice)
         runs.calibrate(rates, shared=plan.shares(workload))

@@ -16,13 +16,14 @@ from archs.backends import AUTO, resolve_backend
 from archs.checks import parse
 from archs.errors import MisfitError
 from archs.names import folder_name
-from archs.ops.matrix import weights_of
+from archs.ops.matrix import storages_of, weights_of
 from archs.registry import ModelSpec
 from archs.weights import WeightFormat
 from eval.measure.agreement import COMPANY, Agreement, agreement, telling_length
 from eval.measure.counters import Counters
 from eval.measure.decode import build_to_serve
 from eval.measure.family import state_family
+from eval.predict.coding import with_codings
 from eval.predict.machine import Roofline, measure_roofline, measured_again, with_products
 from eval.results.point import Point
 from eval.results.rows import About, Found, Row, Status, failed
@@ -151,6 +152,22 @@ class Site:
         known = with_products(known, self.device, rows, storages)
         self._rooflines[dtype] = measured_again(known, self.device) if again else known
         return self._rooflines[dtype]
+
+    def rates_of(
+        self, models: Sequence[Model], rows: Sequence[int], *, ran_by: str, again: bool = False
+    ) -> Roofline:
+        """`roofline` for models of one dtype, with products of their weights as they are stored
+        and, where it is torch that codes their states as it is written, those rates, too.
+
+        ran_by: the backend as it stands in results.
+        """
+        storages = sorted({storage for model in models for storage in storages_of(model)})
+        dtype = models[0].norm.weight.dtype
+        rates = self.roofline(rows, again=again, dtype=dtype, storages=storages)
+        if ran_by != "torch":
+            return rates
+        specs = [spec for model in models for spec in model.state_specs()]
+        return with_codings(rates, self.device, specs)
 
     @cached_property
     def counters(self) -> Counters:

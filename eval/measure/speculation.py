@@ -20,7 +20,6 @@ from archs.checks import parse
 from archs.cost import Step
 from archs.errors import UserError
 from archs.heads import HeadModel
-from archs.ops.matrix import storages_of
 from eval.measure.cell_rows import load_rows, median_row
 from eval.measure.decode_plans import SpeculatePlan
 from eval.measure.keeping import kept_as
@@ -192,7 +191,6 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
         options=_words(plan, draft, target.model),
     )  # fmt: skip
     models = [given.model for given in (target, draft) if given is not None]
-    storages = sorted({storage for model in models for storage in storages_of(model)})
     rows: list[Row] = []
     for context in plan.contexts:
         prompts = excerpts(target.tokens, batch, context, plan.new_tokens)
@@ -201,9 +199,9 @@ def measure(point: Point, site: Site, watch: Watch) -> Found:
                 runs = subject.runs(prompts, watch)
             except NotLosslessError as why:
                 raise Failure(Status.UNSUPPORTED, told, str(why)) from None
-            rates = site.roofline(
-                (batch, batch * (subject.drafts + 1)), again=True,
-                dtype=target.model.norm.weight.dtype, storages=storages,
+            rates = site.rates_of(
+                models, (batch, batch * (subject.drafts + 1)), ran_by=told.kernel_backend,
+                again=True,
             )  # fmt: skip
         at: dict[str, Any] = {"batch": batch, "context": context}
         rows += _compared(subject, runs, prompts, told, at)

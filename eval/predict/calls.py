@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from archs.backbone import Model
+from archs.backbone import Model, initialise
+from archs.heads import HeadModel
 from archs.layers import RMSNorm, SwiGLU
 from archs.registry import ModelSpec
 from archs.state_formats import StateFormat
@@ -64,13 +65,15 @@ class IdleLayer:
 class StepCalls:
     """Torch operations of one sequence's decode steps, counted once for each power of two.
 
-    weights, state: formats in which they are stored and kept, None and "": plain.
+    weights, state: formats in which they are stored and kept, None and "": plain. head: whether
+    they are of the model's head that drafts for it (`archs.heads`), weights plain.
     """
 
     spec: ModelSpec
     weights: WeightFormat | None = None
     state: str = ""
     replay: int = 0
+    head: bool = False
     _known: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @cached_property
@@ -79,7 +82,12 @@ class StepCalls:
         dim = NARROW if plain else CODED
         shape = {"d_model": scale.n_heads * dim, "head_dim": dim, "vocab_size": NO_WORK}
         narrow = replace(self.spec, scale=scale.with_options(shape), hidden=CODED)
-        model = keep(narrow.build().eval(), StateFormat.named(self.state))
+        model = narrow.build()
+        if self.head:
+            own = narrow.head().to_empty(device="cpu")
+            initialise(own, 0, 1)
+            model = HeadModel(model, own)
+        model = keep(model.eval(), StateFormat.named(self.state))
         return model if self.weights is None else store(model, self.weights)
 
     def at(self, context: int, new_tokens: int = 1) -> int:
@@ -99,8 +107,10 @@ class StepCalls:
         if held:
             engine.store.fill(sequence, held)
         tokens = torch.zeros(1, new_tokens, dtype=torch.int64)
+        width = self._model.embedding.weight.shape[1]
+        hidden = torch.zeros(1, new_tokens, width) if self.head else None
         # The first step makes tables that later ones find.
-        engine.extend_last(sequence, tokens)
+        engine.extend_last(sequence, tokens, hidden=hidden)
         with CountCalls() as counted:
-            engine.extend_last(sequence, tokens)
+            engine.extend_last(sequence, tokens, hidden=hidden)
         return counted.calls

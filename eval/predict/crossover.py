@@ -92,7 +92,7 @@ def crossovers(
         for batch in batches:
             specs = [ModelSpec(arch=arch, scale=get_scale(scale)) for arch in (first, second)]
             times = [
-                _Times(outline_on(part, s, stored, state), s.arch, part, batch,
+                _Times(*outline_on(part, s, stored, state), s.arch, batch,
                        calls_on(part, s, stored, state))
                 for s in specs
             ]  # fmt: skip
@@ -120,7 +120,7 @@ class _Times:
     """Predicted time per token of one architecture by context."""
 
     def __init__(
-        self, model: Model, arch: str, part: Hardware, batch: int, calls: StepCalls | None
+        self, part: Hardware, model: Model, arch: str, batch: int, calls: StepCalls | None
     ) -> None:
         self._model, self._calls = model, calls
         self._arch, self._part, self._batch = arch, part, batch

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from archs.backbone import column_major
 from archs.backends import why_unusable
+from archs.cost import Coded
+from archs.formats import Format
 from archs.ops.dense import product
 from archs.ops.matrix import Weight
 from archs.packed import Packed, nearest
@@ -57,12 +59,28 @@ class ProductRate:
 
 
 @dataclass(frozen=True, slots=True)
+class CodingRate:
+    """Seconds in which torch makes a number of what is kept of it, and keeps one.
+
+    format, run, given: as `archs.cost.Coded`'s.
+    """
+
+    format: Format
+    run: int
+    given: torch.dtype
+    decode_s: float
+    encode_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Roofline:
     """Ceilings of one device for one dtype.
 
     read_bytes_per_s: reading alone; 0 where it was not measured. products: rates of products by
     rows; none from a datasheet alone. call_us: fixed overhead of any other operation.
     other_load: share of the cores that other programs took meanwhile; None if unknown.
+    codings: of states in few bits (`eval.predict.coding`); none where kernels read them as they
+    are kept.
     """
 
     copy_bytes_per_s: float
@@ -72,6 +90,7 @@ class Roofline:
     call_us: float = 0.0
     read_bytes_per_s: float = 0.0
     other_load: float | None = None
+    codings: tuple[CodingRate, ...] = ()
 
     @property
     def peak_bytes_per_s(self) -> float:
@@ -97,6 +116,12 @@ class Roofline:
         bytes_per_s = self.bytes_per_s(rows, storage)
         work_s = max(flops / self.matrix_flops_per_s, moved_bytes / bytes_per_s)
         return work_s * 1e3 + self.launch_us(rows, storage) / 1e3
+
+    def coding_ms(self, coded: Iterable[Coded]) -> float:
+        """Time of making numbers of what is kept, and the other way; 0 of what has no rate."""
+        known = {(r.format, r.run, r.given): r for r in self.codings}
+        found = ((c, known.get((c.format, c.run, c.given))) for c in coded)
+        return 1e3 * sum(c.decoded * r.decode_s + c.encoded * r.encode_s for c, r in found if r)
 
     def launch_us(self, rows: int = 0, storage: str = "") -> float:
         """Fixed overhead of an operation; rows: M of a GEMM, else 0."""
@@ -204,9 +229,9 @@ def _call_us(device: torch.device, dtype: torch.dtype) -> float:
     """Cost of a call without work: a captured sum on a GPU, an idle layer's operations on a CPU."""
     if device.type == "cuda":
         x = torch.ones(1024, dtype=dtype, device=device)
-        return 1e6 * _each_s([lambda: x + x] * SMALL_MATRICES, device)
+        return 1e6 * each_s([lambda: x + x] * SMALL_MATRICES, device)
     layer = IdleLayer(dtype)
-    return 1e6 * _each_s([layer] * SMALL_MATRICES, device) / layer.calls
+    return 1e6 * each_s([layer] * SMALL_MATRICES, device) / layer.calls
 
 
 def _product_rate(
@@ -217,7 +242,7 @@ def _product_rate(
     for side, count in zip(SIDES[device.type], (SMALL_MATRICES, 2), strict=True):
         weights = [_weight(side, device, dtype, storage, rows) for _ in range(count)]
         x = torch.randn(rows, side, dtype=dtype, device=device)
-        times_s.append(_each_s([_product_of(x, w) for w in weights], device))
+        times_s.append(each_s([_product_of(x, w) for w in weights], device))
         nbytes.append(weights[0].nbytes)
     # Where noise puts the line below zero, the launch is nothing and all is bandwidth.
     bytes_per_s = (nbytes[1] - nbytes[0]) / max(times_s[1] - times_s[0], 1e-9)
@@ -244,7 +269,7 @@ def _product_of(x: Tensor, weight: Weight) -> Callable[[], object]:
     return partial(product, x, weight, backend="triton" if own else "torch")
 
 
-def _each_s(works: Sequence[Callable[[], object]], device: torch.device) -> float:
+def each_s(works: Sequence[Callable[[], object]], device: torch.device) -> float:
     """Median seconds of one of several equal works, one after the other as in a decode step.
 
     On a CPU each call is timed alone: where others share the cores, a mean would be theirs.

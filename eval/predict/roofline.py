@@ -2,13 +2,16 @@
 
 Each operation takes the longer of its bytes at the bandwidth and its FLOPs at the rate, and a
 launch; their sum is the step. No weights are made, so any scale, batch and context is answered at
-once; on a CPU, where every operation of torch's is a launch, those of a step are counted on a
-narrow model. Rates of the table's parts rest on datasheets, and what does not fit in memory takes
-no time.
+once. On a CPU every operation of torch's is a launch, and states in few bits are copied as numbers
+first: launches of a step are counted on a narrow model, and the rates of such copies are measured.
+Rates of the table's parts rest on datasheets, and what does not fit in memory takes no time.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
 
 from archs.backbone import Model
 from archs.checks import require_at_least, require_positive, require_some
@@ -22,6 +25,7 @@ from archs.storage import keep, store
 from archs.weights import WeightFormat
 from eval.predict.accelerators import Hardware, hardware_of
 from eval.predict.calls import StepCalls
+from eval.predict.coding import with_codings
 from eval.predict.machine import Roofline
 
 Prediction = dict[str, object]
@@ -168,11 +172,11 @@ def _grid(
     for arch in archs:
         for part in parts:
             spec = ModelSpec(arch=arch, scale=shape)
-            model = outline_on(part, spec, stored, state)
+            coding, model = outline_on(part, spec, stored, state)
             counted = calls_on(part, spec, stored, state, replay)
             for step in steps:
                 calls = counted.at(step.context, step.new_tokens) if counted else None
-                yield arch, model, part, step, calls
+                yield arch, model, coding, step, calls
 
 
 def stored_as(weights: str, dtype: str) -> tuple[WeightFormat | None, str]:
@@ -186,19 +190,25 @@ def stored_as(weights: str, dtype: str) -> tuple[WeightFormat | None, str]:
 
 def outline_on(
     part: Hardware, spec: ModelSpec, stored: WeightFormat | None, state: str = ""
-) -> Model:
+) -> tuple[Hardware, Model]:
     """A model without storage in the dtype of a part's rates, its weights as they are stored, its
-    state as it is kept.
+    state as it is kept; and the part, where torch codes that state with the rates at which it does.
     """
     model = keep(spec.outline(part.roofline.dtype), StateFormat.named(state))
-    return model if stored is None else store(model, stored)
+    if part.as_written:
+        rates = with_codings(part.roofline, torch.device("cpu"), model.state_specs())
+        part = replace(part, roofline=rates)
+    return part, model if stored is None else store(model, stored)
 
 
 def calls_on(
-    part: Hardware, spec: ModelSpec, stored: WeightFormat | None, state: str = "", replay: int = 0
-) -> StepCalls | None:
-    """Launches of its steps, to be counted; None on a part where each operation is one."""
-    return StepCalls(spec, stored, state, replay) if part.as_written else None
+    part: Hardware, spec: ModelSpec, stored: WeightFormat | None, state: str = "", replay: int = 0,
+    *, head: bool = False,
+) -> StepCalls | None:  # fmt: skip
+    """Launches of its steps, or of its head's, to be counted; None on a part where each operation
+    is one.
+    """
+    return StepCalls(spec, stored, state, replay, head) if part.as_written else None
 
 
 def require_grid(
@@ -220,8 +230,9 @@ def require_prices(prices: Mapping[str, float], hardware: Iterable[str]) -> None
 
 
 def op_ms(op: OpCost, roofline: Roofline) -> float:
-    """Time of one operation, its launch included."""
-    return roofline.time_ms(op.flops, op.bytes, op.rows, op.storage)
+    """Time of one operation, its launch and what of its state is coded included."""
+    worked_ms = roofline.time_ms(op.flops, op.bytes, op.rows, op.storage)
+    return worked_ms + roofline.coding_ms(op.coded)
 
 
 def step_ms(cost: Cost, roofline: Roofline, *, calls: int | None = None) -> float:
@@ -244,9 +255,11 @@ def bound_by(cost: Cost, roofline: Roofline, *, calls: int | None = None) -> str
     spent["launches"] = other_calls(cost, calls) * roofline.call_us / 1e3
     for op in cost.ops:
         launch_ms = roofline.launch_us(op.rows, op.storage) / 1e3
-        work_ms = op_ms(op, roofline) - launch_ms
+        coding_ms = roofline.coding_ms(op.coded)
+        work_ms = op_ms(op, roofline) - launch_ms - coding_ms
         memory_ms = op.bytes / roofline.bytes_per_s(op.rows, op.storage) * 1e3
         spent["launches"] += launch_ms
+        spent["state"] += coding_ms
         if work_ms > memory_ms * (1 + 1e-9):
             spent["compute"] += work_ms
         else:

@@ -64,15 +64,16 @@ def speculate(
     rows: list[Prediction] = []
     widths = {b * (k + 1) for b in batches for k in (0, *drafts)}
     for part in (hardware_of(key, dtype, sorted(widths), launch_us) for key in parts):
-        rates = part.roofline
         spec = ModelSpec(arch=target, scale=get_scale(scale))
-        model = outline_on(part, spec, stored, state)
+        part, model = outline_on(part, spec, stored, state)
+        rates = part.roofline
         require_lossless(model)
         plainly, verified = (calls_on(part, spec, stored, state, n) for n in (0, replay))
         helper: Model | None = None
         drafted: StepCalls | None = None
         if draft == HEAD:
             helper = HeadModel(model, spec.head(rates.dtype))
+            drafted = calls_on(part, spec, None, replay=replay, head=True)
         elif draft is not None:
             helper_scale = get_scale(draft_scale or scale)
             helper_spec = ModelSpec(arch=draft, scale=helper_scale)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from archs.backbone import replays
-from archs.cost import Step, linear_cost, state_traffic
+from archs.cost import Coded, Step, linear_cost, state_traffic
 from archs.errors import UserError
 from archs.formats import Format
 from archs.layers import Projection
@@ -114,8 +114,14 @@ def test_values_that_a_rollback_can_reach_are_written_one_by_one(
     spec = StateSpec(fixed=(value(),))
     assert spec.write_bytes(new, lookback=lookback) == values * 40
     assert state_traffic(spec, Step(3, new, 50, lookback)) == {
-        "state_read_bytes": 3 * 40, "state_write_bytes": 3 * values * 40
+        "state_read_bytes": 3 * 40, "state_write_bytes": 3 * values * 40, "coded": ()
     }  # fmt: skip
+    short = Format.of(torch.bfloat16)
+    coded = StateSpec(fixed=(value(format=short, given=torch.float32),))
+    [found] = state_traffic(coded, Step(3, new, 50, lookback))["coded"]
+    assert found == Coded(
+        format=short, run=10, given=torch.float32, decoded=3 * 10, encoded=3 * values * 10
+    )
 
 
 def replayed() -> StateSpec:

@@ -95,7 +95,7 @@ def test_launch_and_bandwidth_of_a_product_are_a_line_through_two(
         rows, side = works[0]().shape
         return (4 * side**2 / 20 + 30) / 1e6 if rows > 1 else 4 * side**2 / 2e6
 
-    monkeypatch.setattr("eval.predict.machine._each_s", each_s)
+    monkeypatch.setattr("eval.predict.machine.each_s", each_s)
     monkeypatch.setattr("eval.predict.machine._best_s", lambda work, device, repeats: 0.5)
     found = measure_roofline("cpu", torch.float32, [3])
     assert found.products[0] == ProductRate(1, pytest.approx(2e6), pytest.approx(0, abs=1e-6))
@@ -111,7 +111,7 @@ def test_products_are_timed_as_a_step_makes_them(monkeypatch: pytest.MonkeyPatch
         seen.append(torch.is_grad_enabled())
         return 1e-3
 
-    monkeypatch.setattr("eval.predict.machine._each_s", watched)
+    monkeypatch.setattr("eval.predict.machine.each_s", watched)
     monkeypatch.setattr("eval.predict.machine._best_s", lambda *_: 1e-3)
     measure_roofline("cpu", rows=(1, 8))
     assert seen and not any(seen)

@@ -1,19 +1,27 @@
 """Launches of steps on a CPU: counted on narrow models, and what predictions make of them."""
 
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 import torch
 
+from archs.cost import Step
 from archs.registry import ModelSpec
 from archs.sizes import get_scale
+from archs.state_formats import StateFormat
+from archs.storage import keep
 from archs.weights import WeightFormat
 from eval.predict.accelerators import hardware_of
 from eval.predict.calls import CountCalls, StepCalls
+from eval.predict.coding import with_codings
 from eval.predict.crossover import crossovers
-from eval.predict.roofline import calls_on, outline_on, predict, predict_ops
+from eval.predict.machine import CodingRate, Roofline
+from eval.predict.roofline import bound_by, calls_on, outline_on, predict, predict_ops, step_ms
 from eval.predict.speculation import speculate
 from eval.predict.split import Split
+from infer.draft_length import expected_tokens
 from infer.engine import Engine
 
 #: The stubbed machine's launches take no time.
@@ -41,6 +49,9 @@ def test_launches_of_formats_rings_and_several_tokens_are_counted() -> None:
     assert StepCalls(spec, WeightFormat.named("int4-g64")).at(64) > plain.at(64)
     assert StepCalls(spec, replay=16).at(64) != plain.at(64) < plain.at(64, 5)
     assert plain.at(5000) == plain.at(1 << 20)
+    # A head has one layer, and joins what it reads.
+    one = StepCalls(ModelSpec(arch="gqa", scale=get_scale("tiny").with_options({"n_layers": 1})))
+    assert one.at(64) < StepCalls(one.spec, head=True).at(64) < 1.5 * one.at(64)
 
 
 @pytest.mark.usefixtures("stub_roofline")
@@ -69,7 +80,7 @@ def test_every_prediction_for_a_cpu_counts_them() -> None:
     spec = ModelSpec(arch="nsa", scale=get_scale("tiny"))
     [row] = predict(["nsa"], "tiny", ["this-machine"], [1], [600], launch_us=LAUNCH_US)
     part = hardware_of("this-machine", launch_us=LAUNCH_US)
-    model = outline_on(part, spec, None)
+    part, model = outline_on(part, spec, None)
     split = Split(model, part, 1, calls=calls_on(part, spec, None))
     assert split.tpot_ms(1, 600) == pytest.approx(row["tpot_ms"])
     assert Split(model, part, 1).tpot_ms(1, 600) < 0.9 * float(str(row["tpot_ms"]))
@@ -83,3 +94,53 @@ def test_every_prediction_for_a_cpu_counts_them() -> None:
     )
     assert (crossing["verdict"], crossing["looked_to"]) == ("never", 600)
     assert crossing["first_tpot_ms"] == pytest.approx(row["tpot_ms"])
+
+
+@pytest.mark.usefixtures("stub_roofline")
+def test_a_head_that_drafts_takes_the_launches_of_its_own_steps() -> None:
+    """Where a launch takes a second, nothing else counts."""
+    [row] = speculate(
+        "gqa", "mtp", scale="tiny", acceptance=0.7, hardware=["this-machine"], contexts=[64],
+        drafts=[4], launch_us=1e6,
+    )  # fmt: skip
+    own = StepCalls(ModelSpec(arch="gqa", scale=get_scale("tiny")))
+    head = replace(own, head=True, _known={})
+    spent = own.at(64, 5) + head.at(64, 5) + 3 * head.at(64)
+    assert row["speedup_pred"] == pytest.approx(expected_tokens(0.7, 4) * own.at(64) / spent, 1e-3)
+
+
+def test_states_in_few_bits_cost_the_copies_that_torch_makes_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At rates that are given: rows once a step and layer, states of recurrences both ways."""
+    monkeypatch.setattr(
+        "eval.predict.coding._measured", lambda *key: CodingRate(*key[:3], 1.0, 2.0)
+    )
+    shape, rates = get_scale("tiny"), Roofline(1e9, 1e9, torch.float32)
+    for arch, state, seen, kept in (
+        ("gqa", "kv:int8", 65, 1), ("swa(window=16)", "kv:fp8", 16, 1), ("cla", "kv:int8", 65, 1),
+        ("mla", "kv:bfloat16", 65, 1), ("gdn", "memory:int8", 1, 1),
+    ):  # fmt: skip
+        model = keep(ModelSpec(arch=arch, scale=shape).outline(), StateFormat.named(state))
+        specs = model.state_specs()
+        known = with_codings(rates, torch.device("cpu"), specs)
+        coded = [t for s in specs for t in (*s.owned, *s.fixed) if t.is_coded]
+        numbers = 3 * sum(prod(t.shape) for t in coded)
+        cost = model.cost(Step(3, 1, 64))
+        expected_ms = 1e3 * numbers * (seen + 2.0 * kept)
+        assert numbers and step_ms(cost, known) == pytest.approx(expected_ms, rel=1e-2), arch
+        assert step_ms(cost, rates) < 1e-3 * expected_ms
+        assert bound_by(cost, known) == "state"
+
+
+def test_a_cpu_s_predictions_know_how_fast_it_codes_states() -> None:
+    """Measured, for the format that is asked for; a part of the table reads codes as they lie."""
+    spec = ModelSpec(arch="gqa", scale=get_scale("tiny"))
+    for key, wanted in (("this-machine", 1), ("h100", 0)):
+        part = hardware_of(key, "bfloat16")
+        found, model = outline_on(part, spec, None, "kv:int8")
+        assert len(found.roofline.codings) == wanted and not part.roofline.codings
+        plain_ms, coded_ms = (
+            step_ms(model.cost(Step(8, 1, 4096)), p.roofline) for p in (part, found)
+        )
+        assert (coded_ms > plain_ms) is bool(wanted)
