@@ -71,8 +71,8 @@ def write_row(  # type: ignore[no-untyped-def]
 @triton.jit
 def store_part(to, total, mean, inside, SERIES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store a part: logarithms, and means SERIES numbers behind them."""
-    tl.store(to, total.to(to.dtype.element_ty), mask=inside)
-    tl.store(to + SERIES, mean.to(to.dtype.element_ty), mask=inside)
+    tl.store(to, total, mask=inside)
+    tl.store(to + SERIES, mean, mask=inside)
 
 
 @triton.jit(do_not_specialize=["max_pages", "row_max_pages", "positions"])
@@ -108,8 +108,8 @@ def pooled_append_fwd_kernel(  # type: ignore[no-untyped-def]
         own = part + at
         target = last_slot(write + first_token, count, K)
         source = own + tl.load(read + b).to(tl.int64) * slot_stride
-        total = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.load(source + S * D, mask=inside, other=0.0).to(tl.float32)
+        total = tl.load(source, mask=inside, other=0.0)
+        mean = tl.load(source + S * D, mask=inside, other=0.0)
         for i in range(count):
             token, position = first_token + i, past + i
             value = tl.load(values + token * values_row + at, mask=inside, other=0.0)
@@ -176,8 +176,7 @@ def pooled_append(
       length of each head, by which it is divided; None: queries are turned alone.
     values, gates: [B, K, S * d] in q's dtype, S 1 or 2. bias: [every, S * d], contiguous, a float
       dtype: added to the gates of a group's tokens, in their order.
-    part: [slots, 2, S, d], float32 or bfloat16; read, write, each: its slots, as `recurrent.step`
-      says.
+    part: float32 [slots, 2, S, d]; read, write, each: its slots, as `recurrent.step` says.
     pooled: where a row goes with the last of each `every` tokens. row: [B, K, d] in q's dtype, and
       rows: where it goes; both or none. eps: of both norms, added to the mean square.
     cos_sin: contiguous float32 [positions, r / 2, 2], cosine and sine of each pair's angle; the
@@ -281,7 +280,7 @@ FEW = 4
 
 def _call(
     dtype: torch.dtype, heads: int, dim: int, rotary: int, every: int, *, tokens: int = 1,
-    ragged: bool = False, index: bool = False, state: torch.dtype = torch.float32,
+    ragged: bool = False, index: bool = False,
 ) -> NamedCall:  # fmt: skip
     """A step on columns of the mixer's projection; index: as an indexer's, a quarter as wide."""
     ints, of, page = partial(meta, dtype=torch.int32), partial(meta, dtype=dtype), 64
@@ -298,9 +297,9 @@ def _call(
     angles = meta(64, rotary // 2, 2, dtype=torch.float32)
     name = f"pooled_append {str(dtype)[6:]} {heads} heads d {dim} r {rotary} every {every}"
     name += f" new {tokens}" + " ragged each" * ragged + " index" * index
-    return name + " narrow parts" * (state == torch.bfloat16), partial(
+    return name, partial(
         pooled_append, of(1, tokens, heads, dim), wide, wide, bias,
-        meta(1, 2, series, dim, dtype=state), to, angles, ints(1), read=ints(1),
+        meta(1, 2, series, dim, dtype=torch.float32), to, angles, ints(1), read=ints(1),
         write=ints(1, tokens), every=every, eps=1e-6, each=ragged, new=ints(1) if ragged else None,
         **own,
     )  # fmt: skip
@@ -316,7 +315,7 @@ def variants() -> list[Variant]:
         *(_call(bf16, *size, tokens=4, ragged=True) for size in some),
         *(_call(bf16, *size, tokens=4, ragged=True, index=True) for size in few[:2]),
         *(_call(bf16, *size, tokens=2) for size in some[:2]),
-        *(_call(bf16, *size, tokens=9, state=bf16, ragged=True) for size in some[:2]),
+        *(_call(bf16, *size, tokens=9, ragged=True) for size in some[:2]),
         *(_call(dtype, *size) for dtype in FLOATS[1:] for size in some),
         *(_call(dtype, *few[1], index=True) for dtype in FLOATS[1:]),
     ]

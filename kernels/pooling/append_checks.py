@@ -62,8 +62,8 @@ def check(
     batch, tokens, heads, dim = q.shape
     require(heads >= 1, "q", form(q), "must have heads")
     require(2 <= dim <= MAX_DIM, "d", dim, "must be 2 to {}", MAX_DIM)
-    fits = part.dim() == 4 and part.shape[2] in (1, 2)
-    require(fits, "part", form(part), "must be [slots, 2, S, {}], S 1 or 2", dim)
+    fits = part.dim() == 4 and part.shape[2] in (1, 2) and part.dtype == torch.float32
+    require(fits, "part", form(part), "must be float32 [slots, 2, S, {}], S 1 or 2", dim)
     wide, device = part.shape[2] * dim, part.device
     require_state(kernel, part, read, write, new, (batch, tokens, *part.shape[1:3], dim), "part")
     require_slots(part, (batch,), lengths=lengths)
