@@ -1,5 +1,4 @@
-"""What a step of compressed attention makes beside products, from projections to pages, in one
-launch.
+"""A step of compressed attention from projections to pages, up to attention, in one launch.
 
 DeepSeek-V4 norms each query head to length 1 and keeps a row of each token after an RMSNorm (arXiv
 1910.07467); of both the last channels are turned by position (arXiv 2104.09864). Values and gates
@@ -100,10 +99,11 @@ def pooled_append_fwd_kernel(  # type: ignore[no-untyped-def]
     c = tl.arange(0, BLOCK_D)[None, :] - D % 2
     t, tile = (role - 1) // PER_TOKEN, (role - 1) % PER_TOKEN
     if row is not None:
+        # The first of a token's programs makes its row.
         tile -= 1
     if role == 0:
         s = tl.arange(0, S)[:, None]
-        inside = (c >= 0) & (c < D) & (s < S)
+        inside = (c >= 0) & (c < D)
         at = s * D + c
         own = part + at
         target = last_slot(write + first_token, count, K)
@@ -325,6 +325,6 @@ def variants() -> list[Variant]:
         """Of queries, and of both numbers of a part."""
         return queries(v) + 2 * numbers(v)
 
-    # A token's values and gates, and where its row and its part go.
+    # Narrow in loops are the values and gates of a token, slots and page numbers.
     expected = Expected(wide_loads=loads, narrow_in_loops=TOKEN_LOADS)
     return variants_of(calls, {pooled_append_fwd_kernel: expected})
