@@ -24,7 +24,7 @@ from archs.errors import UserError
 from archs.hca import Down, HeavilyCompressedAttention, HeavilyCompressedConfig
 from archs.layers import Projection, RMSNorm
 from archs.mixer import MixerConfig, Place, Shared, asks_losses, leave_loss
-from archs.ops.pooling import append_pooled, attend_picked_rows
+from archs.ops.pooling import Grouped, append_index, attend_picked_rows
 from archs.ops.sparse import Picked, pick_rows
 from archs.spec import FixedSpec, RowSpec, StateSpec
 from archs.state import LayerState, Seen, mask_of
@@ -107,30 +107,26 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         given = super().initialisers()
         return {**given, "index_bias": given["pool_bias"]}
 
-    def _index(
-        self, x: Tensor, down: Down, at: Tensor, angles: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Index queries [B, K, Hi, di], head weights [B, K, Hi], scale included, and the values and
-        gates of index keys. Their gradients end here: the indexer has a loss of its own.
+    def _index(self, x: Tensor, down: Down) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Index queries [B, K, Hi, di] before positions, head weights [B, K, Hi], scale included,
+        and the values and gates of index keys, [B, K, S·di]. Their gradients end here: the indexer
+        has a loss of its own.
         """
         c = self.config
         values, gates, weights = self.index_down(x.detach()).split(self.index_down.sizes, -1)
         queries = self.index_q(down.q_latent.detach()).unflatten(-1, (c.index_heads, -1))
-        return (
-            rotate_last(queries, angles), weights.float() * c.index_scale,
-            *self._series(values, gates, self.index_bias, at),
-        )  # fmt: skip
+        return queries, weights.float() * c.index_scale, values, gates
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]. Leaves the indexer's loss where it is asked for."""
         c, at, angles = self.config, *self._places(x)
-        down = self._down(x, at)
+        down = self._down(x)
         near, far = self._all(down, at, angles)
-        q, earlier = rotate_last(down.q, angles), mask_of(far, x.shape[1])
+        q, earlier = self._queries(down.q, angles), mask_of(far, x.shape[1])
         if far.length > c.picks or asks_losses(shared):
-            queries, weights, values, gates = self._index(x, down, at, angles)
-            keys = self._all_pooled(values, gates, self.index_norm, angles)
-            scores = index_scores(queries, weights, keys)
+            queries, weights, values, gates = self._index(x, down)
+            keys = self._all_pooled(values, gates, self.index_bias, self.index_norm, angles)
+            scores = index_scores(rotate_last(queries, angles), weights, keys)
             if shared is not None and asks_losses(shared):
                 attention = mean_attention(q, far.rows[:, None], scale=1.0, seen=earlier)
                 leave_loss(shared, index_loss(scores, attention, earlier))
@@ -141,16 +137,15 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
 
     def extend(self, x: Tensor, state: LayerState) -> Tensor:  # type: ignore[override]
         """x: [B, K, D] -> [B, K, D]."""
-        c, at = self.config, state.positions
-        angles, down = state.rope(c.rope_dim, c.rope_theta), self._down(x, at)
-        queries, weights, values, gates = self._index(x, down, at, angles)
-        near, far = self._append(down, state, angles)
-        keys = append_pooled(
-            values, gates, self.index_norm.weight, state, "index", "index begun", self._pooling,
-            backend=self.backend,
-        )  # fmt: skip
+        c, down = self.config, self._down(x)
+        queries, weights, values, gates = self._index(x, down)
+        q, near, far = self._append(down, state)
+        grouped = Grouped(
+            values, gates, self.index_bias, self.index_norm.weight, "index", "index begun"
+        )
+        queries, keys = append_index(queries, grouped, state, self._pooling, backend=self.backend)
         picked = pick_rows(queries, weights, keys, c.picks, backend=self.backend)
-        q = rotate_last(down.q, angles)
+        angles = state.rope(c.rope_dim, c.rope_theta)
         if not c.gathers(x.shape[1], far.length):
             return self._attend(q, near, Seen(far.rows, picked.mask(), False), angles)
         found = attend_picked_rows(

@@ -29,8 +29,10 @@ from archs.ops.dense import Input, by_head
 from archs.ops.matrix import Matrix
 from archs.ops.pooling import (
     SINK_CHANNELS,
+    Grouped,
+    Own,
     Pooling,
-    append_pooled,
+    append_tokens,
     attend_all_pooled,
     attend_pooled,
 )
@@ -39,7 +41,7 @@ from archs.spec import FixedSpec, RowSpec, StateSpec
 from archs.state import LayerState, Rows, Seen, visible
 from kernels.attention.torch import window_mask
 from kernels.norm.torch import l2_norm
-from kernels.pooling.torch import whole_rows
+from kernels.pooling.torch import series_of, whole_rows
 from kernels.rope.torch import rope_table, rotate_last, turned_back
 
 if TYPE_CHECKING:
@@ -80,6 +82,11 @@ class HeavilyCompressedConfig(MixerConfig):
                 "change one of them"
             )
 
+    @property
+    def unit_eps(self) -> float:
+        """What is added to the squared length of a query head."""
+        return self.dim * self.eps
+
     @classmethod
     def defaults(cls, scale: "Scale") -> dict[str, Any]:
         """DeepSeek-V4's ratios: twice the heads, rows of four times a head, at most D/2, a latent
@@ -101,11 +108,10 @@ class HeavilyCompressedConfig(MixerConfig):
 
 
 class Down(NamedTuple):
-    """What a layer makes of its input, before positions are turned into it.
+    """What products make of a layer's input, before norms and positions.
 
-    q_latent: [B, K, q_rank]. q: [B, K, H, d], of length 1: their norm's times the usual
-    d^-0.5. row: [B, K, d], normed. values, gates:
-    [B, K, S, d], what pooled rows are made of, in the dtype of what is begun of them.
+    q_latent: [B, K, q_rank], the one that is normed. q: [B, K, H, d]. row: [B, K, d]. values,
+    gates: [B, K, S·d], what pooled rows are made of.
     """
 
     q_latent: Tensor
@@ -148,31 +154,23 @@ class HeavilyCompressedAttention(Mixer):
         c = self.config
         return Pooling(c.every, c.rope_dim, c.rope_theta, c.eps)
 
-    def _down(self, x: Input, at: Tensor) -> Down:
-        """x: [B, K, D]; at: positions [1 or B, K]."""
-        c = self.config
+    def _down(self, x: Input) -> Down:
+        """x: [B, K, D]."""
         q_down, row, values, gates = self.down(x).split(self.down.sizes, -1)
         q_latent = self.q_norm(q_down)
-        q = l2_norm(self.q_up(q_latent).unflatten(-1, (c.n_heads, -1)), c.dim * c.eps)
-        pooling = self._series(values, gates, self.pool_bias, at)
-        return Down(q_latent, q, self.row_norm(row), *pooling)
+        q = self.q_up(q_latent).unflatten(-1, (self.config.n_heads, -1))
+        return Down(q_latent, q, row, values, gates)
 
-    def _series(
-        self, values: Tensor, gates: Tensor, bias: Tensor, at: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Values and gates [B, K, S·C] as they are pooled, [B, K, S, C], by positions `at`."""
-        wide = torch.promote_types(values.dtype, torch.float32)
-        gates = gates.to(wide) + bias[at % self.config.every]
-        found = (values.to(wide), gates)
-        values, gates = (t.unflatten(-1, (self.series, -1)) for t in found)
-        return values, gates
+    def _queries(self, q: Tensor, angles: Tensor) -> Tensor:
+        """Of length 1, their norm's times the usual d^-0.5, and turned."""
+        return rotate_last(l2_norm(q, self.config.unit_eps), angles)
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D]."""
         at, angles = self._places(x)
-        down = self._down(x, at)
+        down = self._down(x)
         near, far = self._all(down, at, angles)
-        return self._out_of_all(rotate_last(down.q, angles), near, far, angles)
+        return self._out_of_all(self._queries(down.q, angles), near, far, angles)
 
     def _out_of_all(self, q: Tensor, near: Seen, far: Seen, angles: Tensor) -> Tensor:
         """The layer's output of a whole sequence's queries, rows and pooled rows."""
@@ -187,16 +185,19 @@ class HeavilyCompressedAttention(Mixer):
     def _all(self, down: Down, at: Tensor, angles: Tensor) -> tuple[Seen, Seen]:
         """A whole sequence's own rows and pooled ones as its tokens may see them."""
         c, tokens, device = self.config, at.shape[1], at.device
-        row = rotate_last(down.row[:, :, None], angles)[:, :, 0]
+        row = rotate_last(self.row_norm(down.row)[:, :, None], angles)[:, :, 0]
         near = Seen(row, window_mask(tokens, c.window, 0, device)[None, None], False)
-        far = self._all_pooled(down.values, down.gates, self.pool_norm, angles)
+        far = self._all_pooled(down.values, down.gates, self.pool_bias, self.pool_norm, angles)
         places = torch.arange(far.shape[1], device=device)[None]
         return near, Seen(far, visible(places, (at + 1) // c.every, None, 0), False)
 
-    def _all_pooled(self, values: Tensor, gates: Tensor, norm: RMSNorm, angles: Tensor) -> Tensor:
+    def _all_pooled(
+        self, values: Tensor, gates: Tensor, bias: Tensor, norm: RMSNorm, angles: Tensor
+    ) -> Tensor:
         """All pooled rows [B, T // every, C] of a whole sequence."""
-        every = self.config.every
-        pooled = norm(whole_rows(values, gates, every).to(norm.weight.dtype))
+        every, at = self.config.every, torch.arange(values.shape[1], device=values.device)[None]
+        parts = series_of(values, gates, bias, at, self.series)
+        pooled = norm(whole_rows(*parts, every).to(norm.weight.dtype))
         firsts = angles[: pooled.shape[1] * every : every]
         return rotate_last(pooled[:, :, None], firsts)[:, :, 0]
 
@@ -204,18 +205,15 @@ class HeavilyCompressedAttention(Mixer):
     def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
         angles = state.rope(self.config.rope_dim, self.config.rope_theta)
-        down = self._down(x, state.positions)
-        near, far = self._append(down, state, angles)
-        return self._attend(rotate_last(down.q, angles), near, far, angles)
+        return self._attend(*self._append(self._down(x), state), angles)
 
-    def _append(self, down: Down, state: LayerState, angles: Tensor) -> tuple[Rows, Rows]:
-        """Store what new tokens make; the rows and the pooled ones that they may see."""
-        near = state.append("kv", rotate_last(down.row[:, :, None], angles)[:, :, 0])
-        far = append_pooled(
-            down.values, down.gates, self.pool_norm.weight, state, "pooled", "begun",
-            self._pooling, backend=self.backend,
-        )  # fmt: skip
-        return near, far
+    def _append(self, down: Down, state: LayerState) -> tuple[Tensor, Rows, Rows]:
+        """Queries as they ask; the rows and the pooled ones that new tokens may see, stored."""
+        own = Own(down.row, self.row_norm.weight, "kv", self.config.unit_eps)
+        grouped = Grouped(
+            down.values, down.gates, self.pool_bias, self.pool_norm.weight, "pooled", "begun"
+        )
+        return append_tokens(down.q, own, grouped, state, self._pooling, backend=self.backend)
 
     def _attend(self, q: Tensor, near: Rows, far: Rows, angles: Tensor) -> Tensor:
         """[B, K, H, d] -> [B, K, D]."""

@@ -348,7 +348,7 @@ class LayerState(Protocol):
         ...
 
     def seen(self, name: str) -> Rows:
-        """What the owner's `append` returned in this step (rows of another layer)."""
+        """What `append`, or `written`, of these rows returned in this step, their owner's too."""
         ...
 
     def get(self, name: str) -> Tensor:

@@ -1,9 +1,10 @@
 """Rows that pool groups of tokens, and attention over them beside a window and sinks, by backend.
 
-No kernel knows rows of several tokens, or a sink that is a weight: kernels' backends raise.
+With kernels one launch makes all that a short step has beside products, up to attention.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from archs.ops.sparse import Picked, rows_at
 from archs.spec import RECURRENT_LIMIT
 from archs.state import LayerState, Rows, Seen, mask_of
 from kernels.attention.torch import latent_attention
-from kernels.norm.torch import rms_norm
-from kernels.pooling.torch import group_parts, step_parts
+from kernels.norm.torch import l2_norm, rms_norm
+from kernels.pooling.torch import group_parts, series_of, step_parts
 from kernels.rope.torch import earlier, rotate_last
 
 #: What a sink adds to the width of rows. One channel would do; fused kernels want multiples of 8.
@@ -34,17 +35,53 @@ class Pooling:
     eps: float
 
 
-def append_pooled(
-    values: Tensor, gates: Tensor, weight: Tensor, state: LayerState, rows: str, part: str,
-    how: Pooling, *, backend: str,
-) -> Rows:  # fmt: skip
-    """Pool new tokens, store the rows that they complete, and say which rows are seen.
+class Own(NamedTuple):
+    """A row of each token, and queries that are normed.
 
-    values, gates: [B, K, S, d] in the dtype of the fixed tensor `part`, [2, S, d], which takes what
-    is begun (`kernels.pooling.torch`); weight: [d], of the norm, in the dtype of `rows`, [d].
-    Raises NoFormError where the backend has no form, as all operations here do.
+    row: [B, K, d]; weight: [d], of its norm; rows: the row tensor that takes it. q_eps: added to
+    the squared length of each query head, by which it is divided.
     """
-    return _APPEND[backend](values, gates, weight, state, rows, part, how)
+
+    row: Tensor
+    weight: Tensor
+    rows: str
+    q_eps: float
+
+
+class Grouped(NamedTuple):
+    """What pooled rows are made of, and where they go.
+
+    values, gates: [B, K, S·d] as projected; bias: [size, S·d], added to the gates of a group's
+    tokens in their order; weight: [d], of the rows' norm. rows: the row tensor, [d]; part: the
+    fixed tensor, [2, S, d], that takes what is begun (`kernels.pooling.torch`).
+    """
+
+    values: Tensor
+    gates: Tensor
+    bias: Tensor
+    weight: Tensor
+    rows: str
+    part: str
+
+
+def append_tokens(
+    q: Tensor, own: Own, grouped: Grouped, state: LayerState, how: Pooling, *, backend: str
+) -> tuple[Tensor, Rows, Rows]:
+    """Norm and turn queries, store the rows of new tokens and those that they complete.
+
+    q: [B, K, H, d], whose memory may be written. Returns the queries, and the rows of both kinds
+    that the new tokens may see. Raises NoFormError where the backend has no form, as all operations
+    here do.
+    """
+    q, far = _APPEND[backend](q, own, grouped, state, how)
+    return q, state.seen(own.rows), far
+
+
+def append_index(
+    q: Tensor, grouped: Grouped, state: LayerState, how: Pooling, *, backend: str
+) -> tuple[Tensor, Rows]:
+    """The same of an indexer, whose queries are turned alone and whose keys are all pooled."""
+    return _APPEND[backend](q, None, grouped, state, how)
 
 
 def attend_pooled(
@@ -73,27 +110,62 @@ def attend_picked_rows(
 
 
 def _append(
-    values: Tensor, gates: Tensor, weight: Tensor, state: LayerState, rows: str, part: str,
-    how: Pooling,
-) -> Rows:  # fmt: skip
-    size, (batch, count) = how.size, values.shape[:2]
-    past, held, each = state.past.long(), state.get(part), None
+    q: Tensor, own: Own | None, grouped: Grouped, state: LayerState, how: Pooling
+) -> tuple[Tensor, Rows]:
+    angles = state.rope(how.rope_dim, how.theta)
+    if own is not None:
+        q = l2_norm(q, own.q_eps)
+        row = rms_norm(own.row, own.weight, how.eps)
+        state.append(own.rows, rotate_last(row[:, :, None], angles)[:, :, 0])
+    return rotate_last(q, angles), _append_pooled(grouped, state, how, angles)
+
+
+def _append_pooled(grouped: Grouped, state: LayerState, how: Pooling, angles: Tensor) -> Rows:
+    size, (batch, count) = how.size, grouped.values.shape[:2]
+    past, held, each = state.past.long(), state.get(grouped.part), None
+    at, series = state.positions, held.shape[2]
+    values, gates = series_of(grouped.values, grouped.gates, grouped.bias, at, series)
     # The last token of each row, or any where a row is none of a sequence's own.
     ends = torch.arange(1, -(-count // size) + 1, device=past.device) * size - 1
     ends = (ends - past[:, None] % size).clamp(max=count - 1)
     of = torch.arange(batch, device=past.device)[:, None]
     if count <= RECURRENT_LIMIT:
-        at = state.positions.expand(batch, -1)
-        each = step_parts(held, values, gates, at, state.valid, size)
+        each = step_parts(held, values, gates, at.expand(batch, -1), state.valid, size)
         after, whole = each[:, -1], each[of, ends]
     else:
         parts, after = group_parts(held, values, gates, past, state.new, size)
         whole = parts[:, :-1]
-    state.put(part, after, each if state.each else None)
-    means = rms_norm(whole[:, :, 1, 0].to(weight.dtype), weight, how.eps)
-    angles = state.rope(how.rope_dim, how.theta)
+    state.put(grouped.part, after, each if state.each else None)
+    means = rms_norm(whole[:, :, 1, 0].to(grouped.weight.dtype), grouped.weight, how.eps)
     angles = earlier(angles.expand(batch, *angles.shape[1:])[of, ends], size - 1, how.theta)
-    return state.append(rows, rotate_last(means[:, :, None], angles)[:, :, 0])
+    return state.append(grouped.rows, rotate_last(means[:, :, None], angles)[:, :, 0])
+
+
+def _append_triton(
+    q: Tensor, own: Own | None, grouped: Grouped, state: LayerState, how: Pooling
+) -> tuple[Tensor, Rows]:
+    """Decode; longer steps, and rows that no kernel may write, are torch's."""
+    near = None if own is None else state.pages(own.rows, q.dtype)
+    far = state.pages(grouped.rows, q.dtype)
+    if q.shape[1] > RECURRENT_LIMIT or far is None or (near is None) != (own is None):
+        return _append(q, own, grouped, state, how)
+    from kernels.pooling.append import pooled_append
+    from kernels.pooling.append_checks import Target
+
+    of_tokens: dict[str, Any] = {}
+    if own is not None and near is not None:
+        rows = Target(own.weight, near.pool, near.table, near.page_size)
+        of_tokens = {"row": own.row, "rows": rows, "q_eps": own.q_eps}
+    part = state.slots(grouped.part)
+    pooled_append(
+        q, grouped.values, grouped.gates, grouped.bias, part.pool,
+        Target(grouped.weight, far.pool, far.table, far.page_size),
+        state.rotary(how.rope_dim, how.theta), state.past, read=part.read, write=part.write,
+        every=how.size, eps=how.eps, each=part.each, new=part.new, **of_tokens,
+    )  # fmt: skip
+    if own is not None:
+        state.written(own.rows)
+    return q, state.written(grouped.rows)
 
 
 def _attend(q: Tensor, near: Rows, far: Rows, sinks: Tensor, scale: float) -> Tensor:
@@ -123,7 +195,7 @@ def _attend_picked(
     return found.view_as(q)
 
 
-_APPEND = Forms("gated pooling", {"torch": _append, "sdpa": _append})
+_APPEND = Forms("gated pooling", {"torch": _append, "triton": _append_triton, "sdpa": _append})
 _ATTEND = Forms("attention over pooled rows", {"torch": _attend, "sdpa": _attend})
 _ATTEND_PICKED = Forms(
     "attention over picked pooled rows", {"torch": _attend_picked, "sdpa": _attend_picked}

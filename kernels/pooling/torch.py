@@ -22,6 +22,19 @@ from torch import Tensor
 LEAST = torch.finfo(torch.float32).min
 
 
+def series_of(
+    values: Tensor, gates: Tensor, bias: Tensor, at: Tensor, series: int
+) -> tuple[Tensor, Tensor]:
+    """Values and gates as they are pooled, [B, K, S, C] each, in float32 (float64 stays).
+
+    values, gates: [B, K, S·C] as projected; bias: [M, S·C], added to the gates of a group's tokens;
+    at: positions [1 or B, K].
+    """
+    wide = torch.promote_types(values.dtype, torch.float32)
+    gates = gates.to(wide) + bias[at % len(bias)]
+    return values.to(wide).unflatten(-1, (series, -1)), gates.unflatten(-1, (series, -1))
+
+
 def pooled(values: Tensor, gates: Tensor) -> Tensor:
     """The part of n tokens: [..., n, S, C] twice -> [..., 2, S, C]. A gate of -inf is no token."""
     total = gates.logsumexp(-3)

@@ -1,5 +1,6 @@
 """`hca` equals DeepSeek-V4's heavily compressed attention; a group's part forks and rolls back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from archs.cost import Step
 from archs.errors import UserError
 from archs.hca import HeavilyCompressedAttention, HeavilyCompressedConfig
 from archs.mixer import Place
-from archs.ops.pooling import append_pooled, attend_pooled
+from archs.ops.pooling import append_index, append_tokens, attend_pooled
 from archs.registry import ModelSpec
 from archs.sizes import SCALES
 from infer.engine import Engine
@@ -131,11 +132,16 @@ def test_defaults_follow_the_trained_length() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "fla"])
 def test_a_backend_without_a_form_says_so(backend: str) -> None:
-    given: list[Any] = [torch.zeros(1)] * 7
-    with pytest.raises(NoFormError, match=f"gated pooling has no form for backend '{backend}'"):
-        append_pooled(*given, backend=backend)
+    given: list[Any] = [torch.zeros(1)] * 4
     with pytest.raises(NoFormError, match=f"over pooled rows has no form for backend '{backend}'"):
-        attend_pooled(*given[:4], scale=1.0, backend=backend)
+        attend_pooled(*given, scale=1.0, backend=backend)
+
+
+@pytest.mark.parametrize("append", [append_tokens, append_index])
+def test_pooling_without_a_form_says_so(append: Callable[..., object]) -> None:
+    given = [None] * (5 if append is append_tokens else 4)
+    with pytest.raises(NoFormError, match="gated pooling has no form for backend 'fla'"):
+        append(*given, backend="fla")
 
 
 def test_a_new_model_starts_without_preference() -> None:

@@ -11,6 +11,7 @@ from eval.proof.gpu.ops import (
     OPS,
     attention,
     chunk,
+    gated_pooling,
     glue,
     product,
     quant,
@@ -68,6 +69,7 @@ QUICK = {
     "block_scan": "4/2 d 32 block 8 new 3",
     "block_pages": "4/2 d 32 block 8",
     "page_write": "4 tokens",
+    "pooled_append": "3 heads d 32 every 4 series 2 new 3",
     "conv_chunk": "130 tokens",
     "sample": "9 rows of 1000",
 }
@@ -165,6 +167,13 @@ def scan_case(name: str, *, backward: bool) -> Case:
     return chunk.scan_case(0, scan, make, sizes, 2, 20, work(sizes), others, backward=backward)
 
 
+#: Heavily compressed attention, compressed sparse attention, and its indexer.
+POOLED = {
+    "hca": gated_pooling.Shape(3, 32, 16, 8, 1),
+    "csa": gated_pooling.Shape(3, 32, 16, 4, 2),
+    "index": gated_pooling.Shape(3, 32, 16, 4, 2, True),
+}
+
 CASES: dict[str, Case] = {
     "decode": attention.decode_case(0, 2, 130, (4, 2), 64),
     "gemv": product.gemv_case(0, 33, 64),
@@ -186,6 +195,7 @@ CASES: dict[str, Case] = {
     "swiglu": glue.swiglu_case(5, 96),
     "greedy": glue.greedy_case(3, 1000),
     "rank_topk": sparse.topk_case(0, 3, 200, 17),
+    **{f"pooled_append {name}": gated_pooling.case(0, s, 2) for name, s in POOLED.items()},
     **{
         f"{name} {str(dtype)[6:]}": recurrent.step_case(
             0, form.step, form.make, sizes, 2, dtype, flops, form.others
@@ -276,6 +286,18 @@ def test_bytes_of_steps_are_their_state_twice_inputs_and_outputs(
     case = CASES[f"{name} {str(dtype)[6:]}"]
     assert case.moved_bytes == nbytes(state, state, y, *inputs.values())
     assert case.flops == flops * state.numel()
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_bytes_of_pooling_are_those_of_what_a_step_touches(name: str) -> None:
+    """Queries and parts twice, rows of single tokens twice, rows of groups once."""
+    shape = POOLED[name]
+    given = gated_pooling.made(shape, [7, 7], 1, CPU)
+    once = nbytes(given["values"], given["gates"], given["values"][..., :32])
+    twice = nbytes(given["q"], given["part"])
+    if not shape.index:
+        twice += nbytes(given["row"])
+    assert CASES[f"pooled_append {name}"].moved_bytes == once + 2 * twice
 
 
 @pytest.mark.parametrize("name", RINGS)

@@ -4,6 +4,7 @@ from eval.proof.gpu.ops import (
     attention,
     blocks,
     chunk,
+    gated_pooling,
     glue,
     product,
     quant,
@@ -14,6 +15,6 @@ from eval.proof.gpu.ops import (
 )
 
 OPS = (
-    *attention.OPS, *sparse.OPS, *blocks.OPS, *recurrent.OPS, *trapezoid.OPS, *wkv.OPS,
-    *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
+    *attention.OPS, *sparse.OPS, *blocks.OPS, *gated_pooling.OPS, *recurrent.OPS, *trapezoid.OPS,
+    *wkv.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
 )  # fmt: skip
