@@ -153,7 +153,8 @@ def latent_append(
     block_d = triton.next_power_of_2(rotary)
     block_r = triton.next_power_of_2(width)
     block_h = max(1, min(elements // block_d, triton.next_power_of_2(heads)))
-    block_g = max(1, min(elements // block_r, triton.next_power_of_2(groups)))
+    # Half the elements of a tile of heads: norms of as many spilled in float32.
+    block_g = max(1, min(elements // 2 // block_r, triton.next_power_of_2(groups)))
     parts = triton.cdiv(groups, block_g) + triton.cdiv(heads, block_h)
     # The stride of a single element is arbitrary, and never used.
     strides = (t.stride(i) if t.shape[i] > 1 else 0 for t in (q, key, latent) for i in range(2))
