@@ -72,9 +72,8 @@ def product(x: Input, weight: Weight, *, backend: str) -> Tensor:
 def by_head(x: Tensor, *weights: Tensor, backend: str) -> Tensor:
     """Each head's own product: [B, K, H, D] with [H, D, N] -> [B, K, H, N].
 
-    weights: one, or several, each of as many heads as it has matrices, in the heads' order. One
-    matrix product a head, all tokens of the batch as its rows; a single token goes to our own
-    kernel.
+    weights: one of all heads, or several [h, D, N] whose heads follow one another. One matrix
+    product a head, all tokens of the batch as its rows; a single token goes to our own kernel.
     """
     return _BY_HEAD[backend](x, weights)
 
