@@ -25,8 +25,8 @@ from archs.layers import Projection
 from archs.mixer import MixerConfig, Place, Shared, require_divisible, takes_unnormed
 from archs.mla import LatentAttention, LatentConfig
 from archs.ops.attention import attend_expanded, attend_tied
-from archs.ops.dense import Input, by_head, rms_norm
-from archs.ops.rotary import queries_and_key, rotate_new
+from archs.ops.dense import Input, by_head, norm_each
+from archs.ops.rotary import append_tied, queries_and_key
 from archs.spec import RowSpec, StateSpec
 from archs.state import LayerState, Rows, Seen
 from kernels.rope.torch import rope_table, rotate
@@ -83,11 +83,9 @@ class GroupedLatentAttention(LatentAttention):
     def _ups(self) -> Sequence[Projection]:
         return [up for up in self.kv_ups if isinstance(up, Projection)]
 
-    def _normed(self, latent: Tensor) -> Tensor:
-        """Each group's latent normed alone: [B, K, rank] -> [B, K, groups, rank / groups]."""
-        groups, norm = self.config.groups, self.kv_norm
-        parts = zip(latent.chunk(groups, -1), norm.weight.chunk(groups), strict=True)
-        return torch.stack([rms_norm(x, w, norm.eps, backend=self.backend) for x, w in parts], 2)
+    def _apart(self, latent: Tensor) -> Tensor:
+        """[..., rank] -> [..., groups, rank / groups]."""
+        return latent.unflatten(-1, (self.config.groups, -1))
 
     def forward(self, x: Tensor, shared: Shared | None = None) -> Tensor:
         """x: [B, T, D] -> [B, T, D], expanded."""
@@ -97,7 +95,9 @@ class GroupedLatentAttention(LatentAttention):
             angles = rope_table(tokens, c.rope_dim, c.rope_theta, x.device)[:tokens]
             slabs = [rotate(t, angles) for t in slabs]
         q_rope, key = queries_and_key(slabs)
-        seen = Seen(self._normed(latent).transpose(1, 2), None, True)
+        weight, eps = self._apart(self.kv_norm.weight), self.kv_norm.eps
+        normed = norm_each(self._apart(latent), weight, eps, backend=self.backend)
+        seen = Seen(normed.transpose(1, 2), None, True)
         return self._by_expanding(q_nope, q_rope, seen, Seen(key, None, True))
 
     @takes_unnormed
@@ -105,10 +105,10 @@ class GroupedLatentAttention(LatentAttention):
         """x: [B, K, D] -> [B, K, D]."""
         c = self.config
         q_nope, slabs, latent, _ = self._down(x)
-        if c.positions:
-            slabs = [rotate_new(t, state, theta=c.rope_theta, backend=self.backend) for t in slabs]
-        q_rope, key = queries_and_key(slabs)
-        seen, keys = state.append("latent", self._normed(latent)), state.append("key", key)
+        q_rope, seen, keys = append_tied(
+            slabs, self._apart(latent), self._apart(self.kv_norm.weight), state, "latent", "key",
+            eps=self.kv_norm.eps, theta=c.theta, backend=self.backend,
+        )  # fmt: skip
         absorbs = c.absorbs(x.shape[1], seen.length)
         return (self._by_absorbing if absorbs else self._by_expanding)(q_nope, q_rope, seen, keys)
 
@@ -128,14 +128,10 @@ class GroupedLatentAttention(LatentAttention):
         c, heads = self.config, self.config.n_heads // self.config.groups
         ups = [up.weight.split(up.sizes) for up in self._ups()]
 
-        def each(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-            """Heads of every group by the weights [heads, ·, ·] of their own."""
-            parts = zip(x.split(heads, 2), weights, strict=True)
-            return torch.cat([by_head(t, w, backend=self.backend) for t, w in parts], 2)
-
-        q = each(q_nope, [k.unflatten(0, (heads, -1)) for k, _ in ups])
+        up_k, up_v = zip(*([w.unflatten(0, (heads, -1)) for w in up] for up in ups), strict=True)
+        q = by_head(q_nope, *up_k, backend=self.backend)
         out = attend_tied(q, q_rope, seen, key, scale=c.qk_dim**-0.5, backend=self.backend)
-        return self.out(each(out, [v.unflatten(0, (heads, -1)).mT for _, v in ups]).flatten(2))
+        return self.out(by_head(out, *(v.mT for v in up_v), backend=self.backend).flatten(2))
 
     def state_spec(self) -> StateSpec:
         """The latents of every token, which GPUs can hold apart, and the rotary key, which each

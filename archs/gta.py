@@ -26,7 +26,7 @@ from archs.layers import Projection
 from archs.mixer import Mixer, MixerConfig, Place, Shared, require_divisible, takes_unnormed
 from archs.ops.attention import DECODE_LIMIT, attend_expanded, attend_tied
 from archs.ops.dense import Input
-from archs.ops.rotary import queries_and_key, rotate_new
+from archs.ops.rotary import append_tied, queries_and_key
 from archs.spec import RowSpec, StateSpec
 from archs.state import LayerState, Rows, Seen
 from kernels.rope.torch import rope_table, rotate
@@ -101,9 +101,9 @@ class TiedAttention(Mixer):
         """x: [B, K, D] -> [B, K, D]."""
         c = self.config
         q, slab, tied = self._split(x)
-        slab = rotate_new(slab, state, theta=c.rope_theta, backend=self.backend)
-        q_rotary, key = queries_and_key([slab])
-        seen, keys = state.append("tied", tied), state.append("key", key)
+        q_rotary, seen, keys = append_tied(
+            [slab], tied, None, state, "tied", "key", theta=c.rope_theta, backend=self.backend
+        )
         if x.shape[1] > DECODE_LIMIT:
             return self._side_by_side(q, q_rotary, seen, keys.rows)
         out = attend_tied(q, q_rotary, seen, keys, scale=c.head_dim**-0.5, backend=self.backend)

@@ -183,9 +183,6 @@ def _tied_triton(q: Tensor, q_rotary: Tensor, seen: Rows, key: Rows, scale: floa
     p, keys = pages_of(seen), pages_of(key)
     if p is None or keys is None:
         return _tied_torch(q, q_rotary, seen, key, scale)
-    if q.shape[-1] < p.pool.shape[-1]:
-        # Zeros meet the columns that are values alone.
-        q = F.pad(q, (0, p.pool.shape[-1] - q.shape[-1]))
     return _latent_pages(q, q_rotary, p, keys.pool, scale)
 
 

@@ -5,6 +5,7 @@ and up to 16 rows are hardly one; where nothing is to be differentiated, they go
 one row with the norm before it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +69,13 @@ def product(x: Input, weight: Weight, *, backend: str) -> Tensor:
     return _PRODUCT[backend](x, weight)
 
 
-def by_head(x: Tensor, weight: Tensor, *, backend: str) -> Tensor:
+def by_head(x: Tensor, *weights: Tensor, backend: str) -> Tensor:
     """Each head's own product: [B, K, H, D] with [H, D, N] -> [B, K, H, N].
 
-    One matrix product a head, all tokens of the batch as its rows; a single token goes to our own
-    kernel.
+    weights: one of all heads, or several [h, D, N] whose heads follow one another. One matrix
+    product a head, all tokens of the batch as its rows; a single token goes to our own kernel.
     """
-    return _BY_HEAD[backend](x, weight)
+    return _BY_HEAD[backend](x, weights)
 
 
 def norm_swiglu(x: Unnormed, weight: Weight, *, backend: str) -> Tensor:
@@ -101,22 +102,27 @@ def _product_triton(x: Tensor, weight: Tensor) -> Tensor:
     return few_rows.few_rows(x, weight) if few_rows.serves(x, weight) else F.linear(x, weight)
 
 
-def _by_head_torch(x: Tensor, weight: Tensor) -> Tensor:
-    found = x.flatten(0, 1).transpose(0, 1) @ weight
-    return found.transpose(0, 1).unflatten(0, x.shape[:2])
+def _by_head_torch(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    parts = x.flatten(0, 1).transpose(0, 1).split([len(weight) for weight in weights])
+    found = [(part @ w).transpose(0, 1) for part, w in zip(parts, weights, strict=True)]
+    together = found[0] if len(found) == 1 else torch.cat(found, 1)
+    return together.unflatten(0, x.shape[:2])
 
 
-def _by_head_triton(x: Tensor, weight: Tensor) -> Tensor:
+def _by_head_triton(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     if torch.is_grad_enabled():
-        return _by_head_torch(x, weight)
+        return _by_head_torch(x, weights)
     from kernels.products import head_gemv
 
-    if head_gemv.serves(x, weight):
-        return head_gemv.head_gemv(x, weight)
-    # The product writes tokens first, as the next one reads them.
-    found = x.new_empty(*x.shape[:3], weight.shape[-1])
-    rows = found.flatten(0, 1).transpose(0, 1)
-    torch.bmm(x.flatten(0, 1).transpose(0, 1), weight, out=rows)
+    # Products write tokens first, as the next one reads them, and each into its heads.
+    found = x.new_empty(*x.shape[:3], weights[0].shape[-1])
+    heads = [len(weight) for weight in weights]
+    for part, weight, out in zip(x.split(heads, 2), weights, found.split(heads, 2), strict=True):
+        if head_gemv.serves(part, weight):
+            head_gemv.head_gemv(part, weight, out=out)
+        else:
+            rows = out.flatten(0, 1).transpose(0, 1)
+            torch.bmm(part.flatten(0, 1).transpose(0, 1), weight, out=rows)
     return found
 
 
@@ -161,6 +167,12 @@ def _one_row(x: Unnormed, weight: Tensor, *, gated: bool) -> Tensor | None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:
     """As `kernels.norm.torch.rms_norm`."""
     return _RMS_NORM[backend](x, weight, eps)
+
+
+def norm_each(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:
+    """Each of G vectors normed by a weight of its own: [..., G, D] with [G, D] -> [..., G, D]."""
+    parts = zip(x.unbind(-2), weight, strict=True)
+    return torch.stack([rms_norm(part, w, eps, backend=backend) for part, w in parts], -2)
 
 
 def add_rms_norm(

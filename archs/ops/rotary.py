@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from archs.backends import everywhere
-from archs.ops.dense import Input, Unnormed, product
+from archs.ops.dense import Input, Unnormed, norm_each, product
 from archs.ops.dense import rms_norm as norm_rows
 from archs.ops.matrix import Weight
 from archs.state import LayerState, Pages, Rows
@@ -63,6 +63,19 @@ def append_latent(
     [R + r]. Returns the queries [B, K, H, r] and all rows that the new tokens may see.
     """
     return _APPEND_LATENT[backend](to_turn, latent, weight, state, name, eps, theta)
+
+
+def append_tied(
+    to_turn: Sequence[Tensor], rows: Tensor, weight: Tensor | None, state: LayerState, name: str,
+    key: str, *, theta: float | None, eps: float = 0.0, backend: str,
+) -> tuple[Tensor, Rows, Rows]:  # fmt: skip
+    """`append_latent` of several rows a token, with the key in rows of its own.
+
+    rows: [B, K, G, R], before the norms of `weight` [G, R] (None: there are none). Those of `name`
+    are [G, R], those of `key` [r]. Returns the queries [B, K, H, r] and all rows of `name` and of
+    `key` that the new tokens may see.
+    """
+    return _APPEND_TIED[backend](to_turn, rows, weight, state, name, key, eps, theta)
 
 
 def _append_torch(
@@ -168,6 +181,38 @@ def _append_latent_triton(
     return queries, state.written(name)
 
 
+def _append_tied_torch(
+    to_turn: Sequence[Tensor], rows: Tensor, weight: Tensor | None, state: LayerState, name: str,
+    key: str, eps: float, theta: float | None, backend: str = "torch",
+) -> tuple[Tensor, Rows, Rows]:  # fmt: skip
+    if theta is not None:
+        to_turn = [rotate_new(t, state, theta=theta, backend=backend) for t in to_turn]
+    queries, turned = queries_and_key(to_turn)
+    if weight is not None:
+        rows = norm_each(rows, weight, eps, backend=backend)
+    return queries, state.append(name, rows), state.append(key, turned)
+
+
+def _append_tied_triton(
+    to_turn: Sequence[Tensor], rows: Tensor, weight: Tensor | None, state: LayerState, name: str,
+    key: str, eps: float, theta: float | None,
+) -> tuple[Tensor, Rows, Rows]:  # fmt: skip
+    given = to_turn, rows, weight, state, name, key, eps, theta
+    if theta is None:
+        return _append_tied_torch(*given, "triton")
+    pages, keys = (state.pages(n, rows.dtype) for n in (name, key))
+    if pages is None or keys is None:
+        return _append_tied_torch(*given, "triton")
+    from kernels.latent.append import latent_append
+
+    queries, turning = queries_and_key(to_turn)
+    latent_append(
+        queries, turning, rows, weight, state.rotary(turning.shape[-1], theta), pages.pool,
+        pages.table, pages.past, eps=eps, keys=keys.pool, page_size=pages.page_size, new=pages.new,
+    )  # fmt: skip
+    return queries, state.written(name), state.written(key)
+
+
 def _rotate_torch(x: Tensor, state: LayerState, theta: float, rope_dim: int | None) -> Tensor:
     return rotate(x, state.rope(x.shape[-1], theta, rope_dim))
 
@@ -181,4 +226,5 @@ def _rotate_triton(x: Tensor, state: LayerState, theta: float, rope_dim: int | N
 _APPEND = everywhere("rotary positions", _append_torch, _append_triton)
 _ROTATE_APPEND = everywhere("rotary positions", _rotate_append_torch, _rotate_append_triton)
 _APPEND_LATENT = everywhere("rotary positions", _append_latent_torch, _append_latent_triton)
+_APPEND_TIED = everywhere("rotary positions", _append_tied_torch, _append_tied_triton)
 _ROTATE = everywhere("rotary positions", _rotate_torch, _rotate_triton)

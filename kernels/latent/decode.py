@@ -5,10 +5,11 @@ per position. With the up-projections absorbed into query and output, a head com
 softmax(scale · (q_latent · c_latent + q_rotary · c_rotary)) c_latent: keys are whole rows, values
 their first R columns, so a row is loaded once. Several latent heads make it grouped-latent
 attention (arXiv 2505.21487), where all of them may share one rotary key, in a pool of its own.
+Queries that meet the first n columns alone make it grouped-tied attention (there, too).
 
 Legend: B batch, K new tokens, H query heads, G latent heads, R latent width, r rotary width,
-M rows of one matrix product: the H/G query heads of a latent head times K tokens. Splits, the
-fixed grid and the combination are those of `attention.decode`.
+n query width, M rows of one matrix product: the H/G query heads of a latent head times K tokens.
+Splits, the fixed grid and the combination are those of `attention.decode`.
 """
 
 import functools
@@ -19,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.aot.ahead import Variant
 from kernels.aot.recorded import Expected, NamedCall, meta, variants_of
@@ -81,9 +83,9 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     scale_log2, q_stride_b, q_stride_t, q_stride_h, r_stride_b, r_stride_t, r_stride_h,
     pool_stride_g,
     max_pages, group, tokens, row_blocks, window, sinks,
-    LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr, ROTARY: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    LATENT: tl.constexpr, BLOCK_LATENT: tl.constexpr, QUERY: tl.constexpr, ROTARY: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr,
+    WINDOWED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, G * tiles of M, B). keys may be None."""
     ROW: tl.constexpr = LATENT + ROTARY if keys is None else LATENT
@@ -121,8 +123,9 @@ def mla_decode_fwd_kernel(  # type: ignore[no-untyped-def]
     position = length - tokens + token
     q_rows = (q + b.to(tl.int64) * q_stride_b + token * q_stride_t + head * q_stride_h)[:, None]
     asked = real
-    if LATENT != BLOCK_LATENT:
-        asked = asked & (latent < LATENT)[None, :]
+    if QUERY != BLOCK_LATENT:
+        # Zeros meet the columns that are values alone.
+        asked = asked & (latent < QUERY)[None, :]
     q_latent = tl.load(q_rows + latent[None, :], mask=asked, other=0.0)
     r_rows = (q_rotary + b.to(tl.int64) * r_stride_b + token * r_stride_t + head * r_stride_h)[
         :, None
@@ -204,6 +207,7 @@ def mla_decode(
     q: [B, K, H, R], queries that meet latents; q_rotary: [B, K, H, r], those that meet the rotary
       key; R and r a pair of `WIDTHS`, or of `WIDTHS_APART` where `keys` are given; K <= 4, bf16 or
       fp16; strides multiples of 16, so products by heads and views of a packed projection will do.
+      With `keys` q may be narrower, [B, K, H, n], n a multiple of 16: it meets the first n columns.
     pool: [pages * page_size, R + r], or [G, pages * page_size, R + r] with a latent head for each
       H / G query heads; q's dtype. With `keys` its rows are R wide: c is [latent | key].
     keys: contiguous [pages * page_size, r], the rotary key that all latent heads share; pages of
@@ -223,7 +227,8 @@ def mla_decode(
         q, q_rotary, pool, keys, page_table, lengths, page_size, window, sinks, out,
         kernel=mla_decode_fwd_kernel,
     )  # fmt: skip
-    batch, tokens, heads, latent = q.shape
+    batch, tokens, heads, query = q.shape
+    latent = query if keys is None else pool.shape[-1]
     if out is None:
         out = torch.empty((batch, tokens, heads, latent), dtype=q.dtype, device=q.device)
     if batch == 0:
@@ -252,9 +257,9 @@ def mla_decode(
         q, q_rotary, pool, keys, page_table, lengths, out, partials, partial_lse, used_splits,
         scale * math.log2(math.e), *strides, pool.stride(0) if groups > 1 else 0,
         page_table.shape[1], group, tokens, row_blocks, window or 0, sinks,
-        LATENT=latent, BLOCK_LATENT=triton.next_power_of_2(latent), ROTARY=q_rotary.shape[3],
-        PAGE=page_size, BLOCK_M=block_m, TILE=config.tile, SPLIT_TILES=SPLIT_ROWS // config.tile,
-        WINDOWED=window is not None,
+        LATENT=latent, BLOCK_LATENT=triton.next_power_of_2(latent), QUERY=query,
+        ROTARY=q_rotary.shape[3], PAGE=page_size, BLOCK_M=block_m, TILE=config.tile,
+        SPLIT_TILES=SPLIT_ROWS // config.tile, WINDOWED=window is not None,
         num_warps=config.warps, num_stages=config.stages,
         **overlapped(q.device, early=early),
     )  # fmt: skip
@@ -281,10 +286,12 @@ def mla_decode_ref(
 ) -> Tensor:  # fmt: skip
     """The oracle: float64, one new token of one head at a time. Arguments as `mla_decode`."""
     batch, tokens, heads, latent = q.shape
-    q = torch.cat((q, q_rotary), -1)
     pool = pool if pool.dim() == 3 else pool[None]
     if keys is not None:
+        latent = pool.shape[-1]
+        q = F.pad(q, (0, latent - q.shape[-1]))
         pool = torch.cat((pool, keys.expand(len(pool), -1, -1)), -1)
+    q = torch.cat((q, q_rotary), -1)
     out = torch.zeros((batch, tokens, heads, latent), dtype=torch.float64)
     for b in range(batch):
         for i in range(tokens):
@@ -305,20 +312,23 @@ def mla_decode_ref(
 def variants() -> list[Variant]:
     """Every configuration that the wrapper can pick; first latents of 512 + 64 on Hopper. Pages: of
     whole tiles, below a tile, and of one row; those of fp16 are left out, as its code is that of
-    bf16 but for the type. Then two latent heads that share their key."""
+    bf16 but for the type. Then two latent heads that share their key, and tied rows, whose queries
+    are half as wide."""
     bf16 = torch.bfloat16
 
     def call(
         dtype: torch.dtype, widths: tuple[int, int], rows: int, windowed: bool, page: int,
-        apart: bool = False,
+        apart: bool = False, tied: bool = False,
     ) -> NamedCall:  # fmt: skip
         heads = 2 if apart else 1
-        q, q_rotary = (meta(1, 1, heads * rows, width, dtype=dtype) for width in widths)
+        asked = widths[0] // 2 if tied else widths[0], widths[1]
+        q, q_rotary = (meta(1, 1, heads * rows, width, dtype=dtype) for width in asked)
         pool = meta(heads, page, widths[0] if apart else sum(widths), dtype=dtype)
         keys = meta(page, widths[1], dtype=dtype) if apart else None
         table, lengths = meta(1, 1, dtype=torch.int32), meta(1, dtype=torch.int32)
         name = f"mla_decode {str(dtype)[6:]} latent {widths[0]}+{widths[1]} rows {rows} page {page}"
-        return name + " window" * windowed + " keys apart" * apart, functools.partial(
+        name += " window" * windowed + " keys apart" * apart + " tied" * tied
+        return name, functools.partial(
             mla_decode, q, q_rotary, pool, table, lengths, scale=0.1, page_size=page,
             window=1 if windowed else None, keys=keys,
         )  # fmt: skip
@@ -343,12 +353,13 @@ def variants() -> list[Variant]:
         if page == 64 or (dtype == bf16 and not (windowed and page == 1))
     )
     apart = (
-        call(dtype, widths, rows, False, page, apart=True)
+        call(dtype, widths, rows, False, page, apart=True, tied=tied)
+        for tied in (False, True)
         for dtype in (bf16, torch.float16)
         for widths in WIDTHS_APART
         for rows in (16, 32, 64)
         for page in (64, 16)
-        if page == 64 or dtype == bf16
+        if (page == 64 or dtype == bf16) and (not tied or widths[0] == 2 * widths[1])
     )
     expected = Expected(wide_loads=2, narrow_in_loops=narrow, matrix=True, spills=spills)
     default = call(bf16, (512, 64), 16, False, 64)

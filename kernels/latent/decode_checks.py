@@ -29,7 +29,8 @@ def check(
     """
     require_gpu("q", q, kernel)
     require(q.dim() == 4, "q", form(q), "must be [B, K, H, R]")
-    batch, tokens, heads, latent = q.shape
+    batch, tokens, heads, query = q.shape
+    latent = pool.shape[-1] if keys is not None and pool.dim() else query
     dtypes = (torch.bfloat16, torch.float16) + ((torch.float32,) if interpreted(kernel) else ())
     require(q.dtype in dtypes, "q", form(q), "must be bfloat16 or float16")
     fits = q_rotary.shape[:-1] == q.shape[:-1] and q_rotary.dtype == q.dtype
@@ -37,6 +38,8 @@ def check(
     widths = latent, q_rotary.shape[3]
     served = WIDTHS if keys is None else WIDTHS_APART
     require(widths in served, "(R, r)", widths, "must be one of {}; use backend torch", served)
+    require(0 < query <= latent and query % 16 == 0, "q", form(q),
+            "must have a multiple of 16 columns, up to {}", latent)  # fmt: skip
     require(1 <= tokens <= MAX_TOKENS, "K", tokens, "new tokens must be 1 to {}", MAX_TOKENS)
     require(heads >= 1, "q", form(q), "must have at least one head")
     for name, part in (("q", q), ("q_rotary", q_rotary)):

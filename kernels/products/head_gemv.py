@@ -46,11 +46,12 @@ def head_gemv_fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(y + h * N + n, sums.to(y.dtype.element_ty), mask=n < N)
 
 
-def head_gemv(x: Tensor, weight: Tensor) -> Tensor:
+def head_gemv(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     """x[h] W[h] of one token.
 
     x: [1, 1, H, D], D at most 1024 and contiguous; weight: [H, D, N] in x's dtype (float32,
     bfloat16, float16), D or N contiguous, not written by the launch right before. Sums are float32.
+    out: contiguous [1, 1, H, N] in x's dtype, written and returned.
     Returns [1, 1, H, N].
     Raises ValueError naming the argument, its value and the rule it breaks.
     """
@@ -71,13 +72,17 @@ def head_gemv(x: Tensor, weight: Tensor) -> Tensor:
     same = weight.dtype == x.dtype and weight.device == x.device
     require(same, "weight", form(weight), "must be {} on {}", x.dtype, x.device)
     require(1 in weight.stride()[1:], "weight", form(weight), "must have D or N contiguous")
-    y = torch.empty(1, 1, heads, width, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(1, 1, heads, width, dtype=x.dtype, device=x.device)
+    fits = out.shape == (1, 1, heads, width) and out.dtype == x.dtype and out.device == x.device
+    rule = "must be contiguous {} [1, 1, {}, {}] on {}"
+    require(fits and out.is_contiguous(), "out", form(out), rule, x.dtype, heads, width, x.device)
     constants = _constants(dim, width)
     head_gemv_fwd_kernel[(triton.cdiv(width, constants["BLOCK_N"]), heads)](
-        x, weight, y, x.stride(2), *weight.stride(), **constants, num_warps=WARPS,
+        x, weight, out, x.stride(2), *weight.stride(), **constants, num_warps=WARPS,
         **overlapped(x.device),
     )  # fmt: skip
-    return y
+    return out
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:

@@ -51,6 +51,12 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1, "head_gemv": 2},
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1},
     ),
+    # Each of two groups has products of its own.
+    "grouped_latent": (
+        {"latent_append": 1, "mla_decode": 1, "split_combine": 1, "head_gemv": 4},
+        {"latent_append": 1, "mla_decode": 1, "split_combine": 1},
+    ),
+    "gta": ({"latent_append": 1, "mla_decode": 1, "split_combine": 1},) * 2,
 }
 #: Mixers that blend normed tokens, so that no product norms them.
 BLENDED = ("rwkv7",)

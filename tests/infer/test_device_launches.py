@@ -45,20 +45,14 @@ class Launches(TorchDispatchMode):
 
 
 RUN = InterpretedFunction.run
-#: Latent attention: norm, rotation, its row and its queries put together, their write, attention.
 #: Picked rows: scales of head weights, latents and index keys written, queries copied to where 16
 #: bytes begin, the scan, the selection, which of its rows are seen and where they lie, attention.
 #: Blocks: rows and means written, the scan, the selection, the pages of its blocks, two
 #: attentions, gates and the sum of three.
 #: A convolution between gates: one before it, one after.
-#: Tied rows: rotation, rows and key written, queries filled up, attention. Groups of latents: a
-#: norm for each and what puts them together, and two of the latter around attention. Low-rank
-#: projections, opened between their halves, and the gate of the outputs. Gates of values by
-#: channel: a sigmoid and a product.
-MORE_LAUNCHES = {
-    "mla": 6, "dsa": 17, "nsa": 13, "shortconv": 3, "gta": 5, "grouped_latent": 9, "rwkv7": 5,
-    "kda(channel_gates=true)": 4,
-}  # fmt: skip
+#: Low-rank projections, opened between their halves, and the gate of the outputs. Gates of values
+#: by channel: a sigmoid and a product.
+MORE_LAUNCHES = {"dsa": 17, "nsa": 13, "shortconv": 3, "rwkv7": 5, "kda(channel_gates=true)": 4}
 
 
 @pytest.mark.parametrize("arch", [*(arch for arch in KERNELED if arch in REGISTRY), *DELTA_OPTIONS])

@@ -40,6 +40,7 @@ def test_an_architecture_without_kernels_is_refused(arch: str) -> None:
         ("mamba3", {"rank": 2, "rope_fraction": 0.0}, [11, 1, 3, 4]),
         ("gta", {"kv_heads": 2}, [11, 1, 3, 4, 9]),
         ("grouped_latent", {"rank": 128, "q_rank": 48}, [11, 1, 3, 4]),
+        ("grouped_latent", {"positions": False}, [11, 1, 3]),
         ("gqa", {"qk_norm": True, "output_gate": True, "rope_dim": 16}, [13, 1, 3, 5]),
         ("mqa", {"output_gate": True, "rope_dim": 0}, [13, 1, 3]),
         ("swa", {"qk_norm": True, "rope_dim": 32, "window": 9}, [21, 1, 3, 5]),
@@ -67,7 +68,7 @@ def test_options_equal_the_torch_form(
     subject.model = subject.spec.build()
     with torch.no_grad():
         for name, parameter in subject.model.named_parameters():
-            if name.endswith(("k_norm.weight", "sink_logits")):
+            if name.endswith(("k_norm.weight", "kv_norm.weight", "sink_logits")):
                 parameter.normal_(1.0, 0.3)
     tokens = subject.tokens(2, sum(pieces))
     expected, engine = subject.expected(tokens), subject.engine(2, sum(pieces))

@@ -53,6 +53,16 @@ def test_bad_arguments_are_refused_before_any_launch(
             module.head_gemv(x, weight)
 
 
+@pytest.mark.parametrize(
+    "out",
+    [torch.zeros(1, 1, 2, 9), torch.zeros(1, 1, 4, 8)[:, :, ::2], torch.zeros(1, 1, 2, 8).half()],
+    ids=["shape", "strides", "dtype"],
+)
+def test_an_unlike_result_is_refused(out: Tensor) -> None:
+    with interpreted(), pytest.raises(ValueError, match=r"out=.*float32 \[1, 1, 2, 8\]"):
+        module.head_gemv(torch.zeros(1, 1, 2, 16), torch.zeros(2, 16, 8), out=out)
+
+
 def _no_launch(*_: Any, **__: Any) -> None:
     raise AssertionError("launched")
 
@@ -62,11 +72,19 @@ def test_products_by_head_take_it_for_one_token(
     batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight = torch.randn(batch, 1, 3, 16), torch.randn(3, 16, 24)
-    seen: list[torch.Size] = []
+    expected, seen = head_gemv_ref(x, weight), list[int]()
     real = module.head_gemv
-    monkeypatch.setattr(module, "head_gemv", lambda x, w: seen.append(x.shape) or real(x, w))
+
+    def watched(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+        seen.append(len(weight))
+        return real(x, weight, out=out)
+
+    monkeypatch.setattr(module, "head_gemv", watched)
     assert serves(x, weight) == (batch == 1)
-    with torch.inference_mode(), interpreted():
-        found = by_head(x, weight, backend="triton")
-    torch.testing.assert_close(found.double(), head_gemv_ref(x, weight), rtol=1e-5, atol=1e-4)
-    assert len(seen) == (batch == 1)
+    for heads in ([3], [1, 2]):
+        for backend in ("triton", "torch"):
+            seen.clear()
+            with torch.inference_mode(), interpreted():
+                found = by_head(x, *weight.split(heads), backend=backend)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+            assert seen == (heads if batch == 1 and backend == "triton" else [])

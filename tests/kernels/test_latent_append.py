@@ -39,15 +39,24 @@ def operands(
     dtype: torch.dtype = torch.float32,
     held: torch.dtype | None = None,
     new: tuple[int, ...] | None = None,
+    groups: int = 0,
+    normed: bool = True,
 ) -> dict[str, Any]:
-    """Queries and rows as columns of wider projections of NaN; a pool of NaN, shuffled pages."""
+    """Queries and rows as columns of wider projections of NaN; a pool of NaN, shuffled pages.
+
+    groups: of latents whose key lies apart; 0: one, beside its key.
+    """
     latent, rotary = widths
+    several = (groups,) if groups else ()
+    held = held or dtype
     batch, most = len(lengths), -(-(max(lengths) + tokens) // page_size)
     pages = batch * most + 2
     up = torch.full((batch, tokens, heads * (rotary + 8)), torch.nan, dtype=dtype)
-    down = torch.full((batch, tokens, 48 + latent + rotary), torch.nan, dtype=dtype)
+    columns = 48 + max(groups, 1) * latent + rotary
+    down = torch.full((batch, tokens, columns), torch.nan, dtype=dtype)
     q = up[..., 8 * heads :].unflatten(-1, (heads, rotary))
     key, row = down[..., 48 : 48 + rotary], down[..., 48 + rotary :]
+    row = row.unflatten(-1, (groups, latent)) if groups else row
     for part in (q, key, row):
         part.copy_(torch.randn(part.shape))
     table = torch.randperm(pages)[: batch * most].view(batch, most).int()
@@ -59,11 +68,16 @@ def operands(
         table[b, [j for j in range(most) if j not in written]] = 10**6
     angles = rope_table(max(lengths) + tokens, rotary, 10000.0, torch.device("cpu"))
     angles = torch.view_as_real(angles)[: max(lengths) + tokens, 0].contiguous()
+    rows, width = pages * page_size, latent if groups else latent + rotary
+    # Latent heads have spare rows between them.
+    pool = torch.full((*several, rows + 8 * (groups > 0), width), torch.nan, dtype=held)
     return {
-        "q": q, "key": key, "latent": row, "weight": torch.rand(latent).to(dtype) + 0.5,
+        "q": q, "key": key, "latent": row,
+        "weight": torch.rand(*several, latent).to(dtype) + 0.5 if normed else None,
         "cos_sin": angles, "page_table": table, "lengths": int32(*lengths),
-        "pool": torch.full((pages * page_size, sum(widths)), torch.nan, dtype=held or dtype),
-        "eps": 1e-3, "page_size": page_size, "new": None if new is None else int32(*new),
+        "pool": pool[..., :rows, :], "page_size": page_size,
+        "keys": torch.full((rows, rotary), torch.nan, dtype=held) if groups else None,
+        "eps": 1e-3, "new": None if new is None else int32(*new),
     }  # fmt: skip
 
 
@@ -74,14 +88,19 @@ def torch_form(given: dict[str, Any]) -> dict[str, Tensor]:
     angles = given["cos_sin"][at][:, :, None]
     rotate(q, angles)
     rotate(key[:, :, None], angles)
-    rows = torch.cat((rms_norm(given["latent"], given["weight"], given["eps"]), key), -1)
-    pages = ("page_table", "lengths", "page_size", "new")
-    pool = page_write_ref(rows, given["pool"], **{name: given[name] for name in pages})
-    return {"q": q, "pool": pool}
+    rows = given["latent"]
+    if given["weight"] is not None:
+        rows = rms_norm(rows, given["weight"], given["eps"])
+    pages = {name: given[name] for name in ("page_table", "lengths", "page_size", "new")}
+    if given["keys"] is None:
+        return {"q": q, "pool": page_write_ref(torch.cat((rows, key), -1), given["pool"], **pages)}
+    pools = {"pool": rows, "keys": key}
+    return {"q": q, **{n: page_write_ref(rows, given[n], **pages) for n, rows in pools.items()}}
 
 
 def assert_equals_the_oracle(given: dict[str, Any]) -> None:
-    oracle = dict(zip(("q", "pool"), latent_append_ref(**given), strict=True))
+    oracle = dict(zip(("q", "pool", "keys"), latent_append_ref(**given), strict=False))
+    assert len(oracle) == 2 + (given["keys"] is not None)
     by_torch, valid = torch_form(given), torch.ones(given["q"].shape[:2], dtype=torch.bool)
     if given["new"] is not None:
         valid = torch.arange(valid.shape[1]) < given["new"][:, None]
@@ -99,6 +118,10 @@ def assert_equals_the_oracle(given: dict[str, Any]) -> None:
         torch.testing.assert_close(given[name], expected, equal_nan=True, rtol=0, atol=0)
 
 
+#: Rows whose key lies apart: latents, and tied rows, which no norm meets.
+APART = [pytest.param(True, id="latents"), pytest.param(False, id="tied")]
+
+
 @pytest.mark.parametrize("page_size", [1, 5, 16, 64])
 @pytest.mark.parametrize("tokens", [1, 3, 65])
 def test_positions_and_shuffled_pages(tokens: int, page_size: int) -> None:
@@ -111,18 +134,35 @@ def test_heads_and_widths(heads: int, widths: tuple[int, int]) -> None:
     assert_equals_the_oracle(operands((100,), tokens=1, heads=heads, widths=widths))
 
 
+@pytest.mark.parametrize("normed", APART)
+@pytest.mark.parametrize(("tokens", "page_size"), [(1, 64), (3, 5), (65, 16)])
+@pytest.mark.parametrize("groups", [1, 2, 9])
+def test_keys_apart(groups: int, tokens: int, page_size: int, normed: bool) -> None:
+    how = {"tokens": tokens, "page_size": page_size, "groups": groups, "normed": normed}
+    assert_equals_the_oracle(operands((63, 0), **how))
+
+
+@pytest.mark.parametrize("normed", APART)
+@pytest.mark.parametrize("widths", [(48, 16), (128, 64), (512, 64), (7, 2)], ids=str)
+def test_widths_of_keys_apart(widths: tuple[int, int], normed: bool) -> None:
+    assert_equals_the_oracle(operands((100,), tokens=1, widths=widths, groups=3, normed=normed))
+
+
+@pytest.mark.parametrize("groups", [0, 3])
 @pytest.mark.parametrize("held", FLOATS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_dtypes(dtype: torch.dtype, held: torch.dtype) -> None:
-    assert_equals_the_oracle(operands(dtype=dtype, held=held))
+def test_dtypes(dtype: torch.dtype, held: torch.dtype, groups: int) -> None:
+    assert_equals_the_oracle(operands(dtype=dtype, held=held, groups=groups))
 
 
-def test_padded_tokens_are_not_written() -> None:
-    assert_equals_the_oracle(operands((3, 0, 30, 15), tokens=3, new=(3, 0, 1, 2)))
+@pytest.mark.parametrize("groups", [0, 3])
+def test_padded_tokens_are_not_written(groups: int) -> None:
+    assert_equals_the_oracle(operands((3, 0, 30, 15), tokens=3, new=(3, 0, 1, 2), groups=groups))
 
 
-def test_a_token_without_a_page_or_an_angle_stays_outside() -> None:
-    given = operands((14, 14), tokens=6)
+@pytest.mark.parametrize("groups", [0, 2])
+def test_a_token_without_a_page_or_an_angle_stays_outside(groups: int) -> None:
+    given = operands((14, 14), tokens=6, groups=groups)
     before, expected = given["q"].clone(), torch_form(given)
     first = torch_form(given | {"new": int32(2, 0)})
     given["page_table"] = given["page_table"][:, :1].contiguous()
@@ -132,7 +172,8 @@ def test_a_token_without_a_page_or_an_angle_stays_outside() -> None:
         module.latent_append(**given)
     torch.testing.assert_close(given["q"][:, :4], expected["q"][:, :4])
     assert torch.equal(given["q"][:, 4:], before[:, 4:])
-    torch.testing.assert_close(given["pool"], first["pool"], equal_nan=True)
+    for name in first.keys() - {"q"}:
+        torch.testing.assert_close(given[name], first[name], equal_nan=True)
 
 
 def test_a_token_past_the_angles_keeps_its_key_as_it_is() -> None:
@@ -164,8 +205,13 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "key": (r"key=.*\[3, 2, 16\]", lambda a: {"key": a["key"][:, :1]}),
     "key dtype": ("key=.*float32", lambda a: {"key": a["key"].half()}),
     "latent rank": (r"latent=.*\[B, K, R\]", lambda a: {"latent": a["latent"][0]}),
-    "latent strides": ("latent=.*stride 1", lambda a: {"latent": torch.zeros(3, 2, 128)[..., ::2]}),
+    "latent strides": (
+        "latent=.*contiguous",
+        lambda a: {"latent": torch.zeros(3, 2, 128)[..., ::2]},
+    ),
     "weight": (r"weight=.*\[64\]", lambda a: {"weight": a["weight"][:32]}),
+    "no latents": (r"latent=.*\[B, K, R\]", lambda a: {"latent": a["latent"][..., :0]}),
+    "weight rows": (r"weight=.*\[64\]", lambda a: {"weight": a["weight"].expand(2, -1)}),
     "eps": ("eps=-1.0 must", lambda a: {"eps": -1.0}),
     "cos_sin": ("cos_sin=.*8, 2", lambda a: {"cos_sin": a["cos_sin"][:, :4]}),
     "pool width": (r"pool=.*pages \* 16, 80\]", lambda a: {"pool": a["pool"][:, :64]}),
@@ -175,6 +221,33 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "lengths": ("lengths=.*int32", lambda a: {"lengths": a["lengths"].long()}),
     "new": (r"new=.*\[3\]", lambda a: {"new": int32(1, 2)}),
     "device": ("pool=meta must be on", lambda a: {"pool": a["pool"].to("meta")}),
+    "keys beside one latent": (r"latent=.*\[B, K, G, R\]", lambda a: {"keys": a["pool"][:, 64:]}),
+}
+#: Of three latents whose key lies apart.
+REFUSALS_APART: dict[str, tuple[str, Change]] = {
+    "keys missing": (r"latent=.*\[B, K, R\]", lambda a: {"keys": None}),
+    "no groups": (r"latent=.*\[B, K, G, R\]", lambda a: {"latent": a["latent"][:, :, :0]}),
+    "groups apart": (
+        r"latent=.*\[3, 2, 3, 64\], each token contiguous",
+        lambda a: {"latent": torch.zeros(3, 2, 3, 80)[..., :64]},
+    ),
+    "weight": (r"weight=.*\[3, 64\]", lambda a: {"weight": a["weight"][0]}),
+    "pool heads": (r"pool=.*\[3, pages \* 16, 64\]", lambda a: {"pool": a["pool"][:2]}),
+    "pool rows": (r"pool=.*pages \* 96", lambda a: {"page_size": 96}),
+    "pool dtype": ("pool=.*float", lambda a: {"pool": a["pool"].to(torch.int8)}),
+    "pool strides": (
+        "pool=.*contiguous",
+        lambda a: {"pool": a["pool"].repeat(1, 1, 2)[..., :64]},
+    ),
+    "keys rows": (r"keys=.*must be contiguous", lambda a: {"keys": a["keys"][:16]}),
+    "keys width": (r"keys=.*, 16\]", lambda a: {"keys": a["keys"][:, :8].contiguous()}),
+    "keys dtype": ("keys=.*float32", lambda a: {"keys": a["keys"].half()}),
+    "keys strides": ("keys=.*contiguous", lambda a: {"keys": a["keys"].repeat(1, 2)[:, :16]}),
+    "keys device": ("keys=meta must be on", lambda a: {"keys": a["keys"].to("meta")}),
+}
+CASES = {
+    **{name: (0, *case) for name, case in REFUSALS.items()},
+    **{f"apart, {name}": (3, *case) for name, case in REFUSALS_APART.items()},
 }
 
 
@@ -182,12 +255,12 @@ def _no_launch(*_: Any, **__: Any) -> None:
     raise AssertionError("launched")
 
 
-@pytest.mark.parametrize("case", REFUSALS)
+@pytest.mark.parametrize("case", CASES)
 def test_bad_arguments_are_refused_before_any_launch(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = operands()
-    message, change = REFUSALS[case]
+    groups, message, change = CASES[case]
+    given = operands(groups=groups)
     changed = given | change(given)
     with interpreted():
         monkeypatch.setattr(type(module.latent_append_fwd_kernel), "run", _no_launch)

@@ -33,11 +33,13 @@ def operands(
     page_size: int = 64,
     dtype: torch.dtype = torch.float32,
     apart: bool = False,
+    query: int | None = None,
     **options: Any,
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """A pool of shuffled pages with spare ones; rows that nobody may read are NaN.
 
-    apart: latent heads share the rotary keys of a pool of their own.
+    apart: latent heads share the rotary keys of a pool of their own. query: width of queries (None:
+    of latents).
     """
     h, g = heads
     batch, most = len(lengths), max(1, -(-max(lengths) // page_size))
@@ -60,7 +62,14 @@ def operands(
         # Of the last latent head: the others' are not read.
         options["keys"] = pool[-1, :, widths[0] :].contiguous()
         pool = pool[..., : widths[0]].contiguous()
-    parts = [torch.randn(batch, new, h, width).to(dtype) for width in widths]
+    # Queries are columns of a wider slab, where others would be NaN.
+    query = query or widths[0]
+    slab = torch.full((batch, new, h * (query + 48)), torch.nan, dtype=dtype)
+    parts = [
+        slab[..., : h * query].unflatten(-1, (h, query)),
+        torch.empty(batch, new, h, widths[1]),
+    ]
+    parts = [part.copy_(torch.randn(part.shape)).to(dtype) for part in parts]
     held = torch.tensor(lengths, dtype=torch.int32)
     return [*parts, pool if g > 1 else pool[0], table, held], options
 
@@ -133,6 +142,16 @@ def test_widths_of_keys_apart(widths: tuple[int, int], dtype: torch.dtype) -> No
 def test_keys_apart_over_pages_and_splits(new: int, heads: tuple[int, int], page_size: int) -> None:
     how = {"new": new, "heads": heads, "page_size": page_size, "widths": (32, 16)}
     assert_equals_the_oracle([1000, 65, new, 0], apart=True, **how)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("heads", [(4, 4), (24, 2), (40, 2)], ids=str)
+@pytest.mark.parametrize(("query", "widths"), [(16, (32, 16)), (64, (128, 64)), (48, (64, 16))])
+def test_queries_meet_the_first_columns_alone(
+    query: int, widths: tuple[int, int], heads: tuple[int, int], new: int
+) -> None:
+    how = {"new": new, "heads": heads, "widths": widths, "query": query}
+    assert_equals_the_oracle([700, 65, new, 0], apart=True, **how)
 
 
 def test_keys_apart_are_those_of_rows_that_repeat_them() -> None:
@@ -266,9 +285,22 @@ REFUSALS: dict[str, tuple[str, Change]] = {
         lambda a: {**apart(a), "q_rotary": torch.randn(1, 1, 4, 48)},
     ),
     "rows too wide for keys": (
-        r"pool=.*, 64\]",
+        r"\(R, r\)=\(80, 16\) must be one of",
         lambda a: {**apart(a), "pool": a["pool"]},
     ),
+    "q too wide for keys": (
+        "q=.*a multiple of 16 columns, up to 64",
+        lambda a: {**apart(a), "q": torch.randn(1, 1, 4, 80)},
+    ),
+    "q odd for keys": (
+        "q=.*a multiple of 16 columns, up to 64",
+        lambda a: {**apart(a), "q": torch.randn(1, 1, 4, 40)},
+    ),
+    "q narrow without keys": (
+        r"\(R, r\)=\(48, 16\) must be one of",
+        lambda a: {"q": torch.randn(1, 1, 4, 48)},
+    ),
+    "pool without rows": (r"pool=.*\[G, pages", lambda a: {**apart(a), "pool": torch.zeros(())}),
     "window": ("window=0 must", lambda a: {"window": 0}),
     "sinks": ("sinks=-1 must", lambda a: {"sinks": -1}),
     "out": ("out=.*contiguous", lambda a: {"out": torch.empty(1, 1, 4, 80)[..., :64]}),

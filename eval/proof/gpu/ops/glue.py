@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.proof.gpu.case import Case, Check, Op, Run
+from eval.proof.gpu.ops import grouped
 from eval.proof.gpu.ops.operands import PAGE, angles, binary, on_cpu, paged, random
 from kernels.conv import chunk as conv_chunk
 from kernels.latent import append as latent_append
@@ -233,7 +234,8 @@ OPS = (
     Op(name="latent_append",
        checks=[Check(name=f"{heads} heads {rank}+{rope}", limit=BF16_LIMIT,
                      run=check_latent(heads, rank, rope))
-               for heads, rank, rope in ((8, 96, 16), (32, 256, 32), (128, 512, 64))]),
+               for heads, rank, rope in ((8, 96, 16), (32, 256, 32), (128, 512, 64))]
+       + grouped.APPENDED),
     Op(name="page_write", checks=[
         Check(name="4 tokens", run=check_page_write, limit=BF16_LIMIT),
         Check(name="4 tokens in int8", run=check_code_write(torch.int8), limit=CODE_LIMIT),

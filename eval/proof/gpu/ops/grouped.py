@@ -1,4 +1,4 @@
-"""Latent attention on a device whose latent heads share one rotary key, in a pool of its own."""
+"""Latents and tied rows on a device that share one rotary key, in a pool of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -6,21 +6,52 @@ import torch
 from torch import Tensor
 
 from eval.proof.gpu.case import Case, Check, Run
-from eval.proof.gpu.ops.operands import PAGE, binary, on_cpu, paged, random
+from eval.proof.gpu.ops.operands import PAGE, angles, binary, on_cpu, paged, random
+from kernels.latent.append import latent_append, latent_append_ref
 from kernels.latent.decode import mla_decode, mla_decode_ref
 
 BF16_LIMIT = 8e-3
+EPS = 1e-5
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
-def check_grouped(
-    heads: int, latents: int, rank: int, rope: int, new: int
+def check_append(
+    heads: int, groups: int, width: int, rope: int, *, normed: bool
 ) -> Callable[[torch.device], Pairs]:
-    """Three times, since splits that do not wait for each other may differ from run to run."""
+    """Rows normed, or tied ones as they are, keys and queries turned, both pools written."""
+
+    def run(device: torch.device) -> Pairs:
+        table, lengths, pages = paged([3, 73, 132], device)
+        before, cos_sin = lengths - 3, angles(256, rope, device)
+        q = random(3, 3, heads, rope, device=device)
+        key, rows = random(3, 3, rope + groups * width, device=device).tensor_split((rope,), -1)
+        rows = rows.unflatten(-1, (groups, width))
+        weight = random(groups, width, device=device) if normed else None
+        pool = torch.zeros(groups, pages * PAGE, width, dtype=torch.bfloat16, device=device)
+        keys = torch.zeros(pages * PAGE, rope, dtype=torch.bfloat16, device=device)
+        written = cos_sin, pool, table, before
+        expected = latent_append_ref(
+            q.cpu(), key.cpu(), rows.cpu(), None if weight is None else weight.cpu(),
+            *on_cpu(*written), keys=keys.cpu(), eps=EPS, page_size=PAGE,
+        )  # fmt: skip
+        latent_append(q, key, rows, weight, *written, keys=keys, eps=EPS, page_size=PAGE)
+        return list(zip((q, pool, keys), expected, strict=True))
+
+    return run
+
+
+def check_grouped(
+    heads: int, latents: int, rank: int, rope: int, new: int, *, tied: bool = False
+) -> Callable[[torch.device], Pairs]:
+    """Three times, since splits that do not wait for each other may differ from run to run.
+
+    tied: queries meet the first half of the columns.
+    """
 
     def run(device: torch.device) -> Pairs:
         table, held, pages = paged([500, 1, 65, 0], device)
-        q, turned = (random(4, new, heads, n, device=device) for n in (rank, rope))
+        asked = rank // 2 if tied else rank, rope
+        q, turned = (random(4, new, heads, n, device=device) for n in asked)
         pool = random(latents, pages * PAGE, rank, device=device)
         keys = random(pages * PAGE, rope, device=device)
         given, scale = (q, turned, pool, table, held), (rank + rope) ** -0.5
@@ -64,6 +95,18 @@ CHECKS = [
           run=check_grouped(h, g, rank, rope, new))
     for h, g, rank, rope, new in (
         (128, 2, 256, 64, 1), (128, 2, 256, 64, 2), (32, 8, 128, 64, 4), (8, 4, 32, 16, 3),
+    )
+] + [
+    Check(name=f"{h} heads {g}x{rank}+{rope} new {new} tied", limit=BF16_LIMIT,
+          run=check_grouped(h, g, rank, rope, new, tied=True))
+    for h, g, rank, rope, new in ((32, 8, 128, 64, 1), (8, 2, 64, 32, 2), (6, 3, 32, 16, 4))
+]  # fmt: skip
+APPENDED = [
+    Check(name=f"{heads} heads {groups}x{width}+{rope}{' tied' * (not normed)}", limit=BF16_LIMIT,
+          run=check_append(heads, groups, width, rope, normed=normed))
+    for heads, groups, width, rope, normed in (
+        (32, 2, 256, 64, True), (6, 2, 48, 16, True), (32, 8, 128, 64, False),
+        (6, 3, 32, 16, False),
     )
 ]  # fmt: skip
 CASES = [grouped_case(2, 128, 8192, 128, 2, 256, 64, new) for new in (1, 2)]
