@@ -5,6 +5,7 @@ from eval.proof.gpu.ops import (
     blocks,
     chunk,
     glue,
+    pooling,
     product,
     quant,
     recurrent,
@@ -14,6 +15,6 @@ from eval.proof.gpu.ops import (
 )
 
 OPS = (
-    *attention.OPS, *sparse.OPS, *blocks.OPS, *recurrent.OPS, *trapezoid.OPS, *wkv.OPS,
-    *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
+    *attention.OPS, *sparse.OPS, *blocks.OPS, *pooling.OPS, *recurrent.OPS, *trapezoid.OPS,
+    *wkv.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
 )  # fmt: skip
