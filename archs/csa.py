@@ -145,13 +145,13 @@ class CompressedSparseAttention(HeavilyCompressedAttention):
         )
         queries, keys = append_index(queries, grouped, state, self._pooling, backend=self.backend)
         picked = pick_rows(queries, weights, keys, c.picks, backend=self.backend)
-        angles = state.rope(c.rope_dim, c.rope_theta)
         if not c.gathers(x.shape[1], far.length):
-            return self._attend(q, near, Seen(far.rows, picked.mask(), False), angles)
+            return self._attend(q, near, Seen(far.rows, picked.mask(), False), state)
         found = attend_picked_rows(
-            q, near, far, picked, self.sinks, scale=1.0, backend=self.backend
-        )
-        return self._out(found, angles)
+            q, near, far, picked, self.sinks, state, self._pooling, scale=1.0,
+            backend=self.backend,
+        )  # fmt: skip
+        return self._out(found)
 
     def state_spec(self) -> StateSpec:
         """As `hca`'s, of whose pooled rows a token reads `picks`, and index keys beside them."""

@@ -42,7 +42,7 @@ from archs.state import LayerState, Rows, Seen, visible
 from kernels.attention.torch import window_mask
 from kernels.norm.torch import l2_norm
 from kernels.pooling.torch import series_of, whole_rows
-from kernels.rope.torch import rope_table, rotate_last, turned_back
+from kernels.rope.torch import rope_table, rotate_last
 
 if TYPE_CHECKING:
     from archs.sizes import Scale
@@ -174,7 +174,7 @@ class HeavilyCompressedAttention(Mixer):
 
     def _out_of_all(self, q: Tensor, near: Seen, far: Seen, angles: Tensor) -> Tensor:
         """The layer's output of a whole sequence's queries, rows and pooled rows."""
-        return self._out(attend_all_pooled(q, near, far, self.sinks, scale=1.0), angles)
+        return self._out(attend_all_pooled(q, near, far, self.sinks, angles, scale=1.0))
 
     def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A whole sequence's positions [1, T], and their angles."""
@@ -204,8 +204,7 @@ class HeavilyCompressedAttention(Mixer):
     @takes_unnormed
     def extend(self, x: Input, state: LayerState) -> Tensor:
         """x: [B, K, D] -> [B, K, D]."""
-        angles = state.rope(self.config.rope_dim, self.config.rope_theta)
-        return self._attend(*self._append(self._down(x), state), angles)
+        return self._attend(*self._append(self._down(x), state), state)
 
     def _append(self, down: Down, state: LayerState) -> tuple[Tensor, Rows, Rows]:
         """Queries as they ask; the rows and the pooled ones that new tokens may see, stored."""
@@ -215,14 +214,16 @@ class HeavilyCompressedAttention(Mixer):
         )
         return append_tokens(down.q, own, grouped, state, self._pooling, backend=self.backend)
 
-    def _attend(self, q: Tensor, near: Rows, far: Rows, angles: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, near: Rows, far: Rows, state: LayerState) -> Tensor:
         """[B, K, H, d] -> [B, K, D]."""
-        found = attend_pooled(q, near, far, self.sinks, scale=1.0, backend=self.backend)
-        return self._out(found, angles)
+        found = attend_pooled(
+            q, near, far, self.sinks, state, self._pooling, scale=1.0, backend=self.backend
+        )
+        return self._out(found)
 
-    def _out(self, found: Tensor, angles: Tensor) -> Tensor:
-        """What attention found, [B, K, H, d], turned back and projected: [B, K, D]."""
-        c, found = self.config, rotate_last(found, turned_back(angles)).flatten(2)
+    def _out(self, found: Tensor) -> Tensor:
+        """What attention found, [B, K, H, d], projected: [B, K, D]."""
+        c, found = self.config, found.flatten(2)
         # Who watches products holds even plain weights as a `Matrix`.
         stored = self.out_down.stored
         weight = stored.dense(found.dtype) if isinstance(stored, Matrix) else stored

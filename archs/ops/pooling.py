@@ -1,6 +1,7 @@
 """Rows that pool groups of tokens, and attention over them beside a window and sinks, by backend.
 
-With kernels one launch makes all that a short step has beside products, up to attention.
+With kernels one launch makes all that a short step has beside products, up to attention, and one
+attends over both kinds of rows where they lie.
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from archs.backends import Forms
+from archs.ops.attention import DECODE_LIMIT
 from archs.ops.sparse import Picked, rows_at
 from archs.spec import RECURRENT_LIMIT
-from archs.state import LayerState, Rows, Seen, mask_of
+from archs.state import LayerState, PagedSeen, Rows, Seen, mask_of, pages_of
 from kernels.attention.torch import latent_attention
 from kernels.norm.torch import l2_norm, rms_norm
 from kernels.pooling.torch import group_parts, series_of, step_parts
-from kernels.rope.torch import earlier, rotate_last
+from kernels.rope.torch import earlier, rotate_last, turned_back
 
 #: What a sink adds to the width of rows. One channel would do; fused kernels want multiples of 8.
 SINK_CHANNELS = 8
@@ -85,28 +87,36 @@ def append_index(
 
 
 def attend_pooled(
-    q: Tensor, near: Rows, far: Rows, sinks: Tensor, *, scale: float, backend: str
-) -> Tensor:
-    """Attention over the rows of both, which are keys and values, and a sink for each head.
+    q: Tensor, near: Rows, far: Rows, sinks: Tensor, state: LayerState, how: Pooling, *,
+    scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """Attention over the rows of both, which are keys and values, and a sink for each head; what
+    is found is turned back by its token's position, as rows are turned by theirs.
 
     q: [B, K, H, d]; rows: [d]; sinks: [H], logits of a row of zeros. Returns [B, K, H, d];
     2·B·K·H·S·2·(d + SINK_CHANNELS) FLOPs are counted, over S rows of both and the sink.
     """
-    return _ATTEND[backend](q, near, far, sinks, scale)
+    return _ATTEND[backend](q, near, far, sinks, state, how, scale)
 
 
-def attend_all_pooled(q: Tensor, near: Seen, far: Seen, sinks: Tensor, *, scale: float) -> Tensor:
-    """The same of whole sequences, differentiable, torch's under every backend."""
-    return _attend(q, near, far, sinks, scale)
+def attend_all_pooled(
+    q: Tensor, near: Seen, far: Seen, sinks: Tensor, angles: Tensor, *, scale: float
+) -> Tensor:
+    """The same of whole sequences, differentiable, torch's under every backend.
+
+    angles: of their positions, [T, 1, rope_dim / 2].
+    """
+    return rotate_last(_attended(q, near, far, sinks, scale), turned_back(angles))
 
 
 def attend_picked_rows(
-    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, *, scale: float, backend: str
-) -> Tensor:
+    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, state: LayerState,
+    how: Pooling, *, scale: float, backend: str,
+) -> Tensor:  # fmt: skip
     """As `attend_pooled`, of every token over the rows of `far` that it picked, which are all that
     is read of them.
     """
-    return _ATTEND_PICKED[backend](q, near, far, picked, sinks, scale)
+    return _ATTEND_PICKED[backend](q, near, far, picked, sinks, state, how, scale)
 
 
 def _append(
@@ -168,7 +178,7 @@ def _append_triton(
     return q, state.written(grouped.rows)
 
 
-def _attend(q: Tensor, near: Rows, far: Rows, sinks: Tensor, scale: float) -> Tensor:
+def _attended(q: Tensor, near: Rows, far: Rows, sinks: Tensor, scale: float) -> Tensor:
     """A sink is one row more: zeros, but for a channel in which queries have its logit."""
     batch, new, heads, dim = q.shape
     rows = F.pad(torch.cat((near.rows, far.rows), 1), (0, SINK_CHANNELS, 0, 1))
@@ -180,23 +190,73 @@ def _attend(q: Tensor, near: Rows, far: Rows, sinks: Tensor, scale: float) -> Te
     return latent_attention(asked, rows[:, None], v_dim=dim, scale=scale, mask=mask[:, None])
 
 
-def _attend_picked(
-    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, scale: float
+def _attend(
+    q: Tensor, near: Rows, far: Rows, sinks: Tensor, state: LayerState, how: Pooling, scale: float
 ) -> Tensor:
+    found = _attended(q, near, far, sinks, scale)
+    return rotate_last(found, turned_back(state.rope(how.rope_dim, how.theta)))
+
+
+def _attend_picked(
+    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, state: LayerState,
+    how: Pooling, scale: float,
+) -> Tensor:  # fmt: skip
     """Each token is a sequence of its own, with the window's rows once more."""
     batch, new = q.shape[:2]
     window = near.rows[:, None].expand(-1, new, -1, -1).flatten(0, 1)
     mask = mask_of(near, new).expand(batch, -1, -1).flatten(0, 1)
     own, valid = rows_at(far, picked.at).flatten(0, 1), picked.valid.flatten(0, 1)
-    found = _attend(
+    found = _attended(
         q.flatten(0, 1)[:, None], Seen(window, mask[:, None, None], False),
         Seen(own, valid[:, None, None], False), sinks, scale,
     )  # fmt: skip
-    return found.view_as(q)
+    return rotate_last(found.view_as(q), turned_back(state.rope(how.rope_dim, how.theta)))
+
+
+def _attend_triton(
+    q: Tensor, near: Rows, far: Rows, sinks: Tensor, state: LayerState, how: Pooling, scale: float
+) -> Tensor:
+    found = _attend_pages(q, near, far, None, sinks, state, how, scale)
+    return _attend(q, near, far, sinks, state, how, scale) if found is None else found
+
+
+def _attend_picked_triton(
+    q: Tensor, near: Rows, far: Rows, picked: Picked, sinks: Tensor, state: LayerState,
+    how: Pooling, scale: float,
+) -> Tensor:  # fmt: skip
+    # Where a token sees fewer rows it picks them all, and they come before all others.
+    found = _attend_pages(q, near, far, picked.at, sinks, state, how, scale)
+    if found is None:
+        return _attend_picked(q, near, far, picked, sinks, state, how, scale)
+    return found
+
+
+def _attend_pages(
+    q: Tensor, near: Rows, far: Rows, picks: Tensor | None, sinks: Tensor, state: LayerState,
+    how: Pooling, scale: float,
+) -> Tensor | None:  # fmt: skip
+    """By the kernel of short steps; None where one is long or rows do not lie in pages of one size,
+    as those of a window that a step has joined with its own may not.
+    """
+    own = pages_of(near)
+    if own is None or own.window is None or not isinstance(far, PagedSeen):
+        return None
+    if q.shape[1] > DECODE_LIMIT or own.page_size != far.pages.page_size:
+        return None
+    from kernels.pooling.decode import pooled_decode
+
+    return pooled_decode(
+        q, own.pool, own.table, own.total, far.pages.pool, far.pages.table, state.past, sinks,
+        state.rotary(how.rope_dim, how.theta), scale=scale, page_size=own.page_size,
+        window=own.window, every=how.size, picks=picks,
+    )  # fmt: skip
 
 
 _APPEND = Forms("gated pooling", {"torch": _append, "triton": _append_triton, "sdpa": _append})
-_ATTEND = Forms("attention over pooled rows", {"torch": _attend, "sdpa": _attend})
+_ATTEND = Forms(
+    "attention over pooled rows", {"torch": _attend, "triton": _attend_triton, "sdpa": _attend}
+)
 _ATTEND_PICKED = Forms(
-    "attention over picked pooled rows", {"torch": _attend_picked, "sdpa": _attend_picked}
+    "attention over picked pooled rows",
+    {"torch": _attend_picked, "triton": _attend_picked_triton, "sdpa": _attend_picked},
 )

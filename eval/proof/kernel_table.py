@@ -41,6 +41,7 @@ from kernels.latent import decode as mla_decode
 from kernels.norm import rows as norm_triton
 from kernels.pages import write as page_write
 from kernels.pooling import append as pooled_append
+from kernels.pooling import decode as pooled_decode
 from kernels.products import few_rows, gemv, head_gemv, project_append
 from kernels.quant import packed_rows
 from kernels.rope import append as rope_append
@@ -62,10 +63,10 @@ OPS: dict[str, ModuleType] = {
     "head_gemv": head_gemv, "index_append": index_append, "index_scan": index_scan,
     "kda_chunk": kda_chunk, "latent_append": latent_append, "linear_step": linear_step,
     "mla_decode": mla_decode, "norm_triton": norm_triton, "packed_rows": packed_rows,
-    "page_write": page_write, "pooled_append": pooled_append,
-    "project_append": project_append, "rank_topk": rank_topk,
-    "rope_append": rope_append, "rope_rotate": rope_rotate, "sample": sample,
-    "selective_chunk": selective_chunk, "selective_step": selective_step,
+    "page_write": page_write, "pooled_append": pooled_append, "pooled_decode": pooled_decode,
+    "project_append": project_append, "rank_topk": rank_topk, "rope_append": rope_append,
+    "rope_rotate": rope_rotate, "sample": sample, "selective_chunk": selective_chunk,
+    "selective_step": selective_step,
     "split_combine": split_combine, "ssm_step": ssm_step, "token_shift": token_shift,
     "trapezoid_step": trapezoid_step, "wkv_step": wkv_step,
 }  # fmt: skip

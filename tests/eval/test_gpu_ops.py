@@ -13,6 +13,7 @@ from eval.proof.gpu.ops import (
     chunk,
     gated_pooling,
     glue,
+    pooling,
     product,
     quant,
     recurrent,
@@ -70,6 +71,7 @@ QUICK = {
     "block_pages": "4/2 d 32 block 8",
     "page_write": "4 tokens",
     "pooled_append": "3 heads d 32 every 4 series 2 new 3",
+    "pooled_decode": "8 heads d 64 every 4 picks 40 new 2",
     "conv_chunk": "130 tokens",
     "sample": "9 rows of 1000",
 }
@@ -188,6 +190,8 @@ CASES: dict[str, Case] = {
     "decode split": attention.decode_case(0, 1, 600, (2, 1), 32),
     "mla": attention.mla_case(0, 2, 70, 4, latent=(64, 16)),
     "mla of two tokens": attention.mla_case(0, 1, 130, 4, 2, latent=(64, 16)),
+    "pooled": pooling.pooled_case(0, 2, 300, 4, 64, 16),
+    "pooled picks": pooling.pooled_case(0, 1, 400, 4, 64, 4, 30),
     "prefill": attention.prefill_case(1, 2, 70, (4, 2), 64),
     "conv": recurrent.conv_case(3, 96),
     "token_shift": wkv.shift_case(3, 96),
@@ -258,6 +262,10 @@ def test_bytes_are_those_of_the_operands() -> None:
     assert CASES["mla of two tokens"].moved_bytes == nbytes(q, latents, out)
     q, kv = torch.empty(2, 70, 4, 64, **bf16), torch.empty(2, 2, 70, 2, 64, **bf16)
     assert CASES["prefill"].moved_bytes == nbytes(q, kv, q)
+    # Of 400 tokens, 128 rows of the window, and 30 picked ones with their places.
+    q, rows = torch.empty(1, 1, 4, 64, **bf16), torch.empty(128 + 30, 64, **bf16)
+    places = torch.empty(30, dtype=torch.int64)
+    assert CASES["pooled picks"].moved_bytes == nbytes(q, rows, places, q)
     x = torch.empty(5, 96, **bf16)
     assert CASES["norm"].moved_bytes == 4 * nbytes(x)
     assert CASES["swiglu"].moved_bytes == 3 * nbytes(x)
@@ -341,6 +349,7 @@ def test_flops_of_scans() -> None:
 def test_flops_of_attention() -> None:
     assert CASES["decode"].flops == 2 * 2 * 2 * 130 * 4 * 64
     assert CASES["mla of two tokens"].flops == 2 * 2 * 4 * 130 * (80 + 64)
+    assert CASES["pooled"].flops == 2 * 2 * 2 * 4 * (128 + 300 // 16) * 64
     # Half of the square, and its diagonal is not counted apart.
     assert CASES["prefill"].flops == 2 * 2 * 2 * 4 * 70 * 70 // 2 * 64
 

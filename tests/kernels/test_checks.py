@@ -10,6 +10,7 @@ from tests.kernels import (
     test_latent_append,
     test_mla_decode,
     test_pooled_append,
+    test_pooled_decode,
     test_rope_append,
 )
 from tests.kernels.interpreter import interpreted
@@ -33,6 +34,8 @@ def test_nothing_is_described_where_nothing_is_wrong(monkeypatch: pytest.MonkeyP
         test_index_append.module.index_append(**test_index_append.operands())
         test_index_scan.module.index_scan(**test_index_scan.operands())
         test_pooled_append.module.pooled_append(**test_pooled_append.operands())
+        tensors, options = test_pooled_decode.operands([20])
+        test_pooled_decode.module.pooled_decode(**tensors, **options)
 
 
 def test_a_rule_is_written_only_where_it_is_broken() -> None:

@@ -6,6 +6,7 @@ from eval.proof.gpu.ops import (
     chunk,
     gated_pooling,
     glue,
+    pooling,
     product,
     quant,
     recurrent,
@@ -15,6 +16,6 @@ from eval.proof.gpu.ops import (
 )
 
 OPS = (
-    *attention.OPS, *sparse.OPS, *blocks.OPS, *gated_pooling.OPS, *recurrent.OPS, *trapezoid.OPS,
-    *wkv.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
+    *attention.OPS, *sparse.OPS, *blocks.OPS, *gated_pooling.OPS, *pooling.OPS, *recurrent.OPS,
+    *trapezoid.OPS, *wkv.OPS, *chunk.OPS, *product.OPS, *quant.OPS, *glue.OPS,
 )  # fmt: skip
