@@ -9,6 +9,7 @@ B and C where that is MIMO and turns states i and i + N/2 together.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,8 @@ class Mamba3Config(MixerConfig):
     """n_heads heads of head_dim channels; groups of heads share B and C of state_dim.
 
     rank: columns of B and C; 1: SISO. rope_fraction: share of the states that turn; 0: none does.
-    a_floor: the least -A.
+    a_floor: the least -A. dt_min, dt_max: between which step sizes begin; a token can turn a state
+    by π times its step size at most.
     """
 
     n_heads: int
@@ -61,11 +63,18 @@ class Mamba3Config(MixerConfig):
     rank: int = 1
     rope_fraction: float = 0.5
     a_floor: float = 1e-4
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
         at_least(self, 1, "n_heads", "head_dim", "state_dim", "groups", "rank")
-        positive(self, "a_floor", "eps")
+        positive(self, "a_floor", "dt_min", "dt_max", "eps")
+        if self.dt_min > self.dt_max:
+            raise UserError(
+                f"dt_min={self.dt_min} is more than dt_max={self.dt_max}; step sizes begin between "
+                "them, so exchange them or give others"
+            )
         require_divisible("n_heads", self.n_heads, "groups", self.groups)
         if not 0 <= self.rope_fraction <= 1:
             raise UserError(
@@ -124,7 +133,9 @@ class Mamba3(Mixer):
             t.fill_(1 / self.sizes.rank)
 
         ones = ("D", "B_norm", "C_norm", "B_bias", "C_bias")
-        rules = {"dt_bias": fill_dt_bias, **dict.fromkeys(ones, fill_ones)}
+        c = self.config
+        steps = partial(fill_dt_bias, low=c.dt_min, high=c.dt_max)
+        rules: dict[str, Initialiser] = {"dt_bias": steps, **dict.fromkeys(ones, fill_ones)}
         mimo = {"mimo_x": fill_share, "mimo_z": fill_ones, "mimo_o": fill_share}
         return rules | {name: mimo[name] for name in self._mimo}
 

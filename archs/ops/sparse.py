@@ -131,9 +131,9 @@ def _append_triton(
 
 
 def _pick_triton(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
-    pages = pages_of(keys)
-    if pages is None:
+    if not isinstance(keys, PagedSeen) or not keys.length:
         return _pick_torch(q, weights, keys, count)
+    pages, ends = keys.pages, keys.pages.ends
     from kernels.sparse.scan import index_scan
     from kernels.sparse.topk import rank_topk
 
@@ -145,12 +145,14 @@ def _pick_triton(q: Tensor, weights: Tensor, keys: Rows, count: int) -> Picked:
         # are contiguous wherever they start.
         q = q.clone(memory_format=torch.contiguous_format)
     ranks = index_scan(
-        q, weights.contiguous(), pages.pool, pages.table, pages.past, rows=rows, page_size=size
-    )
+        q, weights.contiguous(), pages.pool, pages.table, pages.past if ends is None else None,
+        rows=rows, page_size=size, ends=ends,
+    )  # fmt: skip
     at = rank_topk(ranks, min(count, rows))
     # Where a token sees fewer rows it picks them all, and they come before all others.
-    new = torch.arange(1, q.shape[1] + 1, device=q.device)
-    seen = pages.past[:, None] + new
+    seen = ends
+    if seen is None:
+        seen = pages.past[:, None] + torch.arange(1, q.shape[1] + 1, device=q.device)
     return Picked(at, torch.arange(at.shape[-1], device=q.device) < seen[..., None], rows)
 
 

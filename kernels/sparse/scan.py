@@ -29,25 +29,31 @@ TILE, WARPS, TOKENS = 64, 4, 16
 MAX_DIM, MAX_HEADS = 256, 128
 
 
-@triton.jit(do_not_specialize=["max_pages", "tokens", "rows"])
+@triton.jit(do_not_specialize=["max_pages", "tokens", "rows", "ends_stride_b"])
 def index_scan_fwd_kernel(  # type: ignore[no-untyped-def]
-    q, weights, pool, page_table, lengths, ranks,
-    q_stride_b, q_stride_t, q_stride_h, max_pages, tokens, rows,
+    q, weights, pool, page_table, lengths, ends, ranks,
+    q_stride_b, q_stride_t, q_stride_h, ends_stride_b, max_pages, tokens, rows,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows, blocks of tokens, B)."""
+    """Grid (tiles of rows, blocks of tokens, B). ends may be None, or else lengths."""
     start_next(OVERLAP)
     wait_for_previous(OVERLAP)
     tile, b = tl.program_id(0), tl.program_id(2)
     first = tl.program_id(1) * TOKENS
     end = tl.minimum(first + TOKENS, tokens)
-    past = tl.load(lengths + b)
+    past = 0
+    if ends is None:
+        past = tl.load(lengths + b)
+    else:
+        ends += b.to(tl.int64) * ends_stride_b
     row = tile * TILE + tl.arange(0, TILE)
     h = tl.arange(0, BLOCK_H)
     c = tl.arange(0, BLOCK_D)
     # The last of the block's tokens sees the most.
     last = past + end - 1
+    if ends is not None:
+        last = tl.load(ends + end - 1).to(tl.int32) - 1
     reached = tile * TILE <= last
     page_table += b.to(tl.int64) * max_pages
     keys = tl.zeros([TILE, BLOCK_D], pool.dtype.element_ty)
@@ -70,7 +76,10 @@ def index_scan_fwd_kernel(  # type: ignore[no-untyped-def]
             weight = tl.load(weights + token * H + h, mask=h < H, other=0.0)
             dots = tl.dot(queries, tl.trans(keys), input_precision="ieee")
             score = tl.sum(tl.maximum(dots, 0.0) * weight[:, None], 0)
-        score = tl.where(row <= past + t, score, float("-inf"))
+        newest = past + t
+        if ends is not None:
+            newest = tl.load(ends + t).to(tl.int32) - 1
+        score = tl.where(row <= newest, score, float("-inf"))
         # Zeros of both signs are equal, but their bits are not.
         bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
@@ -78,8 +87,8 @@ def index_scan_fwd_kernel(  # type: ignore[no-untyped-def]
 
 
 def index_scan(
-    q: Tensor, weights: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, rows: int,
-    page_size: int,
+    q: Tensor, weights: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor | None, *,
+    rows: int, page_size: int, ends: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The rank of every row for every new token, int64 [B, K, S] with S = `rows`.
 
@@ -90,7 +99,9 @@ def index_scan(
     page_table: int32 [B, max_pages]; entry j is the pool page of positions j * page_size and up.
     lengths: int32 [B], rows in the cache BEFORE this step: token i sits at position lengths[b] + i
       and sees rows up to itself; ranks of rows that it does not see are below those of all that it
-      does, in order of their places.
+      does, in order of their places. None: `ends` say what tokens see.
+    ends: int64 [1 or B, K], of rows that are not one a token: before which row each token sees,
+      the later one not less; last stride 1. One of both is given.
     Products are summed in float32. Raises ValueError naming the argument, its value and the rule,
     before any launch; the contents of the int32 tensors are not checked.
     """
@@ -121,13 +132,23 @@ def index_scan(
             form(page_table), "must be contiguous int32 [{}, max_pages]", batch)  # fmt: skip
     most = page_table.shape[1] * page_size
     require(1 <= rows <= most, "rows", rows, "must be 1 to the {} of the page table", most)
-    fits = lengths.shape == (batch,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
-    require(fits, "lengths", form(lengths), "must be contiguous int32 [{}]", batch)
+    told = ends if ends is None else form(ends)
+    require((lengths is None) != (ends is None), "ends", told,
+            "must be given where lengths are None, and only there")  # fmt: skip
+    if lengths is not None:
+        fits = lengths.shape == (batch,) and lengths.dtype == torch.int32
+        require(fits and lengths.is_contiguous(), "lengths", form(lengths),
+                "must be contiguous int32 [{}]", batch)  # fmt: skip
+    if ends is not None:
+        fits = ends.shape in ((1, tokens), (batch, tokens)) and ends.dtype == torch.int64
+        require(fits and (tokens == 1 or ends.stride(1) == 1), "ends", told,
+                "must be int64 [1 or {}, {}] with last stride 1", batch, tokens)  # fmt: skip
     others = {
         "weights": weights, "pool": pool, "page_table": page_table, "lengths": lengths,
+        "ends": ends,
     }  # fmt: skip
     for name, tensor in others.items():
-        require(tensor.device == q.device, name, tensor.device,
+        require(tensor is None or tensor.device == q.device, name, getattr(tensor, "device", None),
                 "must be on the device of q, {}", q.device)  # fmt: skip
     ranks = torch.empty((batch, tokens, rows), dtype=torch.int64, device=q.device)
     if batch == 0:
@@ -136,7 +157,9 @@ def index_scan(
     given = (q.stride(i) if q.shape[i] > 1 else 0 for i in range(3))
     grid = (triton.cdiv(rows, TILE), triton.cdiv(tokens, TOKENS), batch)
     index_scan_fwd_kernel[grid](
-        q, weights, pool, page_table, lengths, ranks, *given, page_table.shape[1], tokens, rows,
+        q, weights, pool, page_table, lengths, ends, ranks, *given,
+        ends.stride(0) if ends is not None and len(ends) > 1 else 0,
+        page_table.shape[1], tokens, rows,
         H=heads, D=dim, PAGE=page_size, BLOCK_H=max(16, triton.next_power_of_2(heads)),
         BLOCK_D=triton.next_power_of_2(dim), TILE=TILE, TOKENS=TOKENS, num_warps=WARPS,
         **overlapped(q.device),
@@ -145,15 +168,19 @@ def index_scan(
 
 
 def index_scan_ref(
-    q: Tensor, weights: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor, *, rows: int,
-    page_size: int,
+    q: Tensor, weights: Tensor, pool: Tensor, page_table: Tensor, lengths: Tensor | None, *,
+    rows: int, page_size: int, ends: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The oracle of the scores, float64 [B, K, S], -inf where a token does not see a row."""
     batch, tokens = q.shape[:2]
     found = torch.full((batch, tokens, rows), -torch.inf, dtype=torch.float64)
+    if ends is None:
+        assert lengths is not None
+        ends = lengths.long()[:, None] + torch.arange(1, tokens + 1)
+    ends = ends.expand(batch, -1)
     for b in range(batch):
         for i in range(tokens):
-            seen = torch.arange(min(int(lengths[b]) + i + 1, rows))
+            seen = torch.arange(min(int(ends[b, i]), rows))
             at = page_table[b, seen // page_size].long() * page_size + seen % page_size
             dots = (q[b, i].double() @ pool[at].double().T).clamp(min=0)
             found[b, i, : len(seen)] = weights[b, i].double() @ dots
@@ -170,13 +197,16 @@ def scores_of(ranks: Tensor) -> Tensor:
 def variants() -> list[Variant]:
     """Keys of every scale's width, and head counts; first DeepSeek's."""
 
-    def call(dtype: torch.dtype, heads: int, dim: int, page: int) -> NamedCall:
+    def call(
+        dtype: torch.dtype, heads: int, dim: int, page: int, *, pooled: bool = False
+    ) -> NamedCall:
         row = functools.partial(meta, dtype=dtype)
         name = f"index_scan {str(dtype)[6:]} {heads} heads d {dim} page {page}"
-        return name, functools.partial(
+        return name + " pooled" * pooled, functools.partial(
             index_scan, row(1, 1, heads, dim), meta(1, 1, heads, dtype=torch.float32),
-            row(page, dim), meta(1, 1, dtype=torch.int32), meta(1, dtype=torch.int32), rows=page,
-            page_size=page,
+            row(page, dim), meta(1, 1, dtype=torch.int32),
+            None if pooled else meta(1, dtype=torch.int32), rows=page, page_size=page,
+            ends=meta(1, 1, dtype=torch.int64) if pooled else None,
         )  # fmt: skip
 
     bf16 = torch.bfloat16
@@ -187,6 +217,11 @@ def variants() -> list[Variant]:
         call(bf16, 2, 32, 16),
         call(bf16, 4, 96, 64),
         call(torch.float16, 16, 128, 64),
+        *(
+            call(bf16, heads, dim, page, pooled=True)
+            for heads, dim in ((64, 128), (32, 64), (16, 64), (8, 16))
+            for page in (64, 16)
+        ),
     )
 
     def spills(v: Variant) -> int:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from archs.errors import UserError
 from archs.mamba3 import Mamba3, Mamba3Config
 from archs.mixer import Place
+from archs.registry import ModelSpec
+from archs.sizes import get_scale
 from kernels.trapezoid.torch import accumulated
 from tests.archs.recurrent import mixer_steps
 
@@ -264,9 +266,21 @@ def test_one_column_is_several_that_are_alike() -> None:
         ({"groups": 3}, "n_heads=4 is not divisible by groups=3"),
         ({"rank": 0}, "rank=0 must be at least 1"),
         ({"rope_fraction": 1.5}, r"rope_fraction=1\.5 is no share of the states; take 0 to 1"),
+        ({"dt_min": 0.0}, r"dt_min=0\.0 must be"),
+        ({"dt_min": 0.5}, r"dt_min=0\.5 is more than dt_max=0\.1"),
         ({"a_floor": 0.0}, r"a_floor=0\.0 must be positive"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Mamba3Config(**{"n_heads": 4, "head_dim": 8, "state_dim": 8, **options})
+
+
+def test_step_sizes_begin_where_they_are_told_to() -> None:
+    for options, low, high in (({}, 1e-3, 0.1), ({"dt_min": 0.1, "dt_max": 1.0}, 0.1, 1.0)):
+        model = ModelSpec(
+            arch="mamba3", scale=get_scale("nano"), overrides={"mamba3": options}
+        ).build(seed=1)
+        found = torch.cat([F.softplus(block.mixer.dt_bias.detach()) for block in model.layers])
+        assert float(found.min()) >= 0.99 * low and float(found.max()) <= 1.01 * high
+        assert float(found.max()) > 2 * float(found.min())

@@ -15,7 +15,6 @@ from archs.registry import HYBRIDS, REGISTRY
 from archs.sizes import get_scale
 from eval.proof.gpu.cache import INDEX, prepare, stand_in, use
 from eval.proof.gpu.ops import OPS
-from tests.kernels.interpreter import TORCH_ALONE
 
 LAYERS = get_scale("70m").n_layers
 #: Captures of a point by its batch: those of the gate's engine, of all sequences and of one alone,
@@ -23,6 +22,8 @@ LAYERS = get_scale("70m").n_layers
 #: many of two.
 CAPTURES = {1: (2, 0), 2: (1, 2)}
 ATTENTION = {"attention_decode": 1, "split_combine": 1}
+POOLED = {"pooled_append": 1, "pooled_decode": 1, "split_combine": 1}
+PICKED = {**POOLED, "pooled_append": 2, "index_scan": 1, "rank_topk": 1}
 #: Launches of one layer's mixer beside products and norms, with one sequence and with two: one or
 #: two, as designed, and three where a context is split.
 MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
@@ -46,6 +47,9 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "shortconv": ({"conv_step": 1},) * 2,
     "mamba2": ({"conv_step": 1, "ssm_step": 1},) * 2,
     "mamba3": ({"trapezoid_step": 1},) * 2,
+    # The outputs of a single token go through products of their own, a group of heads each.
+    "hca": ({**POOLED, "head_gemv": 1}, POOLED),
+    "csa": ({**PICKED, "head_gemv": 1}, PICKED),
     "rwkv7": ({"token_shift": 1, "wkv_step": 1},) * 2,
     "mla": (
         {"latent_append": 1, "mla_decode": 1, "split_combine": 1, "head_gemv": 2},
@@ -58,8 +62,10 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     ),
     "gta": ({"latent_append": 1, "mla_decode": 1, "split_combine": 1},) * 2,
 }
-#: Mixers that blend normed tokens, so that no product norms them.
-BLENDED = ("rwkv7",)
+#: Mixers whose normed input several operations read, so that no product norms it, and norms within
+#: a mixer.
+READ_OFTEN = ("rwkv7", "csa")
+WITHIN = {"hca": 1, "csa": 1}
 BESIDE = ("few_rows", "gemv", "norm")
 #: Architectures of the large proof: all, with all ops, take a quarter of an hour.
 FEW = 5
@@ -81,7 +87,7 @@ def require_sound(report: dict[str, Any], archs: set[str]) -> None:
         # What stays is the held model's, and the tables of angles that calls share.
         assert 0 <= cell["left_bytes"] - cell["weight_bytes"] < 8 << 20, cell
         held = cell["weight_bytes"] + cell["batch"] * cell["state_bytes"]
-        assert held <= cell["peak_bytes"] <= 1.1 * held + (192 << 20), cell
+        assert held <= cell["peak_bytes"] <= 1.1 * held + (256 << 20), cell
     assert report["left_bytes"] < 8 << 20
 
 
@@ -94,10 +100,11 @@ def require_launches(cells: list[dict[str, Any]]) -> None:
         expected = Counter({name: one * n for name, n in alone.items()})
         expected += Counter({name: two * n for name, n in together.items()})
         assert {k: n for k, n in found.items() if k not in BESIDE} == expected, cell["arch"]
-        # Two sequences have two norms a layer, one has none but what is blended; all have the last
-        # norm. A gate is in the product before it.
-        alone = one * (cell["arch"] in BLENDED)
-        assert found["norm"] == 2 * two + alone + (one + two) / LAYERS
+        # Two sequences have two norms a layer, one has none but what is read often; all have the
+        # last norm and those within a mixer. A gate is in the product before it.
+        alone = one * (cell["arch"] in READ_OFTEN)
+        own = (one + two) * WITHIN.get(cell["arch"], 0)
+        assert found["norm"] == 2 * two + alone + own + (one + two) / LAYERS
         assert found["few_rows"] >= 2 * two and "swiglu" not in found
 
 
@@ -153,7 +160,7 @@ def test_a_large_part_of_the_proof_runs_on_the_stand_in(tmp_path: Path) -> None:
     points: others each time.
     """
     chosen = SystemRandom()
-    names = set(chosen.sample(sorted({*REGISTRY, *HYBRIDS} - {*TORCH_ALONE}), FEW))
+    names = set(chosen.sample(sorted({*REGISTRY, *HYBRIDS}), FEW))
     every = sorted({op.name for op in OPS})
     ops = sorted(chosen.sample(every, len(every) // 3))
     points = ("--archs", ",".join(sorted(names)), "--points", "70m:1:4096,70m:64:1024")

@@ -29,11 +29,11 @@ from infer.head_drafts import HeadDrafter
 from infer.sampling import Sampling
 from infer.store import StateStore
 from tests.infer.recorded import Again
-from tests.kernels.interpreter import TORCH_ALONE, interpreted
+from tests.kernels.interpreter import interpreted
 
 TOLERANCE = 1e-4
 DELTA_OPTIONS = ("gdn(beta_max=2,products=2)", "kda(channel_gates=true)")
-KERNELED = tuple(arch for arch in (*REGISTRY, *HYBRIDS) if arch not in TORCH_ALONE)
+ARCHS = (*REGISTRY, *HYBRIDS)
 #: Two wide heads instead of four: the interpreter takes its time by programs.
 SCALE = replace(CHECK_SCALE, head_dim=64)
 
@@ -60,9 +60,9 @@ def subject_of(arch: str, backend: str = "triton", layers: int = 2) -> Subject:
 
 
 def quick(*names: str) -> list[object]:
-    """Every architecture with kernels, those that are not named marked slow."""
+    """Every architecture, those that are not named marked slow."""
     slow = pytest.mark.slow
-    return [a if a in names else pytest.param(a, marks=slow) for a in KERNELED]
+    return [a if a in names else pytest.param(a, marks=slow) for a in ARCHS]
 
 
 @pytest.mark.parametrize("arch", quick("mqa", "swa", "mla", "cla", "linear", "gdn", "mamba2"))

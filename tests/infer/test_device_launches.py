@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from archs.registry import REGISTRY
 from archs.state import LayerState
 from eval.proof.conformance import Subject
-from tests.infer.test_device import DELTA_OPTIONS, KERNELED, subject_of
+from tests.infer.test_device import ARCHS, DELTA_OPTIONS, subject_of
 from tests.kernels.interpreter import interpreted
 
 
@@ -52,10 +52,15 @@ RUN = InterpretedFunction.run
 #: A convolution between gates: one before it, one after.
 #: Low-rank projections, opened between their halves, and the gate of the outputs. Gates of values
 #: by channel: a sigmoid and a product.
-MORE_LAUNCHES = {"dsa": 17, "nsa": 13, "shortconv": 3, "rwkv7": 5, "kda(channel_gates=true)": 4}
+#: Pooled rows: the norm of the queries' latent, all that is written, attention; of picked ones head
+#: weights, index keys, the scan, the selection, and which of its rows are seen, too.
+MORE_LAUNCHES = {
+    "dsa": 17, "nsa": 13, "shortconv": 3, "rwkv7": 5, "kda(channel_gates=true)": 4, "hca": 3,
+    "csa": 9,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", [*(arch for arch in KERNELED if arch in REGISTRY), *DELTA_OPTIONS])
+@pytest.mark.parametrize("arch", [*(arch for arch in ARCHS if arch in REGISTRY), *DELTA_OPTIONS])
 def test_a_mixer_takes_two_launches_beside_its_products_in_decode(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

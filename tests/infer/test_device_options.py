@@ -1,4 +1,4 @@
-"""Options of architectures on our kernels, in Triton's interpreter, and those that have none."""
+"""Options of architectures on our kernels, in Triton's interpreter."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,27 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from archs.backends import NoFormError
 from eval.proof.conformance import error_of
 from tests.infer.test_device import TOLERANCE, subject_of
-from tests.kernels.interpreter import TORCH_ALONE, interpreted
+from tests.kernels.interpreter import interpreted
 
 
 @pytest.fixture(autouse=True)
 def interpreter() -> Iterator[None]:
     with interpreted():
         yield
-
-
-@pytest.mark.parametrize("arch", TORCH_ALONE)
-def test_an_architecture_without_kernels_is_refused(arch: str) -> None:
-    """In prefill and decode: no step runs in part or in another form."""
-    subject, said = subject_of(arch), "has no form for backend 'triton'"
-    engine = subject.engine(2, 32)
-    for tokens in (1, 20):
-        with pytest.raises(NoFormError, match=said):
-            engine.extend([engine.store.add()], subject.tokens(1, tokens))
-    assert engine.store.lengths == [0] * len(engine.store.lengths)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,6 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 import kernels
 
-#: Architectures with an operation that has a torch form alone: no kernels decode them.
-TORCH_ALONE = ("hca", "csa")
-
 
 @contextmanager
 def interpreted() -> Iterator[None]:

@@ -77,6 +77,25 @@ def test_tokens_pages_and_lengths(tokens: int, page_size: int) -> None:
     assert_equals_the_oracle(operands((63, 0, 130), tokens=tokens, page_size=page_size))
 
 
+@pytest.mark.parametrize("every", [1, 4, 128])
+@pytest.mark.parametrize("tokens", [1, 3, 35])
+def test_rows_that_stand_for_several_tokens_are_seen_up_to_an_end(tokens: int, every: int) -> None:
+    """Of rows that are there for a whole group each token sees those of groups before its end."""
+    past = torch.tensor([[63 * every + every - 2], [0], [70 * every]])
+    ends = (past + torch.arange(1, tokens + 1)) // every
+    given = operands((63, 0, 70), tokens=-(-tokens // every)) | {"lengths": None, "ends": ends}
+    given |= {"q": torch.randn(3, tokens, 4, 32), "weights": torch.randn(3, tokens, 4)}
+    assert_equals_the_oracle(given)
+
+
+def test_sequences_of_one_length_share_their_ends() -> None:
+    given = operands((40, 40), tokens=3) | {"lengths": None}
+    ends = torch.tensor([[10, 10, 11]])
+    shared, apart = (run(given | {"ends": e}) for e in (ends, ends.repeat(2, 1)))
+    assert torch.equal(shared, apart)
+    assert (scores_of(shared) > -torch.inf).sum(-1).tolist() == [[10, 10, 11]] * 2
+
+
 @pytest.mark.parametrize("heads", [1, 2, 16, 17, 64])
 @pytest.mark.parametrize("dim", [16, 48, 128, 256])
 def test_heads_and_widths(heads: int, dim: int) -> None:
@@ -133,6 +152,12 @@ REFUSALS: dict[str, tuple[str, Change]] = {
     "table": ("page_table=.*int32", lambda a: {"page_table": a["page_table"].long()}),
     "rows": ("rows=81 must be 1 to the 80", lambda a: {"rows": 81}),
     "lengths": ("lengths=.*int32", lambda a: {"lengths": a["lengths"].long()}),
+    "neither": ("ends=None must be given where lengths are None", lambda a: {"lengths": None}),
+    "both": ("ends=.*only there", lambda a: {"ends": a["lengths"].long()[:, None]}),
+    "ends": (
+        "ends=.*int64 .1 or 3, 1.",
+        lambda a: {"lengths": None, "ends": a["lengths"][:, None]},
+    ),
     "device": ("pool=meta must be on", lambda a: {"pool": a["pool"].to("meta")}),
 }
 

@@ -37,8 +37,10 @@ def check_append(heads: int, dim: int, rope: int) -> Callable[[torch.device], Pa
     return run
 
 
-def check_scan(heads: int, dim: int, new: int) -> Callable[[torch.device], Pairs]:
-    """Scores of what is seen, and what is seen, as numbers."""
+def check_scan(
+    heads: int, dim: int, new: int, *, every: int = 1
+) -> Callable[[torch.device], Pairs]:
+    """Scores of what is seen, and what is seen, as numbers; every: tokens of a row."""
 
     def run(device: torch.device) -> Pairs:
         table, lengths, pages = paged([500, new, 65], device)
@@ -48,9 +50,16 @@ def check_scan(heads: int, dim: int, new: int) -> Callable[[torch.device], Pairs
         )
         weights = random(3, new, heads, device=device, dtype=torch.float32)
         rows = table.shape[1] * PAGE
-        given = q, weights, pool, table, lengths - new
-        expected = index_scan_ref(*on_cpu(*given), rows=rows, page_size=PAGE)
-        got = scores_of(index_scan(*given, rows=rows, page_size=PAGE))
+        given = q, weights, pool, table
+        past, ends = lengths - new, None
+        if every > 1:
+            ends = (past.long()[:, None] + torch.arange(1, new + 1, device=device)) // every
+        told = None if ends is not None else past
+        expected = index_scan_ref(
+            *on_cpu(*given), None if told is None else told.cpu(), rows=rows, page_size=PAGE,
+            ends=None if ends is None else ends.cpu(),
+        )  # fmt: skip
+        got = scores_of(index_scan(*given, told, rows=rows, page_size=PAGE, ends=ends))
         scores = [t.masked_fill(t == -torch.inf, 0.0) for t in (got, expected)]
         seen = [(t > -torch.inf).double() for t in (got, expected)]
         return [(scores[0], scores[1]), (seen[0], seen[1])]
@@ -163,7 +172,9 @@ OPS = (
     Op(name="index_scan",
        checks=[Check(name=f"{heads} heads {dim} new {new}", limit=SCORE_LIMIT,
                      run=check_scan(heads, dim, new))
-               for heads, dim, new in ((2, 32, 3), (16, 64, 1), (64, 128, 1), (64, 128, 20))],
+               for heads, dim, new in ((2, 32, 3), (16, 64, 1), (64, 128, 1), (64, 128, 20))]
+       + [Check(name=f"64 heads 64 every 4 new {new}", limit=SCORE_LIMIT,
+                run=check_scan(64, 64, new, every=4)) for new in (1, 3)],
        cases=[scan_case(1, 64, 16384, 64, 128), scan_case(1, 1, 32768, 64, 128),
               scan_case(2, 1, 131072, 16, 64)]),
     Op(name="rank_topk",
