@@ -50,16 +50,17 @@ def check_scan(
         )
         weights = random(3, new, heads, device=device, dtype=torch.float32)
         rows = table.shape[1] * PAGE
-        given = q, weights, pool, table
-        past, ends = lengths - new, None
-        if every > 1:
-            ends = (past.long()[:, None] + torch.arange(1, new + 1, device=device)) // every
-        told = None if ends is not None else past
-        expected = index_scan_ref(
-            *on_cpu(*given), None if told is None else told.cpu(), rows=rows, page_size=PAGE,
-            ends=None if ends is None else ends.cpu(),
-        )  # fmt: skip
-        got = scores_of(index_scan(*given, told, rows=rows, page_size=PAGE, ends=ends))
+        past = lengths - new
+        ends = (past.long()[:, None] + torch.arange(1, new + 1, device=device)) // every
+
+        def scan(form: Callable[..., Tensor], *given: Tensor) -> Tensor:
+            *operands, held, seen = given
+            told = {"lengths": None, "ends": seen} if every > 1 else {"lengths": held}
+            return form(*operands, **told, rows=rows, page_size=PAGE)
+
+        given = q, weights, pool, table, past, ends
+        expected = scan(index_scan_ref, *on_cpu(*given))
+        got = scores_of(scan(index_scan, *given))
         scores = [t.masked_fill(t == -torch.inf, 0.0) for t in (got, expected)]
         seen = [(t > -torch.inf).double() for t in (got, expected)]
         return [(scores[0], scores[1]), (seen[0], seen[1])]
