@@ -28,12 +28,12 @@ _recorded_for: Gpu | None = None
 
 def gpu(device: torch.device) -> Gpu:
     """What is known of a device; on a CPU a Hopper stands in."""
-    return _recorded_for or _gpu(device)
+    return _recorded_for or _gpu(device, torch.version.hip)
 
 
 @functools.cache
-def _gpu(device: torch.device) -> Gpu:
-    if torch.version.hip is not None:
+def _gpu(device: torch.device, hip: str | None) -> Gpu:
+    if hip is not None:
         return Gpu(amd=True)
     if device.type != "cuda":
         return Gpu()

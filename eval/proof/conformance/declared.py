@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from archs.backbone import cast
-from archs.cost import Cost, Step, state_traffic
+from archs.cost import Cost, OpCost, Step, state_traffic
 from archs.mixer import Mixer, Shared
 from archs.spec import RECURRENT_LIMIT
 from archs.state_formats import StateFormat
@@ -175,7 +175,7 @@ def check_kept(subject: Subject) -> Check:
         at = Step(batch, new, context)
         for layer, (mixer, same) in enumerate(zip(subject.mixers, kept.mixers, strict=True)):
             plain, stored = (
-                sum(state_traffic(spec, at).values())  # type: ignore[arg-type]
+                OpCost(name="state", **state_traffic(spec, at)).bytes
                 for spec in (mixer.state_spec(), same.kept_spec())
             )
             wanted = mixer.cost(at).state_bytes - plain + stored
