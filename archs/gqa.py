@@ -10,6 +10,7 @@ on the output (Qwen3-Next, arXiv 2505.06708), a learned sink in each head's soft
 in some layers of SmolLM3).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -86,30 +87,58 @@ class AttentionConfig(MixerConfig):
         return self.head_dim if self.rope_dim is None else self.rope_dim
 
     @classmethod
+    def kv_heads_of(cls, heads: int) -> int:
+        """KV heads of so many query heads where none are given: all."""
+        return heads
+
+    @classmethod
     def defaults(cls, scale: "Scale") -> dict[str, Any]:
-        """Full multi-head attention."""
-        heads = scale.n_heads
-        return {"n_heads": heads, "kv_heads": heads, "head_dim": scale.head_dim}
+        """Heads of the scale, and the KV heads of so many."""
+        kv_heads = cls.kv_heads_of(scale.n_heads)
+        return {"n_heads": scale.n_heads, "kv_heads": kv_heads, "head_dim": scale.head_dim}
+
+    @classmethod
+    def following(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """KV heads follow the query heads."""
+        return {"kv_heads": cls.kv_heads_of(given["n_heads"])} if "n_heads" in given else {}
+
+    def require_kv_heads(self, name: str, wanted: int) -> None:
+        """Raise UserError unless they are as many as the name `name` says."""
+        if self.kv_heads != wanted:
+            raise UserError(
+                f"kv_heads={self.kv_heads} with n_heads={self.n_heads} is not {name}, which has "
+                f"{wanted}; leave kv_heads out, or take gqa"
+            )
+
+
+class MultiHeadConfig(AttentionConfig):
+    """A KV head for each query head."""
+
+    def __post_init__(self) -> None:
+        AttentionConfig.__post_init__(self)
+        self.require_kv_heads("mha", self.n_heads)
 
 
 class GroupedConfig(AttentionConfig):
     """Four query heads to a KV head; of fewer than eight heads, down to two."""
 
     @classmethod
-    def defaults(cls, scale: "Scale") -> dict[str, Any]:
-        """KV heads: a quarter of the query heads; of few heads half, so that it is not MHA."""
-        heads = scale.n_heads
-        kv_heads = max(heads // 4, min(2, heads // 2), 1)
-        return {**AttentionConfig.defaults(scale), "kv_heads": kv_heads}
+    def kv_heads_of(cls, heads: int) -> int:
+        """A quarter of the query heads; of few heads half, so that it is not MHA."""
+        return max(heads // 4, min(2, heads // 2), 1)
 
 
 class MultiQueryConfig(AttentionConfig):
     """One KV head for all query heads."""
 
+    def __post_init__(self) -> None:
+        AttentionConfig.__post_init__(self)
+        self.require_kv_heads("mqa", 1)
+
     @classmethod
-    def defaults(cls, scale: "Scale") -> dict[str, Any]:
-        """A single KV head."""
-        return {**AttentionConfig.defaults(scale), "kv_heads": 1}
+    def kv_heads_of(cls, heads: int) -> int:
+        """A single one."""
+        return 1
 
 
 class Attention(Mixer):

@@ -10,6 +10,7 @@ nothing has; rotary pairs are interleaved here and half-split there (`kernels.ro
 after each head's rotary channels are permuted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,6 +59,11 @@ class TiedConfig(MixerConfig):
     def defaults(cls, scale: "Scale") -> dict[str, Any]:
         """The heads of `gqa`."""
         return GroupedConfig.defaults(scale)
+
+    @classmethod
+    def following(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """KV heads follow the query heads as those of `gqa`."""
+        return GroupedConfig.following(given)
 
     @property
     def half(self) -> int:

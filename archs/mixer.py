@@ -53,18 +53,23 @@ class MixerConfig:
         return {}
 
     @classmethod
+    def following(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Values that follow options which stand in the place of the scale's."""
+        return {}
+
+    @classmethod
     def at(cls, scale: "Scale", overrides: Mapping[str, Any]) -> Self:
         """This mixer's configuration at `scale`.
 
         Raises UserError on an unknown option, naming the nearest, and on one of another type.
         """
         known = {f.name for f in fields(cls)}
-        values = cls.defaults(scale)
+        given = {}
         for key, value in overrides.items():
             if key not in known:
                 raise unknown_name(f"{cls.__qualname__} option", key, known)
-            values[key] = convert(get_type_hints(cls)[key], value, f"{cls.__qualname__}: {key}")
-        return cls(**values)
+            given[key] = convert(get_type_hints(cls)[key], value, f"{cls.__qualname__}: {key}")
+        return cls(**cls.defaults(scale) | cls.following(given) | given)
 
 
 Extend = TypeVar("Extend", bound=Callable[..., Tensor])

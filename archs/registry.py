@@ -23,7 +23,7 @@ from archs.errors import UserError, unknown_name
 from archs.files import read
 from archs.gated_conv import GatedConvConfig, GatedConvolution
 from archs.gdn import GatedDeltaConfig, GatedDeltaNet
-from archs.gqa import Attention, AttentionConfig, GroupedConfig, MultiQueryConfig
+from archs.gqa import Attention, GroupedConfig, MultiHeadConfig, MultiQueryConfig
 from archs.grouped_latent import GroupedLatentAttention, GroupedLatentConfig
 from archs.gta import TiedAttention, TiedConfig
 from archs.hca import HeavilyCompressedAttention, HeavilyCompressedConfig
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 REGISTRY: dict[str, Entry] = {
-    "mha": Entry(Attention, AttentionConfig),
+    "mha": Entry(Attention, MultiHeadConfig),
     "gqa": Entry(Attention, GroupedConfig),
     "mqa": Entry(Attention, MultiQueryConfig),
     "swa": Entry(Attention, WindowConfig),

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from archs.errors import UserError
 from archs.registry import ModelSpec
-from archs.sizes import Scale
+from archs.sizes import Scale, get_scale
 from tests.archs.hf import assert_equal, copy_attention, copy_backbone, random_model
 
 
@@ -55,3 +55,26 @@ def test_odd_head_dim_is_refused() -> None:
     scale = Scale(name="test", d_model=21, n_layers=1, head_dim=7, vocab_size=8, seq_len=8)
     with pytest.raises(UserError, match="head_dim=7 is odd"):
         ModelSpec(arch="mha", scale=scale).build()
+
+
+@pytest.mark.parametrize(
+    ("arch", "heads", "kv_heads"),
+    [("mha", 8, 8), ("mqa", 8, 1), ("gqa", 8, 2), ("gqa", 2, 1), ("swa", 8, 8), ("cla", 16, 4),
+     ("nsa", 16, 4), ("gta", 16, 4)],
+)  # fmt: skip
+def test_kv_heads_follow_query_heads_that_are_given(arch: str, heads: int, kv_heads: int) -> None:
+    model = ModelSpec(arch=f"{arch}(n_heads={heads},head_dim=16)", scale=get_scale("tiny"))
+    config = model.outline().layers[0].mixer.config
+    assert (config.n_heads, config.kv_heads) == (heads, kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mha(kv_heads=2)", "kv_heads=2 with n_heads=4 is not mha, which has 4; leave kv_heads"),
+        ("mqa(kv_heads=2)", "kv_heads=2 with n_heads=4 is not mqa, which has 1"),
+    ],
+)
+def test_a_name_means_its_kv_heads(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        ModelSpec(arch=name, scale=get_scale("tiny")).outline()
