@@ -22,6 +22,11 @@ class Gpu(NamedTuple):
     amd: bool = False
     capability: tuple[int, int] = (9, 0)
 
+    @property
+    def family(self) -> str:
+        """Whose tiles suit it: Hopper's matrix unit reads operands from shared memory."""
+        return "amd" if self.amd else "hopper" if self.capability[0] == 9 else "nvidia"
+
 
 _recorded_for: Gpu | None = None
 

@@ -61,7 +61,7 @@ def simulate(
         plan, given = plans[0], plans[0].load
         for arch in archs:
             spec = ModelSpec(arch=arch, scale=get_scale(scale))
-            coding, model = outline_on(part, spec, stored, state)
+            rated, model = outline_on(part, spec, stored, state)
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             try:
                 capacity = plan.capacity(model, given, resident_bytes(model))
@@ -70,7 +70,7 @@ def simulate(
                 continue
             calls = calls_on(part, spec, stored, state)
             times = StepTimes(
-                model, coding.roofline, max_context=capacity.max_context, host_ms=host_ms,
+                model, rated.roofline, max_context=capacity.max_context, host_ms=host_ms,
                 calls=calls.at(capacity.max_context // 2) if calls else None,
             )  # fmt: skip
             for plan, name in product(plans, batching):

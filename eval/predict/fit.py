@@ -82,12 +82,12 @@ def fit(
         part = replace(part, memory_bytes=int(held * (1 - reserve)))
         for arch in archs:
             spec = ModelSpec(arch=arch, scale=shape)
-            coding, model = outline_on(part, spec, stored, state)
+            rated, model = outline_on(part, spec, stored, state)
             calls = calls_on(part, spec, stored, state, replay)
             about: Prediction = {"arch": arch, "scale": scale, "hardware": part.key}
             for context in contexts:
                 options = [
-                    Option.of(Split(model, coding, count, replay, calls), context, tpot_ms)
+                    Option.of(Split(model, rated, count, replay, calls), context, tpot_ms)
                     for count in _counts(part, shape, gpus)
                 ]
                 row = {**about, "context": context, "tpot_limit_ms": tpot_ms}

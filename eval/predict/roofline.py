@@ -172,11 +172,11 @@ def _grid(
     for arch in archs:
         for part in parts:
             spec = ModelSpec(arch=arch, scale=shape)
-            coding, model = outline_on(part, spec, stored, state)
+            rated, model = outline_on(part, spec, stored, state)
             counted = calls_on(part, spec, stored, state, replay)
             for step in steps:
                 calls = counted.at(step.context, step.new_tokens) if counted else None
-                yield arch, model, coding, step, calls
+                yield arch, model, rated, step, calls
 
 
 def stored_as(weights: str, dtype: str) -> tuple[WeightFormat | None, str]:

@@ -234,7 +234,7 @@ def mla_decode(
     if batch == 0:
         return out
     group = heads // groups
-    configs = _configs_of(latent, _family(q.device))
+    configs = _configs_of(latent, gpu(q.device).family)
     block_m = min((m for m in configs if m >= group * tokens), default=max(configs))
     config = configs[block_m]
     row_blocks = triton.cdiv(group * tokens, block_m)
@@ -272,11 +272,6 @@ def _configs_of(latent: int, family: str) -> dict[int, Config]:
     """The configurations for this latent width, by M."""
     width = triton.next_power_of_2(latent)
     return {m: config for (w, m), config in CONFIGS[family].items() if w == width}
-
-
-def _family(device: torch.device) -> str:
-    amd, capability = gpu(device)
-    return "amd" if amd else "hopper" if capability[0] == 9 else "nvidia"
 
 
 def mla_decode_ref(

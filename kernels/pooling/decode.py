@@ -15,7 +15,6 @@ sequence.
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -29,20 +28,12 @@ from kernels.attention.decode import SPILLS, multiprocessors
 from kernels.attention.tiles import LOG2E
 from kernels.attention.words import join_channels, split_channels
 from kernels.device import gpu
+from kernels.latent.decode import Config
 from kernels.overlap import overlapped, start_next, wait_for_previous
 from kernels.pooling.decode_checks import WIDTHS, check
 
 #: Fewest rows worth a split of their own.
 SPLIT_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """Rows per tile, warps per program, stages of the load pipeline."""
-
-    tile: int
-    warps: int
-    stages: int
 
 
 #: By family of GPUs, then by width of rows, up to a power of two, and heads of a program: what
@@ -279,16 +270,11 @@ def config_of(q: Tensor, splits: int, programs: int) -> tuple[int, Config]:
     """
     batch, tokens, heads, dim = q.shape
     width = triton.next_power_of_2(dim)
-    configs = {m: config for (w, m), config in CONFIGS[_family(q.device)].items() if w == width}
+    configs = {m: config for (w, m), config in CONFIGS[gpu(q.device).family].items() if w == width}
     all_at_once = min((m for m in configs if m >= heads), default=max(configs))
     few = programs // (batch * tokens * splits)
     block_m = min((m for m in configs if triton.cdiv(heads, m) <= few), default=all_at_once)
     return block_m, configs[block_m]
-
-
-def _family(device: torch.device) -> str:
-    amd, capability = gpu(device)
-    return "amd" if amd else "hopper" if capability[0] == 9 else "nvidia"
 
 
 def pooled_decode_ref(

@@ -66,6 +66,9 @@ MIXERS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 #: a mixer.
 READ_OFTEN = ("rwkv7", "csa")
 WITHIN = {"hca": 1, "csa": 1}
+#: Bytes that a prefill may take beside weights and state where they are not 192 MiB: queries of
+#: pooled rows are four times as wide as others, and their long steps are torch's.
+WORK_BYTES = dict.fromkeys(("hca", "csa"), 256 << 20)
 BESIDE = ("few_rows", "gemv", "norm")
 #: Architectures of the large proof: all, with all ops, take a quarter of an hour.
 FEW = 5
@@ -87,7 +90,9 @@ def require_sound(report: dict[str, Any], archs: set[str]) -> None:
         # What stays is the held model's, and the tables of angles that calls share.
         assert 0 <= cell["left_bytes"] - cell["weight_bytes"] < 8 << 20, cell
         held = cell["weight_bytes"] + cell["batch"] * cell["state_bytes"]
-        assert held <= cell["peak_bytes"] <= 1.1 * held + (256 << 20), cell
+        assert held <= cell["peak_bytes"] <= 1.1 * held + WORK_BYTES.get(cell["arch"], 192 << 20), (
+            cell
+        )
     assert report["left_bytes"] < 8 << 20
 
 

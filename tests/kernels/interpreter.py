@@ -26,6 +26,10 @@ from triton.runtime import JITFunction, interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 import kernels
+from kernels.device import Gpu
+
+#: One of each family that tiles are chosen for.
+GPUS = {gpu.family: gpu for gpu in (Gpu(), Gpu(capability=(8, 0)), Gpu(amd=True))}
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from archs.mla import LatentConfig
 from archs.sizes import SCALES
 from kernels.latent.decode import CONFIGS, mla_decode_ref
 from kernels.latent.decode_checks import WIDTHS, WIDTHS_APART
-from tests.kernels.interpreter import interpreted
+from tests.kernels.interpreter import GPUS, interpreted
 
 TOLERANCES = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -111,7 +111,7 @@ def test_window_and_sinks(window: int, sinks: int, new: int, page_size: int) -> 
 def test_every_tile(
     widths: tuple[int, int], heads: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_family", lambda device: family)
+    monkeypatch.setattr(module, "gpu", lambda device: GPUS[family])
     assert_equals_the_oracle([290], widths=widths, heads=(heads, 1))
 
 

@@ -13,7 +13,7 @@ from archs.hca import HeavilyCompressedConfig
 from archs.sizes import SCALES
 from kernels.pooling.decode import CONFIGS, pooled_decode_ref
 from kernels.pooling.decode_checks import WIDTHS
-from tests.kernels.interpreter import interpreted
+from tests.kernels.interpreter import GPUS, interpreted
 
 TOLERANCES = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
@@ -131,7 +131,7 @@ def test_places_of_the_window_are_not_positions(picks: int | None) -> None:
 @pytest.mark.parametrize("heads", [16, 20, 64, 70])
 @pytest.mark.parametrize("dim", [32, 64, 96, 256, 512])
 def test_every_tile(dim: int, heads: int, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_family", lambda device: family)
+    monkeypatch.setattr(module, "gpu", lambda device: GPUS[family])
     # A small GPU, so that a program has as many heads as it can.
     monkeypatch.setattr(module, "multiprocessors", lambda device: 4)
     assert_equals_the_oracle([290], dim=dim, heads=heads, picks=33 if heads == 20 else None)
